@@ -1,0 +1,7 @@
+"""Measure a safety landscape: the same program as `jaxscape scan`."""
+
+import sys
+
+from jaxscape.cli import main
+
+main(["scan", *sys.argv[1:]])

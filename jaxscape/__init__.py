@@ -1,0 +1,32 @@
+"""Safety landscapes of large language models, in JAX."""
+
+from jaxscape.decode import generate
+from jaxscape.errors import UserError
+from jaxscape.evaluate import attack_success_rate, is_refusal, wilson_interval
+from jaxscape.landscape import Axis, Landscape, visage
+from jaxscape.models import Model, load_model
+from jaxscape.perturb import load_direction, random_direction, save_direction
+from jaxscape.plotting import plot_landscape
+from jaxscape.prompts import load_prompts
+from jaxscape.scan import scan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Axis",
+    "Landscape",
+    "Model",
+    "UserError",
+    "attack_success_rate",
+    "generate",
+    "is_refusal",
+    "load_direction",
+    "load_model",
+    "load_prompts",
+    "plot_landscape",
+    "random_direction",
+    "save_direction",
+    "scan",
+    "visage",
+    "wilson_interval",
+]

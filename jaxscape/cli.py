@@ -1,0 +1,198 @@
+"""The command line: `jaxscape VERB`, and the programs in `experiments/`, which are single verbs of it."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import transformers
+import tyro
+
+from jaxscape.errors import UserError
+from jaxscape.landscape import Landscape, symmetric_axes
+from jaxscape.models import Model, load_model
+from jaxscape.perturb import load_direction
+from jaxscape.plotting import save_figure
+from jaxscape.prompts import load_prompts
+from jaxscape.scan import Direction, scan
+from jaxscape.store import FIGURE, check_directory, export_reference
+
+EXTRAS = {"tpu": "tpu", "gpu": "cuda"}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Measure a model's safety landscape, and keep it in a directory. An unfinished run there is resumed."""
+
+    model: str = "smollm2-135m"
+    """A built-in name, a Hugging Face directory or hub id, or a .gguf file."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of weights and activations; by default float32 on a CPU and bfloat16 on an accelerator."""
+    prompts: str = "harmful"
+    """harmful, benign or advbench, or a .csv, .jsonl or .txt file."""
+    num_prompts: int = 40
+    """How many of them, from the first on."""
+    system_prompt: str = "default"
+    """default (the chat template's own), none, or the text of one."""
+    ndim: Literal[1, 2] = 1
+    """1 for a line, 2 for a plane."""
+    steps: int = 20
+    """Intervals along each axis; even, so that the model itself is a point."""
+    radius: float = 0.5
+    """How far the axes go, in multiples of the directions."""
+    seed: int = 0
+    """Of the random directions, which have the seeds SEED, SEED + 1, and so on; and of sampling."""
+    num_directions: int = 1
+    """How many random directions (with --ndim 2, pairs of them)."""
+    directions: tuple[Path, ...] = ()
+    """Safetensors files to take directions from instead of random ones (with --ndim 2, two for each pair)."""
+    max_new_tokens: int = 64
+    """The most tokens generated for a prompt."""
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_k: int = 0
+    """Sample from the k most likely tokens; 0 for all."""
+    top_p: float = 1.0
+    """Sample from the fewest tokens whose probabilities reach p."""
+    batch_size: int = 128
+    """The most prompts that are decoded together."""
+    tpu: bool = False
+    """Run on a TPU, or fail."""
+    gpu: bool = False
+    """Run on a GPU, or fail."""
+    cpu: bool = False
+    """Run on the CPU."""
+    out: Path | None = None
+    """The run's directory; by default runs/MODEL-1d or runs/MODEL-2d."""
+    overwrite: bool = False
+    """Start over in a directory that holds a run."""
+
+    def run(self) -> None:
+        out = self.out or Path("runs") / f"{Path(self.model).stem}-{self.ndim}d"
+        # What can be wrong is looked at before anything slow is done.
+        symmetric_axes(self.ndim, self.steps, self.radius)
+        self._check_direction_counts()
+        prompts = load_prompts(self.prompts, self.num_prompts)
+        check_directory(out, self.overwrite)
+        select_platform([name for name in ("tpu", "gpu", "cpu") if getattr(self, name)])
+        model = load_model(self.model, self.dtype)
+        landscape = scan(
+            model,
+            self._direction_sets(model),
+            prompts=prompts,
+            steps=self.steps,
+            radius=self.radius,
+            system_prompt=self.system_prompt,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            out=out,
+            overwrite=self.overwrite,
+            describe={"prompt_source": self.prompts, "direction_files": [str(path) for path in self.directions]},
+        )
+        save_figure(landscape, out / FIGURE)
+        write_line(summary(landscape, out))
+
+    def _check_direction_counts(self) -> None:
+        if self.num_directions < 1:
+            raise UserError(f"The number of directions must be at least 1, not {self.num_directions}.")
+        if self.directions and self.num_directions != 1:
+            raise UserError("Give either --directions or --num-directions: files are as many as there are.")
+        if len(self.directions) % self.ndim:
+            raise UserError(f"A 2D landscape takes pairs of directions, but {len(self.directions)} files were given.")
+
+    def _direction_sets(self, model: Model) -> list[tuple[Direction, ...]]:
+        directions: list[Direction] = [load_direction(path, model) for path in self.directions]
+        directions = directions or list(range(self.seed, self.seed + self.num_directions * self.ndim))
+        return [tuple(directions[i : i + self.ndim]) for i in range(0, len(directions), self.ndim)]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw a run's landscape from its saved files, be it finished or not."""
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    """The run's directory."""
+
+    def run(self) -> None:
+        save_figure(Landscape.load(self.directory), self.directory / FIGURE)
+        write_line(f"{self.directory / FIGURE}")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a finished run's generations in the format of the paper's code (output.jsonl)."""
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    """The run's directory."""
+
+    def run(self) -> None:
+        for path in export_reference(self.directory):
+            write_line(f"{path}")
+
+
+VERBS = {"scan": Scan, "plot": Plot, "export": Export}
+
+
+def select_platform(names: Sequence[str]) -> None:
+    """Have JAX use the platform that was asked for; without one, JAX chooses.
+
+    Raises:
+        UserError: several were asked for, or JAX does not find the one.
+    """
+    if len(names) > 1:
+        raise UserError(f"Give only one of {', '.join('--' + name for name in names)}.")
+    for name in names:
+        platforms = jax.config.jax_platforms
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
+        try:
+            jax.devices()
+        except RuntimeError as error:
+            jax.config.update("jax_platforms", platforms)
+            found = ", ".join(sorted({device.platform for device in jax.devices()}))
+            raise UserError(
+                f"JAX finds no {name.upper()} here (it finds: {found}); on a machine that has one, run "
+                f"pip install 'jaxscape[{EXTRAS.get(name, name)}]', or leave out --{name}."
+            ) from error
+
+
+def summary(landscape: Landscape, out: Path) -> str:
+    """A few lines that say what was found, and where it is."""
+    values = landscape.visage_values or {}
+    centre = landscape.asr[(slice(None), *(len(axis.values) // 2 for axis in landscape.axes))].mean()
+    low, high = values["interval"]
+    lines = [
+        f"ASR of the model itself: {centre:.1f} %; over all points: {landscape.asr.mean():.1f} %",
+        f"VISAGE: {values['paper']:.2f} (95 % interval {low:.2f} to {high:.2f}); reference code's definition: "
+        f"{values['reference']:.2f}",
+    ]
+    if bad := int(landscape.nonfinite.sum()):
+        points = int((landscape.nonfinite > 0).sum())
+        lines.append(f"NaN or infinite logits: {bad} completions at {points} points")
+    return "\n".join([*lines, f"{out / FIGURE}"])
+
+
+def write_line(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb. User errors are one line on the standard error stream, and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    transformers.logging.set_verbosity_error()
+    command = tyro.extras.subcommand_cli_from_dict(
+        VERBS, prog="jaxscape", args=arguments, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
+    )
+    try:
+        command.run()
+    except UserError as error:
+        sys.stderr.write(f"jaxscape: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("jaxscape: interrupted; the same command goes on where it stopped.\n")
+        sys.exit(130)

@@ -1,0 +1,62 @@
+"""Files that are written whole or not at all, and files that are fetched once, checked and kept."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxscape.errors import UserError
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that at every moment either the old or the new content is there, also after a crash."""
+    temporary = temporary_name(path)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where `write_whole` prepares a file: always the same name, so that a crash leaves nothing that stays."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def cache_dir() -> Path:
+    """`$JAXSCAPE_CACHE`, or `jaxscape` in the user's cache directory."""
+    if override := os.environ.get("JAXSCAPE_CACHE"):
+        return Path(override)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxscape"
+
+
+def cached_file(name: str, sha256: str, fetch: Callable[[Path], None]) -> Path:
+    """The cached file `name`, fetched first if it is missing or damaged.
+
+    Arguments:
+        sha256: what the file's bytes must hash to, checked at every call.
+        fetch: writes the file to the path that it is given; raises `UserError` where it cannot.
+
+    Raises:
+        UserError: the cache cannot be written, or what was fetched has another checksum.
+    """
+    path = cache_dir() / name
+    if path.exists() and _sha256(path) == sha256:
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+            fetched = Path(directory) / path.name
+            fetch(fetched)
+            if (found := _sha256(fetched)) != sha256:
+                raise UserError(f"What was downloaded as {name} has SHA-256 {found}, not {sha256}; it was discarded.")
+            os.replace(fetched, path)
+    except OSError as error:
+        raise UserError(f"The cache directory {path.parent} cannot be used ({error}); set JAXSCAPE_CACHE.") from error
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,89 @@
+"""Models: configuration, the Flax decoder, and checkpoints from names, directories, the hub and GGUF files."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from transformers import PreTrainedTokenizerBase
+
+from jaxscape.errors import UserError
+from jaxscape.models import builtin, huggingface
+from jaxscape.models.checkpoint import Checkpoint, Params, load_params
+from jaxscape.models.config import ModelConfig
+from jaxscape.models.decoder import Decoder
+from jaxscape.models.gguf import open_gguf
+
+DTYPES = ("float32", "bfloat16", "float16")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model.
+
+    Attributes:
+        name: what it was loaded from.
+        params: a nested dictionary of arrays; its paths, joined with dots, are Hugging Face parameter names.
+        eos_token_ids: the tokens that end a text or a turn.
+    """
+
+    name: str
+    config: ModelConfig
+    params: Params
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: tuple[int, ...]
+
+    def __call__(self, tokens: Int[Array | np.ndarray, "batch time"]) -> Float[Array, "batch time vocab"]:
+        """Logits of the next token after each token: int32[B, T] to float32[B, T, V]."""
+        return _forward(self.params, jnp.asarray(tokens, jnp.int32), self.config)
+
+
+@partial(jax.jit, static_argnums=2)
+def _forward(
+    params: Params, tokens: Int[Array, "batch time"], config: ModelConfig
+) -> Float[Array, "batch time vocab"]:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return Decoder(config).apply({"params": params}, tokens, positions)[0]
+
+
+def load_model(source: str | Path, dtype: str | None = None) -> Model:
+    """Load a model with its tokenizer.
+
+    Arguments:
+        source: a built-in name (`smollm2-135m`), a Hugging Face directory or hub id, or a `.gguf` file.
+        dtype: of the parameters and activations, `float32`, `bfloat16` or `float16`; by default `float32` on a CPU
+            and `bfloat16` on an accelerator.
+
+    Raises:
+        UserError: there is no such model, or it cannot be used.
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise UserError(f"The dtype {dtype!r} is not supported; choose {', '.join(DTYPES)}.")
+    checkpoint = _open(str(source))
+    params = load_params(checkpoint, jnp.dtype(dtype), str(source))
+    return Model(str(source), checkpoint.config, params, checkpoint.tokenizer, checkpoint.eos_token_ids)
+
+
+def _open(source: str) -> Checkpoint:
+    path = Path(source)
+    if source in builtin.MODELS:
+        return open_gguf(builtin.packaged_file(builtin.MODELS[source]))
+    if path.suffix in huggingface.PICKLED:
+        raise UserError(huggingface.pickled_message(path))
+    if path.is_dir():
+        return huggingface.open_directory(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return open_gguf(path)
+    if path.suffix != ".gguf" and _HUB_ID.fullmatch(source):
+        return huggingface.open_directory(huggingface.download(source))
+    raise UserError(
+        f"There is no model {source!r}: give a name ({', '.join(sorted(builtin.MODELS))}), a model directory, "
+        f"a .gguf file or a hub id such as 'meta-llama/Llama-2-7b-chat-hf'."
+    )

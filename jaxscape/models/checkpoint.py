@@ -1,0 +1,74 @@
+"""A checkpoint as the rest of the package sees it, and the step from its tensors to the decoder's parameters."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from transformers import PreTrainedTokenizerBase
+
+from jaxscape.errors import UserError
+from jaxscape.models.config import ModelConfig
+from jaxscape.models.decoder import parameter_shapes
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: what it holds is known, the tensors themselves are read one by one.
+
+    Attributes:
+        shapes: of every tensor, by Hugging Face parameter name, in Hugging Face layout.
+        read: a tensor's values by that name.
+        eos_token_ids: the tokens that end a text or a turn.
+    """
+
+    config: ModelConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Any]
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: tuple[int, ...]
+
+
+def named_leaves(tree: Params) -> dict[str, Any]:
+    """The tree's leaves by Hugging Face parameter name, sorted by it."""
+    return dict(sorted(flatten_dict(tree, sep=".").items()))
+
+
+def tree_of(leaves: Mapping[str, Any]) -> Params:
+    """The inverse of `named_leaves`."""
+    return unflatten_dict(dict(leaves), sep=".")
+
+
+def load_params(checkpoint: Checkpoint, dtype: jnp.dtype, origin: str) -> Params:
+    """The decoder's parameters in `dtype`, read tensor by tensor.
+
+    Raises:
+        UserError: tensors are missing, left over, or of another shape; all of them are listed.
+    """
+    expected = {name: leaf.shape for name, leaf in named_leaves(parameter_shapes(checkpoint.config)).items()}
+    check_tensors(expected, checkpoint.shapes, origin)
+    return tree_of({name: to_dtype(checkpoint.read(name), dtype) for name in expected})
+
+
+def to_dtype(values: Any, dtype: jnp.dtype) -> jnp.ndarray:
+    return jnp.asarray(np.asarray(values).astype(dtype))
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], origin: str, limit: int = 20
+) -> None:
+    """Raise a `UserError` that lists every difference in names and shapes, up to `limit` of them."""
+    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"not expected {name}" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {tuple(found[name])} instead of {tuple(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(found[name]) != tuple(expected[name])
+    ]
+    if problems:
+        more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+        raise UserError(f"The tensors of {origin} do not fit the model: {'; '.join(problems[:limit])}{more}.")

@@ -1,0 +1,200 @@
+"""GGUF files: configuration, tensors and tokenizer, without torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import generate_merges
+
+from jaxscape.errors import UserError
+from jaxscape.models.checkpoint import Checkpoint, named_leaves
+from jaxscape.models.config import ModelConfig, from_transformers
+from jaxscape.models.decoder import parameter_shapes
+
+Q = gguf.GGMLQuantizationType
+TENSOR_TYPES = (Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q4_K, Q.Q6_K)
+
+# How text is cut before byte-pair merging, by `tokenizer.ggml.pre`: the expressions of the models' own tokenizers.
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {"default": _GPT2_SPLIT, "gpt-2": _GPT2_SPLIT, "smollm": _GPT2_SPLIT, "llama-bpe": _LLAMA3_SPLIT}
+
+# Tokens that end a turn in the usual chat formats; a file's metadata often names only the one that ends a text.
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Open a GGUF file of the Llama architecture.
+
+    Raises:
+        UserError: the file is damaged, or its architecture, a tensor type or its tokenizer is not supported.
+    """
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+    except Exception as error:  # the library raises whatever parsing a damaged file runs into
+        raise UserError(
+            f"{path} cannot be read as GGUF ({type(error).__name__}: {error}); it is truncated or damaged, "
+            f"so download it again."
+        ) from error
+    if (architecture := fields.get("general.architecture")) != "llama":
+        raise UserError(f"{path} has the architecture {architecture!r}, but only 'llama' is supported.")
+    if unknown := sorted({t.tensor_type.name for t in tensors.values() if t.tensor_type not in TENSOR_TYPES}):
+        supported = ", ".join(kind.name for kind in TENSOR_TYPES)
+        raise UserError(f"{path} has tensors of type {', '.join(unknown)}; supported are {supported}.")
+    try:
+        config = _config(fields, tensors)
+        tokenizer = _tokenizer(fields)
+    except KeyError as error:
+        raise UserError(f"{path} lacks the metadata {error}; it is not a complete model file.") from error
+    names = _huggingface_names(config, tensors.keys())
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[names[name]]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+        if ".q_proj." in name:
+            return _unpermute(values, config.num_heads)
+        if ".k_proj." in name:
+            return _unpermute(values, config.num_kv_heads)
+        return values
+
+    return Checkpoint(
+        config=config,
+        shapes={ours: tuple(map(int, tensors[theirs].shape[::-1])) for ours, theirs in names.items()},
+        read=read,
+        tokenizer=tokenizer,
+        eos_token_ids=_eos_token_ids(fields),
+    )
+
+
+def _config(fields: Mapping[str, Any], tensors: Mapping[str, gguf.ReaderTensor]) -> ModelConfig:
+    def get(key: str, *default: Any) -> Any:
+        return fields.get(f"llama.{key}", *default) if default else fields[f"llama.{key}"]
+
+    heads = get("attention.head_count")
+    head_dim = get("attention.key_length", get("embedding_length") // heads)
+    if get("rope.dimension_count", head_dim) != head_dim:
+        raise UserError("The GGUF file rotates only a part of each head, which is not supported.")
+    rope = {"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)}
+    if (scaling := get("rope.scaling.type", "none")) != "none":
+        rope |= {"rope_type": scaling, "factor": get("rope.scaling.factor", 1.0)}
+    config = from_transformers(
+        LlamaConfig(
+            vocab_size=len(fields["tokenizer.ggml.tokens"]),
+            hidden_size=get("embedding_length"),
+            intermediate_size=get("feed_forward_length"),
+            num_hidden_layers=get("block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=get("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            max_position_embeddings=get("context_length"),
+            rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
+            rope_parameters=rope,
+            tie_word_embeddings="output.weight" not in tensors,
+            attention_bias="blk.0.attn_q.bias" in tensors,
+            mlp_bias="blk.0.ffn_up.bias" in tensors,
+        )
+    )
+    if "rope_freqs.weight" not in tensors:
+        return config
+    # llama.cpp stores Llama 3's scaling as one divisor for each frequency.
+    divisors = tensors["rope_freqs.weight"].data.astype(np.float64)
+    scaled = tuple(float(f / d) for f, d in zip(config.rope_frequencies, divisors, strict=True))
+    return ModelConfig(**{**vars(config), "rope_frequencies": scaled})
+
+
+def _huggingface_names(config: ModelConfig, found: Any) -> dict[str, str]:
+    """From Hugging Face names to this file's; names that the model does not know stay, for one error to list them."""
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+    ours = {}
+    for name in named_leaves(parameter_shapes(config)):
+        theirs = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        if theirs in found:
+            ours[name] = theirs
+    known = {*ours.values(), "rope_freqs.weight"}
+    return ours | {name: name for name in found if name not in known}
+
+
+def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's interleaving of the two halves of each query or key head (rows of the matrix)."""
+    rows = values.shape[0]
+    return values.reshape(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
+
+
+def _eos_token_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    tokens = fields["tokenizer.ggml.tokens"]
+    types = fields.get("tokenizer.ggml.token_type", [])
+    stated = {fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")}
+    named = {i for i, (token, kind) in enumerate(zip(tokens, types)) if kind == _CONTROL and token in END_OF_TURN}
+    return tuple(sorted((stated | named) - {None}))
+
+
+def _tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """The tokenizer that the metadata describes: byte-level BPE (`gpt2`) or SentencePiece BPE (`llama`)."""
+    tokens = fields["tokenizer.ggml.tokens"]
+    match fields["tokenizer.ggml.model"]:
+        case "gpt2":
+            tokenizer = _byte_level(tokens, fields)
+        case "llama":
+            tokenizer = _sentencepiece(tokens, fields)
+        case other:
+            raise UserError(f"The GGUF file's tokenizer is of type {other!r}; supported are 'gpt2' and 'llama'.")
+    types = fields.get("tokenizer.ggml.token_type", [])
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [AddedToken(t, normalized=False, special=special) for t, k in zip(tokens, types) if k == kind]
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+    special_tokens = {
+        f"{ours}_token": tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]]
+        for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
+        if f"tokenizer.ggml.{theirs}_token_id" in fields
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=fields.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special_tokens,
+    )
+
+
+def _byte_level(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
+    split = SPLITS.get(pre := fields.get("tokenizer.ggml.pre", "default"))
+    if split is None:
+        raise UserError(f"The GGUF file's pre-tokenizer is {pre!r}; supported are {', '.join(sorted(SPLITS))}.")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    steps: list[Any] = [
+        pre_tokenizers.Split(Regex(split), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    if pre == "smollm":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
+    vocab = {token: index for index, token in enumerate(tokens)}
+    scores = dict(zip(tokens, fields["tokenizer.ggml.scores"], strict=True))
+    unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]
+    merges = generate_merges(vocab, scores)
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    prefix = [normalizers.Prepend("▁")] if fields.get("tokenizer.ggml.add_space_prefix", True) else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer

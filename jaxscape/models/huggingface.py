@@ -1,0 +1,141 @@
+"""Hugging Face model directories and hub repositories: safetensors, configuration and tokenizer files only."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from jaxscape.errors import UserError
+from jaxscape.models.checkpoint import Checkpoint
+from jaxscape.models.config import from_transformers
+
+ARCHITECTURES = ("llama",)
+DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def download(repository: str) -> Path:
+    """The repository's snapshot in the hub's own cache; used from there when there is no network."""
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=DOWNLOADED))
+    except GatedRepoError as error:
+        raise UserError(
+            f"{repository} is gated: ask for access at https://huggingface.co/{repository}, then log in with "
+            f"'hf auth login' or set HF_TOKEN."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"The hub has no model {repository}, or it is private: check the name, or log in with 'hf auth login'."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{repository} is not in the cache and the hub cannot be reached; connect to the network, or pass a "
+            f"local model directory."
+        ) from error
+
+
+def open_directory(path: Path) -> Checkpoint:
+    """Open a model directory that `save_pretrained` or the hub made.
+
+    Raises:
+        UserError: a file is missing, damaged or pickled, or the architecture is not supported.
+    """
+    declared = read_json(path / "config.json")
+    if (model_type := declared.get("model_type")) not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise UserError(f"{path} has the architecture {model_type!r}; supported are: {supported}.")
+    config = AutoConfig.from_pretrained(path)
+    tokenizer = _tokenizer(path)
+    tensors = {file: _tensor_shapes(file) for file in _safetensors_files(path)}
+    where = {name: file for file, shapes in tensors.items() for name in shapes}
+    shapes = {name: shape for shapes in tensors.values() for name, shape in shapes.items()}
+
+    def read(name: str) -> Any:
+        try:
+            with safe_open(where[name], framework="flax") as file:  # numpy alone has no bfloat16
+                return file.get_tensor(name)
+        except SafetensorError as error:
+            raise _damaged(where[name], error) from error
+
+    # Old checkpoints hold RoPE's frequencies, and some a copy of a tied head: neither is a parameter.
+    redundant = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        redundant.add("lm_head.weight")
+    return Checkpoint(
+        config=from_transformers(config),
+        shapes={name: shape for name, shape in shapes.items() if name not in redundant},
+        read=read,
+        tokenizer=tokenizer,
+        eos_token_ids=_eos_token_ids(path, declared, tokenizer),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} has no {path.name}; pass a directory that holds a whole model.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from error
+
+
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    settings = path / "tokenizer_config.json"
+    if settings.exists() and "auto_map" in read_json(settings):
+        raise UserError(f"The tokenizer in {path} needs code of its own, which is never run; use a standard one.")
+    try:
+        return AutoTokenizer.from_pretrained(path, clean_up_tokenization_spaces=False)
+    except Exception as error:  # transformers and tokenizers raise many types for a missing or damaged tokenizer
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"The tokenizer in {path} cannot be loaded ({reason}).") from error
+
+
+def _eos_token_ids(path: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every end token that the model's files name: chat models end a turn and a text with different ones."""
+    generation = path / "generation_config.json"
+    stated = [config.get("eos_token_id"), tokenizer.eos_token_id]
+    if generation.exists():
+        stated.append(read_json(generation).get("eos_token_id"))
+    ids = {token for value in stated for token in (value if isinstance(value, list) else [value])}
+    return tuple(sorted(ids - {None}))
+
+
+def _safetensors_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            files = sorted({path / name for name in read_json(index)["weight_map"].values()})
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index} has no table of tensors ('weight_map'); download it again.") from error
+        if missing := [file.name for file in files if not file.exists()]:
+            raise UserError(f"{path} lacks the weight files {', '.join(missing)} that its index names.")
+        return files
+    if files := sorted(path.glob("*.safetensors")):
+        return files
+    if any(file.suffix in PICKLED for file in path.iterdir()):
+        raise UserError(pickled_message(path))
+    raise UserError(f"{path} has no .safetensors file.")
+
+
+def pickled_message(path: Path) -> str:
+    return (
+        f"The weights in {path} are pickled, and loading a pickle can run any code; convert them to safetensors "
+        f"first, for example with transformers' save_pretrained."
+    )
+
+
+def _tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file} cannot be read as safetensors ({error}); it is truncated or damaged.")

@@ -1,0 +1,102 @@
+"""Figures of landscapes."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxscape.errors import UserError
+from jaxscape.files import write_whole
+from jaxscape.landscape import Landscape
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; styles and markers do it in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+COLOUR_MAP = "cividis"  # its lightness rises evenly, so it reads the same in grey
+GREEK = {"alpha": "α", "beta": "β"}
+
+
+def plot_landscape(landscape: Landscape) -> Figure:
+    """Draw a landscape, be it complete or not.
+
+    1D: the ASR along each direction with its 95 % interval. 2D: a filled contour and a surface for each direction set.
+    VISAGE stands in the title.
+    """
+    return _plot_1d(landscape) if len(landscape.axes) == 1 else _plot_2d(landscape)
+
+
+def save_figure(landscape: Landscape, path: str | Path, dpi: int = 150) -> None:
+    """Write `plot_landscape`'s figure as a PNG file; the same landscape gives the same bytes."""
+    content = io.BytesIO()
+    plot_landscape(landscape).savefig(content, format="png", dpi=dpi, metadata={"Software": None})
+    try:
+        write_whole(Path(path), content.getvalue())
+    except OSError as error:
+        raise UserError(f"The figure cannot be written to {path} ({error}).") from error
+
+
+def _title(landscape: Landscape) -> str:
+    values = landscape.visage_values
+    if values is None:
+        return f"unfinished: {np.isfinite(landscape.asr).sum()} of {landscape.asr.size} points"
+    low, high = values["interval"]
+    return f"VISAGE {values['paper']:.1f} (95 % interval {low:.1f} to {high:.1f}), {landscape.num_prompts} prompts"
+
+
+def _axis_label(name: str) -> str:
+    return f"{GREEK.get(name, name)} (distance along the direction)"
+
+
+def _plot_1d(landscape: Landscape) -> Figure:
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    (axis,) = landscape.axes
+    for i, (asr, low, high) in enumerate(
+        zip(landscape.asr, landscape.asr_low, landscape.asr_high, strict=True)
+    ):
+        colour = COLOURS[i % len(COLOURS)]
+        axes.fill_between(axis.values, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(
+            axis.values,
+            asr,
+            color=colour,
+            linestyle=STYLES[i % len(STYLES)],
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=4,
+            label=f"direction {i}",
+        )
+    axes.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
+    axes.annotate("the model", (0, 1), xycoords=("data", "axes fraction"), xytext=(3, -10), textcoords="offset points",
+                  fontsize=8, color="0.35")  # fmt: skip
+    axes.set(xlabel=_axis_label(axis.name), ylabel="attack success rate (%)", ylim=(-3, 103), title=_title(landscape))
+    axes.grid(alpha=0.3)
+    if len(landscape.asr) > 1:
+        axes.legend()
+    return figure
+
+
+def _plot_2d(landscape: Landscape) -> Figure:
+    rows = len(landscape.asr)
+    figure = Figure(figsize=(11, 4.4 * rows), layout="constrained")
+    figure.suptitle(_title(landscape))
+    first, second = landscape.axes
+    x, y = np.meshgrid(first.values, second.values, indexing="ij")
+    labels = {"xlabel": _axis_label(first.name), "ylabel": _axis_label(second.name)}
+    for i, asr in enumerate(landscape.asr):
+        values = np.ma.masked_invalid(asr)
+        flat = figure.add_subplot(rows, 2, 2 * i + 1)
+        filled = flat.contourf(x, y, values, levels=np.arange(0, 101, 10), cmap=COLOUR_MAP)
+        lines = flat.contour(x, y, values, levels=[10, 50, 90], colors="k", linewidths=0.7)
+        flat.clabel(lines, fmt="%d %%", fontsize=8)
+        flat.plot(0, 0, marker="+", color="w", markersize=10, markeredgewidth=2)
+        flat.set(**labels, aspect="equal")
+        figure.colorbar(filled, ax=flat, label="attack success rate (%)")
+        surface: Any = figure.add_subplot(rows, 2, 2 * i + 2, projection="3d")
+        surface.plot_surface(x, y, values, cmap=COLOUR_MAP, vmin=0, vmax=100, rcount=60, ccount=60)
+        surface.set(xlabel=GREEK.get(first.name), ylabel=GREEK.get(second.name), zlabel="ASR (%)", zlim=(0, 100))
+        if rows > 1:
+            flat.set_title(f"direction set {i}", fontsize=10)
+    return figure

@@ -1,0 +1,164 @@
+"""Prompt sets, and the text that a chat model is given for a prompt."""
+
+import csv
+import io
+import json
+import urllib.request
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from jaxscape.files import cached_file
+from jaxscape.errors import UserError
+
+BUILT_IN = ("harmful", "benign")
+NAMES = (*BUILT_IN, "advbench")
+
+# Zou et al., arXiv 2307.15043; MIT licence.
+ADVBENCH_URL = (
+    "https://raw.githubusercontent.com/llm-attacks/llm-attacks/098262edf85f807224e70ecd87b9d83716bf6b73"
+    "/data/advbench/harmful_behaviors.csv"
+)
+ADVBENCH_SHA256 = "6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1"
+
+
+def load_prompts(source: str | Path, num_prompts: int | None = None) -> list[str]:
+    """The first `num_prompts` prompts of a set, or all of them.
+
+    Arguments:
+        source: `harmful` or `benign` (100 each, written for this project, pairwise matched over ten categories, which
+            take turns), `advbench` (520, downloaded once), or a file: CSV (the `goal` column, or the first), JSONL
+            (strings, or objects with a `goal` or `prompt`) or TXT (a prompt a line).
+
+    Raises:
+        UserError: there is no such set, a file is malformed (the line is named), or it has too few prompts.
+    """
+    prompts = _load(str(source))
+    if num_prompts is None:
+        return prompts
+    if num_prompts < 1:
+        raise UserError(f"The number of prompts must be at least 1, not {num_prompts}.")
+    if num_prompts > len(prompts):
+        raise UserError(f"{source} has {len(prompts)} prompts, but {num_prompts} were asked for.")
+    return prompts[:num_prompts]
+
+
+def _load(source: str) -> list[str]:
+    if source in BUILT_IN:
+        rows = csv.DictReader(files("jaxscape").joinpath("data/prompts.csv").open(encoding="utf-8"))
+        return [row[source] for row in rows]
+    if source == "advbench":
+        return _csv_prompts(_read(cached_file("advbench.csv", ADVBENCH_SHA256, _download_advbench)), source)
+    path = Path(source)
+    parse = {".csv": _csv_prompts, ".jsonl": _jsonl_prompts, ".txt": _txt_prompts}.get(path.suffix.lower())
+    if parse is None:
+        raise UserError(
+            f"There is no prompt set {source!r}: give {', '.join(NAMES)}, or a file ending in .csv, .jsonl or .txt."
+        )
+    prompts = parse(_read(path), source)
+    if not prompts:
+        raise UserError(f"The prompt file {source} has no prompts in it.")
+    return prompts
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The prompt file {path} cannot be read as UTF-8 text ({error}).") from error
+
+
+def _download_advbench(path: Path) -> None:
+    try:
+        with urllib.request.urlopen(ADVBENCH_URL, timeout=30) as response:
+            path.write_bytes(response.read())
+    except OSError as error:
+        raise UserError(
+            f"AdvBench could not be downloaded from {ADVBENCH_URL} ({error}); download that file by other means and "
+            f"pass its path instead of 'advbench'."
+        ) from error
+
+
+def _csv_prompts(text: str, source: str) -> list[str]:
+    reader = csv.reader(io.StringIO(text), strict=True)
+    try:
+        header = next(reader, [])
+        column = header.index("goal") if "goal" in header else 0
+        prompts = []
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise UserError(f"{source}, line {reader.line_num}: {len(row)} columns where {len(header)} stand above.")
+            prompts.append(_checked(row[column], source, reader.line_num))
+        return prompts
+    except csv.Error as error:
+        raise UserError(f"{source}, line {reader.line_num}: not valid CSV ({error}).") from error
+
+
+def _jsonl_prompts(text: str, source: str) -> list[str]:
+    prompts = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"{source}, line {number}: not valid JSON ({error}).") from error
+            if isinstance(value, dict):
+                value = value.get("goal", value.get("prompt"))
+            prompts.append(_checked(value, source, number))
+    return prompts
+
+
+def _txt_prompts(text: str, source: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _checked(value: Any, source: str, line: int) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{source}, line {line}: no prompt there (a text, or an object with a 'goal' or 'prompt').")
+    return value.strip()
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str = "default") -> str:
+    """What the model is given to continue: the prompt as a user's turn in the model's chat format.
+
+    Arguments:
+        system_prompt: `default` leaves it to the chat template, `none` has none, anything else is the system
+            prompt's text. A template may insert a prompt of its own where there is none, or an empty frame where
+            there is an empty one, so `none` takes the shorter of the two.
+
+    Returns:
+        The text, with every special token spelled out. A model without a chat template is given the bare prompt.
+
+    Raises:
+        UserError: the chat template has no system role, or is missing and a system prompt was given.
+    """
+    user = {"role": "user", "content": prompt}
+    if tokenizer.chat_template is None:
+        if system_prompt in ("default", "none"):
+            return (tokenizer.bos_token or "") + prompt
+        raise UserError("The model has no chat template, so it cannot be given a system prompt.")
+    if system_prompt == "default":
+        return _render(tokenizer, [user])
+    if system_prompt != "none":
+        return _render(tokenizer, [{"role": "system", "content": system_prompt}, user])
+    bare = _render(tokenizer, [user])
+    try:
+        return min(bare, _render(tokenizer, [{"role": "system", "content": ""}, user]), key=len)
+    except UserError:  # the template has no system role
+        return bare
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
+    try:
+        # A fixed date, because some templates write today's, and a run must be repeatable tomorrow.
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+        )
+    except TemplateError as error:
+        raise UserError(f"The model's chat template does not accept these messages ({error}).") from error

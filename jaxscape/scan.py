@@ -1,0 +1,154 @@
+"""The scan: evaluate a model at every point of a landscape."""
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import Progress
+
+from jaxscape.decode import BATCH_SIZE, Sampling, complete, encode
+from jaxscape.errors import UserError
+from jaxscape.landscape import Landscape, symmetric_axes
+from jaxscape.models import Model
+from jaxscape.models.checkpoint import Params, named_leaves
+from jaxscape.perturb import check_direction, materialise, random_direction
+from jaxscape.store import Run, open_run
+
+Direction = Params | int
+"""A tree like `model.params`, or the seed of a random one, which is made when it is needed."""
+
+
+def scan(
+    model: Model,
+    directions: Sequence[Direction | Sequence[Direction]],
+    *,
+    prompts: Sequence[str],
+    steps: int = 20,
+    radius: float = 0.5,
+    system_prompt: str = "default",
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    describe: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Landscape:
+    """Measure a safety landscape.
+
+    Arguments:
+        directions: the direction sets. `[d, e]` are two 1D landscapes, `[(d, e)]` is one 2D landscape; a direction is
+            a tree like `model.params`, or an integer, the seed of a random one. In a pair, a random second direction
+            is made orthogonal to the first.
+        steps: intervals along each axis, from −radius to radius; even, so that the model itself is a point.
+        system_prompt: `default`, `none` or a text, see `jaxscape.prompts.chat_text`.
+        max_new_tokens, temperature, top_k, top_p, seed: see `jaxscape.decode.Sampling`.
+        out: a directory to keep the run in. An unfinished run there is resumed; one of another configuration is an
+            error, unless `overwrite`.
+        describe: anything JSON can hold that should also stand in the run's configuration.
+        progress: whether to report each point on the standard error stream.
+
+    Returns:
+        The landscape, also when it was already complete on disk.
+
+    Raises:
+        UserError: something that was given cannot be used. Nothing is written then.
+    """
+    sets = [tuple(item) if isinstance(item, list | tuple) else (item,) for item in directions]
+    if not sets or len(set(map(len, sets))) != 1:
+        raise UserError("Give at least one direction, and either single directions or pairs of them, not both.")
+    axes = symmetric_axes(len(sets[0]), steps, radius)
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    batches = encode(
+        model, prompts, system_prompt=system_prompt, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    config = {
+        "model": model.name,
+        "weights": fingerprint(model.params),
+        "dtype": str(jax.tree.leaves(model.params)[0].dtype),
+        "directions": [[_identity(direction, model) for direction in item] for item in sets],
+        "steps": steps,
+        "radius": radius,
+        "num_prompts": len(prompts),
+        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+        "system_prompt": system_prompt,
+        **asdict(sampling),
+        **(describe or {}),
+    }
+    directory = None if out is None else Path(out)
+    with open_run(directory, config, axes, len(sets), prompts, overwrite) as run, _report(run, progress) as tell:
+        params = None
+        for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
+            resolved = _resolve(sets[index], model)
+            for _, coords in points:
+                params = materialise(model.params, resolved, jnp.asarray(coords, jnp.float32), params)
+                run.append(complete(model, params, batches, sampling))
+                tell()
+        return run.landscape()
+
+
+def _identity(direction: Direction, model: Model) -> int | str:
+    if not isinstance(direction, int):
+        check_direction(direction, model)
+        return fingerprint(direction)
+    if direction < 0:
+        raise UserError(f"The seed of a direction must be 0 or more, not {direction}.")
+    return direction
+
+
+def _resolve(directions: Sequence[Direction], model: Model) -> list[Params]:
+    resolved: list[Params] = []
+    for direction in directions:
+        if isinstance(direction, int):
+            direction = random_direction(model, direction, orthogonal_to=resolved[0] if resolved else None)
+        resolved.append(direction)
+    return resolved
+
+
+def fingerprint(params: Params) -> str:
+    """A checksum that tells trees apart: of every tensor's name, shape and some 64 of its values, evenly spread."""
+    leaves = named_leaves(params)
+    samples = jax.device_get([leaf.reshape(-1)[:: max(1, leaf.size // 64)] for leaf in leaves.values()])
+    digest = hashlib.sha256()
+    for (name, leaf), sample in zip(leaves.items(), samples, strict=True):
+        digest.update(f"{name}{leaf.shape}{leaf.dtype}".encode())
+        digest.update(sample.tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _report(run: Run, enabled: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar, and a line for each point: how far, where, its ASR, the time it took and the time left."""
+    total, resumed, started = len(run.points), run.num_done, time.monotonic()
+    with Progress(console=Console(stderr=True, highlight=False), disable=not enabled, transient=True) as bar:
+        task = bar.add_task("scan", total=total, completed=resumed)
+        if resumed:
+            bar.print(f"going on after {resumed} of {total} points")
+
+        def tell() -> None:
+            done = run.num_done
+            index, coords = run.points[done - 1]
+            place = ", ".join(f"{axis.name} {c:+.3f}" for axis, c in zip(run.axes, coords, strict=True))
+            asr = 100 * (1 - run.refused[done - 1].mean())
+            elapsed = time.monotonic() - started
+            left = timedelta(seconds=round(elapsed / (done - resumed) * (total - done)))
+            line = f"{done:>{len(str(total))}}/{total}  direction {index}  {place}  ASR {asr:5.1f} %  {left} left"
+            if bad := int((~run.finite[done - 1]).sum()):
+                line += f"  ({bad} of {len(run.prompts)} prompts met NaN or infinite logits)"
+            bar.update(task, completed=done)
+            bar.print(line)
+
+        yield tell
