@@ -1,10 +1,10 @@
 """The command line: `jaxscape VERB`, and the programs in `experiments/`, which are single verbs of it."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import transformers
@@ -136,7 +136,7 @@ class Export:
             write_line(f"{path}")
 
 
-VERBS = {"scan": Scan, "plot": Plot, "export": Export}
+VERBS: dict[str, Callable[..., Any]] = {"scan": Scan, "plot": Plot, "export": Export}
 
 
 def select_platform(names: Sequence[str]) -> None:
@@ -148,7 +148,7 @@ def select_platform(names: Sequence[str]) -> None:
     if len(names) > 1:
         raise UserError(f"Give only one of {', '.join('--' + name for name in names)}.")
     for name in names:
-        platforms = jax.config.jax_platforms
+        platforms = jax.config.values["jax_platforms"]
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
         try:
             jax.devices()
@@ -164,7 +164,8 @@ def select_platform(names: Sequence[str]) -> None:
 def summary(landscape: Landscape, out: Path) -> str:
     """A few lines that say what was found, and where it is."""
     values = landscape.visage_values or {}
-    centre = landscape.asr[(slice(None), *(len(axis.values) // 2 for axis in landscape.axes))].mean()
+    centre = landscape.asr.reshape(len(landscape.asr), -1)  # the grid is symmetric: its middle is the model itself
+    centre = centre[:, centre.shape[1] // 2].mean()
     low, high = values["interval"]
     lines = [
         f"ASR of the model itself: {centre:.1f} %; over all points: {landscape.asr.mean():.1f} %",

@@ -14,7 +14,7 @@ from jaxscape.errors import UserError
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import Params
 from jaxscape.models.config import ModelConfig
-from jaxscape.models.decoder import Decoder
+from jaxscape.models.decoder import KVCache, forward
 from jaxscape.prompts import chat_text
 
 LENGTH_MULTIPLE = 16  # prompts are padded to a multiple of it, so that few lengths are compiled
@@ -74,6 +74,15 @@ class Generated(NamedTuple):
     finite: Bool[Array, " batch"]
 
 
+class Carry(NamedTuple):
+    """What the decode loop hands on: the number of tokens chosen, and the state after choosing them."""
+
+    step: Int[Array, ""]
+    out: Generated
+    ended: Bool[Array, " batch"]
+    cache: KVCache
+
+
 class Completion(NamedTuple):
     text: str
     finite: bool
@@ -131,9 +140,7 @@ def generate(
     model's end token and hold no special tokens; they are a model's output and as such not to be trusted.
     """
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    batches = encode(
-        model, prompts, system_prompt=system_prompt, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
+    batches = encode(model, prompts, system_prompt=system_prompt, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return [completion.text for completion in complete(model, model.params, batches, sampling)]
 
 
@@ -149,7 +156,7 @@ def complete(model: Model, params: Params, batches: Sequence[Batch], sampling: S
         )
         for batch in batches  # dispatched all at once; the device works through them
     ]
-    completions = []
+    completions: list[Completion] = []
     for batch, output in zip(batches, jax.device_get(outputs), strict=True):
         real = batch.lengths > 0
         texts = model.tokenizer.batch_decode(
@@ -178,14 +185,16 @@ def generate_tokens(
     point runs the same program.
     """
     width, new = tokens.shape[1], sampling.max_new_tokens
-    decoder = Decoder(config)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed, impl="threefry2x32"), rows)
+    stream = jax.random.key(sampling.seed, impl="threefry2x32")
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(stream, rows)
     eos = jnp.asarray(eos_token_ids, jnp.int32)
 
-    def choose(logits: Float[Array, "batch vocab"], step: Int[Array, ""] | int, out: Generated, ended: Array):  # noqa: ANN202
-        """Append one token to the rows that have not ended; a row ends at an end token or a logit that is not finite."""
-        chosen = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
-        finite = jnp.isfinite(logits).all(-1)
+    def choose(
+        logits: Float[Array, "batch 1 vocab"], step: Int[Array, ""], out: Generated, ended: Bool[Array, " batch"]
+    ) -> tuple[Generated, Bool[Array, " batch"]]:
+        """Add a token to the rows that go on; a row ends at an end token, or at a logit that is not finite."""
+        chosen = sample(logits[:, 0], jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
+        finite = jnp.isfinite(logits[:, 0]).all(-1)
         going = ~ended & finite & ~jnp.isin(chosen, eos)
         out = Generated(
             tokens=out.tokens.at[:, step].set(jnp.where(going, chosen, 0)),
@@ -194,33 +203,29 @@ def generate_tokens(
         )
         return out, ~going
 
-    positions = jnp.arange(width) - (width - lengths[:, None])
-    logits, cache = decoder.apply({"params": params}, tokens, jnp.maximum(positions, -1), last_only=True)
-    empty = Generated(
+    def unfinished(carry: Carry) -> Bool[Array, ""]:
+        return (carry.step < new) & ~carry.ended.all()
+
+    def decode_step(carry: Carry) -> Carry:
+        step, out, ended, cache = carry
+        last = jax.lax.dynamic_slice_in_dim(out.tokens, step - 1, 1, axis=1)
+        logits, cache = forward(config, params, last, lengths[:, None] + step - 1, cache, width + step - 1)
+        out, ended = choose(logits, step, out, ended)
+        return Carry(step + 1, out, ended, cache)
+
+    # Prompts are padded on the left, so that each row's next token goes to the same slot; padding is at position -1.
+    positions = jnp.maximum(jnp.arange(width) - (width - lengths[:, None]), -1)
+    logits, cache = forward(config, params, tokens, positions, last_only=True)
+    nothing = Generated(
         tokens=jnp.zeros((tokens.shape[0], new), jnp.int32),
         lengths=jnp.zeros_like(lengths),
         finite=jnp.ones(lengths.shape, bool),
     )
-    out, ended = choose(logits[:, 0], 0, empty, lengths == 0)
-
-    def step(carry):  # noqa: ANN001, ANN202
-        i, out, ended, cache = carry
-        last = jax.lax.dynamic_slice_in_dim(out.tokens, i - 1, 1, axis=1)
-        logits, cache = decoder.apply({"params": params}, last, lengths[:, None] + i - 1, cache, width + i - 1)
-        out, ended = choose(logits[:, 0], i, out, ended)
-        return i + 1, out, ended, cache
-
-    def unfinished(carry):  # noqa: ANN001, ANN202
-        i, _, ended, _ = carry
-        return (i < new) & ~ended.all()
-
-    carry = (jnp.int32(1), out, ended, cache.padded(new))
-    return jax.lax.while_loop(unfinished, step, carry)[1]
+    out, ended = choose(logits, jnp.int32(0), nothing, lengths == 0)
+    return jax.lax.while_loop(unfinished, decode_step, Carry(jnp.int32(1), out, ended, cache.padded(new))).out
 
 
-def sample(
-    logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"], sampling: Sampling
-) -> Int[Array, " batch"]:
+def sample(logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"], sampling: Sampling) -> Int[Array, " batch"]:
     """The next token of each row. Top-k and top-p act on the logits after the temperature, in this order."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -131,9 +131,12 @@ class Landscape:
         low, high = wilson_interval(asr, num_prompts)
         values = None
         if evaluated.all():
-            values = {kind: visage(asr, kind, len(axes)) for kind in get_args(VisageKind)}
-            values["interval"] = list(visage_interval(refused, "paper"))
-            values["reference_interval"] = list(visage_interval(refused, "reference"))
+            values = {
+                "paper": visage(asr, "paper", len(axes)),
+                "reference": visage(asr, "reference", len(axes)),
+                "interval": list(visage_interval(refused, "paper")),
+                "reference_interval": list(visage_interval(refused, "reference")),
+            }
         return cls(tuple(axes), asr, low, high, nonfinite, num_prompts, values)
 
     @property
@@ -154,8 +157,10 @@ class Landscape:
     def to_json(self) -> str:
         """The text of `landscape.json`."""
 
-        def nested(values: np.ndarray) -> Any:
-            return np.where(np.isnan(values), None, values.astype(object)).tolist()
+        def nested(values: np.ndarray) -> list[Any]:  # JSON has no NaN
+            cells = values.astype(object)
+            cells[np.isnan(values)] = None
+            return cells.tolist()
 
         content = {
             "axes": [{"name": axis.name, "values": list(axis.values)} for axis in self.axes],

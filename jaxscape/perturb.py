@@ -35,7 +35,9 @@ def random_direction(model: Model, seed: int, orthogonal_to: Params | None = Non
     others = named_leaves(orthogonal_to) if orthogonal_to is not None else {}
     return tree_of(
         {
-            name: jnp.zeros_like(weight) if "norm" in name else _random_tensor(weight, _key(seed, name), others.get(name))
+            name: jnp.zeros_like(weight)
+            if "norm" in name
+            else _random_tensor(weight, _key(seed, name), others.get(name))
             for name, weight in named_leaves(model.params).items()
         }
     )

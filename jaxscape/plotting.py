@@ -16,7 +16,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 COLOUR_MAP = "cividis"  # its lightness rises evenly, so it reads the same in grey
-GREEK = {"alpha": "α", "beta": "β"}
+GREEK = {"alpha": "\N{GREEK SMALL LETTER ALPHA}", "beta": "\N{GREEK SMALL LETTER BETA}"}
 
 
 def plot_landscape(landscape: Landscape) -> Figure:
@@ -54,9 +54,7 @@ def _plot_1d(landscape: Landscape) -> Figure:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     (axis,) = landscape.axes
-    for i, (asr, low, high) in enumerate(
-        zip(landscape.asr, landscape.asr_low, landscape.asr_high, strict=True)
-    ):
+    for i, (asr, low, high) in enumerate(zip(landscape.asr, landscape.asr_low, landscape.asr_high, strict=True)):
         colour = COLOURS[i % len(COLOURS)]
         axes.fill_between(axis.values, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(

@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from jaxscape.files import cached_file
 from jaxscape.errors import UserError
+from jaxscape.files import cached_file
 
 BUILT_IN = ("harmful", "benign")
 NAMES = (*BUILT_IN, "advbench")
@@ -49,8 +49,8 @@ def load_prompts(source: str | Path, num_prompts: int | None = None) -> list[str
 
 def _load(source: str) -> list[str]:
     if source in BUILT_IN:
-        rows = csv.DictReader(files("jaxscape").joinpath("data/prompts.csv").open(encoding="utf-8"))
-        return [row[source] for row in rows]
+        text = files("jaxscape").joinpath("data/prompts.csv").read_text(encoding="utf-8")
+        return [row[source] for row in csv.DictReader(io.StringIO(text))]
     if source == "advbench":
         return _csv_prompts(_read(cached_file("advbench.csv", ADVBENCH_SHA256, _download_advbench)), source)
     path = Path(source)
@@ -93,7 +93,9 @@ def _csv_prompts(text: str, source: str) -> list[str]:
             if not row:
                 continue
             if len(row) != len(header):
-                raise UserError(f"{source}, line {reader.line_num}: {len(row)} columns where {len(header)} stand above.")
+                raise UserError(
+                    f"{source}, line {reader.line_num}: {len(row)} columns where {len(header)} stand above."
+                )
             prompts.append(_checked(row[column], source, reader.line_num))
         return prompts
     except csv.Error as error:
@@ -121,6 +123,8 @@ def _txt_prompts(text: str, source: str) -> list[str]:
 def _checked(value: Any, source: str, line: int) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{source}, line {line}: no prompt there (a text, or an object with a 'goal' or 'prompt').")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # JSON can spell what UTF-8 cannot
+        raise UserError(f"{source}, line {line}: half a surrogate pair, which is no text.")
     return value.strip()
 
 

@@ -72,9 +72,7 @@ def scan(
         raise UserError("Give at least one direction, and either single directions or pairs of them, not both.")
     axes = symmetric_axes(len(sets[0]), steps, radius)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    batches = encode(
-        model, prompts, system_prompt=system_prompt, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
+    batches = encode(model, prompts, system_prompt=system_prompt, max_new_tokens=max_new_tokens, batch_size=batch_size)
     config = {
         "model": model.name,
         "weights": fingerprint(model.params),

@@ -15,7 +15,7 @@ from jaxscape.errors import UserError
 from jaxscape.models import builtin, huggingface
 from jaxscape.models.checkpoint import Checkpoint, Params, load_params
 from jaxscape.models.config import ModelConfig
-from jaxscape.models.decoder import Decoder
+from jaxscape.models.decoder import forward
 from jaxscape.models.gguf import open_gguf
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -40,15 +40,13 @@ class Model:
 
     def __call__(self, tokens: Int[Array | np.ndarray, "batch time"]) -> Float[Array, "batch time vocab"]:
         """Logits of the next token after each token: int32[B, T] to float32[B, T, V]."""
-        return _forward(self.params, jnp.asarray(tokens, jnp.int32), self.config)
+        return _logits(self.params, jnp.asarray(tokens, jnp.int32), self.config)
 
 
 @partial(jax.jit, static_argnums=2)
-def _forward(
-    params: Params, tokens: Int[Array, "batch time"], config: ModelConfig
-) -> Float[Array, "batch time vocab"]:
+def _logits(params: Params, tokens: Int[Array, "batch time"], config: ModelConfig) -> Float[Array, "batch time vocab"]:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return Decoder(config).apply({"params": params}, tokens, positions)[0]
+    return forward(config, params, tokens, positions)[0]
 
 
 def load_model(source: str | Path, dtype: str | None = None) -> Model:

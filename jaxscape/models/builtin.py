@@ -9,8 +9,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxscape.files import cached_file
 from jaxscape.errors import UserError
+from jaxscape.files import cached_file
 
 
 @dataclass(frozen=True)

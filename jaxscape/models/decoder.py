@@ -7,7 +7,7 @@ nothing and transposing nothing.
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxscape.models.config import ModelConfig
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 means float32: accelerators would round products to fewer bits
 
 
+@runtime_checkable
 class SummedWeight(Protocol):
     """A weight that is not an array but, say, a sum of arrays."""
 
@@ -261,6 +262,21 @@ class Decoder(nn.Module):
         x = x[:, -1:] if last_only else x
         logits = self.model.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
         return logits.astype(jnp.float32), cache
+
+
+def forward(
+    config: ModelConfig,
+    params: dict[str, Any],
+    tokens: Int[Array, "batch time"],
+    positions: Int[Array, "batch time"],
+    cache: KVCache | None = None,
+    slot: Int[Array, ""] | int = 0,
+    *,
+    last_only: bool = False,
+) -> tuple[Float[Array, "batch out_time vocab"], KVCache]:
+    """`Decoder` as a pure function; see there."""
+    output: Any = Decoder(config).apply({"params": params}, tokens, positions, cache, slot, last_only=last_only)
+    return output
 
 
 @lru_cache

@@ -28,7 +28,7 @@ SPLITS = {"default": _GPT2_SPLIT, "gpt-2": _GPT2_SPLIT, "smollm": _GPT2_SPLIT, "
 
 # Tokens that end a turn in the usual chat formats; a file's metadata often names only the one that ends a text.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -132,10 +132,17 @@ def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
 
 def _eos_token_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
     tokens = fields["tokenizer.ggml.tokens"]
-    types = fields.get("tokenizer.ggml.token_type", [])
-    stated = {fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")}
-    named = {i for i, (token, kind) in enumerate(zip(tokens, types)) if kind == _CONTROL and token in END_OF_TURN}
-    return tuple(sorted((stated | named) - {None}))
+    stated = {fields[key] for kind in ("eos", "eot") if (key := f"tokenizer.ggml.{kind}_token_id") in fields}
+    named = {
+        i
+        for i, (token, kind) in enumerate(zip(tokens, _token_types(fields), strict=True))
+        if kind == _CONTROL and token in END_OF_TURN
+    }
+    return tuple(sorted(stated | named))
+
+
+def _token_types(fields: Mapping[str, Any]) -> list[int]:
+    return fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(fields["tokenizer.ggml.tokens"]))
 
 
 def _tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
@@ -148,10 +155,11 @@ def _tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
             tokenizer = _sentencepiece(tokens, fields)
         case other:
             raise UserError(f"The GGUF file's tokenizer is of type {other!r}; supported are 'gpt2' and 'llama'.")
-    types = fields.get("tokenizer.ggml.token_type", [])
-    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [AddedToken(t, normalized=False, special=special) for t, k in zip(tokens, types) if k == kind]
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+    for token, kind in zip(tokens, _token_types(fields), strict=True):
+        if kind == _CONTROL:
+            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+        elif kind == _USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=False)])
     special_tokens = {
         f"{ours}_token": tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]]
         for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
@@ -188,9 +196,7 @@ def _sentencepiece(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
     scores = dict(zip(tokens, fields["tokenizer.ggml.scores"], strict=True))
     unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]
     merges = generate_merges(vocab, scores)
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = [normalizers.Prepend("▁")] if fields.get("tokenizer.ggml.add_space_prefix", True) else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []

@@ -1,0 +1,129 @@
+"""Fixtures: a tiny random model on disk in the Hugging Face format, and the real SmolLM2-135M."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import jaxscape as js
+from jaxscape.models import builtin
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,  # wide, so that logits differ enough for greedy tokens to be certain
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
+
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<s>system\nBe kind.</s>{% endif %}"
+    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY["vocab_size"],
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(js.load_prompts("harmful") + js.load_prompts("benign"), trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
+    )
+
+
+MakeModel = Callable[..., tuple[Path, transformers.LlamaForCausalLM]]
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Makes a random Llama with transformers: `make_model(**options)` gives its directory and the torch model."""
+    tokenizer = tiny_tokenizer()
+
+    def make(seed: int = 0, save: dict[str, Any] | None = None, **options: Any) -> tuple[Path, Any]:
+        torch.manual_seed(seed)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(TINY | options))).eval()
+        for name, parameter in model.named_parameters():  # norms and biases start as ones and zeros: hide no mistake
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+        directory = tmp_path_factory.mktemp("model")
+        model.save_pretrained(directory, **(save or {}))
+        tokenizer.save_pretrained(directory)
+        return directory, model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(make_model: MakeModel) -> Path:
+    return make_model()[0]
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_dir: Path) -> js.Model:
+    return js.load_model(tiny_dir, "float32")
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    return builtin.packaged_file(builtin.MODELS["smollm2-135m"])
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_file: Path) -> js.Model:
+    return js.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def torch_smollm2(smollm2_file: Path) -> Any:
+    """transformers' own reading of the same file."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def adv80() -> list[str]:
+    path = SHARED / "advbench_000-279.csv"
+    if not path.exists():
+        pytest.skip(f"AdvBench's first rows are not at {path.parent}")
+    return js.load_prompts(path, 80)
+
+
+@pytest.fixture
+def edit_json() -> Callable[..., None]:
+    def edit(path: Path, **changes: Any) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+def assert_same_tree(a: Any, b: Any) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)

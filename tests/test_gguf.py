@@ -1,0 +1,180 @@
+"""GGUF files against transformers' own reading of them (with torch)."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+import jaxscape as js
+from jaxscape.models.checkpoint import named_leaves
+
+Q = gguf.GGMLQuantizationType
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, LAYERS = 256, 4, 2, 64, 512, 2
+BYTES = list(bytes_to_unicode().values())
+BPE = ["<unk>", "<|im_start|>", "<|im_end|>", *BYTES, "th", "the", "Ġthe", "in", "Ġ1", "12", "123", "ĠĠ"]
+BPE_MERGES = ["t h", "th e", "Ġ the", "i n", "Ġ 1", "1 2", "12 3", "Ġ Ġ"]
+SPM = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(f"<0x{i:02X}>" for i in range(256)),
+    "▁t",
+    "he",
+    "▁the",
+    "in",
+    "▁▁",
+    "▁",
+    *"abcdehint12.",
+]
+
+
+def quantised(kind: Q, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Blocks of a kind; of those that gguf cannot make, random bytes around sane scales."""
+    values = rng.normal(0, 0.1, shape).astype(np.float32)
+    if kind not in (Q.Q4_K, Q.Q6_K):
+        return gguf.quantize(values, kind)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (shape[0], shape[1] // block, size), dtype=np.uint8)
+    scales = rng.uniform(1e-3, 2e-3, (*blocks.shape[:2], 2)).astype(np.float16).view(np.uint8)
+    if kind == Q.Q4_K:
+        blocks[..., :4] = scales
+    else:
+        blocks[..., -2:] = scales[..., :2]
+    return blocks.reshape(shape[0], -1)
+
+
+def write_gguf(path: Path, kind: Q = Q.F32, tokenizer: str = "gpt2", pre: str = "smollm", **extra: Any) -> Path:
+    rng = np.random.default_rng(0)
+    tokens = BPE if tokenizer == "gpt2" else SPM
+    writer = gguf.GGUFWriter(path, extra.get("architecture", "llama"))
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(MLP)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model(tokenizer)
+    writer.add_token_list(tokens)
+    types = [gguf.TokenType.NORMAL] * len(tokens)
+    types[0], types[1], types[2] = gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL
+    if tokenizer == "gpt2":
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges(BPE_MERGES)
+    else:
+        types[3:259] = [gguf.TokenType.BYTE] * 256
+        writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(tokens) - 259)])
+    writer.add_token_types(types)
+    for name, number in (("unk", 0), ("bos", 1), ("eos", 2)):
+        getattr(writer, f"add_{name}_token_id")(number)
+
+    def add(name: str, rows: int, columns: int, kind: Q = kind) -> None:
+        writer.add_tensor(name, quantised(kind, (rows, columns), rng), raw_dtype=kind)
+
+    add("token_embd.weight", len(tokens), HIDDEN, Q.Q8_0)
+    add("output.weight", len(tokens), HIDDEN)
+    writer.add_tensor("output_norm.weight", rng.normal(1, 0.1, HIDDEN).astype(np.float32))
+    for i in range(LAYERS):
+        add(f"blk.{i}.attn_q.weight", HEADS * HEAD_DIM, HIDDEN)
+        add(f"blk.{i}.attn_k.weight", KV_HEADS * HEAD_DIM, HIDDEN)
+        add(f"blk.{i}.attn_v.weight", KV_HEADS * HEAD_DIM, HIDDEN)
+        add(f"blk.{i}.attn_output.weight", HIDDEN, HEADS * HEAD_DIM)
+        add(f"blk.{i}.ffn_gate.weight", MLP, HIDDEN)
+        add(f"blk.{i}.ffn_up.weight", MLP, HIDDEN)
+        add(f"blk.{i}.ffn_down.weight", HIDDEN, MLP)
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{norm}.weight", rng.normal(1, 0.1, HIDDEN).astype(np.float32))
+    for name, values in extra.get("tensors", {}).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q4_K, Q.Q6_K], ids=lambda q: q.name)
+def test_tensors_and_logits_are_those_that_transformers_reads(tmp_path: Path, kind: Q) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", kind)
+    model = js.load_model(path, "float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    state = theirs.state_dict()
+    assert named_leaves(model.params).keys() == state.keys()
+    for name, leaf in named_leaves(model.params).items():
+        np.testing.assert_allclose(leaf, state[name].numpy(), rtol=1e-6, atol=1e-7, err_msg=name)
+    tokens = np.arange(3, 60)[None]
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(model(tokens) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "pre"), [("gpt2", "smollm"), ("gpt2", "llama-bpe"), ("gpt2", "gpt-2"), ("llama", "")]
+)
+def test_tokenizers_are_those_that_transformers_builds(tmp_path: Path, tokenizer: str, pre: str) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tokenizer=tokenizer, pre=pre)
+    ours = js.load_model(path).tokenizer
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    for text in [
+        "the thin",
+        " the  in",
+        "in the.\n\nthe",
+        "1234",
+        "it's a né 你",
+        "<|im_start|>the<|im_end|>",
+        "</s>",
+        "\tthe",
+    ]:
+        ids = ours(text, add_special_tokens=False)["input_ids"]
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"], text
+        assert ours.decode(ids, clean_up_tokenization_spaces=False) == theirs.decode(
+            ids, clean_up_tokenization_spaces=False
+        )
+    assert ours.eos_token == theirs.eos_token == BPE[2] if tokenizer == "gpt2" else SPM[2]
+
+
+def test_end_of_turn_tokens_are_found_in_the_vocabulary(tmp_path: Path) -> None:
+    assert js.load_model(write_gguf(tmp_path / "tiny.gguf")).eos_token_ids == (2,)
+
+
+def test_llama3_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:
+    plain = js.load_model(write_gguf(tmp_path / "plain.gguf")).config.rope_frequencies
+    divisors = np.linspace(1, 8, HEAD_DIM // 2, dtype=np.float32)
+    scaled = js.load_model(write_gguf(tmp_path / "scaled.gguf", tensors={"rope_freqs.weight": divisors})).config
+    np.testing.assert_allclose(scaled.rope_frequencies, np.array(plain) / divisors)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"architecture": "gpt2"}, "architecture 'gpt2'"),
+        ({"kind": Q.Q5_0}, "tensors of type Q5_0; supported are F32"),
+        ({"pre": "strange"}, "pre-tokenizer is 'strange'"),
+        ({"tensors": {"blk.9.attn_q.weight": np.ones(3, np.float32)}}, "not expected blk.9.attn_q.weight"),
+    ],
+)
+def test_what_is_not_supported_is_said(tmp_path: Path, options: Any, message: str) -> None:
+    with pytest.raises(js.UserError, match=message):
+        js.load_model(write_gguf(tmp_path / "tiny.gguf", **options))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf").read_bytes()
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.floats(0, 0.9999))
+def test_a_truncated_file_is_a_user_error(tmp_path: Path, whole: bytes, cut: float) -> None:
+    (tmp_path / "cut.gguf").write_bytes(whole[: int(len(whole) * cut)])
+    with pytest.raises(js.UserError, match="truncated or damaged"):
+        js.load_model(tmp_path / "cut.gguf")
