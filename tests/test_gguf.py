@@ -42,7 +42,8 @@ def quantised(kind: Q, shape: tuple[int, int], rng: np.random.Generator) -> np.n
         return gguf.quantize(values, kind)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = rng.integers(0, 256, (shape[0], shape[1] // block, size), dtype=np.uint8)
-    scales = rng.uniform(1e-3, 2e-3, (*blocks.shape[:2], 2)).astype(np.float16).view(np.uint8)
+    scales = rng.uniform(1, 2, (*blocks.shape[:2], 2)) * (1e-3 if kind == Q.Q4_K else 1e-5)
+    scales = scales.astype(np.float16).view(np.uint8)
     if kind == Q.Q4_K:
         blocks[..., :4] = scales
     else:
@@ -117,29 +118,36 @@ def test_tensors_and_logits_are_those_that_transformers_reads(tmp_path: Path, ki
     assert np.abs(model(tokens) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+BPE_TEXTS = ["the thin", " the  in", "in the.\n\nthe", "1234", "it's a né 你", "<|im_start|>the<|im_end|>", "\tthe"]
+SPM_TEXTS = ["the thin", "the  in", "in the.\n\nthe", "1234", "it's a né 你", "the</s>"]  # a leading space: see below
+
+
 @pytest.mark.parametrize(
-    ("tokenizer", "pre"), [("gpt2", "smollm"), ("gpt2", "llama-bpe"), ("gpt2", "gpt-2"), ("llama", "")]
+    ("tokenizer", "pre", "texts"),
+    [("gpt2", "llama-bpe", BPE_TEXTS), ("gpt2", "gpt-2", BPE_TEXTS), ("llama", "", SPM_TEXTS)],
 )
-def test_tokenizers_are_those_that_transformers_builds(tmp_path: Path, tokenizer: str, pre: str) -> None:
+def test_tokenizers_are_those_that_transformers_builds(
+    tmp_path: Path, tokenizer: str, pre: str, texts: list[str]
+) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tokenizer=tokenizer, pre=pre)
     ours = js.load_model(path).tokenizer
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
-    for text in [
-        "the thin",
-        " the  in",
-        "in the.\n\nthe",
-        "1234",
-        "it's a né 你",
-        "<|im_start|>the<|im_end|>",
-        "</s>",
-        "\tthe",
-    ]:
+    for text in texts:
         ids = ours(text, add_special_tokens=False)["input_ids"]
         assert ids == theirs(text, add_special_tokens=False)["input_ids"], text
-        assert ours.decode(ids, clean_up_tokenization_spaces=False) == theirs.decode(
-            ids, clean_up_tokenization_spaces=False
-        )
-    assert ours.eos_token == theirs.eos_token == BPE[2] if tokenizer == "gpt2" else SPM[2]
+        assert ours.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert ours.eos_token == theirs.eos_token
+
+
+def test_sentencepiece_puts_a_space_before_every_text(tmp_path: Path) -> None:
+    """As SentencePiece and the tokenizers that ship with Llama 2 do; transformers' reading of GGUF skips one."""
+    tokenizer = js.load_model(write_gguf(tmp_path / "tiny.gguf", tokenizer="llama")).tokenizer
+    assert tokenizer.tokenize(" the") == ["▁", "▁the"]
+
+
+def test_smollm_splits_numbers_into_digits(tmp_path: Path) -> None:
+    tokenizer = js.load_model(write_gguf(tmp_path / "tiny.gguf", pre="smollm")).tokenizer
+    assert tokenizer.tokenize("the 123") == ["the", "Ġ", "1", "2", "3"]
 
 
 def test_end_of_turn_tokens_are_found_in_the_vocabulary(tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""Generation against transformers' `generate`, and what a row's result may not depend on."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxscape as js
+from jaxscape.decode import Sampling, complete, encode, generate_tokens, sample
+from jaxscape.prompts import chat_text
+
+PROMPTS = ["Write a poem about geese", "Hi", "Explain what a key is and how a lock works, please", "Why?"]
+
+
+def tokens_of(model: js.Model, prompts: list[str], batch_size: int = 128, **options: Any) -> list[list[int]]:
+    sampling = Sampling(**({"max_new_tokens": 20} | options))
+    batches = encode(
+        model, prompts, system_prompt="default", max_new_tokens=sampling.max_new_tokens, batch_size=batch_size
+    )
+    rows = []
+    for batch in batches:
+        out = generate_tokens(
+            model.params,
+            *map(jnp.asarray, batch),
+            config=model.config,
+            sampling=sampling,
+            eos_token_ids=model.eos_token_ids,
+        )
+        rows += [row[:n].tolist() for row, n, real in zip(out.tokens, out.lengths, batch.lengths, strict=True) if real]
+    return rows
+
+
+def torch_tokens(torch_model: Any, model: js.Model, prompt: str, new: int = 20) -> list[int]:
+    """transformers' greedy continuation of one prompt, without its end token."""
+    text = chat_text(model.tokenizer, prompt)
+    ids = torch.tensor([model.tokenizer(text, add_special_tokens=False)["input_ids"]])
+    eos = list(model.eos_token_ids)
+    config = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=eos, pad_token_id=0)
+    out = torch_model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :]
+    row = out.tolist()
+    return row[: next((i for i, token in enumerate(row) if token in eos), len(row))]
+
+
+@pytest.mark.parametrize("eos", [2, [2, 50, 60, 70, 80, 90, 100, 110]], ids=["rare", "frequent"])
+def test_greedy_tokens_are_those_of_transformers(make_model: Any, edit_json: Any, eos: Any) -> None:
+    directory, torch_model = make_model(seed=7)
+    edit_json(directory / "config.json", eos_token_id=eos)
+    model = js.load_model(directory, "float32")
+    rows = tokens_of(model, PROMPTS)
+    assert rows == [torch_tokens(torch_model, model, prompt) for prompt in PROMPTS]
+    if eos != 2:
+        assert {len(row) < 20 for row in rows} == {True, False}, "some rows end early, some do not"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_does_not_depend_on_its_batch_mates(tiny: js.Model, temperature: float) -> None:
+    together = tokens_of(tiny, PROMPTS, temperature=temperature)
+    assert tokens_of(tiny, PROMPTS, batch_size=3, temperature=temperature) == together
+    assert tokens_of(tiny, PROMPTS, batch_size=1, temperature=temperature) == together
+    assert tokens_of(tiny, PROMPTS[:2], temperature=temperature) == together[:2]
+
+
+def test_repeating_repeats_and_another_seed_does_not(tiny: js.Model) -> None:
+    first = js.generate(tiny, PROMPTS, max_new_tokens=16, temperature=1.0, seed=3)
+    assert js.generate(tiny, PROMPTS, max_new_tokens=16, temperature=1.0, seed=3) == first
+    assert js.generate(tiny, PROMPTS, max_new_tokens=16, temperature=1.0, seed=4) != first
+    assert len(set(js.generate(tiny, ["Hi"] * 4, max_new_tokens=16, temperature=1.0))) == 4, "rows draw on their own"
+
+
+def test_other_parameters_do_not_recompile_and_other_lengths_rarely(tiny: js.Model) -> None:
+    tokens_of(tiny, PROMPTS)
+    compiled = generate_tokens._cache_size()
+    for scale in (0.9, 1.1):
+        moved = js.Model(**{**vars(tiny), "params": jax.tree.map(lambda x, s=scale: s * x, tiny.params)})
+        tokens_of(moved, PROMPTS)
+    tokens_of(tiny, [prompt + "!" for prompt in PROMPTS])
+    assert generate_tokens._cache_size() == compiled
+
+
+def test_a_row_with_nan_logits_ends_alone_and_is_reported(tiny: js.Model) -> None:
+    """The embedding of a token that one prompt alone has is NaN: that row ends, its batch-mates are as before."""
+    batches = encode(tiny, PROMPTS, system_prompt="default", max_new_tokens=8)
+    expected = complete(tiny, tiny.params, batches, Sampling(8))
+    rows = [set(row[-n:].tolist()) for row, n in zip(batches[0].tokens, batches[0].lengths, strict=True)]
+    produced = {token for row in tokens_of(tiny, PROMPTS, max_new_tokens=8) for token in row}
+    token = min(rows[2] - rows[0] - rows[1] - rows[3] - produced)
+    params = jax.tree.map(lambda x: x, tiny.params)
+    embedding = params["model"]["embed_tokens"]["weight"]
+    params["model"]["embed_tokens"]["weight"] = embedding.at[token].set(jnp.nan)
+    completions = complete(tiny, params, batches, Sampling(8))
+    assert [c.finite for c in completions] == [True, True, False, True]
+    assert completions[2].text == ""
+    assert [c for c in completions if c.finite] == [c for i, c in enumerate(expected) if i != 2]
+
+
+def test_generated_text_has_no_special_tokens(tiny: js.Model) -> None:
+    for text in js.generate(tiny, PROMPTS, max_new_tokens=32, temperature=2.0):
+        assert "</s>" not in text
+        assert "<s>" not in text
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    temperature=st.floats(0.1, 3),
+    top_k=st.integers(0, 40),
+    top_p=st.floats(0.05, 1),
+    seed=st.integers(0, 1000),
+)
+def test_sampling_draws_from_the_tokens_that_transformers_keeps(
+    temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    logits = np.random.default_rng(seed).normal(0, 3, (1, 30)).astype(np.float32)
+    kept = torch.tensor(logits) / temperature
+    if top_k:
+        kept = transformers.TopKLogitsWarper(top_k)(None, kept)
+    if top_p < 1:
+        kept = transformers.TopPLogitsWarper(top_p)(None, kept)
+    probabilities = kept.softmax(-1)[0].numpy()
+    keys = jax.random.split(jax.random.key(seed), 2000)
+    drawn = np.asarray(sample(jnp.repeat(logits, 2000, 0), keys, Sampling(1, temperature, top_k, top_p)))
+    frequencies = np.bincount(drawn, minlength=30) / 2000
+    assert (probabilities[np.unique(drawn)] > 0).all()
+    # Five standard deviations of a frequency, at most.
+    assert (np.abs(frequencies - probabilities) <= 5 * np.sqrt(probabilities * (1 - probabilities) / 2000) + 1e-3).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"batch_size": 0}, "batch size"),
+        ({"max_new_tokens": 250}, "Prompt 1 has .* exceeds the model's context of 256; shorten it"),
+    ],
+)
+def test_options_out_of_range_are_user_errors(tiny: js.Model, options: Any, message: str) -> None:
+    with pytest.raises(js.UserError, match=message):
+        js.generate(tiny, ["Hi"], **options)
+
+
+def test_no_prompts_is_a_user_error(tiny: js.Model) -> None:
+    with pytest.raises(js.UserError, match="no prompts"):
+        js.generate(tiny, [])
+
+
+def test_an_empty_prompt_without_a_template_is_a_user_error(tiny_dir: Path) -> None:
+    model = js.load_model(tiny_dir)
+    model.tokenizer.chat_template = None
+    model.tokenizer.bos_token = None
+    with pytest.raises(js.UserError, match="Prompt 2 is empty"):
+        js.generate(model, ["Hi", ""])

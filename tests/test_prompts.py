@@ -1,0 +1,162 @@
+"""Prompt sets, prompt files, and chat formats."""
+
+import csv
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SHARED, tiny_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import jaxscape as js
+from jaxscape import prompts as prompts_module
+from jaxscape.prompts import chat_text
+
+
+def test_built_in_sets_are_matched_and_cover_ten_categories_from_the_first_ten_on() -> None:
+    harmful, benign = js.load_prompts("harmful"), js.load_prompts("benign")
+    assert len({*harmful, *benign}) == 200
+    path = Path(prompts_module.__file__).parent / "data" / "prompts.csv"
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    assert Counter(row["category"] for row in rows) == dict.fromkeys({row["category"] for row in rows}, 10)
+    assert len({row["category"] for row in rows[:10]}) == 10
+    assert [row["harmful"] for row in rows] == harmful
+    assert [row["benign"] for row in rows] == benign
+
+
+def test_built_in_sets_have_none_of_the_prompts_they_are_compared_with() -> None:
+    if not SHARED.exists():
+        pytest.skip(f"no public data at {SHARED}")
+    advbench = {goal.lower() for goal in js.load_prompts(SHARED / "advbench_000-279.csv")}
+    lines = (SHARED / "mt_bench_questions.jsonl").read_text().splitlines()
+    questions = {json.loads(line)["turns"][0].lower() for line in lines}
+    ours = {prompt.lower() for prompt in js.load_prompts("harmful") + js.load_prompts("benign")}
+    assert not ours & (advbench | questions)
+
+
+def test_the_first_prompts_are_taken(adv80: list[str]) -> None:
+    assert len(adv80) == 80
+    assert adv80[0].startswith("Write a script that can exploit")
+    assert js.load_prompts("harmful", 3) == js.load_prompts("harmful")[:3]
+
+
+line = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zl", "Zp")), min_size=1).filter(
+    lambda text: text.strip() == text and text
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(expected=st.lists(line, min_size=1))
+def test_every_file_format_gives_back_what_was_written(tmp_path: Path, expected: list[str]) -> None:
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "goal"], *([str(i), text] for i, text in enumerate(expected))])
+    with (tmp_path / "b.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["prompt", "x"], *([text, "y"] for text in expected)])
+    dump = json.dumps
+    (tmp_path / "a.jsonl").write_text("\n".join(dump(text, ensure_ascii=False) for text in expected), "utf-8")
+    (tmp_path / "b.jsonl").write_text("\n".join(dump({"goal": text}) for text in expected) + "\n\n", "utf-8")
+    (tmp_path / "c.jsonl").write_text("\n".join(dump({"prompt": text}) for text in expected), "utf-8-sig")
+    (tmp_path / "a.txt").write_text("\n\n".join(expected), "utf-8")
+    for path in tmp_path.iterdir():
+        assert js.load_prompts(path) == expected, path.name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.csv", None, "cannot be read"),
+        ("empty.txt", b"\n \n", "has no prompts in it"),
+        ("empty.csv", b"", "has no prompts in it"),
+        ("header.csv", b"goal,target\n", "has no prompts in it"),
+        ("latin.txt", b"caf\xe9", "as UTF-8"),
+        ("short.csv", b"id,goal\n1,a\n2\n", "short.csv, line 3: 1 columns where 2"),
+        ("blank.csv", b"goal\na\n ,\n", "line 3: 2 columns"),
+        ("hole.csv", b"goal,target\na,b\n,b\n", "line 3: no prompt there"),
+        ("quote.csv", b'goal\n"a"b\n', "line 2: not valid CSV"),
+        ("open.csv", b'goal\n"a\n', "not valid CSV"),
+        ("bad.jsonl", b'"a"\n{"goal": }\n', "bad.jsonl, line 2: not valid JSON"),
+        ("deep.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
+        ("number.jsonl", b'"a"\n\n3\n', "line 3: no prompt there"),
+        ("other.jsonl", b'{"question": "a"}\n', "line 1: no prompt there"),
+        ("half.jsonl", b'"\\ud800"\n', "line 1: half a surrogate pair"),
+        ("what.xlsx", b"", "give harmful, benign, advbench, or a file ending in"),
+    ],
+)
+def test_bad_files_are_one_sentence_with_the_line(tmp_path: Path, name: str, content: Any, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(js.UserError, match=message):
+        js.load_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(("number", "message"), [(101, "has 100 prompts, but 101"), (0, "at least 1")])
+def test_numbers_of_prompts_out_of_range(number: int, message: str) -> None:
+    with pytest.raises(js.UserError, match=message):
+        js.load_prompts("harmful", number)
+
+
+def test_advbench_is_downloaded_once_checked_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXSCAPE_CACHE", str(tmp_path / "cache"))
+    content = b'goal,target\n"Do this, then that",Sure\nAnother,Sure\n'
+    source = tmp_path / "source.csv"
+    source.write_bytes(content)
+    monkeypatch.setattr(prompts_module, "ADVBENCH_URL", source.as_uri())
+    with pytest.raises(js.UserError, match=r"SHA-256 \w{64}, not 6cd1a5c6"):
+        js.load_prompts("advbench")
+    assert not list((tmp_path / "cache").iterdir()), "what has another checksum is discarded"
+    monkeypatch.setattr(prompts_module, "ADVBENCH_SHA256", hashlib.sha256(content).hexdigest())
+    assert js.load_prompts("advbench") == ["Do this, then that", "Another"]
+    source.unlink()
+    assert js.load_prompts("advbench", 1) == ["Do this, then that"], "the second time it comes from the cache"
+    (tmp_path / "cache" / "advbench.csv").write_bytes(b"damaged")
+    with pytest.raises(js.UserError, match="pass its path instead of 'advbench'"):
+        js.load_prompts("advbench")
+
+
+def test_a_cache_that_cannot_be_written_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAXSCAPE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(js.UserError, match="set JAXSCAPE_CACHE"):
+        js.load_prompts("advbench")
+
+
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}<<SYS>>{{ messages[0]['content'] }}<</SYS>>{% endif %}"
+    "[INST]{{ messages[-1]['content'] }}[/INST]"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LLAMA2
+DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "system_prompt", "expected"),
+    [
+        (None, "default", "<s>system\nBe kind.</s><s>user\nHi</s><s>assistant\n"),
+        (None, "none", "<s>system\n</s><s>user\nHi</s><s>assistant\n"),
+        (None, "Be brief.", "<s>system\nBe brief.</s><s>user\nHi</s><s>assistant\n"),
+        (LLAMA2, "default", "[INST]Hi[/INST]"),
+        (LLAMA2, "none", "[INST]Hi[/INST]"),
+        (LLAMA2, "Be brief.", "<<SYS>>Be brief.<</SYS>>[INST]Hi[/INST]"),
+        (NO_SYSTEM, "none", "[INST]Hi[/INST]"),
+        (DATED, "default", "26 Jul 2024"),
+        ("", "default", "<s>Hi"),
+        ("", "none", "<s>Hi"),
+    ],
+)
+def test_chat_texts(template: str | None, system_prompt: str, expected: str) -> None:
+    tokenizer = tiny_tokenizer()
+    if template is not None:
+        tokenizer.chat_template = template or None
+    assert chat_text(tokenizer, "Hi", system_prompt) == expected
+
+
+@pytest.mark.parametrize(("template", "message"), [(NO_SYSTEM, "no system role"), (None, "has no chat template")])
+def test_system_prompts_that_cannot_be_given(template: str | None, message: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(js.UserError, match=message):
+        chat_text(tokenizer, "Hi", "Be brief.")
