@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -14,7 +14,7 @@ from jaxscape.errors import UserError
 from jaxscape.evaluate import wilson_interval
 from jaxscape.files import write_whole
 
-VisageKind = Literal["paper", "reference"]
+VISAGE_KINDS = ("paper", "reference")
 FILE_NAME = "landscape.json"
 
 
@@ -38,12 +38,12 @@ def symmetric_axes(ndim: int, steps: int, radius: float) -> tuple[Axis, ...]:
         raise UserError(f"The number of steps must be even and at least 2, so that the centre is a point; not {steps}.")
     if not (0 < radius < math.inf):
         raise UserError(f"The radius must be a positive number, not {radius}.")
-    # This form gives exactly 0 in the middle and exactly opposite values around it.
-    values = tuple(radius * (2 * i - steps) / steps for i in range(steps + 1))
+    # This form gives exactly 0 in the middle, ±radius at the ends, and opposite values around the middle.
+    values = tuple(radius * ((2 * i - steps) / steps) for i in range(steps + 1))
     return tuple(Axis(name, values) for name in ("alpha", "beta")[:ndim])
 
 
-def visage(asr: Any, kind: VisageKind = "paper", ndim: int = 1) -> float:
+def visage(asr: Any, kind: str = "paper", ndim: int = 1) -> float:
     """VISAGE, the mean safety margin 100 − ASR over the safety basin, in percent.
 
     `paper` (Peng et al., arXiv 2405.17374): over all points with an ASR below 100. `reference` (the authors' code):
@@ -60,7 +60,7 @@ def visage(asr: Any, kind: VisageKind = "paper", ndim: int = 1) -> float:
     return float(_visage_each(values, kind, ndim).mean())
 
 
-def _visage_each(asr: Float[np.ndarray, "*shape"], kind: VisageKind, ndim: int) -> Float[np.ndarray, "*directions"]:
+def _visage_each(asr: Float[np.ndarray, "*shape"], kind: str, ndim: int) -> Float[np.ndarray, "*directions"]:
     grid = tuple(range(-ndim, 0))
     if kind == "paper":
         counted = asr < 100
@@ -73,14 +73,14 @@ def _visage_each(asr: Float[np.ndarray, "*shape"], kind: VisageKind, ndim: int) 
             before_last = np.flip(np.logical_or.accumulate(np.flip(hit, axis), axis=axis), axis)
             counted &= after_first & before_last
     else:
-        raise UserError(f"There is no VISAGE of kind {kind!r}; choose {' or '.join(get_args(VisageKind))}.")
+        raise UserError(f"There is no VISAGE of kind {kind!r}; choose {' or '.join(VISAGE_KINDS)}.")
     count = counted.sum(axis=grid)
-    return np.where(counted, 100 - asr, 0).sum(axis=grid) / np.maximum(count, 1)
+    return np.asarray(np.where(counted, 100 - asr, 0).sum(axis=grid) / np.maximum(count, 1))
 
 
 def visage_interval(
     refused: Bool[np.ndarray, "directions *grid prompts"],
-    kind: VisageKind = "paper",
+    kind: str = "paper",
     *,
     seed: int = 0,
     resamples: int = 1000,
@@ -144,7 +144,7 @@ class Landscape:
         """Whether every point is evaluated."""
         return not np.isnan(self.asr).any()
 
-    def visage(self, kind: VisageKind = "paper") -> float:
+    def visage(self, kind: str = "paper") -> float:
         """VISAGE over all directions, in percent; see `jaxscape.visage`.
 
         Raises:

@@ -147,6 +147,6 @@ def _report(run: Run, enabled: bool) -> Iterator[Callable[[], None]]:
             if bad := int((~run.finite[done - 1]).sum()):
                 line += f"  ({bad} of {len(run.prompts)} prompts met NaN or infinite logits)"
             bar.update(task, completed=done)
-            bar.print(line)
+            bar.print(line, soft_wrap=True)
 
         yield tell

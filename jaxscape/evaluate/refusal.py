@@ -67,5 +67,7 @@ def wilson_interval(
     spread = _Z95**2 / num_prompts
     centre = (rate + spread / 2) / (1 + spread)
     half = np.sqrt(rate * (1 - rate) * spread + spread**2 / 4) / (1 + spread)
-    # The bounds at 0 and 100 % are exact; rounding must not move them past the rate.
-    return 100 * np.minimum(np.maximum(centre - half, 0), rate), 100 * np.maximum(np.minimum(centre + half, 1), rate)
+    # At 0 and 100 % one bound is the rate itself; rounding must not move it past.
+    low = np.minimum(np.maximum(centre - half, 0), rate)
+    high = np.maximum(np.minimum(centre + half, 1), rate)
+    return np.asarray(100 * low), np.asarray(100 * high)

@@ -1,0 +1,73 @@
+"""Figures, drawn and looked at by their parts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import colormaps
+
+import jaxscape as js
+from jaxscape import plotting
+from jaxscape.landscape import symmetric_axes
+
+
+def landscape(ndim: int, num_sets: int = 1, done: int | None = None) -> js.Landscape:
+    axes = symmetric_axes(ndim, 4, 0.5)
+    shape = (num_sets, *[5] * ndim)
+    distance = np.hypot.reduce(np.meshgrid(*(axis.values for axis in axes), indexing="ij"), axis=0)
+    refused = np.random.default_rng(0).random((*shape, 20)) > 2 * distance[None, ..., None]
+    evaluated = np.arange(np.prod(shape)) < (np.prod(shape) if done is None else done)
+    return js.Landscape.from_outcomes(axes, refused, np.zeros(shape, int), evaluated.reshape(shape))
+
+
+@pytest.mark.parametrize("num_sets", [1, 3])
+def test_a_1d_figure_shows_each_direction_with_its_interval(num_sets: int) -> None:
+    land = landscape(1, num_sets)
+    (axes,) = js.plot_landscape(land).axes
+    assert f"VISAGE {land.visage():.1f} (95 % interval" in axes.get_title()
+    assert axes.get_ylabel() == "attack success rate (%)"
+    assert "α" in axes.get_xlabel()
+    curves = [line for line in axes.lines if len(line.get_xdata()) == 5]
+    np.testing.assert_array_equal([curve.get_ydata() for curve in curves], land.asr)
+    assert len(axes.collections) == num_sets, "a band for each direction"
+    assert len({curve.get_linestyle() for curve in curves}) == len({c.get_marker() for c in curves}) == num_sets
+    assert (axes.get_legend() is not None) == (num_sets > 1)
+
+
+@pytest.mark.parametrize("num_sets", [1, 2])
+def test_a_2d_figure_has_a_contour_and_a_surface(num_sets: int) -> None:
+    figure = js.plot_landscape(landscape(2, num_sets))
+    assert "VISAGE" in figure.get_suptitle()
+    names = [axes.name for axes in figure.axes]
+    assert names.count("3d") == num_sets
+    labels = {axes.get_ylabel() for axes in figure.axes}
+    assert {"β (distance along the direction)", "attack success rate (%)"} <= labels
+
+
+@pytest.mark.parametrize(("ndim", "done"), [(1, 0), (1, 3), (2, 0), (2, 7)])
+def test_unfinished_landscapes_are_drawn_too(ndim: int, done: int, tmp_path: Path) -> None:
+    land = landscape(ndim, done=done)
+    figure = js.plot_landscape(land)
+    assert f"unfinished: {done} of {5**ndim} points" in (
+        figure.axes[0].get_title() if ndim == 1 else figure.get_suptitle()
+    )
+    plotting.save_figure(land, tmp_path / "a.png")
+
+
+def test_the_colour_map_rises_in_lightness() -> None:
+    weights = [0.299, 0.587, 0.114]
+    grey = colormaps[plotting.COLOUR_MAP](np.linspace(0, 1, 11))[:, :3] @ weights
+    assert (np.diff(grey) > 0.02).all()
+
+
+def test_the_same_landscape_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        plotting.save_figure(landscape(1), tmp_path / name)
+    content = (tmp_path / "a.png").read_bytes()
+    assert content == (tmp_path / "b.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+
+
+def test_a_figure_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(js.UserError, match="cannot be written"):
+        plotting.save_figure(landscape(1), tmp_path / "no" / "a.png")

@@ -1,0 +1,308 @@
+"""Runs: what they compute, what they keep, and that a killed one ends as an unbroken one would."""
+
+import fcntl
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import jaxscape as js
+from jaxscape.decode import generate_tokens
+from jaxscape.models.checkpoint import named_leaves, tree_of
+from jaxscape.perturb import materialise
+from jaxscape.store import RUN_FILES, export_reference
+
+PROMPTS = js.load_prompts("harmful", 3)
+scan_module = importlib.import_module("jaxscape.scan")  # the package's name for it is the function's
+OPTIONS: dict[str, Any] = {"prompts": PROMPTS, "steps": 4, "max_new_tokens": 6, "progress": False}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "generations.jsonl").read_text().splitlines()]
+
+
+def test_a_1d_run_evaluates_the_model_at_every_point(tiny: js.Model, tmp_path: Path) -> None:
+    direction = js.random_direction(tiny, 0)
+    land = js.scan(tiny, [direction, 1], out=tmp_path / "run", **OPTIONS)
+    assert land.asr.shape == (2, 5)
+    assert [axis.name for axis in land.axes] == ["alpha"]
+    lines = records(tmp_path / "run")
+    assert len(lines) == 2 * 5 * len(PROMPTS)
+    assert all(line.keys() == {"direction", "coords", "prompt", "generation", "refused"} for line in lines)
+    for i, line in enumerate(lines):
+        assert line["prompt"] == PROMPTS[i % 3]
+        assert line["coords"] == [land.axes[0].values[i // 3 % 5]]
+        assert line["refused"] == js.is_refusal(line["generation"])
+    for index, d in enumerate((direction, js.random_direction(tiny, 1))):
+        for i, alpha in enumerate(land.axes[0].values):
+            moved = materialise(tiny.params, [d], jnp.array([alpha]))
+            texts = js.generate(js.Model(**{**vars(tiny), "params": moved}), PROMPTS, max_new_tokens=6)
+            at = [line for line in lines if line["direction"] == index and line["coords"] == [alpha]]
+            assert texts == [line["generation"] for line in at]
+            assert land.asr[index, i] == js.attack_success_rate(texts)
+    content = json.loads((tmp_path / "run" / "landscape.json").read_text())
+    assert content["complete"] is True
+    assert content["num_prompts"] == 3
+    np.testing.assert_array_equal(content["asr"], land.asr)
+
+
+def test_a_2d_run_spans_the_plane_of_two_orthogonal_directions(tiny: js.Model, tmp_path: Path) -> None:
+    land = js.scan(tiny, [(0, 1)], out=tmp_path, **OPTIONS | {"steps": 2})
+    assert land.asr.shape == (1, 3, 3)
+    first = js.random_direction(tiny, 0)
+    second = js.random_direction(tiny, 1, orthogonal_to=first)
+    same = js.scan(tiny, [(first, second)], **OPTIONS | {"steps": 2})
+    np.testing.assert_array_equal(land.asr, same.asr)
+    assert [r["coords"] for r in records(tmp_path)[::3]] == [[x, y] for x in (-0.5, 0, 0.5) for y in (-0.5, 0, 0.5)]
+    point = materialise(tiny.params, [first, second], jnp.array([-0.5, 0.5]))
+    texts = js.generate(js.Model(**{**vars(tiny), "params": point}), PROMPTS, max_new_tokens=6)
+    assert texts == [r["generation"] for r in records(tmp_path) if r["coords"] == [-0.5, 0.5]]
+
+
+def test_nothing_is_recompiled_from_point_to_point_or_direction_to_direction(tiny: js.Model) -> None:
+    js.scan(tiny, [0], **OPTIONS)
+    compiled = generate_tokens._cache_size(), materialise._cache_size()
+    js.scan(tiny, [1, 2], **OPTIONS)
+    assert (generate_tokens._cache_size(), materialise._cache_size()) == compiled
+
+
+def test_points_with_nan_logits_are_counted_and_the_run_goes_on(
+    tiny: js.Model, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A direction so long in one weight that two steps of it overflow; the centre is the model itself."""
+    leaves = named_leaves(js.random_direction(tiny, 0))
+    leaves["model.norm.weight"] = leaves["model.norm.weight"].at[0].set(3e38)
+    land = js.scan(tiny, [tree_of(leaves)], out=tmp_path, **OPTIONS | {"radius": 4.0, "progress": True})
+    assert land.nonfinite.tolist() == [[3, 3, 0, 3, 3]]
+    assert [line.get("finite", True) for line in records(tmp_path)] == [False] * 6 + [True] * 3 + [False] * 6
+    assert "3 of 3 prompts met NaN or infinite logits" in capfd.readouterr().err
+    assert js.Landscape.load(tmp_path).nonfinite.tolist() == land.nonfinite.tolist()
+
+
+def test_progress_names_the_point_its_asr_and_the_time_left(tiny: js.Model, capfd: pytest.CaptureFixture[str]) -> None:
+    js.scan(tiny, [0], **OPTIONS | {"progress": True})
+    lines = capfd.readouterr().err.splitlines()
+    assert sum("ASR" in line and "left" in line for line in lines) == 5
+    assert "1/5  direction 0  alpha -0.500  ASR" in lines[0]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny: js.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("unbroken")
+    js.scan(tiny, [0, 1], out=directory, **OPTIONS)
+    return directory
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.floats(0, 1), leftovers=st.booleans())
+def test_a_run_cut_at_any_byte_ends_as_an_unbroken_one(
+    tiny: js.Model, unbroken: Path, tmp_path_factory: pytest.TempPathFactory, cut: float, leftovers: bool
+) -> None:
+    directory = tmp_path_factory.mktemp("cut") / "run"
+    shutil.copytree(unbroken, directory)
+    whole = (directory / "generations.jsonl").read_bytes()
+    (directory / "generations.jsonl").write_bytes(whole[: round(cut * len(whole))])
+    if leftovers:  # of a file that was being written
+        (directory / ".landscape.json.tmp").write_text("half a fi")
+        (directory / "landscape.json").unlink()
+    land = js.scan(tiny, [0, 1], out=directory, **OPTIONS)
+    assert contents(directory) == contents(unbroken)
+    np.testing.assert_array_equal(land.asr, js.Landscape.load(unbroken).asr)
+
+
+def test_a_finished_run_is_read_and_not_repeated(
+    tiny: js.Model, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(unbroken)
+    monkeypatch.setattr(scan_module, "complete", None)  # would fail if a point were evaluated
+    land = js.scan(tiny, [0, 1], out=unbroken, **OPTIONS)
+    assert land.complete
+    assert contents(unbroken) == before
+
+
+def test_the_landscape_is_on_disk_after_every_point(tiny: js.Model, tmp_path: Path, monkeypatch: Any) -> None:
+    seen = []
+    original = scan_module.complete
+
+    def complete(*arguments: Any) -> Any:
+        land = js.Landscape.load(tmp_path)
+        seen.append((int(np.isfinite(land.asr).sum()), len(records(tmp_path)), land.complete))
+        return original(*arguments)
+
+    monkeypatch.setattr(scan_module, "complete", complete)
+    js.scan(tiny, [0], out=tmp_path, **OPTIONS)
+    assert seen == [(i, 3 * i, False) for i in range(5)]
+
+
+def start_scan(directory: Path, model: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "jaxscape", "scan", "--model", str(model), "--num-prompts", "3", "--steps", "8"]
+    command += ["--max-new-tokens", "6", "--num-directions", "2", "--out", str(directory)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_a_killed_process_goes_on_where_it_was(tiny_dir: Path, tmp_path: Path) -> None:
+    """The same command, killed at several moments, and run to its end: byte for byte what an unbroken run leaves."""
+    assert start_scan(tmp_path / "unbroken", tiny_dir).wait() == 0
+    directory = tmp_path / "killed"
+    file = directory / "generations.jsonl"
+
+    def lines() -> int:
+        return file.read_bytes().count(b"\n") if file.exists() else -1
+
+    moments: list[Callable[[], bool]] = [
+        lambda: directory.exists(),
+        lambda: lines() >= 0,
+        lambda: lines() >= 1,
+        lambda: lines() >= 20,
+    ]
+    for reached in moments:
+        process = start_scan(directory, tiny_dir)
+        while not reached() and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was killed, not finished"
+    assert 20 <= lines() < 54
+    assert start_scan(directory, tiny_dir).wait() == 0
+    assert contents(directory) == contents(tmp_path / "unbroken")
+    assert set(contents(directory)) == set(RUN_FILES)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prompts": js.load_prompts("benign", 3)}, "prompts"),
+        ({"prompts": js.load_prompts("harmful", 2)}, "num_prompts, prompts"),
+        ({"steps": 6}, "steps"),
+        ({"temperature": 1.0, "radius": 1.0}, "radius, temperature"),
+        ({"describe": {"note": "x"}}, "note"),
+    ],
+)
+def test_a_directory_of_another_configuration_is_refused(
+    tiny: js.Model, unbroken: Path, change: dict[str, Any], named: str
+) -> None:
+    before = contents(unbroken)
+    with pytest.raises(js.UserError, match=rf"different: {named}\); choose another --out"):
+        js.scan(tiny, [0, 1], out=unbroken, **OPTIONS | change)
+    assert contents(unbroken) == before
+
+
+def test_other_weights_and_other_directions_are_another_configuration(
+    tiny: js.Model, unbroken: Path, make_model: Any
+) -> None:
+    other = js.load_model(make_model(seed=9)[0], "float32")
+    with pytest.raises(js.UserError, match="weights"):
+        js.scan(js.Model(**{**vars(other), "name": tiny.name}), [0, 1], out=unbroken, **OPTIONS)
+    with pytest.raises(js.UserError, match="different: directions"):
+        js.scan(tiny, [0, js.random_direction(tiny, 1)], out=unbroken, **OPTIONS)
+
+
+def test_overwrite_starts_over(tiny: js.Model, tmp_path: Path) -> None:
+    js.scan(tiny, [3], out=tmp_path, **OPTIONS)
+    (tmp_path / "landscape.png").write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    js.scan(tiny, [0], out=tmp_path, overwrite=True, **OPTIONS | {"steps": 2})
+    assert len(records(tmp_path)) == 9
+    assert set(contents(tmp_path)) == {"config.json", "generations.jsonl", "landscape.json", "notes.txt"}
+
+
+def test_directories_that_no_run_can_use_are_user_errors(tiny: js.Model, tmp_path: Path) -> None:
+    def check(directory: Path, message: str) -> None:
+        with pytest.raises(js.UserError, match=message):
+            js.scan(tiny, [0], out=directory, **OPTIONS)
+
+    (tmp_path / "file").write_text("mine")
+    check(tmp_path / "file", "is a file")
+    check(tmp_path / "file" / "below", "is a file")
+    check(tmp_path, r"has files in it \(file, for example\)")
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_read_only_directory_is_a_user_error(tiny: js.Model, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(js.UserError, match="read-only"):
+        js.scan(tiny, [0], out=tmp_path / "run", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("config.json", b"{", "damaged"),
+        ("config.json", b"[]", "damaged"),
+        ("generations.jsonl", b"nonsense\n" * 3, "damaged"),
+        ("generations.jsonl", b"3\n" * 3, "damaged"),
+        ("generations.jsonl", b'{"direction": 0, "coords": [0.1], "prompt": "x", "refused": true}\n' * 3, "damaged"),
+    ],
+)
+def test_a_damaged_run_is_a_user_error(
+    tiny: js.Model, unbroken: Path, tmp_path: Path, name: str, damage: bytes, message: str
+) -> None:
+    directory = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    (directory / name).write_bytes(damage)
+    before = contents(directory)
+    with pytest.raises(js.UserError, match=message):
+        js.scan(tiny, [0, 1], out=directory, **OPTIONS)
+    assert contents(directory) == before
+
+
+def test_two_processes_do_not_write_one_run(tiny: js.Model, unbroken: Path) -> None:
+    with (unbroken / "generations.jsonl").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(js.UserError, match="Another process is running"):
+            js.scan(tiny, [0, 1], out=unbroken, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("directions", "message"),
+    [
+        ([], "at least one direction"),
+        ([0, (1, 2)], "not both"),
+        ([(0, 1, 2)], "1 or 2 dimensions"),
+        ([-1], "0 or more"),
+        ([{"model": {"norm": {"weight": np.zeros(32)}}}], "missing lm_head.weight"),
+    ],
+)
+def test_directions_that_make_no_landscape(tiny: js.Model, directions: Any, message: str) -> None:
+    with pytest.raises(js.UserError, match=message):
+        js.scan(tiny, directions, **OPTIONS)
+
+
+@pytest.mark.parametrize("num_sets", [1, 2])
+def test_the_export_is_in_the_reference_projects_format(tiny: js.Model, tmp_path: Path, num_sets: int) -> None:
+    js.scan(tiny, list(range(num_sets)), out=tmp_path, **OPTIONS)
+    paths = export_reference(tmp_path)
+    assert [path.name for path in paths] == (
+        ["output.jsonl"] if num_sets == 1 else ["output-0.jsonl", "output-1.jsonl"]
+    )
+    for index, path in enumerate(paths):
+        steps = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [step["step"] for step in steps] == [0, 1, 2, 3, 4]
+        ours = [r for r in records(tmp_path) if r["direction"] == index]
+        theirs = [item for step in steps for item in step["output"]]
+        assert theirs == [{"prompt": r["prompt"], "generation": r["generation"]} for r in ours]
+
+
+def test_an_unfinished_run_is_not_exported(tiny: js.Model, unbroken: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    content = json.loads((directory / "landscape.json").read_text())
+    content["asr"][0][0] = None
+    (directory / "landscape.json").write_text(json.dumps(content))
+    with pytest.raises(js.UserError, match="not finished"):
+        export_reference(directory)
