@@ -1,5 +1,10 @@
 """Safety landscapes of large language models, in JAX."""
 
+import os
+
+# transformers would say at import that without PyTorch it has no models; none of its models is used here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from jaxscape.decode import generate
 from jaxscape.errors import UserError
 from jaxscape.evaluate import attack_success_rate, is_refusal, wilson_interval

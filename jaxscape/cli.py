@@ -148,17 +148,18 @@ def select_platform(names: Sequence[str]) -> None:
     if len(names) > 1:
         raise UserError(f"Give only one of {', '.join('--' + name for name in names)}.")
     for name in names:
-        platforms = jax.config.values["jax_platforms"]
+        before = jax.config.values["jax_platforms"]
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
         try:
-            jax.devices()
-        except RuntimeError as error:
-            jax.config.update("jax_platforms", platforms)
-            found = ", ".join(sorted({device.platform for device in jax.devices()}))
+            found = jax.default_backend()
+        except RuntimeError:
+            jax.config.update("jax_platforms", before)
+            found = jax.default_backend()
+        if found != name:
             raise UserError(
-                f"JAX finds no {name.upper()} here (it finds: {found}); on a machine that has one, run "
+                f"JAX finds no {name.upper()} here, but a {found.upper()}; on a machine that has one, run "
                 f"pip install 'jaxscape[{EXTRAS.get(name, name)}]', or leave out --{name}."
-            ) from error
+            )
 
 
 def summary(landscape: Landscape, out: Path) -> str:

@@ -1,0 +1,197 @@
+"""The command line: its files, and bad input as one sentence with exit code 2."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import assert_same_tree
+
+import jaxscape as js
+from jaxscape.cli import main
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--num-prompts", "2", "--steps", "2", "--max-new-tokens", "4"]
+
+
+def fails(arguments: list[Any], capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line that the command ends with on the error stream."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, arguments)))
+    assert stop.value.code == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("jaxscape: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def test_a_scan_leaves_its_four_files_and_a_summary(
+    tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["scan", "--model", str(tiny_dir), *QUICK, "--num-directions", "2", "--seed", "5", "--cpu"])
+    run = tmp_path / "runs" / f"{tiny_dir.name}-1d"
+    assert {path.name for path in run.iterdir()} == {
+        "config.json",
+        "generations.jsonl",
+        "landscape.json",
+        "landscape.png",
+    }
+    config = json.loads((run / "config.json").read_text())
+    assert config["directions"] == [[5], [6]]
+    assert config["prompt_source"] == "harmful"
+    out = capfd.readouterr().out
+    land = js.Landscape.load(run)
+    assert f"VISAGE: {land.visage():.2f} (95 % interval" in out
+    assert "ASR of the model itself:" in out
+
+
+def test_directions_from_files_and_2d_and_plot_and_export(tiny_dir: Path, tiny: js.Model, tmp_path: Path) -> None:
+    files = []
+    for seed in (0, 1):
+        files.append(tmp_path / f"{seed}.safetensors")
+        js.save_direction(js.random_direction(tiny, seed), files[-1], tiny)
+    run = tmp_path / "run"
+    main(["scan", "--model", str(tiny_dir), *QUICK, "--ndim", "2", "--out", str(run), "--directions", *map(str, files)])
+    land = js.Landscape.load(run)
+    assert land.asr.shape == (1, 3, 3)
+    assert_same_tree(js.load_direction(files[0], tiny), js.random_direction(tiny, 0))
+    picture = (run / "landscape.png").read_bytes()
+    (run / "landscape.png").unlink()
+    main(["plot", str(run)])
+    assert (run / "landscape.png").read_bytes() == picture
+    main(["export", str(run)])
+    assert len((run / "output.jsonl").read_text().splitlines()) == 9
+
+
+def test_the_script_in_experiments_is_the_same_program() -> None:
+    ours = subprocess.run(
+        [sys.executable, "-m", "jaxscape", "scan", "--help"], capture_output=True, text=True, check=True
+    )
+    script = subprocess.run(
+        [sys.executable, ROOT / "experiments" / "scan.py", "--help"], capture_output=True, text=True, check=True
+    )
+    assert script.stdout == ours.stdout
+    for flag in (
+        "--model",
+        "--dtype",
+        "--prompts",
+        "--num-prompts",
+        "--system-prompt",
+        "--ndim",
+        "--steps",
+        "--radius",
+    ):
+        assert flag in script.stdout
+    for flag in ("--seed", "--num-directions", "--directions", "--max-new-tokens", "--temperature", "--tpu", "--out"):
+        assert flag in script.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "missing.csv"], "cannot be read"),
+        (["--prompts", "{tmp}/empty.txt"], "has no prompts in it"),
+        (["--prompts", "{tmp}/bad.csv"], "bad.csv, line 3: 1 columns"),
+        (["--prompts", "{tmp}/bad.jsonl"], "bad.jsonl, line 2: not valid JSON"),
+        (["--num-prompts", "101"], "has 100 prompts, but 101"),
+        (["--num-prompts", "0"], "at least 1"),
+        (["--steps", "0"], "even and at least 2"),
+        (["--steps", "-4"], "even and at least 2"),
+        (["--steps", "5"], "even and at least 2"),
+        (["--radius", "0"], "radius"),
+        (["--radius", "nan"], "radius"),
+        (["--num-directions", "0"], "number of directions"),
+        (["--seed", "-1"], "seed"),
+        (["--max-new-tokens", "0"], "new tokens"),
+        (["--max-new-tokens", "255"], "exceeds the model's context of 256"),
+        (["--temperature", "-1"], "temperature"),
+        (["--batch-size", "0"], "batch size"),
+        (["--prompts", "{tmp}/long.txt", "--num-prompts", "1"], "Prompt 1 has"),
+        (["--tpu", "--gpu"], "only one of --tpu, --gpu"),
+        (["--tpu"], r"no TPU here, but a CPU; .* pip install 'jaxscape\[tpu\]'"),
+        (["--gpu"], r"no GPU here, but a CPU; .* pip install 'jaxscape\[cuda\]'"),
+        (["--out", "{tmp}/empty.txt"], "is a file"),
+        (["--out", "{tmp}"], "has files in it"),
+        (["--model", "{tmp}/no-model"], "There is no model"),
+        (["--model", "{tmp}/cut.gguf"], "truncated or damaged"),
+        (["--directions", "{tmp}/none.safetensors"], "cannot be read as safetensors"),
+        (["--directions", "a", "--num-directions", "2"], "either --directions or --num-directions"),
+        (["--directions", "a", "--ndim", "2"], "pairs of directions, but 1 files"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.csv").write_text("id,goal\n1,a\n2\n")
+    (tmp_path / "bad.jsonl").write_text('"a"\n{\n')
+    (tmp_path / "long.txt").write_text("word " * 300)
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    filled = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    given = {"--model": tiny_dir, "--out": tmp_path / "run"} | dict(zip(QUICK[::2], QUICK[1::2], strict=True))
+    defaults = [str(part) for flag, value in given.items() if flag not in filled for part in (flag, value)]
+    error = fails(["scan", *defaults, *filled], capfd)
+    assert re.search(message, error), error
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_of_another_configuration_is_not_touched(
+    tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["scan", "--model", str(tiny_dir), *QUICK, "--out", str(tmp_path)]
+    main(command)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capfd.readouterr()
+    assert "different: seed" not in (error := fails([*command, "--seed", "1"], capfd))
+    assert "different: directions, seed" in error
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("verb", ["plot", "export"])
+def test_a_directory_without_a_run(verb: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "holds no landscape" in fails([verb, tmp_path], capfd)
+
+
+def test_an_interrupted_run_says_that_it_goes_on(
+    tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxscape.cli.scan", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["scan", "--model", str(tiny_dir), *QUICK, "--out", str(tmp_path)])
+    assert stop.value.code == 130
+    assert "goes on where it stopped" in capfd.readouterr().err
+
+
+def test_misspelled_options_exit_with_2(capfd: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["scan", "--setps", "2"], ["scan", "--steps", "two"], ["scna"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_package_runs_without_torch(tiny_dir: Path, tmp_path: Path) -> None:
+    """torch is for the comparisons in these tests alone."""
+    script = f"""
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *path: None if name.split(".")[0] in ("torch", "accelerate") else find(name, *path)
+from jaxscape.cli import main
+main(["scan", "--model", {str(tiny_dir)!r}, *{QUICK!r}, "--out", {str(tmp_path / "run")!r}])
+import importlib.util
+assert importlib.util.find_spec("torch") is None
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "PyTorch" not in result.stderr
+    assert js.Landscape.load(tmp_path / "run").complete

