@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,9 +130,11 @@ def fingerprint(params: Params) -> str:
 
 @contextmanager
 def _report(run: Run, enabled: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar, and a line for each point: how far, where, its ASR, the time it took and the time left."""
+    """A line for each point, how far, where, its ASR and the time left; and a progress bar where there is a terminal."""
     total, resumed, started = len(run.points), run.num_done, time.monotonic()
-    with Progress(console=Console(stderr=True, highlight=False), disable=not enabled, transient=True) as bar:
+    terminal = {"force_terminal": sys.stderr.isatty(), "force_jupyter": False}  # rich takes notebooks for terminals
+    console = Console(stderr=True, quiet=not enabled, markup=False, highlight=False, **terminal)
+    with Progress(console=console, disable=not enabled, transient=True) as bar:
         task = bar.add_task("scan", total=total, completed=resumed)
         if resumed:
             bar.print(f"going on after {resumed} of {total} points")

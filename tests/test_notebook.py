@@ -1,0 +1,30 @@
+"""The notebook runs from top to bottom, and its saved outputs are those of such a run."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+PATH = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("default")  # the kernel's own, of other packages
+def test_the_notebook_runs_with_small_settings() -> None:
+    notebook = nbformat.read(PATH, as_version=4)
+    (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    settings.source = "NUM_PROMPTS = 2\nSTEPS = 2\nMAX_NEW_TOKENS = 4"
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert any("VISAGE" in output.get("text", "") for output in outputs)
+
+
+def test_saved_outputs_are_there_and_small() -> None:
+    notebook = nbformat.read(PATH, as_version=4)
+    assert "colab.research.google.com" in notebook.cells[0].source
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert "error" not in {output.output_type for output in outputs}
+    assert PATH.stat().st_size < 200_000
