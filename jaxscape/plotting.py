@@ -67,7 +67,7 @@ def _plot_1d(landscape: Landscape) -> Figure:
             label=f"direction {i}",
         )
     axes.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
-    label = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8, "color": "0.35"}
+    label: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8, "color": "0.35"}
     axes.text(0, 0.5, "the model ", transform=axes.get_xaxis_transform(), **label)
     axes.set(xlabel=_axis_label(axis.name), ylabel="attack success rate (%)", ylim=(-3, 103), title=_title(landscape))
     axes.grid(alpha=0.3)

@@ -130,10 +130,16 @@ def fingerprint(params: Params) -> str:
 
 @contextmanager
 def _report(run: Run, enabled: bool) -> Iterator[Callable[[], None]]:
-    """A line for each point, how far, where, its ASR and the time left; and a progress bar where there is a terminal."""
+    """A line for each point: how far, where, its ASR, the time left; and a progress bar where there is a terminal."""
     total, resumed, started = len(run.points), run.num_done, time.monotonic()
-    terminal = {"force_terminal": sys.stderr.isatty(), "force_jupyter": False}  # rich takes notebooks for terminals
-    console = Console(stderr=True, quiet=not enabled, markup=False, highlight=False, **terminal)
+    console = Console(
+        stderr=True,
+        quiet=not enabled,
+        markup=False,
+        highlight=False,
+        force_terminal=sys.stderr.isatty(),  # rich takes a notebook for a terminal
+        force_jupyter=False,
+    )
     with Progress(console=console, disable=not enabled, transient=True) as bar:
         task = bar.add_task("scan", total=total, completed=resumed)
         if resumed:
