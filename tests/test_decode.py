@@ -48,15 +48,19 @@ def torch_tokens(torch_model: Any, model: js.Model, prompt: str, new: int = 20) 
     return row[: next((i for i, token in enumerate(row) if token in eos), len(row))]
 
 
-@pytest.mark.parametrize("eos", [2, [2, 50, 60, 70, 80, 90, *range(100, 120)]], ids=["rare", "frequent"])
-def test_greedy_tokens_are_those_of_transformers(make_model: Any, edit_json: Any, eos: Any) -> None:
+def test_greedy_tokens_are_those_of_transformers(make_model: Any, edit_json: Any) -> None:
     directory, torch_model = make_model(seed=7)
-    edit_json(directory / "config.json", eos_token_id=eos)
     model = js.load_model(directory, "float32")
     rows = tokens_of(model, PROMPTS)
     assert rows == [torch_tokens(torch_model, model, prompt) for prompt in PROMPTS]
-    if eos != 2:
-        assert {len(row) < 20 for row in rows} == {True, False}, "some rows end early, some do not"
+    # Again, with an end token that one row meets on its way and another does not.
+    one = next(token for token in rows[0] if any(token not in row for row in rows))
+    edit_json(directory / "config.json", eos_token_id=[2, one])
+    model = js.load_model(directory, "float32")
+    ended = tokens_of(model, PROMPTS)
+    assert ended == [torch_tokens(torch_model, model, prompt) for prompt in PROMPTS]
+    assert ended != rows
+    assert any(row in ended for row in rows)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
