@@ -19,6 +19,7 @@ from jaxscape.prompts import load_prompts
 from jaxscape.scan import Direction, scan
 from jaxscape.store import FIGURE, check_directory, export_reference
 
+DEFAULT_NUM_PROMPTS = 40  # enough for a picture, and minutes on a laptop
 EXTRAS = {"tpu": "tpu", "gpu": "cuda"}
 
 
@@ -32,8 +33,8 @@ class Scan:
     """Of weights and activations; by default float32 on a CPU and bfloat16 on an accelerator."""
     prompts: str = "harmful"
     """harmful, benign or advbench, or a .csv, .jsonl or .txt file."""
-    num_prompts: int = 40
-    """How many of them, from the first on."""
+    num_prompts: int | None = None
+    """How many of them, from the first on; by default 40, or all if there are fewer."""
     system_prompt: str = "default"
     """default (the chat template's own), none, or the text of one."""
     ndim: Literal[1, 2] = 1
@@ -70,11 +71,13 @@ class Scan:
     """Start over in a directory that holds a run."""
 
     def run(self) -> None:
-        out = self.out or Path("runs") / f"{Path(self.model).stem}-{self.ndim}d"
+        out = self.out or Path("runs") / f"{Path(self.model).name.removesuffix('.gguf')}-{self.ndim}d"
         # What can be wrong is looked at before anything slow is done.
         symmetric_axes(self.ndim, self.steps, self.radius)
         self._check_direction_counts()
         prompts = load_prompts(self.prompts, self.num_prompts)
+        if self.num_prompts is None:
+            prompts = prompts[:DEFAULT_NUM_PROMPTS]
         check_directory(out, self.overwrite)
         select_platform([name for name in ("tpu", "gpu", "cpu") if getattr(self, name)])
         model = load_model(self.model, self.dtype)

@@ -110,6 +110,11 @@ def encode(
             )
         if not row:
             raise UserError(f"Prompt {number} is empty.")
+        if max(row) >= model.config.vocab_size:
+            raise UserError(
+                f"The tokenizer gives token {max(row)}, but the model has only {model.config.vocab_size} of them; "
+                f"they do not belong together."
+            )
     width = -(-max(map(len, rows)) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     num_batches = -(-len(rows) // batch_size)
     size = -(-len(rows) // num_batches)

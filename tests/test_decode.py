@@ -158,6 +158,13 @@ def test_no_prompts_is_a_user_error(tiny: js.Model) -> None:
         js.generate(tiny, [])
 
 
+def test_a_tokenizer_of_another_model_is_a_user_error(tiny_dir: Path) -> None:
+    model = js.load_model(tiny_dir)
+    model.tokenizer.add_tokens(["geese"])
+    with pytest.raises(js.UserError, match="do not belong together"):
+        js.generate(model, ["two geese"])
+
+
 def test_an_empty_prompt_without_a_template_is_a_user_error(tiny_dir: Path) -> None:
     model = js.load_model(tiny_dir)
     model.tokenizer.chat_template = None

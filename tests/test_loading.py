@@ -88,6 +88,8 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(copy: Path) -> None:
         ({"model_type": "gpt2"}, "architecture 'gpt2'"),
         ({"model_type": None}, "architecture None"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"hidden_size": "wide"}, "not a model's configuration"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
     ],
@@ -124,6 +126,8 @@ def test_missing_and_broken_files_are_named(copy: Path) -> None:
     check("tokenizer .* cannot be loaded")
     (copy / "config.json").write_text("{")
     check("not valid JSON")
+    (copy / "config.json").write_text("[]")
+    check("not a JSON object")
     (copy / "config.json").unlink()
     check("has no config.json")
     (copy / "model.safetensors").unlink()

@@ -49,7 +49,10 @@ def open_directory(path: Path) -> Checkpoint:
     if (model_type := declared.get("model_type")) not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
         raise UserError(f"{path} has the architecture {model_type!r}; supported are: {supported}.")
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # transformers and its validation raise many types for a damaged configuration
+        raise UserError(f"{path / 'config.json'} is not a model's configuration ({_reason(error)}).") from error
     tokenizer = _tokenizer(path)
     tensors = {file: _tensor_shapes(file) for file in _safetensors_files(path)}
     where = {name: file for file, shapes in tensors.items() for name in shapes}
@@ -77,11 +80,14 @@ def open_directory(path: Path) -> Checkpoint:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} has no {path.name}; pass a directory that holds a whole model.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    return content
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -91,8 +97,11 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, clean_up_tokenization_spaces=False)
     except Exception as error:  # transformers and tokenizers raise many types for a missing or damaged tokenizer
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"The tokenizer in {path} cannot be loaded ({reason}).") from error
+        raise UserError(f"The tokenizer in {path} cannot be loaded ({_reason(error)}).") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _eos_token_ids(path: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -109,7 +118,8 @@ def _safetensors_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
         try:
-            files = sorted({path / name for name in read_json(index)["weight_map"].values()})
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            files = [path / Path(name).name for name in names]  # in this directory, whatever the index says
         except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} has no table of tensors ('weight_map'); download it again.") from error
         if missing := [file.name for file in files if not file.exists()]:
