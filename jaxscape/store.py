@@ -156,7 +156,10 @@ def check_directory(directory: Path, overwrite: bool = False) -> None:
         raise UserError(f"{directory} cannot be written, because {existing} is read-only; choose another --out.")
     if overwrite or not directory.is_dir() or (directory / CONFIG).exists():
         return
-    started = {GENERATIONS, temporary_name(directory / CONFIG).name}  # a run killed before it had its configuration
+    # A run that was killed before it had its configuration leaves an empty file and half of another.
+    started = {temporary_name(directory / CONFIG).name}
+    if (directory / GENERATIONS).exists() and not (directory / GENERATIONS).stat().st_size:
+        started.add(GENERATIONS)
     if others := sorted(path.name for path in directory.iterdir() if path.name not in started):
         raise UserError(
             f"{directory} has files in it ({others[0]}, for example) and is no run's directory; choose another --out."

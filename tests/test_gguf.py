@@ -74,7 +74,7 @@ def write_gguf(path: Path, kind: Q = Q.F32, tokenizer: str = "gpt2", pre: str = 
     else:
         types[3:259] = [gguf.TokenType.BYTE] * 256
         writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(tokens) - 259)])
-    writer.add_token_types(types)
+    writer.add_token_types(types[: extra.get("num_types")])
     for name, number in (("unk", 0), ("bos", 1), ("eos", 2)):
         getattr(writer, f"add_{name}_token_id")(number)
 
@@ -167,6 +167,8 @@ def test_llama3_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:
         ({"architecture": "gpt2"}, "architecture 'gpt2'"),
         ({"kind": Q.Q5_0}, "tensors of type Q5_0; supported are F32"),
         ({"pre": "strange"}, "pre-tokenizer is 'strange'"),
+        ({"tokenizer": "bert"}, "tokenizer is of type 'bert'"),
+        ({"num_types": 5}, "lacks metadata of a model"),
         ({"tensors": {"blk.9.attn_q.weight": np.ones(3, np.float32)}}, "not expected blk.9.attn_q.weight"),
     ],
 )

@@ -91,6 +91,7 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(copy: Path) -> None:
         ({"hidden_size": "wide"}, "not a model's configuration"),
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}}, "not a model's configuration"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
     ],
 )

@@ -232,6 +232,9 @@ def test_directories_that_no_run_can_use_are_user_errors(tiny: js.Model, tmp_pat
     check(tmp_path / "file" / "below", "is a file")
     check(tmp_path, r"has files in it \(file, for example\)")
     assert contents(tmp_path) == {"file": b"mine"}
+    (tmp_path / "file").rename(tmp_path / "generations.jsonl")
+    check(tmp_path, "has files in it")
+    assert contents(tmp_path) == {"generations.jsonl": b"mine"}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")

@@ -54,8 +54,11 @@ def open_gguf(path: Path) -> Checkpoint:
     try:
         config = _config(fields, tensors)
         tokenizer = _tokenizer(fields)
-    except KeyError as error:
-        raise UserError(f"{path} lacks the metadata {error}; it is not a complete model file.") from error
+        eos_token_ids = _eos_token_ids(fields)
+    except UserError:
+        raise
+    except Exception as error:  # metadata that is missing, of another type, or of another length
+        raise UserError(f"{path} lacks metadata of a model ({type(error).__name__}: {error}).") from error
     names = _huggingface_names(config, tensors.keys())
 
     def read(name: str) -> np.ndarray:
@@ -72,7 +75,7 @@ def open_gguf(path: Path) -> Checkpoint:
         shapes={ours: tuple(map(int, tensors[theirs].shape[::-1])) for ours, theirs in names.items()},
         read=read,
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(fields),
+        eos_token_ids=eos_token_ids,
     )
 
 

@@ -32,7 +32,7 @@ def download(repository: str) -> Path:
         raise UserError(
             f"The hub has no model {repository}, or it is private: check the name, or log in with 'hf auth login'."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
             f"{repository} is not in the cache and the hub cannot be reached; connect to the network, or pass a "
             f"local model directory."
@@ -50,7 +50,9 @@ def open_directory(path: Path) -> Checkpoint:
         supported = ", ".join(ARCHITECTURES)
         raise UserError(f"{path} has the architecture {model_type!r}; supported are: {supported}.")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = from_transformers(AutoConfig.from_pretrained(path))
+    except UserError:
+        raise
     except Exception as error:  # transformers and its validation raise many types for a damaged configuration
         raise UserError(f"{path / 'config.json'} is not a model's configuration ({_reason(error)}).") from error
     tokenizer = _tokenizer(path)
@@ -70,7 +72,7 @@ def open_directory(path: Path) -> Checkpoint:
     if config.tie_word_embeddings:
         redundant.add("lm_head.weight")
     return Checkpoint(
-        config=from_transformers(config),
+        config=config,
         shapes={name: shape for name, shape in shapes.items() if name not in redundant},
         read=read,
         tokenizer=tokenizer,
@@ -129,7 +131,7 @@ def _safetensors_files(path: Path) -> list[Path]:
         return files
     if any(file.suffix in PICKLED for file in path.iterdir()):
         raise UserError(pickled_message(path))
-    raise UserError(f"{path} has no .safetensors file.")
+    raise UserError(f"{path} has no .safetensors file; pickled weights must be converted to safetensors first.")
 
 
 def pickled_message(path: Path) -> str:
