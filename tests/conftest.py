@@ -1,6 +1,7 @@
 """Fixtures: a tiny random model on disk in the Hugging Face format, and the real SmolLM2-135M."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import jaxscape as js
 from jaxscape.models import builtin
+
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)  # chance finds bugs at a desk, and only noise in CI
+settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

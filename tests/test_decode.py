@@ -110,7 +110,7 @@ def test_generated_text_has_no_special_tokens(tiny: js.Model) -> None:
         assert "<s>" not in text
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     temperature=st.floats(0.1, 3),
     top_k=st.integers(0, 40),

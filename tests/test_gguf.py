@@ -182,7 +182,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf").read_bytes()
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.floats(0, 0.9999))
 def test_a_truncated_file_is_a_user_error(tmp_path: Path, whole: bytes, cut: float) -> None:
     (tmp_path / "cut.gguf").write_bytes(whole[: int(len(whole) * cut)])

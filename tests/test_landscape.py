@@ -168,7 +168,7 @@ def outcomes(data: Any) -> tuple[Any, ...]:
     return axes, refused, np.zeros(shape, np.int64), (np.arange(math.prod(shape)) < done).reshape(shape)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data())
 def test_a_saved_landscape_comes_back(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     land = js.Landscape.from_outcomes(*outcomes(data))

@@ -140,7 +140,7 @@ def test_a_directory_without_weights_is_named(copy: Path) -> None:
         js.load_model(copy)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.floats(0, 0.999))
 def test_a_truncated_safetensors_file_is_a_user_error(tiny_dir: Path, copy: Path, cut: float) -> None:
     whole = (tiny_dir / "model.safetensors").read_bytes()

@@ -49,7 +49,7 @@ line = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zl", "Zp"
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(expected=st.lists(line, min_size=1))
 def test_every_file_format_gives_back_what_was_written(tmp_path: Path, expected: list[str]) -> None:
     with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
