@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxscape.errors import UserError
+from jaxscape.errors import UserError, check_seed
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import Params
 from jaxscape.models.config import ModelConfig
@@ -48,8 +48,7 @@ class Sampling:
             raise UserError(f"top_k must be 0 (all tokens) or more, not {self.top_k}.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
-        if self.seed < 0:
-            raise UserError(f"The seed must be 0 or more, not {self.seed}.")
+        check_seed(self.seed)
 
 
 class Batch(NamedTuple):

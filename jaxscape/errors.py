@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend."""
+"""The one exception that is the user's to mend, and a check that several modules make."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,10 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def check_seed(seed: int) -> int:
+    """The seed, if it is one; a key has 32 bits for it, and what is above them would be dropped in silence."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"A seed is a number from 0 to {2**32 - 1}, not {seed}.")
+    return int(seed)

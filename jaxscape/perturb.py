@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from jaxscape.errors import UserError
+from jaxscape.errors import UserError, check_seed
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import Params, check_tensors, named_leaves, to_dtype, tree_of
 
@@ -25,7 +25,7 @@ def random_direction(model: Model, seed: int, orthogonal_to: Params | None = Non
     and its shape alone.
 
     Arguments:
-        seed: a non-negative integer.
+        seed: from 0 to 2³² − 1.
         orthogonal_to: a direction that each tensor of this one is made orthogonal to before it is scaled, so that the
             whole directions are orthogonal too.
 
@@ -45,7 +45,7 @@ def random_direction(model: Model, seed: int, orthogonal_to: Params | None = Non
 
 def _key(seed: int, name: str) -> Array:
     # The hash is fixed by a standard, so other versions and machines make the same noise; so is threefry.
-    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), zlib.crc32(name.encode()))
+    return jax.random.fold_in(jax.random.key(check_seed(seed), impl="threefry2x32"), zlib.crc32(name.encode()))
 
 
 @jax.jit

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jaxscape.decode import BATCH_SIZE, Sampling, complete, encode
-from jaxscape.errors import UserError
+from jaxscape.errors import UserError, check_seed
 from jaxscape.landscape import Landscape, symmetric_axes
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import Params, named_leaves
@@ -100,18 +101,16 @@ def scan(
 
 
 def _identity(direction: Direction, model: Model) -> int | str:
-    if not isinstance(direction, int):
-        check_direction(direction, model)
-        return fingerprint(direction)
-    if direction < 0:
-        raise UserError(f"The seed of a direction must be 0 or more, not {direction}.")
-    return direction
+    if isinstance(direction, Integral):
+        return check_seed(direction)
+    check_direction(direction, model)
+    return fingerprint(direction)
 
 
 def _resolve(directions: Sequence[Direction], model: Model) -> list[Params]:
     resolved: list[Params] = []
     for direction in directions:
-        if isinstance(direction, int):
+        if isinstance(direction, Integral):
             direction = random_direction(model, direction, orthogonal_to=resolved[0] if resolved else None)
         resolved.append(direction)
     return resolved
@@ -148,7 +147,7 @@ def _report(run: Run, enabled: bool) -> Iterator[Callable[[], None]]:
         def tell() -> None:
             done = run.num_done
             index, coords = run.points[done - 1]
-            place = ", ".join(f"{axis.name} {c:+.3f}" for axis, c in zip(run.axes, coords, strict=True))
+            place = ", ".join(f"{axis.name} {c:+.4g}" for axis, c in zip(run.axes, coords, strict=True))
             asr = 100 * (1 - run.refused[done - 1].mean())
             elapsed = time.monotonic() - started
             left = timedelta(seconds=round(elapsed / (done - resumed) * (total - done)))

@@ -108,6 +108,7 @@ def test_the_script_in_experiments_is_the_same_program() -> None:
         (["--radius", "nan"], "radius"),
         (["--num-directions", "0"], "number of directions"),
         (["--seed", "-1"], "seed"),
+        (["--seed", "99999999999999999999"], "seed"),
         (["--max-new-tokens", "0"], "new tokens"),
         (["--max-new-tokens", "255"], "exceeds the model's context of 256"),
         (["--temperature", "-1"], "temperature"),

@@ -144,6 +144,7 @@ def test_sampling_draws_from_the_tokens_that_transformers_keeps(
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
         ({"batch_size": 0}, "batch size"),
         ({"max_new_tokens": 250}, "Prompt 1 has .* exceeds the model's context of 256; shorten it"),
     ],

@@ -100,7 +100,7 @@ def test_progress_names_the_point_its_asr_and_the_time_left(tiny: js.Model, capf
     js.scan(tiny, [0], **OPTIONS | {"progress": True})
     lines = capfd.readouterr().err.splitlines()
     assert sum("ASR" in line and "left" in line for line in lines) == 5
-    assert "1/5  direction 0  alpha -0.500  ASR" in lines[0]
+    assert "1/5  direction 0  alpha -0.5  ASR" in lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,8 @@ def test_two_processes_do_not_write_one_run(tiny: js.Model, unbroken: Path) -> N
         ([], "at least one direction"),
         ([0, (1, 2)], "not both"),
         ([(0, 1, 2)], "1 or 2 dimensions"),
-        ([-1], "0 or more"),
+        ([-1], "seed"),
+        ([2**32], "seed"),
         ([{"model": {"norm": {"weight": np.zeros(32)}}}], "missing lm_head.weight"),
     ],
 )
