@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -101,8 +101,8 @@ def scan(
 
 
 def _identity(direction: Direction, model: Model) -> int | str:
-    if isinstance(direction, Integral):
-        return check_seed(direction)
+    if isinstance(direction, int | np.integer):
+        return check_seed(int(direction))
     check_direction(direction, model)
     return fingerprint(direction)
 
@@ -110,8 +110,8 @@ def _identity(direction: Direction, model: Model) -> int | str:
 def _resolve(directions: Sequence[Direction], model: Model) -> list[Params]:
     resolved: list[Params] = []
     for direction in directions:
-        if isinstance(direction, Integral):
-            direction = random_direction(model, direction, orthogonal_to=resolved[0] if resolved else None)
+        if isinstance(direction, int | np.integer):
+            direction = random_direction(model, int(direction), orthogonal_to=resolved[0] if resolved else None)
         resolved.append(direction)
     return resolved
 

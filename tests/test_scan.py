@@ -79,7 +79,7 @@ def test_a_2d_run_spans_the_plane_of_two_orthogonal_directions(tiny: js.Model, t
 def test_nothing_is_recompiled_from_point_to_point_or_direction_to_direction(tiny: js.Model) -> None:
     js.scan(tiny, [0], **OPTIONS)
     compiled = generate_tokens._cache_size(), materialise._cache_size()
-    js.scan(tiny, [1, 2], **OPTIONS)
+    js.scan(tiny, [1, np.int64(2)], **OPTIONS)
     assert (generate_tokens._cache_size(), materialise._cache_size()) == compiled
 
 
