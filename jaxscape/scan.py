@@ -26,7 +26,7 @@ from jaxscape.models.checkpoint import Params, named_leaves
 from jaxscape.perturb import check_direction, materialise, random_direction
 from jaxscape.store import Run, open_run
 
-Direction = Params | int
+Direction = Params | int | np.integer
 """A tree like `model.params`, or the seed of a random one, which is made when it is needed."""
 
 
