@@ -196,7 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command.run()
     except UserError as error:
-        sys.stderr.write(f"jaxscape: {error}\n")
+        # One line, whatever a library or a file name put into it; nothing that a terminal would act on.
+        line = "".join(character if character.isprintable() else "?" for character in " ".join(str(error).split()))
+        sys.stderr.write(f"jaxscape: {line}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("jaxscape: interrupted; the same command goes on where it stopped.\n")

@@ -187,6 +187,8 @@ def _lock(file: BinaryIO, directory: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"Another process is running in {directory}; wait for it, or choose another --out.") from error
+    except OSError:
+        pass  # some network drives have no locks; a run there is better than none
 
 
 def export_reference(directory: str | Path) -> list[Path]:

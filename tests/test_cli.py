@@ -120,6 +120,7 @@ def test_the_script_in_experiments_is_the_same_program() -> None:
         (["--out", "{tmp}/empty.txt"], "is a file"),
         (["--out", "{tmp}"], "has files in it"),
         (["--model", "{tmp}/no-model"], "There is no model"),
+        (["--out", "{tmp}/empty.txt/two\nlines\x1b[31m"], r"two lines\?\[31m cannot be a run's directory"),
         (["--model", "{tmp}/cut.gguf"], "truncated or damaged"),
         (["--directions", "{tmp}/none.safetensors"], "cannot be read as safetensors"),
         (["--directions", "a", "--num-directions", "2"], "either --directions or --num-directions"),
