@@ -8,9 +8,9 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from jaxscape.decode import generate
 from jaxscape.errors import UserError
 from jaxscape.evaluate import attack_success_rate, is_refusal, wilson_interval
-from jaxscape.landscape import Axis, Landscape, visage
+from jaxscape.landscape import Axis, Landscape, interpolation_axis, visage
 from jaxscape.models import Model, load_model
-from jaxscape.perturb import load_direction, random_direction, save_direction
+from jaxscape.perturb import difference, load_direction, random_direction, save_direction
 from jaxscape.plotting import plot_landscape
 from jaxscape.prompts import load_prompts
 from jaxscape.scan import scan
@@ -23,7 +23,9 @@ __all__ = [
     "Model",
     "UserError",
     "attack_success_rate",
+    "difference",
     "generate",
+    "interpolation_axis",
     "is_refusal",
     "load_direction",
     "load_model",

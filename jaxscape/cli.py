@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import numpy as np
 import transformers
 import tyro
 
 from jaxscape.errors import UserError
-from jaxscape.landscape import Landscape, symmetric_axes
+from jaxscape.landscape import Axis, Landscape, interpolation_axis, symmetric_axes
 from jaxscape.models import Model, load_model
-from jaxscape.perturb import load_direction
+from jaxscape.perturb import difference, load_direction
 from jaxscape.plotting import save_figure
 from jaxscape.prompts import load_prompts
 from jaxscape.scan import Direction, scan
@@ -49,6 +50,11 @@ class Scan:
     """How many random directions (with --ndim 2, pairs of them)."""
     directions: tuple[Path, ...] = ()
     """Safetensors files to take directions from instead of random ones (with --ndim 2, two for each pair)."""
+    interpolate_to: tuple[str, ...] = ()
+    """Models to go to, instead of along random directions. With --ndim 1 one model; with --ndim 2 one, beside a random
+    direction, or two, which span the plane."""
+    extra_steps: int = 0
+    """Steps of an interpolation beyond both of its ends."""
     max_new_tokens: int = 64
     """The most tokens generated for a prompt."""
     temperature: float = 0.0
@@ -73,8 +79,8 @@ class Scan:
     def run(self) -> None:
         out = self.out or Path("runs") / f"{Path(self.model).name.removesuffix('.gguf')}-{self.ndim}d"
         # What can be wrong is looked at before anything slow is done.
-        symmetric_axes(self.ndim, self.steps, self.radius)
         self._check_direction_counts()
+        axes = self._axes()
         prompts = load_prompts(self.prompts, self.num_prompts)
         if self.num_prompts is None:
             prompts = prompts[:DEFAULT_NUM_PROMPTS]
@@ -85,8 +91,7 @@ class Scan:
             model,
             self._direction_sets(model),
             prompts=prompts,
-            steps=self.steps,
-            radius=self.radius,
+            axes=axes,
             system_prompt=self.system_prompt,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
@@ -96,7 +101,11 @@ class Scan:
             batch_size=self.batch_size,
             out=out,
             overwrite=self.overwrite,
-            describe={"prompt_source": self.prompts, "direction_files": [str(path) for path in self.directions]},
+            describe={
+                "prompt_source": self.prompts,
+                "direction_files": [str(path) for path in self.directions],
+                "interpolate_to": list(self.interpolate_to),
+            },
         )
         save_figure(landscape, out / FIGURE)
         write_line(summary(landscape, out))
@@ -108,8 +117,28 @@ class Scan:
             raise UserError("Give either --directions or --num-directions: files are as many as there are.")
         if len(self.directions) % self.ndim:
             raise UserError(f"A 2D landscape takes pairs of directions, but {len(self.directions)} files were given.")
+        num_models = len(self.interpolate_to)
+        if num_models > self.ndim:
+            raise UserError(f"--interpolate-to takes at most {self.ndim} models with --ndim {self.ndim}.")
+        if num_models and self.directions:
+            raise UserError("Give either --interpolate-to or --directions.")
+        if num_models == self.ndim and self.num_directions != 1:
+            raise UserError("--num-directions counts random directions, and this interpolation has none.")
+        if self.extra_steps and not num_models:
+            raise UserError("--extra-steps go beyond the ends of an interpolation; give --interpolate-to too.")
+
+    def _axes(self) -> tuple[Axis, ...]:
+        names = ("interpolation", "interpolation 2")[: len(self.interpolate_to)]
+        interpolated = tuple(interpolation_axis(self.steps, self.extra_steps, name) for name in names)
+        random = self.ndim - len(interpolated)
+        return interpolated + (symmetric_axes(random, self.steps, self.radius) if random else ())
 
     def _direction_sets(self, model: Model) -> list[tuple[Direction, ...]]:
+        if self.interpolate_to:
+            ends = [difference(model, load_model(name, self.dtype)) for name in self.interpolate_to]
+            if len(ends) == self.ndim:
+                return [tuple(ends)]
+            return [(ends[0], seed) for seed in range(self.seed, self.seed + self.num_directions)]
         directions: list[Direction] = [load_direction(path, model) for path in self.directions]
         directions = directions or list(range(self.seed, self.seed + self.num_directions * self.ndim))
         return [tuple(directions[i : i + self.ndim]) for i in range(0, len(directions), self.ndim)]
@@ -168,8 +197,8 @@ def select_platform(names: Sequence[str]) -> None:
 def summary(landscape: Landscape, out: Path) -> str:
     """A few lines that say what was found, and where it is."""
     values = landscape.visage_values or {}
-    centre = landscape.asr.reshape(len(landscape.asr), -1)  # the grid is symmetric: its middle is the model itself
-    centre = centre[:, centre.shape[1] // 2].mean()
+    origin = tuple(axis.values.index(0.0) for axis in landscape.axes)
+    centre = np.mean([asr[origin] for asr in landscape.asr])
     low, high = values["interval"]
     lines = [
         f"ASR of the model itself: {centre:.1f} %; over all points: {landscape.asr.mean():.1f} %",

@@ -43,6 +43,19 @@ def symmetric_axes(ndim: int, steps: int, radius: float) -> tuple[Axis, ...]:
     return tuple(Axis(name, values) for name in ("alpha", "beta")[:ndim])
 
 
+def interpolation_axis(steps: int, extra_steps: int = 0, name: str = "interpolation") -> Axis:
+    """From one model, at 0, to another, at 1, in `steps` intervals, with `extra_steps` more beyond either end.
+
+    Raises:
+        UserError: there are fewer than 1 steps, or fewer than 0 extra ones.
+    """
+    if steps < 1:
+        raise UserError(f"The number of steps must be at least 1, not {steps}.")
+    if extra_steps < 0:
+        raise UserError(f"The number of extra steps must be 0 or more, not {extra_steps}.")
+    return Axis(name, tuple(i / steps for i in range(-extra_steps, steps + extra_steps + 1)))
+
+
 def visage(asr: Any, kind: str = "paper", ndim: int = 1) -> float:
     """VISAGE, the mean safety margin 100 − ASR over the safety basin, in percent.
 

@@ -43,6 +43,16 @@ def random_direction(model: Model, seed: int, orthogonal_to: Params | None = Non
     )
 
 
+def difference(model: Model, other: Model) -> Params:
+    """The direction from one model to another, which stands at 1 along it: a float32 tree like `model.params`.
+
+    Raises:
+        UserError: the models do not have the same parameters; those that differ are listed.
+    """
+    check_tensors(_shapes(model.params), _shapes(other.params), other.name)
+    return jax.tree.map(lambda a, b: b.astype(jnp.float32) - a.astype(jnp.float32), model.params, other.params)
+
+
 def _key(seed: int, name: str) -> Array:
     # The hash is fixed by a standard, so other versions and machines make the same noise; so is threefry.
     return jax.random.fold_in(jax.random.key(check_seed(seed), impl="threefry2x32"), zlib.crc32(name.encode()))

@@ -47,7 +47,9 @@ def _title(landscape: Landscape) -> str:
 
 
 def _axis_label(name: str) -> str:
-    return f"{GREEK.get(name, name)} (distance along the direction)"
+    if name in GREEK:
+        return f"{GREEK[name]} (distance along the direction)"
+    return f"{name} (0: the model, 1: the other)"
 
 
 def _plot_1d(landscape: Landscape) -> Figure:
@@ -66,9 +68,10 @@ def _plot_1d(landscape: Landscape) -> Figure:
             markersize=4,
             label=f"direction {i}",
         )
-    axes.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
     label: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8, "color": "0.35"}
-    axes.text(0, 0.5, "the model ", transform=axes.get_xaxis_transform(), **label)
+    for place, name in [(0, "the model"), (1, "the other model")][: 1 if axis.name in GREEK else 2]:
+        axes.axvline(place, color="0.5", linewidth=0.8, linestyle=":")
+        axes.text(place, 0.5, f"{name} ", transform=axes.get_xaxis_transform(), **label)
     axes.set(xlabel=_axis_label(axis.name), ylabel="attack success rate (%)", ylim=(-3, 103), title=_title(landscape))
     axes.grid(alpha=0.3)
     if len(landscape.asr) > 1:
@@ -90,11 +93,16 @@ def _plot_2d(landscape: Landscape) -> Figure:
         lines = flat.contour(x, y, values, levels=[10, 50, 90], colors="k", linewidths=0.7)
         flat.clabel(lines, fmt="%d %%", fontsize=8)
         flat.plot(0, 0, marker="+", color="w", markersize=10, markeredgewidth=2)
-        flat.set(**labels, aspect="equal")
+        flat.set(**labels, aspect="equal" if first.name in GREEK else "auto")
         figure.colorbar(filled, ax=flat, label="attack success rate (%)")
         surface: Any = figure.add_subplot(rows, 2, 2 * i + 2, projection="3d")
         surface.plot_surface(x, y, values, cmap=COLOUR_MAP, vmin=0, vmax=100, rcount=60, ccount=60)
-        surface.set(xlabel=GREEK.get(first.name), ylabel=GREEK.get(second.name), zlabel="ASR (%)", zlim=(0, 100))
+        surface.set(
+            xlabel=GREEK.get(first.name, first.name),
+            ylabel=GREEK.get(second.name, second.name),
+            zlabel="ASR (%)",
+            zlim=(0, 100),
+        )
         if rows > 1:
             flat.set_title(f"direction set {i}", fontsize=10)
     return figure

@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 from jaxscape.decode import BATCH_SIZE, Sampling, complete, encode
 from jaxscape.errors import UserError, check_seed
-from jaxscape.landscape import Landscape, symmetric_axes
+from jaxscape.landscape import Axis, Landscape, symmetric_axes
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import Params, named_leaves
 from jaxscape.perturb import check_direction, materialise, random_direction
@@ -37,6 +37,7 @@ def scan(
     prompts: Sequence[str],
     steps: int = 20,
     radius: float = 0.5,
+    axes: Sequence[Axis] | None = None,
     system_prompt: str = "default",
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -56,6 +57,7 @@ def scan(
             a tree like `model.params`, or an integer, the seed of a random one. In a pair, a random second direction
             is made orthogonal to the first.
         steps: intervals along each axis, from −radius to radius; even, so that the model itself is a point.
+        axes: one for each direction of a set, in the place of those that steps and radius describe.
         system_prompt: `default`, `none` or a text, see `jaxscape.prompts.chat_text`.
         max_new_tokens, temperature, top_k, top_p, seed: see `jaxscape.decode.Sampling`.
         out: a directory to keep the run in. An unfinished run there is resumed; one of another configuration is an
@@ -72,7 +74,9 @@ def scan(
     sets = [tuple(item) if isinstance(item, list | tuple) else (item,) for item in directions]
     if not sets or len(set(map(len, sets))) != 1:
         raise UserError("Give at least one direction, and either single directions or pairs of them, not both.")
-    axes = symmetric_axes(len(sets[0]), steps, radius)
+    axes = symmetric_axes(len(sets[0]), steps, radius) if axes is None else tuple(axes)
+    if len(axes) != len(sets[0]):
+        raise UserError(f"There are {len(axes)} axes, but {len(sets[0])} directions in a set; give as many of both.")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     batches = encode(model, prompts, system_prompt=system_prompt, max_new_tokens=max_new_tokens, batch_size=batch_size)
     config = {
@@ -80,8 +84,7 @@ def scan(
         "weights": fingerprint(model.params),
         "dtype": str(jax.tree.leaves(model.params)[0].dtype),
         "directions": [[_identity(direction, model) for direction in item] for item in sets],
-        "steps": steps,
-        "radius": radius,
+        "axes": [asdict(axis) for axis in axes],
         "num_prompts": len(prompts),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "system_prompt": system_prompt,

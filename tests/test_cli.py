@@ -69,6 +69,30 @@ def test_directions_from_files_and_2d_and_plot_and_export(tiny_dir: Path, tiny: 
     assert len((run / "output.jsonl").read_text().splitlines()) == 9
 
 
+def test_interpolation_in_one_and_two_dimensions(make_model: Any, tiny_dir: Path, tmp_path: Path) -> None:
+    others = [str(make_model(seed=seed)[0]) for seed in (11, 12)]
+    common = ["scan", "--model", str(tiny_dir), *QUICK, "--extra-steps", "1", "--out"]
+    main([*common, str(tmp_path / "line"), "--interpolate-to", others[0]])
+    main([*common, str(tmp_path / "mixed"), "--ndim", "2", "--num-directions", "2", "--interpolate-to", others[0]])
+    main([*common, str(tmp_path / "plane"), "--ndim", "2", "--interpolate-to", *others])
+    line, mixed, plane = (js.Landscape.load(tmp_path / name) for name in ("line", "mixed", "plane"))
+    assert [axis.values for axis in line.axes] == [(-0.5, 0, 0.5, 1, 1.5)]
+    assert [axis.name for axis in mixed.axes] == ["interpolation", "alpha"]
+    assert mixed.asr.shape == (2, 5, 3)
+    assert [axis.name for axis in plane.axes] == ["interpolation", "interpolation 2"]
+    assert (line.asr[0, 1], line.asr[0, 3]) == (plane.asr[0, 1, 1], plane.asr[0, 3, 1])
+    assert (mixed.asr[:, :, 1] == line.asr).all()
+
+
+def test_models_of_another_shape_have_no_line_between_them(
+    make_model: Any, tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = make_model(intermediate_size=48)[0]
+    capfd.readouterr()  # of making the model
+    error = fails(["scan", "--model", tiny_dir, "--interpolate-to", other, *QUICK, "--out", tmp_path / "run"], capfd)
+    assert "model.layers.0.mlp.up_proj.weight has shape (48, 32) instead of (64, 32)" in error
+
+
 def test_the_script_in_experiments_is_the_same_program() -> None:
     ours = subprocess.run(
         [sys.executable, "-m", "jaxscape", "scan", "--help"], capture_output=True, text=True, check=True
@@ -125,6 +149,12 @@ def test_the_script_in_experiments_is_the_same_program() -> None:
         (["--directions", "{tmp}/none.safetensors"], "cannot be read as safetensors"),
         (["--directions", "a", "--num-directions", "2"], "either --directions or --num-directions"),
         (["--directions", "a", "--ndim", "2"], "pairs of directions, but 1 files"),
+        (["--interpolate-to", "a", "b"], "at most 1 models with --ndim 1"),
+        (["--interpolate-to", "a", "--directions", "b"], "either --interpolate-to or --directions"),
+        (["--interpolate-to", "a", "--num-directions", "2"], "this interpolation has none"),
+        (["--interpolate-to", "a", "--extra-steps", "-1"], "extra steps must be 0 or more"),
+        (["--interpolate-to", "{tmp}/none"], "There is no model"),
+        (["--extra-steps", "1"], "give --interpolate-to too"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(

@@ -34,6 +34,19 @@ def test_a_1d_figure_shows_each_direction_with_its_interval(num_sets: int) -> No
     assert (axes.get_legend() is not None) == (num_sets > 1)
 
 
+def test_interpolations_name_both_ends() -> None:
+    shape = (1, 5)
+    line = js.Landscape.from_outcomes(
+        [js.interpolation_axis(2, 1)], np.zeros((*shape, 4), bool), np.zeros(shape, int), np.ones(shape, bool)
+    )
+    (axes,) = js.plot_landscape(line).axes
+    assert axes.get_xlabel() == "interpolation (0: the model, 1: the other)"
+    assert [(text.get_position()[0], text.get_text().strip()) for text in axes.texts] == [
+        (0, "the model"),
+        (1, "the other model"),
+    ]
+
+
 @pytest.mark.parametrize("num_sets", [1, 2])
 def test_a_2d_figure_has_a_contour_and_a_surface(num_sets: int) -> None:
     figure = js.plot_landscape(landscape(2, num_sets))

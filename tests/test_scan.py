@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,6 +75,27 @@ def test_a_2d_run_spans_the_plane_of_two_orthogonal_directions(tiny: js.Model, t
     point = materialise(tiny.params, [first, second], jnp.array([-0.5, 0.5]))
     texts = js.generate(js.Model(**{**vars(tiny), "params": point}), PROMPTS, max_new_tokens=6)
     assert texts == [r["generation"] for r in records(tmp_path) if r["coords"] == [-0.5, 0.5]]
+
+
+def test_an_interpolation_goes_from_one_model_to_another_and_beyond(tiny: js.Model, make_model: Any) -> None:
+    others = [js.load_model(make_model(seed=seed)[0], "float32") for seed in (11, 12)]
+    ends = [js.difference(tiny, other) for other in others]
+    for end, other in zip(ends, others, strict=True):
+        there = materialise(tiny.params, [end], jnp.array([1.0]))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), there, other.params)
+    axis = js.interpolation_axis(steps=4, extra_steps=1)
+    assert axis.values == (-0.25, 0, 0.25, 0.5, 0.75, 1, 1.25)
+    line = js.scan(tiny, [ends[0]], axes=[axis], **OPTIONS)
+    assert line.asr.shape == (1, 7)
+    plane = js.scan(tiny, [tuple(ends)], axes=[js.interpolation_axis(1), js.interpolation_axis(1)], **OPTIONS)
+    for model, asr in [(tiny, line.asr[0, 1]), (others[0], line.asr[0, 5]), (others[1], plane.asr[0, 0, 1])]:
+        assert asr == js.attack_success_rate(js.generate(model, PROMPTS, max_new_tokens=6))
+
+
+@pytest.mark.parametrize(("steps", "extra"), [(0, 0), (2, -1)])
+def test_interpolation_axes_out_of_range(steps: int, extra: int) -> None:
+    with pytest.raises(js.UserError, match="steps must be"):
+        js.interpolation_axis(steps, extra)
 
 
 def test_nothing_is_recompiled_from_point_to_point_or_direction_to_direction(tiny: js.Model) -> None:
@@ -189,8 +211,8 @@ def test_a_killed_process_goes_on_where_it_was(tiny_dir: Path, tmp_path: Path) -
     [
         ({"prompts": js.load_prompts("benign", 3)}, "prompts"),
         ({"prompts": js.load_prompts("harmful", 2)}, "num_prompts, prompts"),
-        ({"steps": 6}, "steps"),
-        ({"temperature": 1.0, "radius": 1.0}, "radius, temperature"),
+        ({"steps": 6}, "axes"),
+        ({"temperature": 1.0, "radius": 1.0}, "axes, temperature"),
         ({"describe": {"note": "x"}}, "note"),
     ],
 )
@@ -286,6 +308,8 @@ def test_two_processes_do_not_write_one_run(tiny: js.Model, unbroken: Path) -> N
 def test_directions_that_make_no_landscape(tiny: js.Model, directions: Any, message: str) -> None:
     with pytest.raises(js.UserError, match=message):
         js.scan(tiny, directions, **OPTIONS)
+    with pytest.raises(js.UserError, match="There are 1 axes, but 2 directions"):
+        js.scan(tiny, [(0, 1)], axes=[js.interpolation_axis(2)], **OPTIONS)
 
 
 @pytest.mark.parametrize("num_sets", [1, 2])
