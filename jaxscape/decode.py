@@ -63,9 +63,11 @@ class Batch(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """Attributes:
-    tokens: int32[B, N], a row's new tokens, of which the first `lengths` count; the end token is not among them.
-    finite: False for a row that met a NaN or infinite logit, where it ended.
+    """What a batch was completed with.
+
+    Attributes:
+        tokens: int32[B, N], a row's new tokens, of which the first `lengths` count; the end token is not among them.
+        finite: False for a row that met a NaN or infinite logit, where it ended.
     """
 
     tokens: Int[Array, "batch new"]
@@ -83,6 +85,8 @@ class Carry(NamedTuple):
 
 
 class Completion(NamedTuple):
+    """A prompt's completion, and whether all logits on the way were finite."""
+
     text: str
     finite: bool
 

