@@ -79,6 +79,9 @@ class Scan:
     def run(self) -> None:
         out = self.out or Path("runs") / f"{Path(self.model).name.removesuffix('.gguf')}-{self.ndim}d"
         # What can be wrong is looked at before anything slow is done.
+        for text in (self.model, self.prompts, self.system_prompt, *map(str, (out, *self.directions))):
+            if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError(f"{text!r} is not valid UTF-8.")
         self._check_direction_counts()
         axes = self._axes()
         prompts = load_prompts(self.prompts, self.num_prompts)
@@ -224,11 +227,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     try:
         command.run()
-    except UserError as error:
+    except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            error = UserError("The device's memory is full; lower --batch-size, or choose a --dtype of 16 bits.")
         # One line, whatever a library or a file name put into it; nothing that a terminal would act on.
         line = "".join(character if character.isprintable() else "?" for character in " ".join(str(error).split()))
         sys.stderr.write(f"jaxscape: {line}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("jaxscape: interrupted; the same command goes on where it stopped.\n")
+        sys.stderr.write("jaxscape: interrupted; the same command, without --overwrite, goes on where it stopped.\n")
         sys.exit(130)

@@ -1,7 +1,7 @@
 """Text generation: prompts to tokens, a jitted prefill and decode loop, and tokens to texts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -104,7 +104,8 @@ def encode(
     if batch_size < 1:
         raise UserError(f"The batch size must be at least 1, not {batch_size}.")
     texts = [chat_text(model.tokenizer, prompt, system_prompt) for prompt in prompts]
-    rows = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    # A chat template spells the special tokens out; where there is none, they are the tokenizer's to add.
+    rows = model.tokenizer(texts, add_special_tokens=model.tokenizer.chat_template is None)["input_ids"]
     for number, row in enumerate(rows, 1):
         if len(row) + max_new_tokens > model.config.max_positions:
             raise UserError(
@@ -154,12 +155,14 @@ def generate(
 
 def complete(model: Model, params: Params, batches: Sequence[Batch], sampling: Sampling) -> list[Completion]:
     """Complete every prompt with `params` in the place of the model's own."""
+    stream = jax.random.key(sampling.seed, impl="threefry2x32")
     outputs = [
         generate_tokens(
             params,
             *map(jnp.asarray, batch),
+            stream,
             config=model.config,
-            sampling=sampling,
+            sampling=replace(sampling, seed=0),  # another seed is another stream, not another program
             eos_token_ids=model.eos_token_ids,
         )
         for batch in batches  # dispatched all at once; the device works through them
@@ -182,6 +185,7 @@ def generate_tokens(
     tokens: Int[Array, "batch time"],
     lengths: Int[Array, " batch"],
     rows: Int[Array, " batch"],
+    stream: Key[Array, ""],
     *,
     config: ModelConfig,
     sampling: Sampling,
@@ -193,7 +197,6 @@ def generate_tokens(
     point runs the same program.
     """
     width, new = tokens.shape[1], sampling.max_new_tokens
-    stream = jax.random.key(sampling.seed, impl="threefry2x32")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(stream, rows)
     eos = jnp.asarray(eos_token_ids, jnp.int32)
 

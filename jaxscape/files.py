@@ -28,7 +28,10 @@ def cache_dir() -> Path:
     """`$JAXSCAPE_CACHE`, or `jaxscape` in the user's cache directory."""
     if override := os.environ.get("JAXSCAPE_CACHE"):
         return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxscape"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxscape"
+    except RuntimeError as error:
+        raise UserError("There is no home directory to keep downloads in; set JAXSCAPE_CACHE.") from error
 
 
 def cached_file(name: str, sha256: str, fetch: Callable[[Path], None]) -> Path:
@@ -42,9 +45,9 @@ def cached_file(name: str, sha256: str, fetch: Callable[[Path], None]) -> Path:
         UserError: the cache cannot be written, or what was fetched has another checksum.
     """
     path = cache_dir() / name
-    if path.exists() and _sha256(path) == sha256:
-        return path
     try:
+        if path.exists() and _sha256(path) == sha256:
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
             fetched = Path(directory) / path.name

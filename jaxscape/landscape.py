@@ -70,6 +70,8 @@ def visage(asr: Any, kind: str = "paper", ndim: int = 1) -> float:
     values = np.asarray(asr, np.float64)
     if values.ndim < ndim or values.size == 0:
         raise UserError(f"VISAGE in {ndim}D needs an array of {ndim} or more dimensions, not of shape {values.shape}.")
+    if np.isnan(values).any():
+        raise UserError("VISAGE is a number of the whole landscape, and points of this one are missing (NaN).")
     return float(_visage_each(values, kind, ndim).mean())
 
 
@@ -206,15 +208,23 @@ class Landscape:
         path = Path(directory) / FILE_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
-                axes=tuple(Axis(axis["name"], tuple(axis["values"])) for axis in content["axes"]),
+            land = cls(
+                axes=tuple(Axis(str(axis["name"]), tuple(map(float, axis["values"]))) for axis in content["axes"]),
                 asr=np.array(content["asr"], np.float64),
                 asr_low=np.array(content["asr_low"], np.float64),
                 asr_high=np.array(content["asr_high"], np.float64),
                 nonfinite=np.array(content["nonfinite"], np.int64),
-                num_prompts=content["num_prompts"],
+                num_prompts=int(content["num_prompts"]),
                 visage_values=content["visage"],
             )
+            grid = tuple(len(axis.values) for axis in land.axes)
+            shapes = {values.shape for values in (land.asr, land.asr_low, land.asr_high, land.nonfinite)}
+            if len(grid) not in (1, 2) or shapes != {(len(land.asr), *grid)}:
+                raise ValueError(f"arrays of shapes {sorted(shapes)} over {len(grid)} axes")
+            if land.complete:
+                values = content["visage"]
+                np.array([values["paper"], values["reference"], *values["interval"]], np.float64).reshape(4)
+            return land
         except OSError as error:
             raise UserError(f"{directory} holds no landscape: {path} cannot be read ({error}).") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:

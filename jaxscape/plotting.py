@@ -47,9 +47,13 @@ def _title(landscape: Landscape) -> str:
 
 
 def _axis_label(name: str) -> str:
-    if name in GREEK:
-        return f"{GREEK[name]} (distance along the direction)"
-    return f"{name} (0: the model, 1: the other)"
+    if _is_interpolation(name):
+        return f"{name} (0: the model, 1: the other)"
+    return f"{GREEK.get(name, name)} (distance along the direction)"
+
+
+def _is_interpolation(name: str) -> bool:
+    return name.startswith("interpolation")
 
 
 def _plot_1d(landscape: Landscape) -> Figure:
@@ -69,7 +73,7 @@ def _plot_1d(landscape: Landscape) -> Figure:
             label=f"direction {i}",
         )
     label: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8, "color": "0.35"}
-    for place, name in [(0, "the model"), (1, "the other model")][: 1 if axis.name in GREEK else 2]:
+    for place, name in [(0, "the model"), (1, "the other model")][: 2 if _is_interpolation(axis.name) else 1]:
         axes.axvline(place, color="0.5", linewidth=0.8, linestyle=":")
         axes.text(place, 0.5, f"{name} ", transform=axes.get_xaxis_transform(), **label)
     axes.set(xlabel=_axis_label(axis.name), ylabel="attack success rate (%)", ylim=(-3, 103), title=_title(landscape))
@@ -93,7 +97,7 @@ def _plot_2d(landscape: Landscape) -> Figure:
         lines = flat.contour(x, y, values, levels=[10, 50, 90], colors="k", linewidths=0.7)
         flat.clabel(lines, fmt="%d %%", fontsize=8)
         flat.plot(0, 0, marker="+", color="w", markersize=10, markeredgewidth=2)
-        flat.set(**labels, aspect="equal" if first.name in GREEK else "auto")
+        flat.set(**labels, aspect="auto" if _is_interpolation(first.name) else "equal")
         figure.colorbar(filled, ax=flat, label="attack success rate (%)")
         surface: Any = figure.add_subplot(rows, 2, 2 * i + 2, projection="3d")
         surface.plot_surface(x, y, values, cmap=COLOUR_MAP, vmin=0, vmax=100, rcount=60, ccount=60)

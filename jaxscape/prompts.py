@@ -1,6 +1,7 @@
 """Prompt sets, and the text that a chat model is given for a prompt."""
 
 import csv
+import http.client
 import io
 import json
 import urllib.request
@@ -9,7 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from jaxscape.errors import UserError
@@ -76,7 +76,7 @@ def _download_advbench(path: Path) -> None:
     try:
         with urllib.request.urlopen(ADVBENCH_URL, timeout=30) as response:
             path.write_bytes(response.read())
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"AdvBench could not be downloaded from {ADVBENCH_URL} ({error}); download that file by other means and "
             f"pass its path instead of 'advbench'."
@@ -108,7 +108,7 @@ def _jsonl_prompts(text: str, source: str) -> list[str]:
         if line.strip():
             try:
                 value = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{source}, line {number}: not valid JSON ({error}).") from error
             if isinstance(value, dict):
                 value = value.get("goal", value.get("prompt"))
@@ -137,7 +137,8 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: st
             there is an empty one, so `none` takes the shorter of the two.
 
     Returns:
-        The text, with every special token spelled out. A model without a chat template is given the bare prompt.
+        The text, with every special token spelled out; of a model without a chat template, the bare prompt, to which
+        its tokenizer may add special tokens.
 
     Raises:
         UserError: the chat template has no system role, or is missing and a system prompt was given.
@@ -145,7 +146,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: st
     user = {"role": "user", "content": prompt}
     if tokenizer.chat_template is None:
         if system_prompt in ("default", "none"):
-            return (tokenizer.bos_token or "") + prompt
+            return prompt
         raise UserError("The model has no chat template, so it cannot be given a system prompt.")
     if system_prompt == "default":
         return _render(tokenizer, [user])
@@ -164,5 +165,5 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program, and may fail like one
         raise UserError(f"The model's chat template does not accept these messages ({error}).") from error

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt32
 from rich.console import Console
 from rich.progress import Progress
 
@@ -86,7 +86,11 @@ def scan(
         "directions": [[_identity(direction, model) for direction in item] for item in sets],
         "axes": [asdict(axis) for axis in axes],
         "num_prompts": len(prompts),
-        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+        "prompts": _sha256(list(prompts)),
+        "tokens": _sha256(
+            [row[len(row) - n :].tolist() for batch in batches for row, n in zip(*batch[:2], strict=True) if n]
+        ),
+        "architecture": _sha256((model.config, model.eos_token_ids)),
         "system_prompt": system_prompt,
         **asdict(sampling),
         **(describe or {}),
@@ -95,6 +99,7 @@ def scan(
     with open_run(directory, config, axes, len(sets), prompts, overwrite) as run, _report(run, progress) as tell:
         params = None
         for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
+            resolved = None  # the last set's directions, before the next set's are made
             resolved = _resolve(sets[index], model)
             for _, coords in points:
                 params = materialise(model.params, resolved, jnp.asarray(coords, jnp.float32), params)
@@ -120,14 +125,27 @@ def _resolve(directions: Sequence[Direction], model: Model) -> list[Params]:
 
 
 def fingerprint(params: Params) -> str:
-    """A checksum that tells trees apart: of every tensor's name, shape and some 64 of its values, evenly spread."""
+    """A checksum of every tensor's name, shape, dtype and values."""
     leaves = named_leaves(params)
-    samples = jax.device_get([leaf.reshape(-1)[:: max(1, leaf.size // 64)] for leaf in leaves.values()])
-    digest = hashlib.sha256()
-    for (name, leaf), sample in zip(leaves.items(), samples, strict=True):
-        digest.update(f"{name}{leaf.shape}{leaf.dtype}".encode())
-        digest.update(sample.tobytes())
-    return digest.hexdigest()
+    sums = jax.device_get([_checksum(leaf) for leaf in leaves.values()])
+    described = [
+        (name, leaf.shape, str(leaf.dtype), total.tolist())
+        for (name, leaf), total in zip(leaves.items(), sums, strict=True)
+    ]
+    return _sha256(described)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+@jax.jit
+def _checksum(leaf: Float[Array, "*shape"]) -> UInt32[Array, " 2"]:
+    """Two sums of the values' bits, each value weighted by its place; of integers, so that their order is free."""
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").ravel().astype(jnp.uint32)
+    place = jax.lax.iota(jnp.uint32, bits.size)
+    mixed = (bits ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
+    return jnp.stack([(mixed ^ (mixed >> 15)).sum(dtype=jnp.uint32), (bits * (2 * place + 1)).sum(dtype=jnp.uint32)])
 
 
 @contextmanager

@@ -132,18 +132,21 @@ def open_run(
         _check_config(directory / CONFIG, json.loads(text))
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with (directory / GENERATIONS).open("a+b") as file:
-            _lock(file, directory)
-            if overwrite:
-                file.truncate(0)
-                (directory / landscape.FILE_NAME).unlink(missing_ok=True)
-                (directory / FIGURE).unlink(missing_ok=True)
-            write_whole(directory / CONFIG, text)
-            run = Run(axes, num_sets, prompts, (directory, file))
-            run.landscape().save(directory)
-            yield run
+        file = (directory / GENERATIONS).open("a+b")
     except OSError as error:
         raise UserError(f"The run cannot be written to {directory} ({error}).") from error
+    with file:
+        _lock(file, directory)
+        if overwrite:  # first what is computed from the generations, so that nothing ever stands without them
+            for path in (directory / landscape.FILE_NAME, directory / FIGURE, *directory.glob("output*.jsonl")):
+                path.unlink(missing_ok=True)
+            file.truncate(0)
+        else:
+            _check_config(directory / CONFIG, json.loads(text))  # again: another process may have come first
+        write_whole(directory / CONFIG, text)
+        run = Run(axes, num_sets, prompts, (directory, file))
+        run.landscape().save(directory)
+        yield run
 
 
 def check_directory(directory: Path, overwrite: bool = False) -> None:
@@ -154,7 +157,11 @@ def check_directory(directory: Path, overwrite: bool = False) -> None:
         raise UserError(f"{directory} cannot be a run's directory, because {existing} is a file.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{directory} cannot be written, because {existing} is read-only; choose another --out.")
-    if overwrite or not directory.is_dir() or (directory / CONFIG).exists():
+    if not directory.is_dir():
+        return
+    if (directory / CONFIG).exists():
+        if not _is_run_config(directory / CONFIG):
+            raise UserError(f"{directory} holds something else than a run (see its {CONFIG}); choose another --out.")
         return
     # A run that was killed before it had its configuration leaves an empty file and half of another.
     started = {temporary_name(directory / CONFIG).name}
@@ -164,6 +171,14 @@ def check_directory(directory: Path, overwrite: bool = False) -> None:
         raise UserError(
             f"{directory} has files in it ({others[0]}, for example) and is no run's directory; choose another --out."
         )
+
+
+def _is_run_config(path: Path) -> bool:
+    """Whether the file is a run's configuration, or a damaged file that may have been one."""
+    try:
+        return {"weights", "directions", "axes"} <= json.loads(path.read_text(encoding="utf-8")).keys()
+    except (ValueError, AttributeError, RecursionError):
+        return (path.parent / GENERATIONS).exists()
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -205,10 +220,11 @@ def export_reference(directory: str | Path) -> list[Path]:
         UserError: the directory holds no finished run, or cannot be written.
     """
     directory = Path(directory)
-    if not Landscape.load(directory).complete:
-        raise UserError(f"The run in {directory} is not finished; run its command again to finish it, then export.")
+    land = Landscape.load(directory)
     try:
         lines = (directory / GENERATIONS).read_bytes().split(b"\n")[:-1]
+        if not land.complete or len(lines) != land.asr.size * land.num_prompts:
+            raise UserError(f"The run in {directory} is not finished; run its command again to finish it, then export.")
         records = [json.loads(line) for line in lines]
         sets = [list(group) for _, group in itertools.groupby(records, lambda record: record["direction"])]
         paths = []
@@ -221,5 +237,7 @@ def export_reference(directory: str | Path) -> list[Path]:
             ]
             write_whole(paths[-1], "".join(json.dumps(step, ensure_ascii=False) + "\n" for step in steps))
         return paths
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"The run in {directory} cannot be exported ({type(error).__name__}: {error}).") from error

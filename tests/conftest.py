@@ -2,6 +2,9 @@
 
 import json
 import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # the expectations here are a CPU's
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

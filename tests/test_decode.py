@@ -29,6 +29,7 @@ def tokens_of(model: js.Model, prompts: list[str], batch_size: int = 128, **opti
         out = generate_tokens(
             model.params,
             *map(jnp.asarray, batch),
+            jax.random.key(sampling.seed),
             config=model.config,
             sampling=sampling,
             eos_token_ids=model.eos_token_ids,
@@ -86,6 +87,11 @@ def test_other_parameters_do_not_recompile_and_other_lengths_rarely(tiny: js.Mod
         tokens_of(moved, PROMPTS)
     tokens_of(tiny, [prompt + "!" for prompt in PROMPTS])
     assert generate_tokens._cache_size() == compiled
+    js.generate(tiny, PROMPTS, max_new_tokens=20, temperature=1.0)
+    compiled = generate_tokens._cache_size()
+    for seed in (1, 2):
+        js.generate(tiny, PROMPTS, max_new_tokens=20, temperature=1.0, seed=seed)
+    assert generate_tokens._cache_size() == compiled
 
 
 def test_a_row_with_nan_logits_ends_alone_and_is_reported(tiny: js.Model) -> None:
@@ -105,9 +111,20 @@ def test_a_row_with_nan_logits_ends_alone_and_is_reported(tiny: js.Model) -> Non
 
 
 def test_generated_text_has_no_special_tokens(tiny: js.Model) -> None:
-    for text in js.generate(tiny, PROMPTS, max_new_tokens=32, temperature=2.0):
-        assert "</s>" not in text
-        assert "<s>" not in text
+    """Every output is a special token that ends nothing: with an output head of zeros the first token, <unk>, wins."""
+    params = tiny.params | {"lm_head": {"weight": jnp.zeros_like(tiny.params["lm_head"]["weight"])}}
+    assert js.generate(js.Model(**{**vars(tiny), "params": params}), PROMPTS[:2], max_new_tokens=4) == ["", ""]
+    assert tiny.tokenizer.decode([0]) == "<unk>"
+
+
+def test_padding_that_is_nan_harms_no_row(tiny: js.Model) -> None:
+    """Padding is token 0; its embedding is NaN here, and no prompt has it."""
+    batches = encode(tiny, PROMPTS, system_prompt="default", max_new_tokens=8)
+    expected = complete(tiny, tiny.params, batches, Sampling(8))
+    params = jax.tree.map(lambda x: x, tiny.params)
+    embedding = params["model"]["embed_tokens"]["weight"]
+    params["model"]["embed_tokens"]["weight"] = embedding.at[0].set(jnp.nan)
+    assert complete(tiny, params, batches, Sampling(8)) == expected
 
 
 @settings(max_examples=30)

@@ -100,7 +100,9 @@ def test_visage_of_extremes(asr: list[float], expected: float) -> None:
     assert js.visage(asr) == js.visage(asr, kind="reference") == expected
 
 
-@pytest.mark.parametrize("arguments", [([], "paper", 1), ([1.0], "paper", 2), ([1.0], "other", 1)])
+@pytest.mark.parametrize(
+    "arguments", [([], "paper", 1), ([1.0], "paper", 2), ([1.0], "other", 1), ([1.0, math.nan], "paper", 1)]
+)
 def test_visage_of_nonsense_is_a_user_error(arguments: Any) -> None:
     with pytest.raises(js.UserError):
         js.visage(*arguments)

@@ -39,6 +39,14 @@ def test_a_sharded_checkpoint_is_the_same_model(make_model: Any, tiny: js.Model)
     assert_same_tree(js.load_model(directory, "float32").params, tiny.params)
 
 
+def test_other_safetensors_in_the_directory_are_not_the_model(copy: Path, tiny: js.Model) -> None:
+    js.save_direction(js.random_direction(tiny, 0), copy / "my_direction.safetensors", tiny)
+    assert_same_tree(js.load_model(copy).params, tiny.params)
+    (copy / "model.safetensors").rename(copy / "weights.safetensors")
+    with pytest.raises(js.UserError, match=r"both hold lm_head.weight"):
+        js.load_model(copy)
+
+
 def test_bfloat16_files_are_read(make_model: Any) -> None:
     directory, torch_model = make_model()
     torch_model.to(torch.bfloat16).save_pretrained(directory)
@@ -63,6 +71,22 @@ def test_every_end_token_that_the_files_name_is_one(copy: Path, edit_json: Any) 
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     edit_json(copy / "config.json", eos_token_id=[5])
     assert js.load_model(copy).eos_token_ids == (2, 5, 7)
+
+
+def test_end_of_turn_tokens_of_the_vocabulary_end_a_text(make_model: Any) -> None:
+    copy, _ = make_model(vocab_size=301)
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    added = {"id": 300, "content": "<|eot_id|>", "special": True, "normalized": False}
+    tokenizer["added_tokens"].append(added | {"single_word": False, "lstrip": False, "rstrip": False})
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert js.load_model(copy).eos_token_ids == (2, 300)
+
+
+@pytest.mark.parametrize("value", ["2", {}, [[1]], [2, "x"], 2**40, 2.5, True, -1])
+def test_end_tokens_that_are_none(copy: Path, value: Any) -> None:
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(js.UserError, match="names the end token"):
+        js.load_model(copy)
 
 
 def test_default_dtype_on_a_cpu_is_float32(tiny_dir: Path) -> None:
@@ -90,6 +114,13 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(copy: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"hidden_size": "wide"}, "not a model's configuration"),
         ({"num_key_value_heads": 3}, "not a multiple"),
+        ({"head_dim": 7}, "values that no model can have: head_dim"),
+        ({"vocab_size": 0}, "values that no model can have: vocab_size"),
+        ({"rms_norm_eps": -1.0}, "values that no model can have: rms_norm_eps"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": -5.0}},
+            "RoPE has the base -5.0",
+        ),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}}, "not a model's configuration"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),

@@ -81,6 +81,7 @@ def test_every_file_format_gives_back_what_was_written(tmp_path: Path, expected:
         ("bad.jsonl", b'"a"\n{"goal": }\n', "bad.jsonl, line 2: not valid JSON"),
         ("deep.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
         ("number.jsonl", b'"a"\n\n3\n', "line 3: no prompt there"),
+        ("digits.jsonl", b"9" * 5000, "line 1: not valid JSON"),
         ("other.jsonl", b'{"question": "a"}\n', "line 1: no prompt there"),
         ("half.jsonl", b'"\\ud800"\n', "line 1: half a surrogate pair"),
         ("what.xlsx", b"", "give harmful, benign, advbench, or a file ending in"),
@@ -143,8 +144,9 @@ DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%
         (LLAMA2, "Be brief.", "<<SYS>>Be brief.<</SYS>>[INST]Hi[/INST]"),
         (NO_SYSTEM, "none", "[INST]Hi[/INST]"),
         (DATED, "default", "26 Jul 2024"),
-        ("", "default", "<s>Hi"),
-        ("", "none", "<s>Hi"),
+        ("", "default", "Hi"),
+        ("", "none", "Hi"),
+        ("{{ 1 / 1 }}", "default", "1.0"),
     ],
 )
 def test_chat_texts(template: str | None, system_prompt: str, expected: str) -> None:
@@ -154,7 +156,10 @@ def test_chat_texts(template: str | None, system_prompt: str, expected: str) -> 
     assert chat_text(tokenizer, "Hi", system_prompt) == expected
 
 
-@pytest.mark.parametrize(("template", "message"), [(NO_SYSTEM, "no system role"), (None, "has no chat template")])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [(NO_SYSTEM, "no system role"), (None, "has no chat template"), ("{{ 1 / 0 }}", "division by zero")],
+)
 def test_system_prompts_that_cannot_be_given(template: str | None, message: str) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template

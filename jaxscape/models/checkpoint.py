@@ -15,6 +15,9 @@ from jaxscape.models.decoder import parameter_shapes
 
 Params = dict[str, Any]
 
+# Tokens that end a turn in the usual chat formats; a model's files often name only the one that ends a text.
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
+
 
 @dataclass(frozen=True)
 class Checkpoint:

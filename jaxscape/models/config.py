@@ -32,6 +32,14 @@ class ModelConfig:
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        wrong = [name for name in (*sizes, "head_dim", "max_positions") if getattr(self, name) < 1]
+        if self.head_dim % 2:
+            wrong.append("head_dim")
+        if not 0 <= self.rms_norm_eps < math.inf:
+            wrong.append("rms_norm_eps")
+        if wrong:
+            raise UserError(f"The model's configuration has values that no model can have: {', '.join(wrong)}.")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"The model has {self.num_heads} query heads, which is not a multiple of its "
@@ -79,6 +87,8 @@ def rope_frequencies(head_dim: int, rope: dict[str, Any]) -> tuple[float, ...]:
     `rope` is a transformers `rope_parameters` dictionary: `rope_theta`, `rope_type` (`default`, `linear` or `llama3`)
     and the parameters of that type.
     """
+    if not 0 < rope["rope_theta"] < math.inf:
+        raise UserError(f"The model's RoPE has the base {rope['rope_theta']}, which no model can have.")
     base = [rope["rope_theta"] ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     match rope.get("rope_type", "default"):
         case "default":

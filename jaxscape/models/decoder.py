@@ -137,6 +137,7 @@ class Attention(nn.Module):
         q = rope(project("q_proj", c.num_heads), angles)
         k = rope(project("k_proj", c.num_kv_heads), angles).swapaxes(1, 2)
         v = project("v_proj", c.num_kv_heads).swapaxes(1, 2)
+        v = jnp.where(positions[:, None, :, None] >= 0, v, 0)  # padding has weight 0, and 0 × NaN would be NaN
         if cached is not None:
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2)

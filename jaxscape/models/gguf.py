@@ -6,12 +6,12 @@ from typing import Any
 
 import gguf
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from jaxscape.errors import UserError
-from jaxscape.models.checkpoint import Checkpoint, named_leaves
+from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, named_leaves
 from jaxscape.models.config import ModelConfig, from_transformers
 from jaxscape.models.decoder import parameter_shapes
 
@@ -24,10 +24,8 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {"default": _GPT2_SPLIT, "gpt-2": _GPT2_SPLIT, "smollm": _GPT2_SPLIT, "llama-bpe": _LLAMA3_SPLIT}
+SPLITS = {"gpt-2": _GPT2_SPLIT, "smollm": _GPT2_SPLIT, "llama-bpe": _LLAMA3_SPLIT}
 
-# Tokens that end a turn in the usual chat formats; a file's metadata often names only the one that ends a text.
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
@@ -163,6 +161,11 @@ def _tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
             tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
         elif kind == _USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=False)])
+    if fields.get("tokenizer.ggml.add_bos_token", fields["tokenizer.ggml.model"] == "llama"):
+        bos = fields["tokenizer.ggml.bos_token_id"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+        )
     special_tokens = {
         f"{ours}_token": tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]]
         for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
@@ -177,14 +180,14 @@ def _tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
 
 
 def _byte_level(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
-    split = SPLITS.get(pre := fields.get("tokenizer.ggml.pre", "default"))
-    if split is None:
+    pre = fields.get("tokenizer.ggml.pre")
+    if pre not in SPLITS:
         raise UserError(f"The GGUF file's pre-tokenizer is {pre!r}; supported are {', '.join(sorted(SPLITS))}.")
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
     steps: list[Any] = [
-        pre_tokenizers.Split(Regex(split), behavior="isolated"),
+        pre_tokenizers.Split(Regex(SPLITS[pre]), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
     if pre == "smollm":

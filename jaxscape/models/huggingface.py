@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxscape.errors import UserError
-from jaxscape.models.checkpoint import Checkpoint
+from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint
 from jaxscape.models.config import from_transformers
 
 ARCHITECTURES = ("llama",)
@@ -32,10 +32,10 @@ def download(repository: str) -> Path:
         raise UserError(
             f"The hub has no model {repository}, or it is private: check the name, or log in with 'hf auth login'."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # of the network, the hub, the disk, or the name: each library has its own
         raise UserError(
-            f"{repository} is not in the cache and the hub cannot be reached; connect to the network, or pass a "
-            f"local model directory."
+            f"{repository} is not in the cache and the hub cannot be reached ({_reason(error)}); connect to the "
+            f"network, or pass a local model directory."
         ) from error
 
 
@@ -57,7 +57,11 @@ def open_directory(path: Path) -> Checkpoint:
         raise UserError(f"{path / 'config.json'} is not a model's configuration ({_reason(error)}).") from error
     tokenizer = _tokenizer(path)
     tensors = {file: _tensor_shapes(file) for file in _safetensors_files(path)}
-    where = {name: file for file, shapes in tensors.items() for name in shapes}
+    where: dict[str, Path] = {}
+    for file, found in tensors.items():
+        if twice := sorted(where.keys() & found.keys()):
+            raise UserError(f"{file} and {where[twice[0]]} both hold {twice[0]}; keep only the model's own files.")
+        where |= dict.fromkeys(found, file)
     shapes = {name: shape for shapes in tensors.values() for name, shape in shapes.items()}
 
     def read(name: str) -> Any:
@@ -76,7 +80,7 @@ def open_directory(path: Path) -> Checkpoint:
         shapes={name: shape for name, shape in shapes.items() if name not in redundant},
         read=read,
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(path, declared, tokenizer),
+        eos_token_ids=_eos_token_ids(path, declared, tokenizer, config.vocab_size),
     )
 
 
@@ -106,14 +110,20 @@ def _reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _eos_token_ids(path: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _eos_token_ids(
+    path: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> tuple[int, ...]:
     """Every end token that the model's files name: chat models end a turn and a text with different ones."""
     generation = path / "generation_config.json"
     stated = [config.get("eos_token_id"), tokenizer.eos_token_id]
     if generation.exists():
         stated.append(read_json(generation).get("eos_token_id"))
-    ids = {token for value in stated for token in (value if isinstance(value, list) else [value])}
-    return tuple(sorted(ids - {None}))
+    ids = [token for value in stated if value is not None for token in (value if isinstance(value, list) else [value])]
+    if wrong := [token for token in ids if type(token) is not int or not 0 <= token < vocab_size]:
+        raise UserError(f"{path} names the end token {wrong[0]!r}, which is not one of its {vocab_size} tokens.")
+    added = tokenizer.added_tokens_decoder.items()
+    ends = {number for number, token in added if token.content in END_OF_TURN and number < vocab_size}
+    return tuple(sorted({*ids, *ends}))
 
 
 def _safetensors_files(path: Path) -> list[Path]:
@@ -127,6 +137,8 @@ def _safetensors_files(path: Path) -> list[Path]:
         if missing := [file.name for file in files if not file.exists()]:
             raise UserError(f"{path} lacks the weight files {', '.join(missing)} that its index names.")
         return files
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]  # whatever else lies there, a direction perhaps
     if files := sorted(path.glob("*.safetensors")):
         return files
     if any(file.suffix in PICKLED for file in path.iterdir()):
