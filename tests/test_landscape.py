@@ -197,7 +197,45 @@ def test_a_saved_landscape_comes_back(tmp_path_factory: pytest.TempPathFactory, 
             land.visage()
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"axes": 3}', "[" * 100_000, '{"axes": [], "asr": "x"}'])
+GOOD: dict[str, Any] = {
+    "axes": [{"name": "alpha", "values": [-1, 0, 1]}],
+    **{name: [[100.0, 50.0, 100.0]] for name in ("asr", "asr_low", "asr_high")},
+    "nonfinite": [[0, 0, 0]],
+    "num_prompts": 2,
+    "visage": {"paper": 50.0, "reference": 50.0, "interval": [0.0, 60.0]},
+}
+
+
+def test_the_files_below_are_damaged_in_one_place_each(tmp_path: Path) -> None:
+    (tmp_path / "landscape.json").write_text(json.dumps(GOOD))
+    assert js.Landscape.load(tmp_path).visage() == 50
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "{",
+        "[]",
+        "[" * 100_000,
+        *(
+            json.dumps(GOOD | change)
+            for change in [
+                {"axes": 3},
+                {"axes": []},
+                {"axes": 3 * GOOD["axes"]},
+                {"axes": [{"name": "alpha", "values": ["x", 0, 1]}]},
+                {"asr": "x"},
+                {"asr": [[1.0, 2.0]]},
+                {"asr_low": [1.0, 2.0, 3.0]},
+                {"num_prompts": "many"},
+                {"visage": None},
+                {"visage": {"paper": 1.0}},
+                {"visage": GOOD["visage"] | {"interval": [1.0]}},
+            ]
+        ),
+    ],
+)
 def test_files_that_are_no_landscape_are_user_errors(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "landscape.json").write_text(content)
