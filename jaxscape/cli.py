@@ -11,7 +11,7 @@ import numpy as np
 import transformers
 import tyro
 
-from jaxscape.errors import UserError
+from jaxscape.errors import UserError, is_utf8
 from jaxscape.landscape import Axis, Landscape, interpolation_axis, symmetric_axes
 from jaxscape.models import Model, load_model
 from jaxscape.perturb import difference, load_direction
@@ -80,7 +80,7 @@ class Scan:
         out = self.out or Path("runs") / f"{Path(self.model).name.removesuffix('.gguf')}-{self.ndim}d"
         # What can be wrong is looked at before anything slow is done.
         for text in (self.model, self.prompts, self.system_prompt, *map(str, (out, *self.directions))):
-            if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+            if not is_utf8(text):
                 raise UserError(f"{text!r} is not valid UTF-8.")
         self._check_direction_counts()
         axes = self._axes()

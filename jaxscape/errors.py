@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend, and a check that several modules make."""
+"""The one exception that is the user's to mend, and checks that several modules make."""
 
 
 class UserError(ValueError):
@@ -13,3 +13,8 @@ def check_seed(seed: int) -> int:
     if not 0 <= seed < 2**32:
         raise UserError(f"A seed is a number from 0 to {2**32 - 1}, not {seed}.")
     return int(seed)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can spell the text: JSON and file names can hold halves of surrogate pairs, which it cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

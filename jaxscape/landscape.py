@@ -165,8 +165,6 @@ class Landscape:
         Raises:
             UserError: points are missing.
         """
-        if not self.complete:
-            raise UserError("VISAGE is a number of the whole landscape, and points of this one are missing.")
         return visage(self.asr, kind, len(self.axes))
 
     def to_json(self) -> str:

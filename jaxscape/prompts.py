@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from jaxscape.errors import UserError
+from jaxscape.errors import UserError, is_utf8
 from jaxscape.files import cached_file
 
 BUILT_IN = ("harmful", "benign")
@@ -123,7 +123,7 @@ def _txt_prompts(text: str, source: str) -> list[str]:
 def _checked(value: Any, source: str, line: int) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{source}, line {line}: no prompt there (a text, or an object with a 'goal' or 'prompt').")
-    if any("\ud800" <= character <= "\udfff" for character in value):  # JSON can spell what UTF-8 cannot
+    if not is_utf8(value):
         raise UserError(f"{source}, line {line}: half a surrogate pair, which is no text.")
     return value.strip()
 
