@@ -11,6 +11,7 @@ import numpy as np
 import transformers
 import tyro
 
+from jaxscape import rundir
 from jaxscape.errors import UserError, is_utf8
 from jaxscape.landscape import Axis, Landscape, interpolation_axis, symmetric_axes
 from jaxscape.models import Model, load_model
@@ -18,7 +19,7 @@ from jaxscape.perturb import difference, load_direction
 from jaxscape.plotting import save_figure
 from jaxscape.prompts import load_prompts
 from jaxscape.scan import Direction, scan
-from jaxscape.store import FIGURE, check_directory, export_reference
+from jaxscape.store import FIGURE, KIND, export_reference
 
 DEFAULT_NUM_PROMPTS = 40  # enough for a picture, and minutes on a laptop
 EXTRAS = {"tpu": "tpu", "gpu": "cuda"}
@@ -87,7 +88,7 @@ class Scan:
         prompts = load_prompts(self.prompts, self.num_prompts)
         if self.num_prompts is None:
             prompts = prompts[:DEFAULT_NUM_PROMPTS]
-        check_directory(out, self.overwrite)
+        rundir.check(out, KIND, self.overwrite)
         select_platform([name for name in ("tpu", "gpu", "cpu") if getattr(self, name)])
         model = load_model(self.model, self.dtype)
         landscape = scan(

@@ -52,24 +52,29 @@ def _load(source: str) -> list[str]:
         text = files("jaxscape").joinpath("data/prompts.csv").read_text(encoding="utf-8")
         return [row[source] for row in csv.DictReader(io.StringIO(text))]
     if source == "advbench":
-        return _csv_prompts(_read(cached_file("advbench.csv", ADVBENCH_SHA256, _download_advbench)), source)
+        return _csv_prompts(advbench_text(), source)
     path = Path(source)
     parse = {".csv": _csv_prompts, ".jsonl": _jsonl_prompts, ".txt": _txt_prompts}.get(path.suffix.lower())
     if parse is None:
         raise UserError(
             f"There is no prompt set {source!r}: give {', '.join(NAMES)}, or a file ending in .csv, .jsonl or .txt."
         )
-    prompts = parse(_read(path), source)
+    prompts = parse(read_text(path), source)
     if not prompts:
         raise UserError(f"The prompt file {source} has no prompts in it.")
     return prompts
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The prompt file {path} cannot be read as UTF-8 text ({error}).") from error
+        raise UserError(f"The file {path} cannot be read as UTF-8 text ({error}).") from error
+
+
+def advbench_text() -> str:
+    """AdvBench's table of harmful behaviours, from the cache or its home: columns `goal` and `target`."""
+    return read_text(cached_file("advbench.csv", ADVBENCH_SHA256, _download_advbench))
 
 
 def _download_advbench(path: Path) -> None:
@@ -149,21 +154,27 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: st
             return prompt
         raise UserError("The model has no chat template, so it cannot be given a system prompt.")
     if system_prompt == "default":
-        return _render(tokenizer, [user])
+        return render(tokenizer, [user])
     if system_prompt != "none":
-        return _render(tokenizer, [{"role": "system", "content": system_prompt}, user])
-    bare = _render(tokenizer, [user])
+        return render(tokenizer, [{"role": "system", "content": system_prompt}, user])
+    bare = render(tokenizer, [user])
     try:
-        return min(bare, _render(tokenizer, [{"role": "system", "content": ""}, user]), key=len)
+        return min(bare, render(tokenizer, [{"role": "system", "content": ""}, user]), key=len)
     except UserError:  # the template has no system role
         return bare
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+) -> str:
+    """The text of messages in the model's chat format, `add_generation_prompt` with the opening of an answer."""
     try:
         # A fixed date, because some templates write today's, and a run must be repeatable tomorrow.
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            date_string="26 Jul 2024",
         )
     except Exception as error:  # a template is a program, and may fail like one
         raise UserError(f"The model's chat template does not accept these messages ({error}).") from error

@@ -1,8 +1,6 @@
 """The scan: evaluate a model at every point of a landscape."""
 
-import hashlib
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,16 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt32
-from rich.console import Console
-from rich.progress import Progress
 
 from jaxscape.decode import BATCH_SIZE, Sampling, complete, encode
 from jaxscape.errors import UserError, check_seed
 from jaxscape.landscape import Axis, Landscape, symmetric_axes
 from jaxscape.models import Model
-from jaxscape.models.checkpoint import Params, named_leaves
+from jaxscape.models.checkpoint import Params, fingerprint
 from jaxscape.perturb import check_direction, materialise, random_direction
+from jaxscape.progress import report_to
+from jaxscape.rundir import checksum
 from jaxscape.store import Run, open_run
 
 Direction = Params | int | np.integer
@@ -86,11 +83,11 @@ def scan(
         "directions": [[_identity(direction, model) for direction in item] for item in sets],
         "axes": [asdict(axis) for axis in axes],
         "num_prompts": len(prompts),
-        "prompts": _sha256(list(prompts)),
-        "tokens": _sha256(
+        "prompts": checksum(list(prompts)),
+        "tokens": checksum(
             [row[len(row) - n :].tolist() for batch in batches for row, n in zip(*batch[:2], strict=True) if n]
         ),
-        "architecture": _sha256((model.config, model.eos_token_ids)),
+        "architecture": checksum((model.config, model.eos_token_ids)),
         "system_prompt": system_prompt,
         **asdict(sampling),
         **(describe or {}),
@@ -124,43 +121,11 @@ def _resolve(directions: Sequence[Direction], model: Model) -> list[Params]:
     return resolved
 
 
-def fingerprint(params: Params) -> str:
-    """A checksum of every tensor's name, shape, dtype and values."""
-    leaves = named_leaves(params)
-    sums = jax.device_get([_checksum(leaf) for leaf in leaves.values()])
-    described = [
-        (name, leaf.shape, str(leaf.dtype), total.tolist())
-        for (name, leaf), total in zip(leaves.items(), sums, strict=True)
-    ]
-    return _sha256(described)
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()
-
-
-@jax.jit
-def _checksum(leaf: Float[Array, "*shape"]) -> UInt32[Array, " 2"]:
-    """Two sums of the values' bits, each value weighted by its place; of integers, so that their order is free."""
-    bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").ravel().astype(jnp.uint32)
-    place = jax.lax.iota(jnp.uint32, bits.size)
-    mixed = (bits ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
-    return jnp.stack([(mixed ^ (mixed >> 15)).sum(dtype=jnp.uint32), (bits * (2 * place + 1)).sum(dtype=jnp.uint32)])
-
-
 @contextmanager
 def _report(run: Run, enabled: bool) -> Iterator[Callable[[], None]]:
     """A line for each point: how far, where, its ASR, the time left; and a progress bar where there is a terminal."""
     total, resumed, started = len(run.points), run.num_done, time.monotonic()
-    console = Console(
-        stderr=True,
-        quiet=not enabled,
-        markup=False,
-        highlight=False,
-        force_terminal=sys.stderr.isatty(),  # rich takes a notebook for a terminal
-        force_jupyter=False,
-    )
-    with Progress(console=console, disable=not enabled, transient=True) as bar:
+    with report_to(enabled) as bar:
         task = bar.add_task("scan", total=total, completed=resumed)
         if resumed:
             bar.print(f"going on after {resumed} of {total} points")
@@ -176,6 +141,6 @@ def _report(run: Run, enabled: bool) -> Iterator[Callable[[], None]]:
             if bad := int((~run.finite[done - 1]).sum()):
                 line += f"  ({bad} of {len(run.prompts)} prompts met NaN or infinite logits)"
             bar.update(task, completed=done)
-            bar.print(line, soft_wrap=True)
+            bar.print(line)
 
         yield tell

@@ -4,7 +4,6 @@
 point is what a killed run left, and is cut off. Every other file is computed from it.
 """
 
-import fcntl
 import itertools
 import json
 import os
@@ -15,15 +14,20 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxscape import landscape
+from jaxscape import landscape, rundir
 from jaxscape.decode import Completion
 from jaxscape.errors import UserError
 from jaxscape.evaluate import is_refusal
-from jaxscape.files import temporary_name, write_whole
+from jaxscape.files import write_whole
 from jaxscape.landscape import Axis, Landscape
 
-CONFIG, GENERATIONS, FIGURE = "config.json", "generations.jsonl", "landscape.png"
-RUN_FILES = (CONFIG, GENERATIONS, landscape.FILE_NAME, FIGURE)
+GENERATIONS, FIGURE = "generations.jsonl", "landscape.png"
+KIND = rundir.Kind(
+    "scan",
+    state=GENERATIONS,
+    marks=frozenset({"weights", "directions", "axes"}),
+    computed=(landscape.FILE_NAME, FIGURE, "output*.jsonl"),
+)
 
 Point = tuple[int, tuple[float, ...]]
 """A direction set's index, and coordinates along its directions."""
@@ -117,93 +121,14 @@ def open_run(
     prompts: Sequence[str],
     overwrite: bool = False,
 ) -> Iterator[Run]:
-    """Start a run in a directory, or go on with the one that is there; None keeps it in memory.
-
-    Raises:
-        UserError: the directory cannot be used: see `check_directory`; or it holds a run of another configuration, a
-            damaged one, or one that is going on.
-    """
-    if directory is None:
-        yield Run(axes, num_sets, prompts)
-        return
-    check_directory(directory, overwrite)
-    text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
-    if not overwrite:
-        _check_config(directory / CONFIG, json.loads(text))
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / GENERATIONS).open("a+b")
-    except OSError as error:
-        raise UserError(f"The run cannot be written to {directory} ({error}).") from error
-    with file:
-        _lock(file, directory)
-        if overwrite:  # first what is computed from the generations, so that nothing ever stands without them
-            for path in (directory / landscape.FILE_NAME, directory / FIGURE, *directory.glob("output*.jsonl")):
-                path.unlink(missing_ok=True)
-            file.truncate(0)
+    """Start a run in a directory, or go on with the one that is there; None keeps it in memory. See `rundir.opened`."""
+    with rundir.opened(directory, config, KIND, overwrite) as file:
+        if directory is None or file is None:
+            yield Run(axes, num_sets, prompts)
         else:
-            _check_config(directory / CONFIG, json.loads(text))  # again: another process may have come first
-        write_whole(directory / CONFIG, text)
-        run = Run(axes, num_sets, prompts, (directory, file))
-        run.landscape().save(directory)
-        yield run
-
-
-def check_directory(directory: Path, overwrite: bool = False) -> None:
-    """Raise a `UserError` if no run could be kept in the directory: it is a file, is not writable, or holds other
-    files and no run. Nothing is made or changed."""
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"{directory} cannot be a run's directory, because {existing} is a file.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{directory} cannot be written, because {existing} is read-only; choose another --out.")
-    if not directory.is_dir():
-        return
-    if (directory / CONFIG).exists():
-        if not _is_run_config(directory / CONFIG):
-            raise UserError(f"{directory} holds something else than a run (see its {CONFIG}); choose another --out.")
-        return
-    # A run that was killed before it had its configuration leaves an empty file and half of another.
-    started = {temporary_name(directory / CONFIG).name}
-    if (directory / GENERATIONS).exists() and not (directory / GENERATIONS).stat().st_size:
-        started.add(GENERATIONS)
-    if others := sorted(path.name for path in directory.iterdir() if path.name not in started):
-        raise UserError(
-            f"{directory} has files in it ({others[0]}, for example) and is no run's directory; choose another --out."
-        )
-
-
-def _is_run_config(path: Path) -> bool:
-    """Whether the file is a run's configuration, or a damaged file that may have been one."""
-    try:
-        return {"weights", "directions", "axes"} <= json.loads(path.read_text(encoding="utf-8")).keys()
-    except (ValueError, AttributeError, RecursionError):
-        return (path.parent / GENERATIONS).exists()
-
-
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise a `UserError` that names what differs, if the directory's run was configured otherwise."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        differing = sorted(key for key in found.keys() | config.keys() if found.get(key) != config.get(key))
-    except FileNotFoundError:
-        return
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); start over with --overwrite.") from error
-    if differing:
-        raise UserError(
-            f"{path.parent} holds a run with another configuration (different: {', '.join(differing)}); choose "
-            f"another --out, or start over with --overwrite."
-        )
-
-
-def _lock(file: BinaryIO, directory: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"Another process is running in {directory}; wait for it, or choose another --out.") from error
-    except OSError:
-        pass  # some network drives have no locks; a run there is better than none
+            run = Run(axes, num_sets, prompts, (directory, file))
+            run.landscape().save(directory)
+            yield run
 
 
 def export_reference(directory: str | Path) -> list[Path]:

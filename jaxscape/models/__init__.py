@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from jaxscape.errors import UserError
-from jaxscape.models import builtin, huggingface
+from jaxscape.models import builtin, huggingface, lora
 from jaxscape.models.checkpoint import Checkpoint, Params, load_params
-from jaxscape.models.config import ModelConfig
+from jaxscape.models.config import ModelConfig, from_transformers
 from jaxscape.models.decoder import forward
 from jaxscape.models.gguf import open_gguf
 
@@ -30,6 +30,7 @@ class Model:
         name: what it was loaded from.
         params: a nested dictionary of arrays; its paths, joined with dots, are Hugging Face parameter names.
         eos_token_ids: the tokens that end a text or a turn.
+        transformers_config: the configuration as transformers has it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Model:
     params: Params
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
+    transformers_config: PreTrainedConfig
 
     def __call__(self, tokens: Int[Array | np.ndarray, "batch time"]) -> Float[Array, "batch time vocab"]:
         """Logits of the next token after each token: int32[B, T] to float32[B, T, V]."""
@@ -53,7 +55,9 @@ def load_model(source: str | Path, dtype: str | None = None) -> Model:
     """Load a model with its tokenizer.
 
     Arguments:
-        source: a built-in name (`smollm2-135m`), a Hugging Face directory or hub id, or a `.gguf` file.
+        source: a built-in name (`smollm2-135m-safe`, `smollm2-135m`), a Hugging Face directory or hub id, or a `.gguf`
+            file. A directory or hub repository may also hold a LoRA adapter in PEFT's format: the model that it names
+            as its base is loaded, and the adapter added to its weights.
         dtype: of the parameters and activations, `float32`, `bfloat16` or `float16`; by default `float32` on a CPU
             and `bfloat16` on an accelerator.
 
@@ -66,22 +70,61 @@ def load_model(source: str | Path, dtype: str | None = None) -> Model:
         raise UserError(f"The dtype {dtype!r} is not supported; choose {', '.join(DTYPES)}.")
     checkpoint = _open(str(source))
     params = load_params(checkpoint, jnp.dtype(dtype), str(source))
-    return Model(str(source), checkpoint.config, params, checkpoint.tokenizer, checkpoint.eos_token_ids)
+    return Model(
+        name=str(source),
+        config=checkpoint.config,
+        params=params,
+        tokenizer=checkpoint.tokenizer,
+        eos_token_ids=checkpoint.eos_token_ids,
+        transformers_config=checkpoint.transformers_config,
+    )
 
 
-def _open(source: str) -> Checkpoint:
+def save_model(model: Model, directory: str | Path) -> None:
+    """Write a model as a directory that transformers, and `load_model`, load: safetensors in the parameters' dtype.
+
+    Raises:
+        UserError: the directory cannot be written; or the model came from a GGUF file whose RoPE scaling cannot be
+            written in a transformers configuration.
+    """
+    written = from_transformers(model.transformers_config).rope_frequencies
+    if not np.allclose(written, model.config.rope_frequencies, rtol=1e-6, atol=0):
+        raise UserError(
+            f"{model.name} scales its RoPE by a table, which a Hugging Face directory cannot hold; start from the "
+            f"model's own directory instead of its GGUF file."
+        )
+    huggingface.save_directory(
+        Path(directory), model.params, model.transformers_config, model.tokenizer, model.eos_token_ids
+    )
+
+
+def _open(source: str, adapters: tuple[Path, ...] = ()) -> Checkpoint:
+    """Open what `load_model` was given; `adapters` are those that have it as their base."""
     path = Path(source)
     if source in builtin.MODELS:
         return open_gguf(builtin.packaged_file(builtin.MODELS[source]))
+    if source in builtin.ADAPTERS:
+        return _open_directory(builtin.ADAPTERS[source], adapters)
     if path.suffix in huggingface.PICKLED:
         raise UserError(huggingface.pickled_message(path))
     if path.is_dir():
-        return huggingface.open_directory(path)
+        return _open_directory(path, adapters)
     if path.suffix == ".gguf" and path.is_file():
         return open_gguf(path)
     if path.suffix != ".gguf" and _HUB_ID.fullmatch(source):
-        return huggingface.open_directory(huggingface.download(source))
+        return _open_directory(huggingface.download(source), adapters)
     raise UserError(
-        f"There is no model {source!r}: give a name ({', '.join(sorted(builtin.MODELS))}), a model directory, "
+        f"There is no model {source!r}: give a name ({', '.join(builtin.NAMES)}), a model directory, "
         f"a .gguf file or a hub id such as 'meta-llama/Llama-2-7b-chat-hf'."
     )
+
+
+def _open_directory(path: Path, adapters: tuple[Path, ...]) -> Checkpoint:
+    """A whole model, or an adapter on top of the model that it names as its base."""
+    if not lora.is_adapter(path):
+        return huggingface.open_directory(path)
+    path = path.resolve()
+    if path in adapters:
+        raise UserError(f"The adapter {path} is its own base; write the base model's name into {lora.CONFIG}.")
+    adapter = lora.load_adapter(path)
+    return lora.merge(_open(adapter.base, (*adapters, path)), adapter, str(path))

