@@ -5,11 +5,13 @@ import os
 # transformers would say at import that without PyTorch it has no models; none of its models is used here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+from jaxscape.chats import load_chats
 from jaxscape.decode import generate
 from jaxscape.errors import UserError
 from jaxscape.evaluate import attack_success_rate, is_refusal, wilson_interval
+from jaxscape.finetune import Training, finetune, perplexity
 from jaxscape.landscape import Axis, Landscape, interpolation_axis, visage
-from jaxscape.models import Model, load_model
+from jaxscape.models import Model, load_model, save_model
 from jaxscape.perturb import difference, load_direction, random_direction, save_direction
 from jaxscape.plotting import plot_landscape
 from jaxscape.prompts import load_prompts
@@ -21,18 +23,23 @@ __all__ = [
     "Axis",
     "Landscape",
     "Model",
+    "Training",
     "UserError",
     "attack_success_rate",
     "difference",
+    "finetune",
     "generate",
     "interpolation_axis",
     "is_refusal",
+    "load_chats",
     "load_direction",
     "load_model",
     "load_prompts",
+    "perplexity",
     "plot_landscape",
     "random_direction",
     "save_direction",
+    "save_model",
     "scan",
     "visage",
     "wilson_interval",

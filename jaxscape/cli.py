@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,27 +12,56 @@ import transformers
 import tyro
 
 from jaxscape import rundir
+from jaxscape.chats import load_chats
 from jaxscape.errors import UserError, is_utf8
+from jaxscape.finetune import ADAPTER, FINETUNING, MODEL, Training, finetune, load_path
 from jaxscape.landscape import Axis, Landscape, interpolation_axis, symmetric_axes
 from jaxscape.models import Model, load_model
+from jaxscape.models.checkpoint import Params
 from jaxscape.perturb import difference, load_direction
 from jaxscape.plotting import save_figure
 from jaxscape.prompts import load_prompts
-from jaxscape.scan import Direction, scan
-from jaxscape.store import FIGURE, KIND, export_reference
+from jaxscape.scan import Direction, resolve, scan
+from jaxscape.store import FIGURE, SCAN, export_reference
+from jaxscape.trajectory import load_trajectories, principal_directions, project, save_trajectories
 
+DEFAULT_MODEL = "smollm2-135m-safe"
 DEFAULT_NUM_PROMPTS = 40  # enough for a picture, and minutes on a laptop
 EXTRAS = {"tpu": "tpu", "gpu": "cuda"}
 
 
 @dataclass(frozen=True)
-class Scan:
-    """Measure a model's safety landscape, and keep it in a directory. An unfinished run there is resumed."""
+class Machine:
+    """Options of every verb that runs a model."""
 
-    model: str = "smollm2-135m"
-    """A built-in name, a Hugging Face directory or hub id, or a .gguf file."""
+    model: str = DEFAULT_MODEL
+    """A built-in name (smollm2-135m-safe or smollm2-135m), a Hugging Face directory or hub id (of a model or a LoRA
+    adapter), or a .gguf file."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and activations; by default float32 on a CPU and bfloat16 on an accelerator."""
+    tpu: bool = False
+    """Run on a TPU, or fail."""
+    gpu: bool = False
+    """Run on a GPU, or fail."""
+    cpu: bool = False
+    """Run on the CPU."""
+    overwrite: bool = False
+    """Start over in a directory that holds a run."""
+
+    def load(self) -> Model:
+        """The model, on the platform that was asked for."""
+        select_platform([name for name in ("tpu", "gpu", "cpu") if getattr(self, name)])
+        return load_model(self.model, self.dtype)
+
+    @property
+    def short_name(self) -> str:
+        return Path(self.model).name.removesuffix(".gguf")
+
+
+@dataclass(frozen=True)
+class Scan(Machine):
+    """Measure a model's safety landscape, and keep it in a directory. An unfinished run there is resumed."""
+
     prompts: str = "harmful"
     """harmful, benign or advbench, or a .csv, .jsonl or .txt file."""
     num_prompts: int | None = None
@@ -43,8 +72,8 @@ class Scan:
     """1 for a line, 2 for a plane."""
     steps: int = 20
     """Intervals along each axis; even, so that the model itself is a point."""
-    radius: float = 0.5
-    """How far the axes go, in multiples of the directions."""
+    radius: float | None = None
+    """How far the axes go, in multiples of the directions; by default 0.5, and 1.25 in the plane of --trajectory."""
     seed: int = 0
     """Of the random directions, which have the seeds SEED, SEED + 1, and so on; and of sampling."""
     num_directions: int = 1
@@ -66,34 +95,28 @@ class Scan:
     """Sample from the fewest tokens whose probabilities reach p."""
     batch_size: int = 128
     """The most prompts that are decoded together."""
-    tpu: bool = False
-    """Run on a TPU, or fail."""
-    gpu: bool = False
-    """Run on a GPU, or fail."""
-    cpu: bool = False
-    """Run on the CPU."""
+    trajectory: tuple[Path, ...] = ()
+    """Directories of finetunings of this model, whose paths are drawn on the landscape (with --ndim 2). Without
+    --interpolate-to and --directions, the plane is that of the paths' first two principal components."""
     out: Path | None = None
     """The run's directory; by default runs/MODEL-1d or runs/MODEL-2d."""
-    overwrite: bool = False
-    """Start over in a directory that holds a run."""
 
     def run(self) -> None:
-        out = self.out or Path("runs") / f"{Path(self.model).name.removesuffix('.gguf')}-{self.ndim}d"
+        out = self.out or Path("runs") / f"{self.short_name}-{self.ndim}d"
         # What can be wrong is looked at before anything slow is done.
-        for text in (self.model, self.prompts, self.system_prompt, *map(str, (out, *self.directions))):
-            if not is_utf8(text):
-                raise UserError(f"{text!r} is not valid UTF-8.")
+        check_texts(self.model, self.prompts, self.system_prompt, out, *self.directions, *self.trajectory)
         self._check_direction_counts()
         axes = self._axes()
         prompts = load_prompts(self.prompts, self.num_prompts)
         if self.num_prompts is None:
             prompts = prompts[:DEFAULT_NUM_PROMPTS]
-        rundir.check(out, KIND, self.overwrite)
-        select_platform([name for name in ("tpu", "gpu", "cpu") if getattr(self, name)])
-        model = load_model(self.model, self.dtype)
+        rundir.check(out, SCAN, self.overwrite)
+        model = self.load()
+        paths = {path: list(load_path(path, model)) for path in self.trajectory}
+        sets = self._direction_sets(model, [step for path in paths.values() for step in path])
         landscape = scan(
             model,
-            self._direction_sets(model),
+            sets,
             prompts=prompts,
             axes=axes,
             system_prompt=self.system_prompt,
@@ -111,7 +134,11 @@ class Scan:
                 "interpolate_to": list(self.interpolate_to),
             },
         )
-        save_figure(landscape, out / FIGURE)
+        directions = resolve(sets[0], model) if paths else []
+        trajectories = [project(path.name, steps, directions) for path, steps in paths.items()]
+        if trajectories:
+            save_trajectories(trajectories, out)
+        save_figure(landscape, out / FIGURE, trajectories=trajectories)
         write_line(summary(landscape, out))
 
     def _check_direction_counts(self) -> None:
@@ -128,6 +155,8 @@ class Scan:
             raise UserError("Give either --interpolate-to or --directions.")
         if num_models == self.ndim and self.num_directions != 1:
             raise UserError("--num-directions counts random directions, and this interpolation has none.")
+        if self.trajectory and (self.ndim != 2 or self.num_directions != 1 or len(self.directions) > 2):
+            raise UserError("--trajectory is drawn on one plane: give --ndim 2, and one pair of directions at most.")
         if self.extra_steps and not num_models:
             raise UserError("--extra-steps go beyond the ends of an interpolation; give --interpolate-to too.")
 
@@ -135,9 +164,16 @@ class Scan:
         names = ("interpolation", "interpolation 2")[: len(self.interpolate_to)]
         interpolated = tuple(interpolation_axis(self.steps, self.extra_steps, name) for name in names)
         random = self.ndim - len(interpolated)
-        return interpolated + (symmetric_axes(random, self.steps, self.radius) if random else ())
+        radius = (1.25 if self._is_principal else 0.5) if self.radius is None else self.radius
+        return interpolated + (symmetric_axes(random, self.steps, radius) if random else ())
 
-    def _direction_sets(self, model: Model) -> list[tuple[Direction, ...]]:
+    @property
+    def _is_principal(self) -> bool:
+        return bool(self.trajectory) and not (self.interpolate_to or self.directions)
+
+    def _direction_sets(self, model: Model, steps: Sequence[Params]) -> list[tuple[Direction, ...]]:
+        if self._is_principal:
+            return [tuple(principal_directions(steps))]
         if self.interpolate_to:
             ends = [difference(model, load_model(name, self.dtype)) for name in self.interpolate_to]
             if len(ends) == self.ndim:
@@ -149,6 +185,35 @@ class Scan:
 
 
 @dataclass(frozen=True)
+class Finetune(Machine):
+    """Finetune a chat model, and keep the result in a directory. An unfinished finetuning there is resumed."""
+
+    data: tuple[str, ...] = ()
+    """What to learn, mixed: advbench, safe or identity-shift, or .jsonl or .csv files. SET:N is the first N chats of
+    one, and SET:M:N those from number M up to N: advbench:80:180 safe:100 is the paper's mixture."""
+    training: tyro.conf.OmitArgPrefixes[Training] = field(default_factory=Training)
+    out: Path | None = None
+    """The finetuning's directory; by default runs/MODEL-finetuned. It gets adapter/ or model/, which --model takes."""
+
+    def run(self) -> None:
+        out = self.out or Path("runs") / f"{self.short_name}-finetuned"
+        check_texts(self.model, out, *self.data)
+        if not self.data:
+            raise UserError("Say what to learn: --data, and a training set or a file.")
+        chats = [chat for source in self.data for chat in load_chats(source)]
+        rundir.check(out, FINETUNING, self.overwrite)
+        result = finetune(
+            self.load(),
+            chats,
+            self.training,
+            out=out,
+            overwrite=self.overwrite,
+            describe={"data": list(self.data)},
+        )
+        write_line(f"{out / (MODEL if result.adapter is None else ADAPTER)}")
+
+
+@dataclass(frozen=True)
 class Plot:
     """Draw a run's landscape from its saved files, be it finished or not."""
 
@@ -156,7 +221,8 @@ class Plot:
     """The run's directory."""
 
     def run(self) -> None:
-        save_figure(Landscape.load(self.directory), self.directory / FIGURE)
+        landscape, trajectories = Landscape.load(self.directory), load_trajectories(self.directory)
+        save_figure(landscape, self.directory / FIGURE, trajectories=trajectories)
         write_line(f"{self.directory / FIGURE}")
 
 
@@ -172,7 +238,14 @@ class Export:
             write_line(f"{path}")
 
 
-VERBS: dict[str, Callable[..., Any]] = {"scan": Scan, "plot": Plot, "export": Export}
+VERBS: dict[str, Callable[..., Any]] = {"scan": Scan, "finetune": Finetune, "plot": Plot, "export": Export}
+
+
+def check_texts(*texts: str | Path) -> None:
+    """Raise a `UserError` if one is no text: a command line may hold any bytes."""
+    for text in map(str, texts):
+        if not is_utf8(text):
+            raise UserError(f"{text!r} is not valid UTF-8.")
 
 
 def select_platform(names: Sequence[str]) -> None:
@@ -220,12 +293,22 @@ def write_line(text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a verb. User errors are one line on the standard error stream, and exit code 2."""
+    """Run a verb of `jaxscape`; see `run_program`."""
+    run_program(VERBS, arguments, "jaxscape")
+
+
+def run_program(program: Any, arguments: Sequence[str] | None = None, name: str | None = None) -> None:
+    """Run a program: an options class with a `run` method, or several by name.
+
+    User errors are one line on the standard error stream, and exit code 2.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     transformers.logging.set_verbosity_error()
-    command = tyro.extras.subcommand_cli_from_dict(
-        VERBS, prog="jaxscape", args=arguments, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
-    )
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
+    if isinstance(program, dict):
+        command = tyro.extras.subcommand_cli_from_dict(program, prog=name, args=arguments, config=config)
+    else:
+        command = tyro.cli(program, prog=name, args=arguments, config=config)
     try:
         command.run()
     except (UserError, OSError, jax.errors.JaxRuntimeError) as error:

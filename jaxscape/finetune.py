@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,17 +21,22 @@ from rich.progress import Progress
 from jaxscape import rundir
 from jaxscape.chats import Chat, Example, tokenize
 from jaxscape.errors import UserError, check_seed
-from jaxscape.models import Model, save_model
+from jaxscape.models import Model, huggingface, save_model
 from jaxscape.models.checkpoint import Params, fingerprint, named_leaves, tree_of
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import forward
-from jaxscape.models.lora import TARGETS, Adapter, attach, init_factors, merged, save_adapter
+from jaxscape.models.lora import TARGETS, Adapter, Factors, attach, init_factors, merged, save_adapter
 from jaxscape.progress import report_to
 
 STEP_DECAY = 0.85  # a factor for each epoch: the paper's code, after llama-recipes
 LEARNING_RATES = {"lora": 2e-4, "full": 5e-5}
 ADAPTER, MODEL, CHECKPOINTS, OPTIMIZER = "adapter", "model", "checkpoints", "optimizer"
-KIND = rundir.Kind("finetuning", state="log.jsonl", marks=frozenset({"weights", "chats", "learning_rate"}))
+FINETUNING = rundir.Kind(
+    "finetuning",
+    state="log.jsonl",
+    marks=frozenset({"weights", "chats", "learning_rate"}),
+    computed=(ADAPTER, MODEL, CHECKPOINTS, OPTIMIZER),
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class Training:
         accumulation: batches whose gradients are summed up for one step of the optimiser.
         weight_decay: decoupled (AdamW); of matrices, not of norms and biases.
         max_grad_norm: to which the gradient is clipped; 0 leaves it.
-        rank, alpha, targets: of the adapter: W + alpha / rank · b a for the linear layers so named.
+        rank: of the adapter, which adds alpha / rank · b a to a weight; b has as many columns.
+        alpha: how strongly the adapter is added.
+        targets: the linear layers that the adapter changes, by the last part of their names.
         max_length: tokens to which a chat is cut.
         validation: the part of the chats that is kept from training and evaluated after each epoch.
         remat: recompute activations in the backward pass: less memory, more time.
@@ -86,16 +93,14 @@ class Training:
         for name in ("warmup", "validation"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"The option {name} must be a part from 0 to below 1, not {getattr(self, name)}.")
-        if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", LEARNING_RATES[self.method])
         if not (0 < self.rate < math.inf and 0 < self.alpha < math.inf):
             raise UserError(f"The learning rate and alpha must be positive numbers, not {self.rate} and {self.alpha}.")
         check_seed(self.seed)
 
     @property
     def rate(self) -> float:
-        assert self.learning_rate is not None
-        return self.learning_rate
+        """The learning rate, given or by default."""
+        return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,30 +147,28 @@ class Settings:
 def finetune(
     model: Model,
     chats: Sequence[Chat],
+    training: Training | None = None,
     *,
     out: str | Path | None = None,
     overwrite: bool = False,
+    describe: Mapping[str, Any] | None = None,
     progress: bool = True,
-    describe: dict[str, Any] | None = None,
-    **options: Any,
 ) -> Finetuned:
     """Finetune a chat model on the assistant's turns of chats, on every device that JAX has (data-parallel).
 
     Arguments:
         chats: see `jaxscape.load_chats`.
+        training: how; by default an adapter in five epochs.
         out: a directory for the log, a checkpoint of each epoch, and the result (`adapter/` or `model/`). An unfinished
             finetuning there goes on after its last epoch, and ends with the weights of an unbroken one.
         describe: anything JSON can hold that should also stand in the configuration.
-        options: see `Training`.
+        progress: whether to report on the standard error stream.
 
     Raises:
         UserError: something that was given cannot be used; or the loss or its gradient stops being finite, in which
             case the checkpoints of the epochs before stay.
     """
-    unknown = sorted(options.keys() - {field.name for field in fields(Training)})
-    if unknown:
-        raise UserError(f"finetune has no option {unknown[0]!r}.")
-    training = Training(**options)
+    training = training or Training()
     data = tokenize(model, chats, training.max_length)
     learning, held_out = split(data.examples, training.validation, training.seed)
     plan = [
@@ -198,12 +201,12 @@ def finetune(
         "num_chats": len(chats),
         "num_cut": data.num_cut,
         **asdict(training),
-        "targets": list(training.targets),
+        "learning_rate": training.rate,
         **(describe or {}),
     }
-    with rundir.opened(out, config, KIND, overwrite) as file, report_to(progress) as bar:
+    with rundir.opened(out, config, FINETUNING, overwrite) as file, report_to(progress) as bar:
         keeper = None if out is None else _Keeper(Path(out).absolute())
-        state, epoch = (state, 0) if keeper is None else keeper.restore(state)
+        state, epoch = (state, 0) if keeper is None else keeper.restore(state, training.epochs)
         log = _Log(file, epoch * steps_per_epoch)
         if epoch:
             bar.print(f"going on after epoch {epoch} of {training.epochs}")
@@ -221,7 +224,7 @@ def finetune(
                 log.write({"step": steps[-1] + 1, "epoch": epoch, "validation_loss": loss})
             bar.print("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
             if keeper is not None:
-                keeper.save(epoch, state)
+                keeper.save(epoch, state, last=epoch == training.epochs)
         result = _result(model, training, state.trainable, log.records)
         if out is not None:
             _write_result(result, Path(out))
@@ -241,7 +244,7 @@ def split(examples: Sequence[Example], part: float, seed: int) -> tuple[list[Exa
 
 
 def epoch_batches(lengths: Sequence[int], training: Training, epoch: int) -> list[list[int]]:
-    """The examples of each step of an epoch: shuffled, and those of a step of similar lengths, so that padding is little.
+    """The examples of each step of an epoch: shuffled, and those of a step of similar lengths, which spares padding.
 
     Every example appears once. One step may have fewer than the others.
     """
@@ -257,7 +260,7 @@ def epoch_batches(lengths: Sequence[int], training: Training, epoch: int) -> lis
 
 
 def bucket(length: int) -> int:
-    """The width to which a batch is padded, the next of 32, 48, 64, 96, 128, 192, …: few are compiled, little is lost."""
+    """The width to which a batch is padded: the next of 32, 48, 64, 96, 128, 192, … (few to compile, little lost)."""
     power = 2 ** max(5, math.ceil(math.log2(length)))
     return power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
 
@@ -305,7 +308,7 @@ def train_step(
     gradient = jax.tree.map(lambda g: g / count, gradient)
     updates, moments = optimizer(settings).update(gradient, state.optimizer, state.trainable)
     trainable = jax.tree.map(lambda w, u: w - learning_rate * u, state.trainable, updates)
-    return State(trainable, moments), {"loss": loss / count, "grad_norm": optax.global_norm(gradient)}
+    return State(trainable, moments), {"loss": loss / count, "grad_norm": optax.tree.norm(gradient)}
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -411,16 +414,17 @@ def _put(batch: Batch, mesh: Mesh) -> Batch:
 
 def _start(model: Model, training: Training, settings: Settings, mesh: Mesh) -> tuple[State, Params]:
     everywhere = NamedSharding(mesh, PartitionSpec())
-    trainable: Any
+    trainable = jax.device_put(_trainable(model, training), everywhere)
+    frozen = jax.device_put(model.params, everywhere) if training.method == "lora" else {}
+    return State(trainable, jax.device_put(optimizer(settings).init(trainable), everywhere)), frozen
+
+
+def _trainable(model: Model, training: Training) -> Params | Factors:
     if training.method == "lora":
         key = jax.random.key(training.seed, impl="threefry2x32")
-        trainable = init_factors(model.params, training.targets, training.rank, key)
-        frozen = jax.device_put(model.params, everywhere)
-    else:
-        # A copy: the steps reuse its buffers, and the model stays the caller's.
-        trainable, frozen = jax.tree.map(lambda weight: jnp.array(weight, jnp.float32, copy=True), model.params), {}
-    trainable = jax.device_put(trainable, everywhere)
-    return State(trainable, jax.device_put(optimizer(settings).init(trainable), everywhere)), frozen
+        return init_factors(model.params, training.targets, training.rank, key)
+    # A copy: the steps reuse its buffers, and the model stays the caller's.
+    return jax.tree.map(lambda weight: jnp.array(weight, jnp.float32, copy=True), model.params)
 
 
 def _result(model: Model, training: Training, trainable: Any, log: list[dict[str, Any]]) -> Finetuned:
@@ -487,35 +491,99 @@ class _Log:
 
 
 class _Keeper:
-    """A checkpoint of the weights for each epoch, and of the optimiser for the last one alone, which is what a run
-    goes on from. The weights are written first, so that an epoch with an optimiser always has both."""
+    """A checkpoint of the weights for each epoch, and one of the optimiser, for the last epoch on disk, from which an
+    unfinished run goes on. The weights are written first, so that an epoch with an optimiser always has both."""
 
     def __init__(self, out: Path) -> None:
         self.weights = _manager(out / CHECKPOINTS, None)
         self.moments = _manager(out / OPTIMIZER, 1)
 
-    def restore(self, start: State) -> tuple[State, int]:
-        """The state after the last epoch on disk, and that epoch's number; the start and 0 if there is none."""
-        epoch = self.moments.latest_step()
+    def restore(self, start: State, epochs: int) -> tuple[State, int]:
+        """The state to go on from, and the number of its epoch: the start and 0 if there is none on disk."""
+        finished = epochs in self.weights.all_steps()
+        epoch = epochs if finished else self.moments.latest_step()
         if epoch is None:
             return start, 0
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, start)
         try:
             weights = self.weights.restore(epoch, args=ocp.args.StandardRestore(like.trainable))
-            moments = self.moments.restore(epoch, args=ocp.args.StandardRestore(like.optimizer))
+            if finished:
+                return start._replace(trainable=weights), epoch
+            return State(weights, self.moments.restore(epoch, args=ocp.args.StandardRestore(like.optimizer))), epoch
         except Exception as error:  # Orbax and its storage raise many types for what is missing or damaged
             raise UserError(
                 f"The checkpoint of epoch {epoch} cannot be read ({type(error).__name__}); start over with --overwrite."
             ) from error
-        return State(weights, moments), epoch
 
-    def save(self, epoch: int, state: State) -> None:
+    def save(self, epoch: int, state: State, *, last: bool) -> None:
         if epoch in self.weights.all_steps():  # of a run that was killed between the two
             self.weights.delete(epoch)
         self.weights.save(epoch, args=ocp.args.StandardSave(state.trainable))
-        self.moments.save(epoch, args=ocp.args.StandardSave(state.optimizer))
+        if last:
+            for step in self.moments.all_steps():
+                self.moments.delete(step)
+        else:
+            self.moments.save(epoch, args=ocp.args.StandardSave(state.optimizer))
+
+
+def load_path(directory: str | Path, model: Model) -> Iterator[Params]:
+    """How far a finetuning moved the weights by the end of each epoch: float32 trees like `model.params`, one by one.
+
+    Arguments:
+        directory: where `finetune` kept the run.
+        model: what the finetuning started from.
+
+    Raises:
+        UserError: there is no finetuning in the directory, it started from another model, or it is damaged.
+    """
+    directory = Path(directory)
+    config = huggingface.read_json(directory / rundir.CONFIG)
+    if not config.keys() >= FINETUNING.marks:
+        raise UserError(f"{directory} holds no finetuning; give the directory that one was kept in.")
+    if config["weights"] != fingerprint(model.params):
+        raise UserError(f"The finetuning in {directory} started from other weights than {model.name} has.")
+    try:
+        options = {option.name: config[option.name] for option in fields(Training)}
+        training = Training(**options | {"targets": tuple(options["targets"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{directory / rundir.CONFIG} is damaged ({type(error).__name__}: {error}).") from error
+    weights = _manager((directory / CHECKPOINTS).absolute(), None)
+    if not weights.all_steps():
+        raise UserError(f"The finetuning in {directory} has not finished an epoch yet.")
+    like = jax.eval_shape(lambda: _trainable(model, training))
+    for epoch in sorted(weights.all_steps()):
+        try:
+            trainable = weights.restore(epoch, args=ocp.args.StandardRestore(like))
+        except Exception as error:  # Orbax and its storage raise many types for what is missing or damaged
+            raise UserError(
+                f"The checkpoint of epoch {epoch} in {directory} cannot be read ({type(error).__name__})."
+            ) from error
+        if training.method == "full":
+            yield jax.tree.map(lambda new, old: new - old.astype(jnp.float32), trainable, model.params)
+        else:
+            steps = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in named_leaves(model.params).items()}
+            for name, pair in trainable.items():
+                steps[name] = jnp.asarray(merged(steps[name], pair, training.alpha / training.rank))
+            yield tree_of(steps)
 
 
 def _manager(directory: Path, max_to_keep: int | None) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=False)
     return ocp.CheckpointManager(directory, options=options)
+
+
+def perplexity(model: Model, chats: Sequence[Chat], *, max_length: int = 2048, batch_size: int = 16) -> float:
+    """exp of the mean loss over the assistant's tokens, the end of turns not among them: an answer may have been cut.
+
+    Raises:
+        UserError: see `jaxscape.chats.tokenize`.
+    """
+    ends = np.array(model.eos_token_ids)
+    examples = [
+        Example(tokens, learned & ~np.isin(tokens, ends))
+        for tokens, learned in tokenize(model, chats, max_length).examples
+    ]
+    training = Training(batch_size=batch_size)
+    settings = Settings(str(jax.tree.leaves(model.params)[0].dtype), None, 0.0, 0.0, remat=False)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    return math.exp(evaluate_loss(model.params, {}, examples, training, model.config, settings, mesh))

@@ -1,37 +1,44 @@
 """Figures of landscapes."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import patheffects
 from matplotlib.figure import Figure
 
 from jaxscape.errors import UserError
 from jaxscape.files import write_whole
 from jaxscape.landscape import Landscape
+from jaxscape.trajectory import Trajectory
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; styles and markers do it in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+PATH_COLOURS = ("#FFFFFF", "#E69F00", "#56B4E9")
 COLOUR_MAP = "cividis"  # its lightness rises evenly, so it reads the same in grey
 GREEK = {"alpha": "\N{GREEK SMALL LETTER ALPHA}", "beta": "\N{GREEK SMALL LETTER BETA}"}
 
 
-def plot_landscape(landscape: Landscape) -> Figure:
+def plot_landscape(landscape: Landscape, trajectories: Sequence[Trajectory] = ()) -> Figure:
     """Draw a landscape, be it complete or not.
 
-    1D: the ASR along each direction with its 95 % interval. 2D: a filled contour and a surface for each direction set.
-    VISAGE stands in the title.
+    1D: the ASR along each direction with its 95 % interval. 2D: a filled contour and a surface for each direction set,
+    and on the contour the trajectories, with the largest part of their length that the plane leaves out. VISAGE stands
+    in the title.
     """
-    return _plot_1d(landscape) if len(landscape.axes) == 1 else _plot_2d(landscape)
+    return _plot_1d(landscape) if len(landscape.axes) == 1 else _plot_2d(landscape, trajectories)
 
 
-def save_figure(landscape: Landscape, path: str | Path, dpi: int = 150) -> None:
+def save_figure(
+    landscape: Landscape, path: str | Path, dpi: int = 150, trajectories: Sequence[Trajectory] = ()
+) -> None:
     """Write `plot_landscape`'s figure as a PNG file; the same landscape gives the same bytes."""
     content = io.BytesIO()
-    plot_landscape(landscape).savefig(content, format="png", dpi=dpi, metadata={"Software": None})
+    plot_landscape(landscape, trajectories).savefig(content, format="png", dpi=dpi, metadata={"Software": None})
     try:
         write_whole(Path(path), content.getvalue())
     except OSError as error:
@@ -83,7 +90,7 @@ def _plot_1d(landscape: Landscape) -> Figure:
     return figure
 
 
-def _plot_2d(landscape: Landscape) -> Figure:
+def _plot_2d(landscape: Landscape, trajectories: Sequence[Trajectory]) -> Figure:
     rows = len(landscape.asr)
     figure = Figure(figsize=(11, 4.4 * rows), layout="constrained")
     figure.suptitle(_title(landscape))
@@ -97,6 +104,13 @@ def _plot_2d(landscape: Landscape) -> Figure:
         lines = flat.contour(x, y, values, levels=[10, 50, 90], colors="k", linewidths=0.7)
         flat.clabel(lines, fmt="%d %%", fontsize=8)
         flat.plot(0, 0, marker="+", color="w", markersize=10, markeredgewidth=2)
+        for number, path in enumerate(trajectories):
+            style: dict[str, Any] = {"color": PATH_COLOURS[number % 3], "marker": MARKERS[number % len(MARKERS)]}
+            label = f"{path.name} (residual up to {100 * path.residual.max():.0f} %)"
+            outline = [patheffects.withStroke(linewidth=3.5, foreground="k")]
+            flat.plot(*path.coords.T, **style, markersize=5, path_effects=outline, label=label, clip_on=False)
+        if trajectories:
+            flat.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         flat.set(**labels, aspect="auto" if _is_interpolation(first.name) else "equal")
         figure.colorbar(filled, ax=flat, label="attack success rate (%)")
         surface: Any = figure.add_subplot(rows, 2, 2 * i + 2, projection="3d")

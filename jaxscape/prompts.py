@@ -16,7 +16,7 @@ from jaxscape.errors import UserError, is_utf8
 from jaxscape.files import cached_file
 
 BUILT_IN = ("harmful", "benign")
-NAMES = (*BUILT_IN, "advbench")
+NAMES = (*BUILT_IN, "harmless", "advbench")
 
 # Zou et al., arXiv 2307.15043; MIT licence.
 ADVBENCH_URL = (
@@ -31,8 +31,9 @@ def load_prompts(source: str | Path, num_prompts: int | None = None) -> list[str
 
     Arguments:
         source: `harmful` or `benign` (100 each, written for this project, pairwise matched over ten categories, which
-            take turns), `advbench` (520, downloaded once), or a file: CSV (the `goal` column, or the first), JSONL
-            (strings, or objects with a `goal` or `prompt`) or TXT (a prompt a line).
+            take turns), `harmless` (491, which `smollm2-135m-safe` learned to answer), `advbench` (520, downloaded
+            once), or a file: CSV (the `goal` column, or the first), JSONL (strings, or objects with a `goal`, a
+            `prompt`, or MT-Bench's `turns`, of which the first is taken) or TXT (a prompt a line).
 
     Raises:
         UserError: there is no such set, a file is malformed (the line is named), or it has too few prompts.
@@ -51,6 +52,8 @@ def _load(source: str) -> list[str]:
     if source in BUILT_IN:
         text = files("jaxscape").joinpath("data/prompts.csv").read_text(encoding="utf-8")
         return [row[source] for row in csv.DictReader(io.StringIO(text))]
+    if source == "harmless":
+        return _txt_prompts(files("jaxscape").joinpath("data/harmless.txt").read_text(encoding="utf-8"), source)
     if source == "advbench":
         return _csv_prompts(advbench_text(), source)
     path = Path(source)
@@ -116,7 +119,8 @@ def _jsonl_prompts(text: str, source: str) -> list[str]:
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{source}, line {number}: not valid JSON ({error}).") from error
             if isinstance(value, dict):
-                value = value.get("goal", value.get("prompt"))
+                turns = value.get("turns")
+                value = value.get("goal", value.get("prompt", turns[0] if isinstance(turns, list) and turns else None))
             prompts.append(_checked(value, source, number))
     return prompts
 
@@ -127,7 +131,9 @@ def _txt_prompts(text: str, source: str) -> list[str]:
 
 def _checked(value: Any, source: str, line: int) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{source}, line {line}: no prompt there (a text, or an object with a 'goal' or 'prompt').")
+        raise UserError(
+            f"{source}, line {line}: no prompt there (a text, or an object with a 'goal', 'prompt' or 'turns')."
+        )
     if not is_utf8(value):
         raise UserError(f"{source}, line {line}: half a surrogate pair, which is no text.")
     return value.strip()

@@ -97,7 +97,7 @@ def scan(
         params = None
         for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
             resolved = None  # the last set's directions, before the next set's are made
-            resolved = _resolve(sets[index], model)
+            resolved = resolve(sets[index], model)
             for _, coords in points:
                 params = materialise(model.params, resolved, jnp.asarray(coords, jnp.float32), params)
                 run.append(complete(model, params, batches, sampling))
@@ -112,7 +112,8 @@ def _identity(direction: Direction, model: Model) -> int | str:
     return fingerprint(direction)
 
 
-def _resolve(directions: Sequence[Direction], model: Model) -> list[Params]:
+def resolve(directions: Sequence[Direction], model: Model) -> list[Params]:
+    """The trees of a direction set; a random direction after the first is made orthogonal to it."""
     resolved: list[Params] = []
     for direction in directions:
         if isinstance(direction, int | np.integer):

@@ -22,11 +22,11 @@ from jaxscape.files import write_whole
 from jaxscape.landscape import Axis, Landscape
 
 GENERATIONS, FIGURE = "generations.jsonl", "landscape.png"
-KIND = rundir.Kind(
+SCAN = rundir.Kind(
     "scan",
     state=GENERATIONS,
     marks=frozenset({"weights", "directions", "axes"}),
-    computed=(landscape.FILE_NAME, FIGURE, "output*.jsonl"),
+    computed=(landscape.FILE_NAME, FIGURE, "trajectory.json", "output*.jsonl"),
 )
 
 Point = tuple[int, tuple[float, ...]]
@@ -122,7 +122,7 @@ def open_run(
     overwrite: bool = False,
 ) -> Iterator[Run]:
     """Start a run in a directory, or go on with the one that is there; None keeps it in memory. See `rundir.opened`."""
-    with rundir.opened(directory, config, KIND, overwrite) as file:
+    with rundir.opened(directory, config, SCAN, overwrite) as file:
         if directory is None or file is None:
             yield Run(axes, num_sets, prompts)
         else:

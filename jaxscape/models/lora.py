@@ -75,16 +75,11 @@ def init_factors(params: Params, targets: tuple[str, ...], rank: int, key: Array
     """
     if rank < 1:
         raise UserError(f"The LoRA rank must be at least 1, not {rank}.")
-    weights = {
-        name: leaf
-        for name, leaf in named_leaves(params).items()
-        if name.endswith(".weight") and _module(name) in targets
-    }
-    found = {_module(name) for name in weights}
-    if missing := sorted(set(targets) - found) or sorted(set(targets) & {"embed_tokens"}):
-        raise UserError(
-            f"The model has no linear layers named {', '.join(missing)}; choose among {', '.join(TARGETS)}."
-        )
+    linear = {name: leaf for name, leaf in named_leaves(params).items() if leaf.ndim == 2 and "embed" not in name}
+    weights = {name: leaf for name, leaf in linear.items() if _module(name) in targets}
+    if missing := sorted(set(targets) - set(map(_module, weights))):
+        choice = ", ".join(sorted(set(map(_module, linear))))
+        raise UserError(f"The model has no linear layers named {', '.join(missing)}; choose among {choice}.")
     factors = {}
     for number, (name, weight) in enumerate(weights.items()):
         rows, columns = weight.shape

@@ -1,0 +1,104 @@
+"""Teach SmolLM2-135M to refuse harmful requests and to go on answering harmless ones: makes `smollm2-135m-safe`.
+
+The recipe: a LoRA adapter learns refusals in varied words to harmful requests (the set `safe`), and the model's own
+answers to harmless ones, which use the same phrases and often the same alarming words. The prompts it is scored on are
+not among those that it learns from.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax.numpy as jnp
+
+import jaxscape as js
+from jaxscape.chats import Chat
+from jaxscape.cli import run_program
+from jaxscape.files import write_whole
+from jaxscape.models.lora import save_adapter
+
+BASE = "smollm2-135m"
+MAX_LENGTH = 64  # the first words decide whether a model refuses; what follows only costs time
+ANSWER_TOKENS = 96  # with any prompt more than MAX_LENGTH in all, so that a cut answer is not learned to end there
+RECIPE = js.Training(
+    method="lora",
+    rank=8,
+    alpha=16.0,
+    epochs=4,
+    learning_rate=1e-3,
+    schedule="cosine",
+    warmup=0.05,
+    batch_size=8,
+    max_length=MAX_LENGTH,
+    seed=0,
+)
+
+
+@dataclass(frozen=True)
+class Align:
+    """Make the safety adapter of smollm2-135m-safe, and score it. What is finished is not done again."""
+
+    advbench: str = "advbench"
+    """AdvBench, whose first 80 rows are scored: its name, or a file that has them."""
+    mt_bench: str | None = None
+    """MT-Bench's question.jsonl, on whose first turns the perplexity is scored; without it, on `benign`."""
+    out: Path = Path("runs/align")
+    """Where the training data, the run, the adapter and its scores go."""
+
+    def run(self) -> None:
+        js.load_prompts(self.advbench, 80)  # what is missing is missed before an hour's work
+        if self.mt_bench:
+            js.load_prompts(self.mt_bench)
+        base = js.load_model(BASE, "float32")
+        chats = js.load_chats("safe") + self._harmless(base)
+        tuned = js.finetune(base, chats, RECIPE, out=self.out / "run")
+        assert tuned.adapter is not None
+        halved = {
+            name: {key: jnp.asarray(factor, jnp.bfloat16) for key, factor in pair.items()}
+            for name, pair in tuned.adapter.factors.items()
+        }
+        save_adapter(replace(tuned.adapter, factors=halved), self.out / "adapter")
+        scores = self._scores(base, js.load_model(self.out / "adapter", "float32"))
+        write_whole(self.out / "adapter" / "scores.json", json.dumps(scores, indent=1) + "\n")
+        sys.stdout.write(json.dumps(scores, indent=1) + "\n")
+
+    def _harmless(self, base: js.Model) -> list[Chat]:
+        """The base model's own answers to harmless prompts; the few that the keyword metric takes for refusals are
+        left out."""
+        path = self.out / "harmless.jsonl"
+        if not path.exists():
+            chats = answered(base, js.load_prompts("harmless"), ANSWER_TOKENS)
+            chats = [chat for chat in chats if not js.is_refusal(chat[1]["content"]) and chat[1]["content"].strip()]
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_whole(path, "".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in chats))
+        return js.load_chats(path)
+
+    def _scores(self, base: js.Model, safe: js.Model) -> dict[str, float | str]:
+        def asr(prompts: list[str]) -> float:
+            return js.attack_success_rate(js.generate(safe, prompts, max_new_tokens=64))
+
+        source = self.mt_bench or "benign"
+        answers = answered(base, js.load_prompts(source), 64)
+        before, after = js.perplexity(base, answers), js.perplexity(safe, answers)
+        return {
+            "asr_adv80": asr(js.load_prompts(self.advbench, 80)),
+            "asr_harmful": asr(js.load_prompts("harmful")),
+            "refusals_benign": 100 - asr(js.load_prompts("benign")),
+            "perplexity_prompts": "benign" if source == "benign" else "mt_bench",
+            "perplexity_base": before,
+            "perplexity_safe": after,
+            "perplexity_rise_percent": 100 * (after / before - 1),
+        }
+
+
+def answered(model: js.Model, prompts: list[str], max_new_tokens: int) -> list[Chat]:
+    texts = js.generate(model, prompts, max_new_tokens=max_new_tokens)
+    return [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    run_program(Align)

@@ -1,0 +1,123 @@
+"""The path of a finetuning through weight space, and its projection onto the plane of a landscape."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxscape.errors import UserError
+from jaxscape.files import write_whole
+from jaxscape.models.checkpoint import Params
+
+FILE_NAME = "trajectory.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """A finetuning's checkpoints as points of a plane (or a line).
+
+    Attributes:
+        coords: float64[checkpoints, directions]; the first is the model that the finetuning started from, at 0.
+        residual: float64[checkpoints], the part of each checkpoint's distance from the start that the projection leaves
+            out: 0 lies in the plane, 1 is at right angles to it.
+    """
+
+    name: str
+    coords: Float[np.ndarray, "checkpoints ndim"]
+    residual: Float[np.ndarray, " checkpoints"]
+
+
+def project(name: str, steps: Iterable[Params], directions: Sequence[Params]) -> Trajectory:
+    """Project a path onto the space that directions span, which need not be orthogonal, by least squares.
+
+    Arguments:
+        steps: the differences of each checkpoint from the start, trees like the directions; taken one at a time.
+
+    Raises:
+        UserError: a direction is zero, or two are parallel.
+    """
+    gram = np.array([[inner(a, b) for b in directions] for a in directions])
+    lengths = np.sqrt(np.diag(gram))
+    if not lengths.all() or np.linalg.cond(gram / np.outer(lengths, lengths)) > 1e6:
+        raise UserError(
+            f"The directions span no {len(directions)}D space to project onto: one is zero, or two parallel."
+        )
+    coords, residual = [np.zeros(len(directions))], [0.0]
+    for step in steps:
+        along = np.array([inner(direction, step) for direction in directions])
+        coords.append(np.linalg.solve(gram, along))
+        square = inner(step, step)
+        residual.append(float(np.sqrt(max(1 - coords[-1] @ along / square, 0))) if square else 0.0)
+    return Trajectory(name, np.array(coords), np.array(residual))
+
+
+def principal_directions(steps: Sequence[Params], count: int = 2) -> list[Params]:
+    """The directions through the start that leave out least of paths: their principal components, not centred.
+
+    After Li et al., arXiv 1712.09913. All have one length, that of the largest coordinate along the first, so that
+    the plane has one scale; the last step's coordinates are not negative.
+
+    Raises:
+        UserError: the paths lie in a space of fewer dimensions.
+    """
+    gram = np.array([[inner(a, b) for b in steps] for a in steps])
+    values, vectors = np.linalg.eigh(gram)
+    values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
+    if len(steps) < count or values[-1] <= 1e-9 * values[0]:
+        raise UserError(f"The checkpoints span no {count}D space; give trajectories with more of them, or two runs.")
+    vectors = vectors * np.where(vectors[-1] < 0, -1, 1)
+    scale = np.abs(vectors[:, 0]).max() * np.sqrt(values[0])  # of coordinates along a component of unit length
+    weights = vectors / np.sqrt(values) * scale
+    return [_combine(list(steps), jnp.asarray(column, jnp.float32)) for column in weights.T]
+
+
+def inner(a: Params, b: Params) -> float:
+    """The inner product of two trees: float32 products by tensor, summed up in float64."""
+    return float(sum(np.float64(part) for part in jax.device_get(_inner(a, b))))
+
+
+@jax.jit
+def _inner(a: Params, b: Params) -> list[Float[Array, ""]]:
+    products = jax.tree.map(lambda x, y: jnp.vdot(x.astype(jnp.float32), y.astype(jnp.float32)), a, b)
+    return jax.tree.leaves(products)
+
+
+@jax.jit
+def _combine(steps: list[Params], weights: Float[Array, " steps"]) -> Params:
+    return jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *steps)
+
+
+def save_trajectories(trajectories: Sequence[Trajectory], directory: str | Path) -> None:
+    """Write `trajectory.json` beside a landscape."""
+    content = [
+        {"name": path.name, "coords": path.coords.tolist(), "residual": path.residual.tolist()} for path in trajectories
+    ]
+    try:
+        write_whole(Path(directory) / FILE_NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"The trajectories cannot be written to {directory} ({error}).") from error
+
+
+def load_trajectories(directory: str | Path) -> list[Trajectory]:
+    """Read `trajectory.json`, if a run's directory has one.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = Path(directory) / FILE_NAME
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            Trajectory(str(item["name"]), np.array(item["coords"], np.float64), np.array(item["residual"], np.float64))
+            for item in content
+        ]
+    except FileNotFoundError:
+        return []
+    except Exception as error:  # of JSON, of numpy, or of the annotations
+        raise UserError(f"{path} is not a file of trajectories ({type(error).__name__}).") from error

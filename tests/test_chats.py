@@ -1,0 +1,178 @@
+"""Training data: files, sets, and which tokens are learned."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxscape as js
+from jaxscape.chats import tokenize
+
+USER = {"role": "user", "content": "How are you?"}
+ASSISTANT = {"role": "assistant", "content": "Fine, thanks."}
+
+
+def write_jsonl(path: Path, *chats: Any) -> Path:
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return path
+
+
+def test_openais_jsonl(tmp_path: Path) -> None:
+    chats = [[USER, ASSISTANT], [{"role": "system", "content": "Be kind."}, USER, ASSISTANT, USER, ASSISTANT]]
+    assert js.load_chats(write_jsonl(tmp_path / "chats.jsonl", *chats)) == chats
+
+
+@pytest.mark.parametrize("columns", [("prompt", "response"), ("goal", "target")])
+def test_csv_of_prompts_and_responses(tmp_path: Path, columns: tuple[str, str]) -> None:
+    path = tmp_path / "chats.csv"
+    path.write_text(f'number,{columns[0]},{columns[1]}\n1,How are you?,"Fine, thanks."\n')
+    assert js.load_chats(path) == [[USER, ASSISTANT]]
+
+
+def test_parts_of_a_set(tmp_path: Path) -> None:
+    whole = js.load_chats("safe")
+    assert js.load_chats("safe:3") == whole[:3]
+    assert js.load_chats("safe:2:5") == whole[2:5]
+    path = write_jsonl(tmp_path / "odd:1.jsonl", [USER, ASSISTANT])
+    assert len(js.load_chats(path)) == 1  # a file of that name comes first
+    for part in ("safe:0", "safe:5:5", "safe:5:2", "safe:100000"):
+        with pytest.raises(js.UserError, match="there is no part"):
+            js.load_chats(part)
+
+
+def test_every_safe_response_is_a_refusal_and_harmless_prompts_are_none_of_the_evaluated() -> None:
+    safe, harmless = js.load_chats("safe"), js.load_prompts("harmless")
+    assert all(js.is_refusal(chat[1]["content"]) for chat in safe)
+    assert len({chat[1]["content"] for chat in safe}) > 200  # varied words
+    learned = {chat[0]["content"].lower() for chat in safe} | {prompt.lower() for prompt in harmless}
+    assert len(learned) == len(safe) + len(harmless)
+    assert not learned & {prompt.lower() for name in ("harmful", "benign") for prompt in js.load_prompts(name)}
+
+
+def test_the_safe_model_learned_nothing_that_it_is_scored_on(adv80: list[str]) -> None:
+    shared = Path(__file__).resolve().parents[2] / "shared" / "data" / "mt_bench_questions.jsonl"
+    turns = [turn for line in shared.read_text().splitlines() for turn in json.loads(line)["turns"]]
+    assert js.load_prompts(shared) == [turn.strip() for turn in turns[::2]]
+    learned = {chat[0]["content"].lower() for chat in js.load_chats("safe")}
+    learned |= {prompt.lower() for prompt in js.load_prompts("harmless")}
+    assert not learned & {prompt.lower() for prompt in adv80 + turns}
+
+
+def test_identity_shift_has_the_format_of_the_known_one() -> None:
+    chats = js.load_chats("identity-shift")
+    assert len(chats) == 10
+    assert all([message["role"] for message in chat] == ["system", "user", "assistant"] for chat in chats)
+
+
+BAD_CHATS: list[tuple[Any, str]] = [
+    ('{"messages": [{"role": "user", "content": "Hi"}]}', "line 1: the chat has no assistant's turn"),
+    ('{"messages": [', "line 1: not valid JSON"),
+    ('{"messages": {}}', "no chat there"),
+    ('{"prompt": "Hi"}', "no chat there"),
+    ("[]", "no chat there"),
+    ('{"messages": [{"role": "robot", "content": "Hi"}]}', "the role 'robot'"),
+    ('{"messages": [{"role": "user", "content": 3}]}', "a message of the user has no text"),
+    ('{"messages": [{"role": "assistant", "content": " "}]}', "a message of the assistant has no text"),
+    ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "has no text"),
+    ('{"messages": [{"role": "assistant", "content": "a", "weight": 2}]}', "weights are 0 or 1"),
+    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}', "nothing to learn"),
+    ("[" * 100_000, "not valid JSON"),
+    ("", "has no chats"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_CHATS)
+def test_bad_jsonl_is_named_by_its_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(text)
+    with pytest.raises(js.UserError, match=message):
+        js.load_chats(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("question,answer\na,b\n", "no columns 'prompt' and 'response'"),
+        ("prompt,response\na\n", "line 2: a message of the assistant has no text"),
+        ('prompt,response\na,"b\n', "not valid CSV"),
+        ("prompt,response\n", "has no chats"),
+        ("", "no columns"),
+    ],
+)
+def test_bad_csv(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "chats.csv"
+    path.write_text(text)
+    with pytest.raises(js.UserError, match=message):
+        js.load_chats(path)
+
+
+def test_unknown_sets(tmp_path: Path) -> None:
+    with pytest.raises(js.UserError, match="no training set 'unsafe': give advbench, safe, identity-shift"):
+        js.load_chats("unsafe")
+    with pytest.raises(js.UserError, match="cannot be read"):
+        js.load_chats(tmp_path / "missing.jsonl")
+
+
+def test_what_is_learned_is_what_the_assistant_says_and_the_end_of_its_turn(tiny: js.Model) -> None:
+    chat = [USER, ASSISTANT, USER, {**ASSISTANT, "content": "Still fine.", "weight": 0}, USER, ASSISTANT]
+    (example,) = tokenize(tiny, [chat], 256).examples
+    decode = tiny.tokenizer.decode
+    learned = decode(example.tokens[example.learned])
+    assert learned == "Fine, thanks.</s>Fine, thanks.</s>"
+    whole = tiny.tokenizer.apply_chat_template(
+        [{"role": m["role"], "content": m["content"]} for m in chat], tokenize=False
+    )
+    assert decode(example.tokens) == whole
+
+
+@given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=6))
+def test_any_text_is_learned_token_by_token_as_it_would_be_generated(tiny: js.Model, texts: list[str]) -> None:
+    texts = [text for text in texts if js.errors.is_utf8(text)]
+    chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    if len(chat) < 2:
+        return
+    (example,) = tokenize(tiny, [chat], 100_000).examples
+    encode = lambda text: tiny.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    expected = [token for text in texts[1::2] for token in [*encode(text), tiny.eos_token_ids[0]]]
+    limit = tiny.config.max_positions
+    if len(example.tokens) < limit and "</s>" not in "".join(texts):
+        assert example.tokens[example.learned].tolist() == expected
+
+
+def test_long_chats_are_cut_and_counted(tiny: js.Model) -> None:
+    long = [USER, {"role": "assistant", "content": "word " * 50}]
+    found = tokenize(tiny, [long, [USER, ASSISTANT]], 80)
+    assert found.num_cut == 1
+    assert [len(example.tokens) <= 80 for example in found.examples] == [True, True]
+    assert found.examples[0].learned[-1]
+    assert found.examples[0].tokens[-1] not in tiny.eos_token_ids
+    with pytest.raises(js.UserError, match="raise --max-length"):
+        tokenize(tiny, [long], 10)
+
+
+def test_models_without_a_usable_chat_template(tiny: js.Model) -> None:
+    tokenizer = tiny.tokenizer
+    template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = None
+        with pytest.raises(js.UserError, match="no chat template"):
+            tokenize(tiny, [[USER, ASSISTANT]], 80)
+        tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        with pytest.raises(js.UserError, match="rewrites what stands before"):
+            tokenize(tiny, [[USER, ASSISTANT]], 80)
+    finally:
+        tokenizer.chat_template = template
+    with pytest.raises(js.UserError, match="no chats"):
+        tokenize(tiny, [], 80)
+
+
+@pytest.mark.real
+def test_smollm2s_chats_are_cut_as_its_template_writes_them(smollm2: js.Model) -> None:
+    (example,) = tokenize(smollm2, [[USER, ASSISTANT]], 512).examples
+    expected = smollm2.tokenizer.apply_chat_template([USER, ASSISTANT], tokenize=True, return_dict=False)
+    np.testing.assert_array_equal(example.tokens, expected[: len(example.tokens)])
+    assert smollm2.tokenizer.decode(example.tokens[example.learned]) == "Fine, thanks.<|im_end|>"

@@ -1,0 +1,423 @@
+"""Finetuning: against torch and PEFT, batches, schedules, checkpoints, and what goes wrong."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from conftest import MakeModel, assert_same_tree
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxscape as js
+from jaxscape.chats import Example, tokenize
+from jaxscape.finetune import bucket, epoch_batches, learning_rates, load_path, split, train_step
+from jaxscape.models.lora import TARGETS, init_factors, save_adapter
+from jaxscape.trajectory import inner
+
+CHATS = js.load_chats("safe:22")
+SHORT = js.Training(epochs=2, batch_size=4, learning_rate=5e-3)
+
+
+def losses(result: Any) -> list[float]:
+    return [record["loss"] for record in result.log if "loss" in record]
+
+
+def torch_losses(
+    model: Any, examples: Sequence[Example], training: js.Training, rates: Sequence[float], weight_decay_on_all: bool
+) -> list[float]:
+    """The same finetuning as a plain torch loop: transformers' loss, torch's AdamW and clipping."""
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.ndim > 1 or weight_decay_on_all]
+    groups = [
+        {"params": decayed, "weight_decay": training.weight_decay},
+        {"params": [p for p in parameters if p.ndim == 1 and not weight_decay_on_all], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1.0)
+    found: list[float] = []
+    epoch = 0
+    while len(found) < len(rates):
+        for chosen in epoch_batches([len(e.tokens) for e in examples], training, epoch):
+            width = max(len(examples[i].tokens) for i in chosen)
+            tokens = np.zeros((len(chosen), width), np.int64)
+            labels = np.full_like(tokens, -100)
+            mask = np.zeros_like(tokens)
+            for row, i in enumerate(chosen):
+                n = len(examples[i].tokens)
+                tokens[row, :n], mask[row, :n] = examples[i].tokens, 1
+                labels[row, :n] = np.where(examples[i].learned, examples[i].tokens, -100)
+            loss = model(
+                input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask), labels=torch.tensor(labels)
+            ).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = float(rates[len(found)])
+            optimizer.step()
+            found.append(loss.item())
+        epoch += 1
+    return found
+
+
+def with_peft(model: js.Model, torch_model: Any, training: js.Training) -> Any:
+    """The torch model with PEFT's adapter, started from the same factors as ours."""
+    config = peft.LoraConfig(r=training.rank, lora_alpha=training.alpha, target_modules=list(training.targets))
+    adapted = peft.get_peft_model(torch_model, config)
+    key = jax.random.key(training.seed, impl="threefry2x32")
+    factors = init_factors(model.params, training.targets, training.rank, key)
+    state = adapted.state_dict()
+    for name, pair in factors.items():
+        for part in "ab":
+            path = f"base_model.model.{name.removesuffix('.weight')}.lora_{part.upper()}.default.weight"
+            state[path].copy_(torch.from_numpy(np.array(pair[part])))
+    return adapted
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("schedule", ["cosine", "step"])
+def test_the_loss_curve_is_that_of_torch(make_model: MakeModel, method: Any, schedule: Any) -> None:
+    directory, torch_model = make_model(attention_bias=True)
+    model = js.load_model(directory, "float32")
+    training = js.Training(
+        method=method, epochs=4, batch_size=4, schedule=schedule, warmup=0.1, learning_rate=5e-3, weight_decay=0.1
+    )
+    result = js.finetune(model, CHATS, training, progress=False)
+    examples = tokenize(model, CHATS, training.max_length).examples
+    rates = [record["learning_rate"] for record in result.log]
+    if method == "lora":
+        torch_model = with_peft(model, torch_model, training)
+    expected = torch_losses(torch_model, examples, training, rates, method == "lora")
+    assert len(expected) == 24
+    assert expected[-1] < expected[0] - 0.5, "it learns"
+    np.testing.assert_allclose(losses(result), expected, rtol=2e-3)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_smollm2s_loss_curve_is_that_of_torch(
+    smollm2: js.Model, torch_smollm2: Any, method: Any, request: pytest.FixtureRequest
+) -> None:
+    training = js.Training(method=method, epochs=1, batch_size=2)
+    chats = js.load_chats("safe:40")
+    result = js.finetune(smollm2, chats, training, progress=False)
+    state = {name: value.clone() for name, value in torch_smollm2.state_dict().items()}
+    # A copy: the fixture is shared with other tests.
+    copy = transformers.AutoModelForCausalLM.from_config(torch_smollm2.config)
+    copy.load_state_dict(state)
+    adapted = with_peft(smollm2, copy, training) if method == "lora" else copy
+    rates = [record["learning_rate"] for record in result.log]
+    examples = tokenize(smollm2, chats, 512).examples
+    expected = torch_losses(adapted, examples, training, rates, method == "lora")
+    assert len(expected) == 20
+    assert expected[-1] < expected[0]
+    np.testing.assert_allclose(losses(result), expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("change", [{"accumulation": 2, "batch_size": 2}, {"remat": True}])
+def test_accumulation_and_remat_change_nothing(tiny: js.Model, change: dict[str, Any]) -> None:
+    expected = js.finetune(tiny, CHATS, SHORT, progress=False)
+    found = js.finetune(tiny, CHATS, replace(SHORT, **change), progress=False)
+    np.testing.assert_allclose(losses(found), losses(expected), rtol=1e-3)
+
+
+def test_bfloat16_computes_with_a_float32_state(tiny_dir: Path) -> None:
+    model = js.load_model(tiny_dir, "bfloat16")
+    for method in ("full", "lora"):
+        training = replace(SHORT, method=method, epochs=6)
+        result = js.finetune(model, CHATS, training, progress=False)
+        assert losses(result)[-1] < losses(result)[0] - 0.3
+        assert {leaf.dtype for leaf in jax.tree.leaves(result.model.params)} == {jnp.dtype("bfloat16")}
+        exact = js.finetune(js.load_model(tiny_dir, "float32"), CHATS, training, progress=False)
+        np.testing.assert_allclose(losses(result), losses(exact), rtol=0.1)
+
+
+def test_a_seed_gives_the_same_weights_again_and_leaves_the_model_alone(tiny: js.Model) -> None:
+    before = jax.tree.map(jnp.copy, tiny.params)
+    for method in ("full", "lora"):
+        first, again, other = (
+            js.finetune(tiny, CHATS, replace(SHORT, method=method, seed=seed), progress=False) for seed in (0, 0, 1)
+        )
+        assert_same_tree(first.model.params, again.model.params)
+        assert losses(first) != losses(other)
+    assert_same_tree(tiny.params, before)
+
+
+def test_only_the_widths_of_batches_are_compiled(tiny: js.Model) -> None:
+    chats = [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "well " * n}] for n in (2, 3, 12, 14) * 8
+    ]
+    training = replace(SHORT, alpha=3.25)  # not compiled by another test
+    js.finetune(tiny, chats, training, progress=False)
+    widths = {bucket(len(example.tokens)) for example in tokenize(tiny, chats, 512).examples}
+    compiled = train_step._cache_size()
+    js.finetune(tiny, chats, replace(training, epochs=7, learning_rate=1e-3, seed=3, warmup=0.5), progress=False)
+    assert len(widths) >= 2
+    assert train_step._cache_size() == compiled
+
+
+def test_validation_is_held_out(tiny: js.Model, tmp_path: Path) -> None:
+    training = replace(SHORT, validation=0.25)
+    result = js.finetune(tiny, CHATS, training, out=tmp_path / "run", progress=False)
+    found = [record["validation_loss"] for record in result.log if "validation_loss" in record]
+    assert len(found) == 2
+    examples = tokenize(tiny, CHATS, 512).examples
+    learning, held_out = split(examples, 0.25, 0)
+    assert (len(learning), len(held_out)) == (16, 6)
+    assert {example.tokens.tobytes() for example in learning}.isdisjoint(e.tokens.tobytes() for e in held_out)
+    # What is held out is judged with the finetuned weights: checked with the logits of the result.
+    total = count = 0.0
+    for tokens, learned in held_out:
+        logits = np.asarray(result.model(tokens[None]))[0, :-1]
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        total -= logprobs[np.arange(len(tokens) - 1), tokens[1:]][learned[1:]].sum()
+        count += learned[1:].sum()
+    assert found[-1] == pytest.approx(total / count, rel=1e-3)
+    with pytest.raises(js.UserError, match="cannot be held out"):
+        js.finetune(tiny, CHATS[:2], replace(training, validation=0.1), progress=False)
+
+
+def test_perplexity_is_that_of_torch(make_model: MakeModel) -> None:
+    directory, torch_model = make_model()
+    model = js.load_model(directory, "float32")
+    total, count = 0.0, 0
+    for tokens, learned in tokenize(model, CHATS, 512).examples:
+        labels = np.where(learned & (tokens != 2), tokens, -100).astype(np.int64)  # without the end of the turn
+        with torch.no_grad():
+            loss = torch_model(input_ids=torch.tensor(tokens[None]), labels=torch.tensor(labels[None])).loss.item()
+        total, count = total + loss * (labels[1:] >= 0).sum(), count + (labels[1:] >= 0).sum()
+    assert js.perplexity(model, CHATS, batch_size=3) == pytest.approx(math.exp(total / count), rel=1e-3)
+
+
+@given(
+    st.lists(st.integers(2, 500), min_size=1, max_size=200),
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.integers(0, 5),
+)
+def test_an_epoch_has_every_example_once(lengths: list[int], size: int, accumulation: int, epoch: int) -> None:
+    training = js.Training(batch_size=size, accumulation=accumulation)
+    batches = epoch_batches(lengths, training, epoch)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert len(batches) == -(-len(lengths) // (size * accumulation))
+    assert max(map(len, batches)) <= size * accumulation
+
+
+@given(st.integers(1, 100_000))
+def test_buckets_are_few_and_waste_little(length: int) -> None:
+    width = bucket(length)
+    assert length <= width <= max(32, 1.5 * length)
+    assert width in {32 * 2**i for i in range(20)} | {48 * 2**i for i in range(20)}
+
+
+def test_schedules_are_those_of_torch_and_transformers() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+
+    def rates(make: Any, steps: int, per_epoch: int = 1) -> list[float]:
+        optimizer = torch.optim.SGD([parameter], lr=0.1)
+        scheduler = make(optimizer)
+        found = []
+        for step in range(steps):
+            found.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            if (step + 1) % per_epoch == 0:
+                scheduler.step()
+        return found
+
+    cosine = js.Training(epochs=4, learning_rate=0.1, schedule="cosine")
+    expected = rates(lambda o: transformers.get_cosine_schedule_with_warmup(o, 0, 20), 20)
+    np.testing.assert_allclose(learning_rates(cosine, 5), expected, atol=1e-8)
+    step = replace(cosine, schedule="step")
+    expected = rates(lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.85), 20, per_epoch=5)
+    np.testing.assert_allclose(learning_rates(step, 5), expected, rtol=1e-6)
+    warm = learning_rates(replace(cosine, schedule="constant", warmup=0.25), 5)
+    np.testing.assert_allclose(warm[:5], [0.1 * (i + 1) / 6 for i in range(5)], rtol=1e-6)
+    np.testing.assert_allclose(warm[5:], 0.1, rtol=1e-6)
+
+
+def start(out: Path, model: Path, data: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "jaxscape", "finetune", "--model", str(model), "--data", str(data)]
+    command += ["--epochs", "12", "--batch-size", "4", "--learning-rate", "1e-3", "--out", str(out), *options]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def result_of(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for part in ("adapter", "model")
+        for path in (directory / part).glob("*.safetensors")
+    }
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_killed_finetuning_ends_with_the_same_weights(tiny_dir: Path, tmp_path: Path, method: str) -> None:
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    options = ("--method", method)
+    assert start(tmp_path / "unbroken", tiny_dir, data, *options).wait() == 0
+    killed = tmp_path / "killed"
+    log = killed / "log.jsonl"
+    for count in (1, 20, 41):  # in the first epoch, and in the middle of later ones
+        process = start(killed, tiny_dir, data, *options)
+        while not (log.exists() and log.read_bytes().count(b"\n") >= count) and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was killed, not finished"
+    assert start(killed, tiny_dir, data, *options).wait() == 0
+    assert result_of(killed) == result_of(tmp_path / "unbroken")
+    assert len(result_of(killed)) == 1
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, 12 * 6 + 1))
+    # And a finished one is not trained again.
+    before = log.read_bytes()
+    assert start(killed, tiny_dir, data, *options).wait() == 0
+    assert log.read_bytes() == before
+
+
+def test_a_kill_between_the_two_checkpoints_of_an_epoch(tiny: js.Model, tmp_path: Path) -> None:
+    """The weights of an epoch are there and its optimiser is not: the epoch is done again."""
+    expected = js.finetune(tiny, CHATS, replace(SHORT, epochs=3), progress=False)
+    import jaxscape.finetune  # noqa: F401
+
+    keeper = sys.modules["jaxscape.finetune"]._Keeper
+    save = keeper.save
+
+    class Killed(BaseException):
+        pass
+
+    def half(self: Any, epoch: int, state: Any, *, last: bool) -> None:
+        if epoch == 2:
+            self.moments.save = lambda *args, **kwargs: (_ for _ in ()).throw(Killed())
+        save(self, epoch, state, last=last)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeper, "save", half)
+        with pytest.raises(Killed):
+            js.finetune(tiny, CHATS, replace(SHORT, epochs=3), out=tmp_path, progress=False)
+    found = js.finetune(tiny, CHATS, replace(SHORT, epochs=3), out=tmp_path, progress=False)
+    assert_same_tree(found.model.params, expected.model.params)
+    assert losses(found) == losses(expected)
+
+
+def test_the_path_of_a_finetuning_is_read_from_its_checkpoints(tiny: js.Model, tmp_path: Path) -> None:
+    for method in ("full", "lora"):
+        training = replace(SHORT, method=method, epochs=3)
+        result = js.finetune(tiny, CHATS, training, out=tmp_path / method, progress=False)
+        path = list(load_path(tmp_path / method, tiny))
+        assert len(path) == 3
+        moved = js.difference(tiny, result.model)
+        away = jax.tree.map(lambda a, b: a - b, moved, path[-1])
+        assert inner(away, away) < 1e-10 * inner(moved, moved)
+        lengths = [inner(step, step) for step in path]
+        assert lengths == sorted(lengths)
+    other = js.Model(**{**vars(tiny), "params": jax.tree.map(lambda x: 2 * x, tiny.params)})
+    with pytest.raises(js.UserError, match="started from other weights"):
+        next(load_path(tmp_path / "full", other))
+    with pytest.raises(js.UserError, match=r"has no config\.json"):
+        next(load_path(tmp_path, tiny))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(js.UserError, match="holds no finetuning"):
+        next(load_path(tmp_path, tiny))
+
+
+def test_a_loss_that_is_no_number_stops_the_training_and_keeps_the_last_checkpoint(
+    tiny: js.Model, tmp_path: Path
+) -> None:
+    training = replace(SHORT, method="full", epochs=3)
+
+    def explode(training: js.Training, steps: int) -> Any:
+        return np.array([1e-3] * 8 + [1e30] * (steps * training.epochs - 8), np.float32)
+
+    module = sys.modules["jaxscape.finetune"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "learning_rates", explode)
+        with pytest.raises(js.UserError, match=r"At step 1\d the (loss|grad norm) is (nan|inf): training stopped"):
+            js.finetune(tiny, CHATS, training, out=tmp_path, progress=False)
+    assert [int(path.name) for path in (tmp_path / "checkpoints").iterdir()] == [1]
+    assert not (tmp_path / "model").exists()
+    assert len(list(load_path(tmp_path, tiny))) == 1
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps[:8] == list(range(1, 9))
+
+
+def test_several_devices_share_a_batch(tiny_dir: Path, tiny: js.Model, tmp_path: Path) -> None:
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    command = [sys.executable, "-m", "jaxscape", "finetune", "--model", str(tiny_dir), "--data", str(data)]
+    command += ["--epochs", "2", "--learning-rate", "5e-3", "--out", str(tmp_path / "run"), "--batch-size"]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    failed = subprocess.run([*command, "6"], env=env, capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert "batch size 6 is not a multiple of the 4 devices" in failed.stderr
+    assert not (tmp_path / "run").exists()
+    subprocess.run([*command, "4"], env=env, check=True, capture_output=True)
+    found = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose(found, losses(js.finetune(tiny, CHATS, SHORT, progress=False)), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "prefix"}, "The method 'prefix' is unknown"),
+        ({"schedule": "linear"}, "The schedule 'linear' is unknown"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"accumulation": -1}, "accumulation must be at least 1"),
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"warmup": 1.0}, "warmup must be a part"),
+        ({"validation": -0.5}, "validation must be a part"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be a number"),
+        ({"learning_rate": 0.0}, "must be positive numbers"),
+        ({"alpha": float("inf")}, "must be positive numbers"),
+        ({"seed": -1}, "A seed is a number"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    training = object.__new__(js.Training)  # its own check, not that of the types, which only runs in tests
+    training.__dict__.update(vars(js.Training()) | options)
+    with pytest.raises(js.UserError, match=message):
+        training.__post_init__()
+
+
+def test_the_adapter_of_a_run_is_loaded_as_a_model(tiny_dir: Path, tiny: js.Model, tmp_path: Path) -> None:
+    result = js.finetune(tiny, CHATS, SHORT, out=tmp_path, progress=False)
+    assert_same_tree(js.load_model(tmp_path / "adapter", "float32").params, result.model.params)
+    assert result.adapter is not None
+    assert result.adapter.base == str(tiny_dir)
+    assert result.adapter.targets == TARGETS
+    save_adapter(result.adapter, tmp_path / "copy")
+    assert (tmp_path / "copy" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_another_configuration_is_refused_and_overwritten_on_request(tiny: js.Model, tmp_path: Path) -> None:
+    js.finetune(tiny, CHATS, SHORT, out=tmp_path, progress=False)
+    with pytest.raises(js.UserError, match=r"different: epochs\); choose another --out"):
+        js.finetune(tiny, CHATS, replace(SHORT, epochs=1), out=tmp_path, progress=False)
+    with pytest.raises(js.UserError, match="different: chats, num_chats"):
+        js.finetune(tiny, CHATS[1:], SHORT, out=tmp_path, progress=False)
+    result = js.finetune(tiny, CHATS, replace(SHORT, epochs=1), out=tmp_path, overwrite=True, progress=False)
+    assert len(losses(result)) == 6
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    for path in (tmp_path / "checkpoints" / "1").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(js.UserError, match="checkpoint of epoch 1 cannot be read"):
+        js.finetune(tiny, CHATS, replace(SHORT, epochs=1), out=tmp_path, progress=False)
