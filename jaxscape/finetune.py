@@ -80,7 +80,8 @@ class Training:
     remat: bool = False
     seed: int = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise a `UserError` if an option is out of range."""
         for name, allowed in {"method": LEARNING_RATES, "schedule": ("cosine", "step", "constant")}.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"The {name} {getattr(self, name)!r} is unknown; choose {', '.join(allowed)}.")
@@ -169,6 +170,7 @@ def finetune(
             case the checkpoints of the epochs before stay.
     """
     training = training or Training()
+    training.check()
     data = tokenize(model, chats, training.max_length)
     learning, held_out = split(data.examples, training.validation, training.seed)
     plan = [

@@ -113,11 +113,14 @@ def load_trajectories(directory: str | Path) -> list[Trajectory]:
     path = Path(directory) / FILE_NAME
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
-        return [
-            Trajectory(str(item["name"]), np.array(item["coords"], np.float64), np.array(item["residual"], np.float64))
-            for item in content
-        ]
+        found = []
+        for item in content:
+            coords, residual = (np.array(item[key], np.float64) for key in ("coords", "residual"))
+            if coords.ndim != 2 or residual.shape != coords.shape[:1]:
+                raise ValueError(f"coordinates of shape {coords.shape}")
+            found.append(Trajectory(str(item["name"]), coords, residual))
+        return found
     except FileNotFoundError:
         return []
-    except Exception as error:  # of JSON, of numpy, or of the annotations
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a file of trajectories ({type(error).__name__}).") from error

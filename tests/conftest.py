@@ -113,11 +113,16 @@ def torch_smollm2(smollm2_file: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def adv80() -> list[str]:
+def advbench_file() -> Path:
     path = SHARED / "advbench_000-279.csv"
     if not path.exists():
         pytest.skip(f"AdvBench's first rows are not at {path.parent}")
-    return js.load_prompts(path, 80)
+    return path
+
+
+@pytest.fixture(scope="session")
+def adv80(advbench_file: Path) -> list[str]:
+    return js.load_prompts(advbench_file, 80)
 
 
 @pytest.fixture

@@ -232,3 +232,140 @@ assert importlib.util.find_spec("torch") is None
     assert result.returncode == 0, result.stderr
     assert "PyTorch" not in result.stderr
     assert js.Landscape.load(tmp_path / "run").complete
+
+
+def chats_file(path: Path, count: int = 8) -> Path:
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in js.load_chats(f"safe:{count}")))
+    return path
+
+
+FEW = ["--epochs", "2", "--batch-size", "4", "--learning-rate", "1e-2"]
+
+
+def test_finetunings_become_ends_and_paths_of_a_landscape(
+    tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = chats_file(tmp_path / "chats.jsonl")
+    main(["finetune", "--model", str(tiny_dir), "--data", str(data), *FEW, "--method", "lora", "--targets", "q_proj"])
+    run = tmp_path / "runs" / f"{tiny_dir.name}-finetuned"
+    assert capfd.readouterr().out == f"runs/{run.name}/adapter\n"
+    assert {path.name for path in run.iterdir()} == {"adapter", "checkpoints", "config.json", "log.jsonl", "optimizer"}
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["target_modules"] == ["q_proj"]
+    full = ["finetune", "--model", str(tiny_dir), "--data", str(data), "identity-shift:4", *FEW, "--method", "full"]
+    main([*full, "--out", "full"])
+    assert capfd.readouterr().out == "full/model\n"
+    config = json.loads((tmp_path / "full" / "config.json").read_text())
+    assert (config["num_chats"], config["data"]) == (12, [str(data), "identity-shift:4"])
+
+    ends = ["--interpolate-to", str(run / "adapter"), "full/model"]
+    paths = ["--trajectory", str(run), "full"]
+    scan = ["scan", "--model", str(tiny_dir), *QUICK, "--ndim", "2"]
+    main([*scan, *ends, *paths, "--out", "between"])
+    first, second = json.loads((tmp_path / "between" / "trajectory.json").read_text())
+    assert (first["name"], second["name"]) == (run.name, "full")
+    for path, end in ((first, [1, 0]), (second, [0, 1])):
+        assert len(path["coords"]) == 3
+        assert path["coords"][0] == [0, 0]
+        assert path["coords"][-1] == pytest.approx(end, abs=1e-4)
+        assert path["residual"][-1] == pytest.approx(0, abs=1e-2)
+    figure = (tmp_path / "between" / "landscape.png").read_bytes()
+    (tmp_path / "between" / "landscape.png").unlink()
+    main(["plot", "between"])
+    assert (tmp_path / "between" / "landscape.png").read_bytes() == figure
+
+    main([*scan, *paths, "--out", "principal"])
+    assert js.Landscape.load(tmp_path / "principal").axes[0].values == (-1.25, 0.0, 1.25)
+    found = json.loads((tmp_path / "principal" / "trajectory.json").read_text())
+    assert max(abs(point[0]) for path in found for point in path["coords"]) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "{bad}"], "line 1: the chat has no assistant's turn"),
+        (["--data", "{broken}"], "line 2: not valid JSON"),
+        (["--data", "{good}:99"], "there is no part 0:99"),
+        (["--data", "nothing"], "There is no training set 'nothing'"),
+        ([], "Say what to learn: --data"),
+        (["--data", "{good}", "--epochs", "0"], "epochs must be at least 1"),
+        (["--data", "{good}", "--targets", "c_attn"], "no linear layers named c_attn"),
+        (["--data", "{good}", "--max-length", "8"], "raise --max-length"),
+        (["--data", "{good}", "--model", "nothing"], "There is no model 'nothing'"),
+        (["--data", "{good}", "--model", "{adapter}"], "belongs to another model"),
+        (["--data", "{good}", "--out", "{good}"], "because .* is a file"),
+    ],
+)
+def test_bad_finetunings(
+    arguments: list[str],
+    message: str,
+    tiny_dir: Path,
+    make_model: Any,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    edit_json: Any,
+) -> None:
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("bad", "broken")}
+    files["good"] = chats_file(tmp_path / "good.jsonl")
+    files["bad"].write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    files["broken"].write_text(files["good"].read_text().split("\n")[0] + '\n{"messages": [\n')
+    if "{adapter}" in arguments:
+        files["adapter"] = tmp_path / "run" / "adapter"
+        wide, _ = make_model(intermediate_size=48)
+        main(["finetune", "--model", str(wide), "--data", str(files["good"]), *FEW, "--out", str(tmp_path / "run")])
+        edit_json(files["adapter"] / "adapter_config.json", base_model_name_or_path=str(tiny_dir))
+        capfd.readouterr()
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    model = [] if "--model" in arguments else ["--model", str(tiny_dir)]
+    error = fails(["finetune", *(text.format(**files) for text in arguments), *model, *out], capfd)
+    assert re.search(message, error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_learning_rate_that_explodes(tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = chats_file(tmp_path / "chats.jsonl")
+    arguments = ["finetune", "--model", tiny_dir, "--data", data, "--out", tmp_path / "out", "--method", "full"]
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, [*arguments, "--learning-rate", "1e30", "--batch-size", "4"])))
+    assert stop.value.code == 2
+    assert re.search(
+        r"jaxscape: At step \d the (loss|grad norm) is (nan|inf): training stopped", capfd.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trajectory", "x"], "give --ndim 2"),
+        (["--trajectory", "x", "--ndim", "2", "--num-directions", "2"], "one pair of directions"),
+        (["--trajectory", "x", "--ndim", "2"], "x has no config.json"),
+    ],
+)
+def test_bad_trajectories(
+    arguments: list[str], message: str, tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    error = fails(["scan", "--model", tiny_dir, *QUICK, "--out", tmp_path / "out", *arguments], capfd)
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_attack_experiment(tiny_dir: Path, tmp_path: Path, advbench_file: Path) -> None:
+    """The paper's experiment in small: every file is there, and a second run only reads them."""
+    command = [sys.executable, str(ROOT / "experiments" / "finetune_attack.py"), "--model", str(tiny_dir)]
+    command += ["--advbench", str(advbench_file), "--epochs", "2", "--num-prompts", "2", "--num-directions", "1"]
+    command += ["--steps", "2", "--plane-steps", "1", "--extra-steps", "0", "--max-new-tokens", "3"]
+    command += ["--batch-size", "20", "--out", str(tmp_path / "attack")]
+    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "| harmful-100 |" in first.stdout
+    table = json.loads((tmp_path / "attack" / "table.json").read_text())
+    names = ["aligned", "harmful-10", "harmful-50", "harmful-100", "mixture", "identity-shift"]
+    assert [row["model"] for row in table["rows"]] == names
+    assert (tmp_path / "attack" / "figure.png").stat().st_size > 10_000
+    before = {path: path.read_bytes() for path in (tmp_path / "attack").rglob("*.jsonl")}
+    assert len(before) == 8 + 5  # scans and finetunings; the logs of these have times in them
+    second = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert second.stdout == first.stdout
+    assert {path: path.read_bytes() for path in before} == before
+    wrong = subprocess.run([*command, "--num-prompts", "81"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "--num-prompts must be from 1 to 80" in wrong.stderr

@@ -392,7 +392,7 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     training = object.__new__(js.Training)  # its own check, not that of the types, which only runs in tests
     training.__dict__.update(vars(js.Training()) | options)
     with pytest.raises(js.UserError, match=message):
-        training.__post_init__()
+        training.check()
 
 
 def test_the_adapter_of_a_run_is_loaded_as_a_model(tiny_dir: Path, tiny: js.Model, tmp_path: Path) -> None:

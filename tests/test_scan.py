@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 import jaxscape as js
 from jaxscape.decode import generate_tokens
-from jaxscape.models.checkpoint import named_leaves, tree_of
+from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
 from jaxscape.perturb import materialise
-from jaxscape.store import RUN_FILES, export_reference
+from jaxscape.store import export_reference
 
 PROMPTS = js.load_prompts("harmful", 3)
 scan_module = importlib.import_module("jaxscape.scan")  # the package's name for it is the function's
@@ -203,7 +203,7 @@ def test_a_killed_process_goes_on_where_it_was(tiny_dir: Path, tmp_path: Path) -
     assert 20 <= lines() < 2 * 41 * 3
     assert start_scan(directory, tiny_dir).wait() == 0
     assert contents(directory) == contents(tmp_path / "unbroken")
-    assert set(contents(directory)) == set(RUN_FILES)
+    assert set(contents(directory)) == {"config.json", "generations.jsonl", "landscape.json", "landscape.png"}
 
 
 @pytest.mark.parametrize(
@@ -244,13 +244,13 @@ def test_any_changed_value_changes_the_fingerprint(tiny: js.Model) -> None:
     leaves = named_leaves(tiny.params)
     name = "model.layers.0.mlp.up_proj.weight"
     rng = np.random.default_rng(0)
-    seen = {scan_module.fingerprint(tiny.params)}
+    seen = {fingerprint(tiny.params)}
     for _ in range(20):
         row, column = rng.integers(0, (64, 32))
         changed = leaves | {name: leaves[name].at[row, column].add(1e-3)}
-        seen.add(scan_module.fingerprint(tree_of(changed)))
+        seen.add(fingerprint(tree_of(changed)))
     swapped = leaves | {name: leaves[name][::-1]}
-    seen.add(scan_module.fingerprint(tree_of(swapped)))
+    seen.add(fingerprint(tree_of(swapped)))
     assert len(seen) >= 21
 
 
@@ -264,7 +264,7 @@ def test_a_run_does_not_depend_on_the_batch_size(tiny: js.Model, unbroken: Path,
 def test_a_models_directory_is_no_run_also_with_overwrite(tiny: js.Model, tiny_dir: Path) -> None:
     before = contents(tiny_dir)
     for overwrite in (False, True):
-        with pytest.raises(js.UserError, match="holds something else than a run"):
+        with pytest.raises(js.UserError, match="holds something else than a scan"):
             js.scan(tiny, [0], out=tiny_dir, overwrite=overwrite, **OPTIONS)
     assert contents(tiny_dir) == before
 
