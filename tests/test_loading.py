@@ -181,7 +181,7 @@ def test_a_truncated_safetensors_file_is_a_user_error(tiny_dir: Path, copy: Path
 
 @pytest.mark.parametrize("source", ["no-such-model", "no-such-file.gguf", "dir/no-such-file.gguf"])
 def test_unknown_names_say_what_can_be_given(source: str) -> None:
-    with pytest.raises(js.UserError, match=r"give a name \(smollm2-135m\)"):
+    with pytest.raises(js.UserError, match=r"give a name \(smollm2-135m-safe, smollm2-135m\)"):
         js.load_model(source)
 
 

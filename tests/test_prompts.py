@@ -84,7 +84,7 @@ def test_every_file_format_gives_back_what_was_written(tmp_path: Path, expected:
         ("digits.jsonl", b"9" * 5000, "line 1: not valid JSON"),
         ("other.jsonl", b'{"question": "a"}\n', "line 1: no prompt there"),
         ("half.jsonl", b'"\\ud800"\n', "line 1: half a surrogate pair"),
-        ("what.xlsx", b"", "give harmful, benign, advbench, or a file ending in"),
+        ("what.xlsx", b"", "give harmful, benign, harmless, advbench, or a file ending in"),
     ],
 )
 def test_bad_files_are_one_sentence_with_the_line(tmp_path: Path, name: str, content: Any, message: str) -> None:
