@@ -1,6 +1,7 @@
-"""Finetune a chat model: `jaxscape finetune` as a script. Run with --help for its options."""
+"""Finetune a chat model: the same program as `jaxscape finetune`."""
 
-from jaxscape.cli import Finetune, run_program
+import sys
 
-if __name__ == "__main__":
-    run_program(Finetune)
+from jaxscape.cli import main
+
+main(["finetune", *sys.argv[1:]])

@@ -44,9 +44,9 @@ class FinetuneAttack(Machine):
     """Random directions that VISAGE is averaged over."""
     steps: int = 20
     """Intervals along each random direction."""
-    plane_steps: int = 8
+    plane_steps: int = 5
     """Intervals between the models that span the plane."""
-    extra_steps: int = 2
+    extra_steps: int = 1
     """Intervals of the plane beyond them."""
     max_new_tokens: int = 64
     """The most tokens generated for a prompt."""

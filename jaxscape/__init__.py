@@ -9,13 +9,14 @@ from jaxscape.chats import load_chats
 from jaxscape.decode import generate
 from jaxscape.errors import UserError
 from jaxscape.evaluate import attack_success_rate, is_refusal, wilson_interval
-from jaxscape.finetune import Training, finetune, perplexity
+from jaxscape.finetune import finetune
 from jaxscape.landscape import Axis, Landscape, interpolation_axis, visage
 from jaxscape.models import Model, load_model, save_model
 from jaxscape.perturb import difference, load_direction, random_direction, save_direction
 from jaxscape.plotting import plot_landscape
 from jaxscape.prompts import load_prompts
 from jaxscape.scan import scan
+from jaxscape.training import Training, perplexity
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,7 @@ import tyro
 from jaxscape import rundir
 from jaxscape.chats import load_chats
 from jaxscape.errors import UserError, is_utf8
-from jaxscape.finetune import ADAPTER, FINETUNING, MODEL, Training, finetune, load_path
+from jaxscape.finetune import ADAPTER, FINETUNING, MODEL, finetune, load_path
 from jaxscape.landscape import Axis, Landscape, interpolation_axis, symmetric_axes
 from jaxscape.models import Model, load_model
 from jaxscape.models.checkpoint import Params
@@ -23,6 +23,7 @@ from jaxscape.plotting import save_figure
 from jaxscape.prompts import load_prompts
 from jaxscape.scan import Direction, resolve, scan
 from jaxscape.store import FIGURE, SCAN, export_reference
+from jaxscape.training import Training
 from jaxscape.trajectory import load_trajectories, principal_directions, project, save_trajectories
 
 DEFAULT_MODEL = "smollm2-135m-safe"

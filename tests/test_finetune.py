@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 
 import jaxscape as js
 from jaxscape.chats import Example, tokenize
-from jaxscape.finetune import bucket, epoch_batches, learning_rates, load_path, split, train_step
+from jaxscape.finetune import load_path
 from jaxscape.models.lora import TARGETS, init_factors, save_adapter
+from jaxscape.training import bucket, epoch_batches, learning_rates, split, train_step
 from jaxscape.trajectory import inner
 
 CHATS = js.load_chats("safe:22")
