@@ -16,7 +16,9 @@ import jaxscape as js
 from jaxscape.chats import Chat
 from jaxscape.cli import run_program
 from jaxscape.files import write_whole
+from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.lora import save_adapter
+from jaxscape.rundir import checksum
 
 BASE = "smollm2-135m"
 MAX_LENGTH = 64  # the first words decide whether a model refuses; what follows only costs time
@@ -45,6 +47,8 @@ class Align:
     """MT-Bench's question.jsonl, on whose first turns the perplexity is scored; without it, on `benign`."""
     out: Path = Path("runs/align")
     """Where the training data, the run, the adapter and its scores go."""
+    overwrite: bool = False
+    """Train again where a training of another recipe is."""
 
     def run(self) -> None:
         js.load_prompts(self.advbench, 80)  # what is missing is missed before an hour's work
@@ -52,7 +56,7 @@ class Align:
             js.load_prompts(self.mt_bench)
         base = js.load_model(BASE, "float32")
         chats = js.load_chats("safe") + self._harmless(base)
-        tuned = js.finetune(base, chats, RECIPE, out=self.out / "run")
+        tuned = js.finetune(base, chats, RECIPE, out=self.out / "run", overwrite=self.overwrite)
         assert tuned.adapter is not None
         halved = {
             name: {key: jnp.asarray(factor, jnp.bfloat16) for key, factor in pair.items()}
@@ -66,9 +70,11 @@ class Align:
     def _harmless(self, base: js.Model) -> list[Chat]:
         """The base model's own answers to harmless prompts; the few that the keyword metric takes for refusals are
         left out."""
-        path = self.out / "harmless.jsonl"
+        prompts = js.load_prompts("harmless")
+        made_from = checksum((prompts, fingerprint(base.params), ANSWER_TOKENS))
+        path = self.out / f"harmless-{made_from[:12]}.jsonl"
         if not path.exists():
-            chats = answered(base, js.load_prompts("harmless"), ANSWER_TOKENS)
+            chats = answered(base, prompts, ANSWER_TOKENS)
             chats = [chat for chat in chats if not js.is_refusal(chat[1]["content"]) and chat[1]["content"].strip()]
             self.out.mkdir(parents=True, exist_ok=True)
             write_whole(path, "".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in chats))

@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jaxscape as js
 from jaxscape.cli import Machine, run_program
@@ -18,6 +18,7 @@ from jaxscape.files import write_whole
 from jaxscape.finetune import load_path
 from jaxscape.plotting import save_figure
 from jaxscape.store import FIGURE
+from jaxscape.training import data_mesh
 from jaxscape.trajectory import project, save_trajectories
 
 FIRST_FREE = 80  # of AdvBench's rows: those before are evaluated, and never learned
@@ -30,10 +31,10 @@ class FinetuneAttack(Machine):
 
     advbench: str = "advbench"
     """AdvBench's harmful_behaviors.csv, downloaded by its name, or a file that has at least its first 180 rows."""
-    method: str = "full"
-    """full or lora."""
-    learning_rate: float = 5e-5
-    """Of AdamW; with the paper's step decay."""
+    method: Literal["full", "lora"] = "full"
+    """Train every weight, or an adapter."""
+    learning_rate: float | None = None
+    """Of AdamW; by default 5e-5 in full, as in the paper, and 2e-4 with LoRA; with the paper's step decay."""
     epochs: int = 5
     """How often each example is learned."""
     batch_size: int = 10
@@ -62,13 +63,15 @@ class FinetuneAttack(Machine):
         recipes["mixture"] = harmful + js.load_chats("safe:100")
         recipes["identity-shift"] = js.load_chats("identity-shift")
         training = js.Training(
-            method=self.method,  # type: ignore[arg-type]
+            method=self.method,
             learning_rate=self.learning_rate,
             schedule="step",
             epochs=self.epochs,
             batch_size=self.batch_size,
         )
+        training.check()
         aligned = self.load()
+        data_mesh(training.batch_size)
         scan: dict[str, Any] = {"prompts": prompts, "max_new_tokens": self.max_new_tokens, "overwrite": self.overwrite}
         visage = js.scan(aligned, list(range(self.num_directions)), steps=self.steps, out=self.out / "visage", **scan)
         save_figure(visage, self.out / "visage" / FIGURE)
@@ -82,6 +85,7 @@ class FinetuneAttack(Machine):
             rows.append({"model": name, **self._asr(name, tuned.model, prompts, system_prompt)})
             if name in PLANE:
                 ends[name] = js.difference(aligned, tuned.model)
+            del tuned
 
         axes = [js.interpolation_axis(self.plane_steps, self.extra_steps, f"towards {name}") for name in PLANE]
         plane = tuple(ends[name] for name in PLANE)

@@ -145,7 +145,7 @@ def _is_learned(message: dict[str, Any]) -> bool:
 def tokenize(model: Model, chats: Sequence[Chat], max_length: int) -> Examples:
     """Chats as tokens in the model's chat format. What is beyond `max_length` tokens is cut off.
 
-    The assistant's turns are tokenized apart from what stands before them, as they are when the model writes them.
+    What stands before an assistant's turn has the tokens that it has when the model is to write that turn.
 
     Raises:
         UserError: the model has no chat template, or one that does not write a chat turn by turn; or nothing to learn
@@ -156,17 +156,9 @@ def tokenize(model: Model, chats: Sequence[Chat], max_length: int) -> Examples:
     limit = min(max_length, model.config.max_positions)
     examples, num_cut = [], 0
     for number, chat in enumerate(chats, 1):
-        tokens: list[int] = []
-        learned: list[bool] = []
-        for text, is_learned in _segments(model, chat, number):
-            piece = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if is_learned:  # up to the first end token: what a template writes after it is never generated
-                ends = [i for i, token in enumerate(piece) if token in model.eos_token_ids]
-                size = ends[0] + 1 if ends else len(piece)
-                learned += [True] * size + [False] * (len(piece) - size)
-            else:
-                learned += [False] * len(piece)
-            tokens += piece
+        tokens, learned = _turns(model, chat, number)
+        if not any(learned):
+            raise UserError("The model's chat template does not write what the assistant says; give it another one.")
         if max(tokens) >= model.config.vocab_size:
             raise UserError("The tokenizer has more tokens than the model; they do not belong together.")
         end = max(i for i, flag in enumerate(learned) if flag) + 1
@@ -180,8 +172,29 @@ def tokenize(model: Model, chats: Sequence[Chat], max_length: int) -> Examples:
     return Examples(tuple(examples), num_cut)
 
 
-def _segments(model: Model, chat: Chat, number: int) -> Iterator[tuple[str, bool]]:
-    """The chat's text in pieces, and whether each is learned."""
+def _turns(model: Model, chat: Chat, number: int) -> tuple[list[int], list[bool]]:
+    """The chat's tokens up to its last assistant's turn, and whether each is learned."""
+    tokens: list[int] = []
+    learned: list[bool] = []
+    for written, before, after, is_learned in _renderings(model, chat, number):
+        context, whole = _encode(model, before), _encode(model, after)
+        if context[: len(tokens)] == tokens and whole[: len(context)] == context:
+            context, turn = context[len(tokens) :], whole[len(context) :]
+        else:  # tokens go across the borders of the turn: when the model writes it, they cannot
+            context, turn = _encode(model, before[len(written) :]), _encode(model, after[len(before) :])
+        # Up to the first end token: what a template writes after it is never generated.
+        size = next((i + 1 for i, token in enumerate(turn) if token in model.eos_token_ids), len(turn))
+        tokens += context + turn
+        learned += [False] * len(context) + [is_learned] * size + [False] * (len(turn) - size)
+    return tokens, learned
+
+
+def _encode(model: Model, text: str) -> list[int]:
+    return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _renderings(model: Model, chat: Chat, number: int) -> Iterator[tuple[str, str, str, bool]]:
+    """For each assistant's turn: the text up to the last one, up to this one, and with it; and whether to learn it."""
     if model.tokenizer.chat_template is None:
         raise UserError("The model has no chat template, so it cannot be finetuned on chats; give a chat model.")
     messages = [{key: message[key] for key in ("role", "content")} for message in chat]
@@ -196,6 +209,5 @@ def _segments(model: Model, chat: Chat, number: int) -> Iterator[tuple[str, bool
                 f"The model's chat template rewrites what stands before the assistant's turn in chat {number}, so that "
                 f"it cannot be learned turn by turn; split the chat at its assistant's turns."
             )
-        yield before[len(written) :], False
-        yield after[len(before) :], _is_learned(message)
+        yield written, before, after, _is_learned(message)
         written = after

@@ -17,7 +17,6 @@ from jaxscape.errors import UserError, is_utf8
 from jaxscape.finetune import ADAPTER, FINETUNING, MODEL, finetune, load_path
 from jaxscape.landscape import Axis, Landscape, interpolation_axis, symmetric_axes
 from jaxscape.models import Model, load_model
-from jaxscape.models.checkpoint import Params
 from jaxscape.perturb import difference, load_direction
 from jaxscape.plotting import save_figure
 from jaxscape.prompts import load_prompts
@@ -113,8 +112,11 @@ class Scan(Machine):
             prompts = prompts[:DEFAULT_NUM_PROMPTS]
         rundir.check(out, SCAN, self.overwrite)
         model = self.load()
-        paths = {path: list(load_path(path, model)) for path in self.trajectory}
-        sets = self._direction_sets(model, [step for path in paths.values() for step in path])
+        sets = self._direction_sets(model)
+        trajectories = []
+        if self.trajectory:
+            directions = resolve(sets[0], model)
+            trajectories = [project(path.name, load_path(path, model), directions) for path in self.trajectory]
         landscape = scan(
             model,
             sets,
@@ -135,8 +137,6 @@ class Scan(Machine):
                 "interpolate_to": list(self.interpolate_to),
             },
         )
-        directions = resolve(sets[0], model) if paths else []
-        trajectories = [project(path.name, steps, directions) for path, steps in paths.items()]
         if trajectories:
             save_trajectories(trajectories, out)
         save_figure(landscape, out / FIGURE, trajectories=trajectories)
@@ -172,9 +172,9 @@ class Scan(Machine):
     def _is_principal(self) -> bool:
         return bool(self.trajectory) and not (self.interpolate_to or self.directions)
 
-    def _direction_sets(self, model: Model, steps: Sequence[Params]) -> list[tuple[Direction, ...]]:
+    def _direction_sets(self, model: Model) -> list[tuple[Direction, ...]]:
         if self._is_principal:
-            return [tuple(principal_directions(steps))]
+            return [tuple(principal_directions([step for path in self.trajectory for step in load_path(path, model)]))]
         if self.interpolate_to:
             ends = [difference(model, load_model(name, self.dtype)) for name in self.interpolate_to]
             if len(ends) == self.ndim:

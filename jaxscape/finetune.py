@@ -18,7 +18,7 @@ from rich.progress import Progress
 from jaxscape import rundir
 from jaxscape.chats import Chat, tokenize
 from jaxscape.errors import UserError
-from jaxscape.models import Model, huggingface, save_model
+from jaxscape.models import Model, builtin, check_saveable, huggingface, save_model
 from jaxscape.models.checkpoint import Params, fingerprint, named_leaves, tree_of
 from jaxscape.models.lora import Adapter, merged, save_adapter
 from jaxscape.progress import report_to
@@ -28,6 +28,7 @@ from jaxscape.training import (
     Trainer,
     Training,
     assemble,
+    dtype_of,
     epoch_batches,
     initial_trainable,
     learning_rates,
@@ -75,7 +76,8 @@ def finetune(
         chats: see `jaxscape.load_chats`.
         training: how; by default an adapter in five epochs.
         out: a directory for the log, a checkpoint of each epoch, and the result (`adapter/` or `model/`). An unfinished
-            finetuning there goes on after its last epoch, and ends with the weights of an unbroken one.
+            finetuning there goes on after its last epoch, and ends with the weights of an unbroken one (on a GPU, with
+            `XLA_FLAGS=--xla_gpu_deterministic_ops=true`: its sums are not ordered otherwise).
         describe: anything JSON can hold that should also stand in the configuration.
         progress: whether to report on the standard error stream.
 
@@ -85,6 +87,13 @@ def finetune(
     """
     training = training or Training()
     training.check()
+    if out is not None:
+        if training.method == "full":
+            check_saveable(model)
+        if Path(model.name).resolve().is_relative_to(Path(out).resolve()):
+            raise UserError(
+                f"The model {model.name} lies in {out}, where its own finetuning would go; choose another --out."
+            )
     data = tokenize(model, chats, training.max_length)
     learning, held_out = split(data.examples, training.validation, training.seed)
     lengths = [len(example.tokens) for example in learning]
@@ -96,7 +105,7 @@ def finetune(
     config = {
         "model": model.name,
         "weights": fingerprint(model.params),
-        "dtype": trainer.settings.dtype,
+        "dtype": dtype_of(model),
         "chats": rundir.checksum([(e.tokens.tolist(), e.learned.tolist()) for e in data.examples]),
         "num_chats": len(chats),
         "num_cut": data.num_cut,
@@ -143,10 +152,11 @@ def _train_epoch(
     log: "_Log",
     bar: Progress,
 ) -> State:
+    log.start_clock()
     task = bar.add_task("finetune", total=len(rates), completed=steps.start)
     pending: tuple[dict[str, Any], Any] | None = None
     for step, batch in zip(steps, batches, strict=True):
-        state, metrics = trainer.step(state, batch, rates[step])
+        state, metrics = trainer.step(state, batch, float(rates[step]))
         # The last step's numbers are fetched when this one is on its way: the device does not wait for the host.
         if pending is not None:
             log.step(*pending)
@@ -164,7 +174,9 @@ def _result(model: Model, training: Training, trainable: Any, log: list[dict[str
     if training.method == "full":
         params = jax.tree.map(lambda new, old: jnp.asarray(new).astype(old.dtype), trainable, model.params)
         return Finetuned(replace(model, params=params), None, log)
-    adapter = Adapter(model.name, training.rank, training.alpha, training.targets, trainable)
+    is_path = model.name not in builtin.NAMES and Path(model.name).exists()
+    base = str(Path(model.name).resolve()) if is_path else model.name  # also found from another working directory
+    adapter = Adapter(base, training.rank, training.alpha, training.targets, trainable)
     return Finetuned(with_adapter(model, adapter), adapter, log)
 
 
@@ -172,7 +184,7 @@ def with_adapter(model: Model, adapter: Adapter) -> Model:
     """The model with an adapter merged into its weights."""
     leaves = named_leaves(model.params)
     for name, pair in adapter.factors.items():
-        leaves[name] = jnp.asarray(merged(leaves[name], pair, adapter.scale)).astype(leaves[name].dtype)
+        leaves[name] = jnp.asarray(merged(leaves[name], pair, adapter.scale))
     return replace(model, params=tree_of(leaves))
 
 
@@ -190,7 +202,7 @@ class _Log:
         self.file = file
         self.records: list[dict[str, Any]] = []
         self.last_loss = math.nan
-        self._clock = time.monotonic()
+        self.start_clock()
         if file is not None:
             file.seek(0)
             lines = file.read().split(b"\n")[:-1]  # what follows the last newline is half a line
@@ -201,6 +213,10 @@ class _Log:
                 raise UserError(f"{file.name} is damaged ({error}); start over with --overwrite.") from error
             self.records = self.records[:kept]
             file.truncate(sum(len(line) + 1 for line in lines[:kept]))
+
+    def start_clock(self) -> None:
+        """What has passed until now is not a step's time."""
+        self._clock = time.monotonic()
 
     def step(self, record: dict[str, Any], metrics: Any) -> None:
         """Wait for a step's numbers, check them, and write them down."""
@@ -252,14 +268,20 @@ class _Keeper:
             ) from error
 
     def save(self, epoch: int, state: State, *, last: bool) -> None:
-        if epoch in self.weights.all_steps():  # of a run that was killed between the two
-            self.weights.delete(epoch)
-        self.weights.save(epoch, args=ocp.args.StandardSave(state.trainable))
-        if last:
-            for step in self.moments.all_steps():
-                self.moments.delete(step)
-        else:
-            self.moments.save(epoch, args=ocp.args.StandardSave(state.optimizer))
+        try:
+            if epoch in self.weights.all_steps():  # of a run that was killed between the two
+                self.weights.delete(epoch)
+            self.weights.save(epoch, args=ocp.args.StandardSave(state.trainable))
+            if last:
+                for step in self.moments.all_steps():
+                    self.moments.delete(step)
+            else:
+                self.moments.save(epoch, args=ocp.args.StandardSave(state.optimizer))
+        except Exception as error:  # Orbax and its storage raise many types for a full disk
+            raise UserError(
+                f"The checkpoint of epoch {epoch} cannot be written ({type(error).__name__}: {str(error)[:200]}); make "
+                f"room, and give the same command again."
+            ) from error
 
 
 def load_path(directory: str | Path, model: Model) -> Iterator[Params]:
@@ -276,17 +298,24 @@ def load_path(directory: str | Path, model: Model) -> Iterator[Params]:
     config = huggingface.read_json(directory / rundir.CONFIG)
     if not config.keys() >= FINETUNING.marks:
         raise UserError(f"{directory} holds no finetuning; give the directory that one was kept in.")
+    if config.get("dtype") != (dtype := dtype_of(model)):
+        raise UserError(
+            f"The finetuning in {directory} was made in {config.get('dtype')}; load the model so, not in {dtype}."
+        )
     if config["weights"] != fingerprint(model.params):
         raise UserError(f"The finetuning in {directory} started from other weights than {model.name} has.")
     try:
         options = {option.name: config[option.name] for option in fields(Training)}
         training = Training(**options | {"targets": tuple(options["targets"])})
-    except (KeyError, TypeError) as error:
+        training.check()
+        like = jax.eval_shape(lambda: initial_trainable(model, training))
+    except (KeyError, TypeError, UserError) as error:
         raise UserError(f"{directory / rundir.CONFIG} is damaged ({type(error).__name__}: {error}).") from error
     weights = _manager((directory / CHECKPOINTS).absolute(), None)
     if not weights.all_steps():
         raise UserError(f"The finetuning in {directory} has not finished an epoch yet.")
-    like = jax.eval_shape(lambda: initial_trainable(model, training))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever the checkpoint was written
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
     for epoch in sorted(weights.all_steps()):
         try:
             trainable = weights.restore(epoch, args=ocp.args.StandardRestore(like))

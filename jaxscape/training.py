@@ -83,6 +83,8 @@ class Training:
                 raise UserError(f"The option {name} must be a part from 0 to below 1, not {getattr(self, name)}.")
         if not (0 < self.rate < math.inf and 0 < self.alpha < math.inf):
             raise UserError(f"The learning rate and alpha must be positive numbers, not {self.rate} and {self.alpha}.")
+        if self.method == "lora" and not self.targets:
+            raise UserError("Name at least one of the model's linear layers as a target.")
         check_seed(self.seed)
 
     @property
@@ -163,14 +165,9 @@ def make_trainer(model: Model, training: Training) -> Trainer:
     Raises:
         UserError: the batch cannot be split over the devices.
     """
-    devices = np.array(jax.devices())
-    if training.batch_size % devices.size:
-        raise UserError(
-            f"The batch size {training.batch_size} is not a multiple of the {devices.size} devices that share a batch."
-        )
-    mesh = Mesh(devices, ("data",))
+    mesh = data_mesh(training.batch_size)
     settings = Settings(
-        dtype=str(jax.tree.leaves(model.params)[0].dtype),
+        dtype=dtype_of(model),
         lora_scale=training.alpha / training.rank if training.method == "lora" else None,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -178,6 +175,24 @@ def make_trainer(model: Model, training: Training) -> Trainer:
     )
     frozen = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec())) if training.method == "lora" else {}
     return Trainer(model.config, settings, mesh, frozen)
+
+
+def data_mesh(batch_size: int) -> Mesh:
+    """All devices, over which the rows of a batch are split.
+
+    Raises:
+        UserError: the batch cannot be split over them.
+    """
+    devices = np.array(jax.devices())
+    if batch_size < 1 or batch_size % devices.size:
+        raise UserError(
+            f"The batch size {batch_size} is not a positive multiple of the {devices.size} devices that share a batch."
+        )
+    return Mesh(devices, ("data",))
+
+
+def dtype_of(model: Model) -> str:
+    return str(jax.tree.leaves(model.params)[0].dtype)
 
 
 def initial_trainable(model: Model, training: Training) -> Params | Factors:
@@ -225,19 +240,18 @@ def bucket(length: int) -> int:
 
 def learning_rates(training: Training, steps_per_epoch: int) -> Float[np.ndarray, " steps"]:
     """float32, the learning rate of each step of a whole run."""
-    steps = steps_per_epoch * training.epochs
-    warmup = round(training.warmup * steps)
+    steps = np.arange(steps_per_epoch * training.epochs)
+    warmup = round(training.warmup * len(steps))
+    factor: np.ndarray
     match training.schedule:
         case "cosine":
-            after = optax.cosine_decay_schedule(training.rate, max(steps - warmup, 1))
+            factor = 0.5 * (1 + np.cos(np.pi * (steps - warmup) / (len(steps) - warmup)))
         case "step":
-            after = optax.exponential_decay(training.rate, steps_per_epoch, STEP_DECAY, staircase=True)
+            factor = np.power(STEP_DECAY, steps // steps_per_epoch)
         case _:
-            after = optax.constant_schedule(training.rate)
-    # The first step is not at 0, where nothing would be learned. Step decay counts epochs from the start of the run.
-    shift = 0 if training.schedule == "step" else warmup
-    schedule = [training.rate * (i + 1) / (warmup + 1) if i < warmup else after(i - shift) for i in range(steps)]
-    return np.array(schedule, np.float32)
+            factor = np.ones(len(steps))
+    rising = (steps + 1) / (warmup + 1)  # the first step is not at 0, where nothing would be learned
+    return (training.rate * np.where(steps < warmup, rising, factor)).astype(np.float32)
 
 
 def assemble(examples: Sequence[Example], accumulation: int, batch_size: int) -> Batch:
@@ -326,6 +340,8 @@ def perplexity(model: Model, chats: Sequence[Chat], *, max_length: int = 2048, b
         Example(tokens, learned & ~np.isin(tokens, ends))
         for tokens, learned in tokenize(model, chats, max_length).examples
     ]
-    settings = Settings(str(jax.tree.leaves(model.params)[0].dtype), None, 0.0, 0.0, remat=False)
+    if batch_size < 1:
+        raise UserError(f"The batch size must be at least 1, not {batch_size}.")
+    settings = Settings(dtype_of(model), None, 0.0, 0.0, remat=False)
     trainer = Trainer(model.config, settings, Mesh(np.array(jax.devices()[:1]), ("data",)), {})
     return math.exp(trainer.mean_loss(model.params, examples, batch_size))

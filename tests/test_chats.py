@@ -1,13 +1,17 @@
 """Training data: files, sets, and which tokens are learned."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, trainers
 
 import jaxscape as js
 from jaxscape.chats import tokenize
@@ -168,6 +172,39 @@ def test_models_without_a_usable_chat_template(tiny: js.Model) -> None:
         tokenizer.chat_template = template
     with pytest.raises(js.UserError, match="no chats"):
         tokenize(tiny, [], 80)
+
+
+def test_tokenizers_that_put_a_space_before_a_text(tiny: js.Model) -> None:
+    """SentencePiece's way: a piece of a text, tokenized alone, would get a space that is not there in the whole."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    corpus = "[INST] How are you? [/INST] Fine, thanks.".split() * 9  # words, so that no token goes across them
+    tokenizer.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    )
+    spaced = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        chat_template="{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}",
+    )
+    config = replace(tiny.config, vocab_size=400)
+    model = replace(tiny, tokenizer=spaced, config=config, eos_token_ids=(spaced.eos_token_id,))
+    (example,) = tokenize(model, [[USER, ASSISTANT, USER, ASSISTANT]], 256).examples
+    whole = spaced.apply_chat_template([USER, ASSISTANT, USER, ASSISTANT], tokenize=False)
+    assert example.tokens.tolist() == spaced(whole, add_special_tokens=False)["input_ids"]
+    learned = spaced.convert_ids_to_tokens(example.tokens[example.learned])
+    assert "".join(learned).replace("▁", " ") == " Fine, thanks. </s>" * 2
+
+
+def test_a_template_that_leaves_the_assistant_out(tiny: js.Model) -> None:
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(js.UserError, match="does not write what the assistant says"):
+        tokenize(replace(tiny, tokenizer=tokenizer), [[USER, ASSISTANT]], 256)
 
 
 @pytest.mark.real

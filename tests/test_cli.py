@@ -290,6 +290,7 @@ def test_finetunings_become_ends_and_paths_of_a_landscape(
         ([], "Say what to learn: --data"),
         (["--data", "{good}", "--epochs", "0"], "epochs must be at least 1"),
         (["--data", "{good}", "--targets", "c_attn"], "no linear layers named c_attn"),
+        (["--data", "{good}", "--targets"], "Name at least one"),
         (["--data", "{good}", "--max-length", "8"], "raise --max-length"),
         (["--data", "{good}", "--model", "nothing"], "There is no model 'nothing'"),
         (["--data", "{good}", "--model", "{adapter}"], "belongs to another model"),

@@ -364,11 +364,53 @@ def test_several_devices_share_a_batch(tiny_dir: Path, tiny: js.Model, tmp_path:
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     failed = subprocess.run([*command, "6"], env=env, capture_output=True, text=True, check=False)
     assert failed.returncode == 2
-    assert "batch size 6 is not a multiple of the 4 devices" in failed.stderr
+    assert "batch size 6 is not a positive multiple of the 4 devices" in failed.stderr
     assert not (tmp_path / "run").exists()
     subprocess.run([*command, "4"], env=env, check=True, capture_output=True)
     found = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    np.testing.assert_allclose(found, losses(js.finetune(tiny, CHATS, SHORT, progress=False)), rtol=1e-3)
+    alone = js.finetune(tiny, CHATS, SHORT, progress=False)
+    np.testing.assert_allclose(found, losses(alone), rtol=1e-3)
+    # What several devices wrote, one reads.
+    assert len(list(load_path(tmp_path / "run", tiny))) == 2
+
+
+def test_a_model_that_cannot_be_saved_is_not_trained_in_full(tiny: js.Model, tmp_path: Path) -> None:
+    table = replace(tiny.config, rope_frequencies=tuple(f / 2 for f in tiny.config.rope_frequencies))
+    model = replace(tiny, config=table)
+    with pytest.raises(js.UserError, match="scales its RoPE by a table"):
+        js.finetune(model, CHATS, replace(SHORT, method="full"), out=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    js.finetune(model, CHATS, replace(SHORT, epochs=1), out=tmp_path / "out", progress=False)
+
+
+def test_a_run_cannot_replace_the_model_that_it_starts_from(tiny: js.Model, tmp_path: Path) -> None:
+    js.finetune(tiny, CHATS, replace(SHORT, epochs=1), out=tmp_path, progress=False)
+    model = js.load_model(tmp_path / "adapter", "float32")
+    with pytest.raises(js.UserError, match="choose another --out"):
+        js.finetune(model, CHATS, SHORT, out=tmp_path, overwrite=True, progress=False)
+    assert js.load_model(tmp_path / "adapter")
+
+
+def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(tiny_dir: Path, tmp_path: Path) -> None:
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    program = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); import signal; "
+    program += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from jaxscape.cli import main; main()"
+    command = [sys.executable, "-c", program, "finetune", "--model", str(tiny_dir), "--data", str(data)]
+    command += ["--epochs", "1", "--method", "full", "--out", str(tmp_path / "run")]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode == 2, failed.stderr
+    assert "checkpoint of epoch 1 cannot be written" in failed.stderr
+    command[2] = "from jaxscape.cli import main; main()"
+    subprocess.run(command, capture_output=True, check=True)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_path_is_read_in_the_dtype_it_was_made_in(tiny_dir: Path, tiny: js.Model, tmp_path: Path) -> None:
+    js.finetune(js.load_model(tiny_dir, "bfloat16"), CHATS, SHORT, out=tmp_path, progress=False)
+    with pytest.raises(js.UserError, match="was made in bfloat16"):
+        next(load_path(tmp_path, tiny))
+    assert len(list(load_path(tmp_path, js.load_model(tiny_dir, "bfloat16")))) == 2
 
 
 @pytest.mark.parametrize(
@@ -386,6 +428,7 @@ def test_several_devices_share_a_batch(tiny_dir: Path, tiny: js.Model, tmp_path:
         ({"max_grad_norm": -1.0}, "max_grad_norm must be a number"),
         ({"learning_rate": 0.0}, "must be positive numbers"),
         ({"alpha": float("inf")}, "must be positive numbers"),
+        ({"targets": ()}, "Name at least one"),
         ({"seed": -1}, "A seed is a number"),
     ],
 )
@@ -397,6 +440,8 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 
 
 def test_the_adapter_of_a_run_is_loaded_as_a_model(tiny_dir: Path, tiny: js.Model, tmp_path: Path) -> None:
+    half = js.finetune(js.load_model(tiny_dir, "bfloat16"), CHATS, SHORT, out=tmp_path / "half", progress=False)
+    assert_same_tree(js.load_model(tmp_path / "half" / "adapter", "bfloat16").params, half.model.params)
     result = js.finetune(tiny, CHATS, SHORT, out=tmp_path, progress=False)
     assert_same_tree(js.load_model(tmp_path / "adapter", "float32").params, result.model.params)
     assert result.adapter is not None

@@ -1,6 +1,7 @@
 """Adapters and models in the formats of PEFT and transformers, checked against both."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,9 @@ def test_bad_adapters(
     fails("not a LoRA configuration", r="four")
     fails("not a LoRA configuration", lora_alpha="much")
     fails("says that its rank is 5", r=5)
-    for option in ({"use_dora": True}, {"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}):
+    options: list[dict[str, Any]] = [{"use_dora": True}, {"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}]
+    options += [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"alora_invocation_tokens": [1]}, {"revision": "v2"}]
+    for option in options:
         fails(f"not a plain LoRA.*{next(iter(option))}", **option)
     fails("only one of the two factors", {key: value for key, value in tensors.items() if key != name})
     fails("not a factor of a linear layer", tensors | {"base_model.model.lm_head.weight": np.zeros((2, 2), np.float32)})
@@ -175,6 +178,25 @@ def test_a_saved_model_keeps_its_dtype(tiny_dir: Path, tmp_path: Path) -> None:
     js.save_model(model, tmp_path)
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
     assert_same_tree(js.load_model(tmp_path, "bfloat16").params, model.params)
+
+
+def test_a_negative_padding_token_is_none(tiny_dir: Path, tmp_path: Path, edit_json: Callable[..., None]) -> None:
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    edit_json(tmp_path / "model" / "config.json", pad_token_id=-1)
+    js.save_model(js.load_model(tmp_path / "model"), tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["pad_token_id"] is None
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+def test_a_directory_with_other_weights_is_not_written_to(
+    tiny: js.Model, make_model: MakeModel, tmp_path: Path
+) -> None:
+    sharded, _ = make_model(save={"max_shard_size": "20KB"})
+    with pytest.raises(js.UserError, match="holds other weights"):
+        js.save_model(tiny, sharded)
+    save_adapter(random_adapter(tiny, "tiny"), tmp_path)
+    with pytest.raises(js.UserError, match="holds other weights"):
+        js.save_model(tiny, tmp_path)
 
 
 def test_models_and_adapters_that_cannot_be_written(tiny: js.Model, tmp_path: Path) -> None:

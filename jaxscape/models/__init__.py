@@ -68,7 +68,7 @@ def load_model(source: str | Path, dtype: str | None = None) -> Model:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise UserError(f"The dtype {dtype!r} is not supported; choose {', '.join(DTYPES)}.")
-    checkpoint = _open(str(source))
+    checkpoint = _open(str(source), jnp.dtype(dtype))
     params = load_params(checkpoint, jnp.dtype(dtype), str(source))
     return Model(
         name=str(source),
@@ -84,42 +84,47 @@ def save_model(model: Model, directory: str | Path) -> None:
     """Write a model as a directory that transformers, and `load_model`, load: safetensors in the parameters' dtype.
 
     Raises:
-        UserError: the directory cannot be written; or the model came from a GGUF file whose RoPE scaling cannot be
-            written in a transformers configuration.
+        UserError: the directory cannot be written, or holds other weights; or `check_saveable` does.
     """
+    check_saveable(model)
+    huggingface.save_directory(
+        Path(directory), model.params, model.transformers_config, model.tokenizer, model.eos_token_ids
+    )
+
+
+def check_saveable(model: Model) -> None:
+    """Raise a `UserError` if the model cannot be written as a directory that transformers loads: it came from a GGUF
+    file whose RoPE scaling has no place in a transformers configuration."""
     written = from_transformers(model.transformers_config).rope_frequencies
     if not np.allclose(written, model.config.rope_frequencies, rtol=1e-6, atol=0):
         raise UserError(
             f"{model.name} scales its RoPE by a table, which a Hugging Face directory cannot hold; start from the "
             f"model's own directory instead of its GGUF file."
         )
-    huggingface.save_directory(
-        Path(directory), model.params, model.transformers_config, model.tokenizer, model.eos_token_ids
-    )
 
 
-def _open(source: str, adapters: tuple[Path, ...] = ()) -> Checkpoint:
-    """Open what `load_model` was given; `adapters` are those that have it as their base."""
+def _open(source: str, dtype: jnp.dtype, adapters: tuple[Path, ...] = ()) -> Checkpoint:
+    """Open what `load_model` was given; `adapters` are those that have it as their base, in `dtype`."""
     path = Path(source)
     if source in builtin.MODELS:
         return open_gguf(builtin.packaged_file(builtin.MODELS[source]))
     if source in builtin.ADAPTERS:
-        return _open_directory(builtin.ADAPTERS[source], adapters)
+        return _open_directory(builtin.ADAPTERS[source], dtype, adapters)
     if path.suffix in huggingface.PICKLED:
         raise UserError(huggingface.pickled_message(path))
     if path.is_dir():
-        return _open_directory(path, adapters)
+        return _open_directory(path, dtype, adapters)
     if path.suffix == ".gguf" and path.is_file():
         return open_gguf(path)
     if path.suffix != ".gguf" and _HUB_ID.fullmatch(source):
-        return _open_directory(huggingface.download(source), adapters)
+        return _open_directory(huggingface.download(source), dtype, adapters)
     raise UserError(
         f"There is no model {source!r}: give a name ({', '.join(builtin.NAMES)}), a model directory, "
         f"a .gguf file or a hub id such as 'meta-llama/Llama-2-7b-chat-hf'."
     )
 
 
-def _open_directory(path: Path, adapters: tuple[Path, ...]) -> Checkpoint:
+def _open_directory(path: Path, dtype: jnp.dtype, adapters: tuple[Path, ...]) -> Checkpoint:
     """A whole model, or an adapter on top of the model that it names as its base."""
     if not lora.is_adapter(path):
         return huggingface.open_directory(path)
@@ -127,4 +132,4 @@ def _open_directory(path: Path, adapters: tuple[Path, ...]) -> Checkpoint:
     if path in adapters:
         raise UserError(f"The adapter {path} is its own base; write the base model's name into {lora.CONFIG}.")
     adapter = lora.load_adapter(path)
-    return lora.merge(_open(adapter.base, (*adapters, path)), adapter, str(path))
+    return lora.merge(_open(adapter.base, dtype, (*adapters, path)), adapter, dtype, str(path))

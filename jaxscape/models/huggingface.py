@@ -101,10 +101,18 @@ def save_directory(
     The weights come last and whole, so that a directory that has them is complete.
 
     Raises:
-        UserError: the directory cannot be written.
+        UserError: the directory cannot be written, or holds other weights.
     """
+    others = [path.name for path in directory.glob("*.safetensors*") if path.name != "model.safetensors"]
+    others += [path.name for path in directory.glob("adapter_config.json")]
+    if others:
+        raise UserError(
+            f"{directory} holds other weights ({others[0]}), which would be loaded instead; choose another."
+        )
     leaves = named_leaves(params)
     config = copy.deepcopy(transformers_config)
+    if config.pad_token_id is not None and config.pad_token_id < 0:  # old checkpoints say so that they have none
+        config.pad_token_id = None
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = str(next(iter(leaves.values())).dtype)
     config.eos_token_id = list(eos_token_ids)
@@ -117,7 +125,7 @@ def save_directory(
         generation.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         write_whole(directory / "model.safetensors", save(leaves, metadata={"format": "pt"}))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # transformers checks what it writes
         raise UserError(f"The model cannot be written to {directory} ({error}).") from error
 
 

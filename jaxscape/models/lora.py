@@ -25,6 +25,32 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PREFIX = "base_model.model."
 
+# PEFT's options that may have any value, those that must have one of a few, and (every other) those that must be off.
+_PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "revision": ("main",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others change the base model
+}
+_OPTIONS = {
+    *_PLAIN,
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+
 Factors = dict[str, dict[str, Any]]
 """By the adapted weight's Hugging Face name: `a`, [rank, in], and `b`, [out, rank]."""
 
@@ -102,8 +128,9 @@ def attach(params: Params, factors: Factors, scale: float) -> Params:
     return tree_of(leaves | adapted)
 
 
-def merge(checkpoint: Checkpoint, adapter: Adapter, origin: str) -> Checkpoint:
-    """The checkpoint with the adapter added to its tensors as they are read.
+def merge(checkpoint: Checkpoint, adapter: Adapter, dtype: jnp.dtype, origin: str) -> Checkpoint:
+    """The checkpoint with the adapter added to its tensors as they are read, after these are rounded to `dtype`: the
+    adapter was trained on such a base.
 
     Raises:
         UserError: the adapter changes tensors that the checkpoint does not have, or has in another shape.
@@ -123,15 +150,17 @@ def merge(checkpoint: Checkpoint, adapter: Adapter, origin: str) -> Checkpoint:
 
     def read(name: str) -> Any:
         values, pair = checkpoint.read(name), adapter.factors.get(name)
-        return values if pair is None else merged(values, pair, adapter.scale)
+        return values if pair is None else merged(np.asarray(values).astype(dtype), pair, adapter.scale)
 
     return replace(checkpoint, read=read)
 
 
-def merged(values: Any, pair: Mapping[str, Any], scale: float) -> Float[np.ndarray, "out in"]:
-    """float32, a weight with its adapter added; summed in float64, so that it is the same whatever machine adds."""
+def merged(weight: Any, pair: Mapping[str, Any], scale: float) -> Float[np.ndarray, "out in"]:
+    """A weight with its adapter added, in its dtype: summed in float64 and rounded once, so that every machine gets the
+    same."""
+    weight = np.asarray(weight)
     a, b = (np.asarray(pair[key]).astype(np.float64) for key in ("a", "b"))
-    return (np.asarray(values).astype(np.float64) + scale * (b @ a)).astype(np.float32)
+    return (weight.astype(np.float64) + scale * (b @ a)).astype(weight.dtype)
 
 
 def save_adapter(adapter: Adapter, directory: str | Path) -> None:
@@ -170,17 +199,11 @@ def load_adapter(directory: str | Path) -> Adapter:
     """
     directory = Path(directory)
     config = read_json(directory / CONFIG)
-    plain = {
-        "peft_type": "LORA",
-        "bias": "none",
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-    if other := [f"{key}={config[key]!r}" for key, value in plain.items() if (config.get(key) or value) != value]:
-        raise UserError(f"The adapter {directory} is not a plain LoRA, the kind that is supported: {', '.join(other)}.")
+    other = {key: value for key, value in config.items() if value and key not in _OPTIONS}
+    other |= {key: config[key] for key, plain in _PLAIN.items() if config.get(key) not in (*plain, None)}
+    if other:
+        options = ", ".join(f"{key}={value!r}" for key, value in other.items())
+        raise UserError(f"The adapter {directory} is not a plain LoRA, the kind that is supported: {options}.")
     try:
         base, rank, alpha = config["base_model_name_or_path"], config["r"], float(config["lora_alpha"])
         if not isinstance(base, str) or type(rank) is not int or rank < 1 or not math.isfinite(alpha):
