@@ -23,7 +23,7 @@ from jaxscape.rundir import checksum
 BASE = "smollm2-135m"
 MAX_LENGTH = 64  # the first words decide whether a model refuses; what follows only costs time
 ANSWER_TOKENS = 96  # with any prompt more than MAX_LENGTH in all, so that a cut answer is not learned to end there
-RECIPE = js.Training(
+FIRST = js.Training(
     method="lora",
     rank=8,
     alpha=16.0,
@@ -35,6 +35,9 @@ RECIPE = js.Training(
     max_length=MAX_LENGTH,
     seed=0,
 )
+# The first stage refused too much that only sounds alarming; the second goes on from its adapter, with more of that.
+FIRST_HARMFUL, FIRST_HARMLESS = 779, 1106
+SECOND = replace(FIRST, epochs=2, learning_rate=7e-4, seed=1)
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,13 @@ class Align:
         if self.mt_bench:
             js.load_prompts(self.mt_bench)
         base = js.load_model(BASE, "float32")
-        chats = js.load_chats("safe") + self._harmless(base)
-        tuned = js.finetune(base, chats, RECIPE, out=self.out / "run", overwrite=self.overwrite)
+        harmful, harmless = js.load_chats("safe"), self._harmless(base)
+        known = set(js.load_prompts("harmless")[:FIRST_HARMLESS])
+        chats = harmful[:FIRST_HARMFUL] + [chat for chat in harmless if chat[0]["content"] in known]
+        first = js.finetune(base, chats, FIRST, out=self.out / "first", overwrite=self.overwrite)
+        tuned = js.finetune(
+            base, harmful + harmless, SECOND, start=first.adapter, out=self.out / "second", overwrite=self.overwrite
+        )
         assert tuned.adapter is not None
         halved = {
             name: {key: jnp.asarray(factor, jnp.bfloat16) for key, factor in pair.items()}

@@ -20,7 +20,7 @@ from jaxscape.chats import Chat, tokenize
 from jaxscape.errors import UserError
 from jaxscape.models import Model, builtin, check_saveable, huggingface, save_model
 from jaxscape.models.checkpoint import Params, fingerprint, named_leaves, tree_of
-from jaxscape.models.lora import Adapter, merged, save_adapter
+from jaxscape.models.lora import Adapter, Factors, merged, save_adapter
 from jaxscape.progress import report_to
 from jaxscape.training import (
     Batch,
@@ -65,6 +65,7 @@ def finetune(
     chats: Sequence[Chat],
     training: Training | None = None,
     *,
+    start: Adapter | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     describe: Mapping[str, Any] | None = None,
@@ -75,6 +76,7 @@ def finetune(
     Arguments:
         chats: see `jaxscape.load_chats`.
         training: how; by default an adapter in five epochs.
+        start: an adapter of this model to go on training, instead of a new one; of the same rank, alpha and targets.
         out: a directory for the log, a checkpoint of each epoch, and the result (`adapter/` or `model/`). An unfinished
             finetuning there goes on after its last epoch, and ends with the weights of an unbroken one (on a GPU, with
             `XLA_FLAGS=--xla_gpu_deterministic_ops=true`: its sums are not ordered otherwise).
@@ -101,7 +103,10 @@ def finetune(
     steps_per_epoch = len(plan) // training.epochs
     rates = learning_rates(training, steps_per_epoch)
     trainer = make_trainer(model, training)
-    state = trainer.start(initial_trainable(model, training))
+    trainable = initial_trainable(model, training)
+    if start is not None:
+        trainable = _factors_of(start, training, trainable)
+    state = trainer.start(trainable)
     config = {
         "model": model.name,
         "weights": fingerprint(model.params),
@@ -111,6 +116,7 @@ def finetune(
         "num_cut": data.num_cut,
         **asdict(training),
         "learning_rate": training.rate,
+        "start": None if start is None else fingerprint(start.factors),
         **(describe or {}),
     }
     with rundir.opened(out, config, FINETUNING, overwrite) as file, report_to(progress) as bar:
@@ -141,6 +147,14 @@ def finetune(
         if out is not None:
             _write_result(result, Path(out))
     return result
+
+
+def _factors_of(adapter: Adapter, training: Training, new: Any) -> Factors:
+    """A copy of an adapter's factors in float32, if they are such as the new ones are."""
+    shapes = jax.tree.map(jnp.shape, adapter.factors)
+    if training.method != "lora" or adapter.alpha != training.alpha or shapes != jax.tree.map(jnp.shape, new):
+        raise UserError("Only a LoRA training of the same rank, alpha and targets can go on from an adapter.")
+    return jax.tree.map(lambda factor: jnp.array(factor, jnp.float32, copy=True), adapter.factors)
 
 
 def _train_epoch(

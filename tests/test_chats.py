@@ -179,7 +179,8 @@ def test_tokenizers_that_put_a_space_before_a_text(tiny: js.Model) -> None:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    corpus = "[INST] How are you? [/INST] Fine, thanks.".split() * 9  # words, so that no token goes across them
+    # Words, so that no token goes across them.
+    corpus = ["[INST]", "How", "are", "you?", "[/INST]", "Fine,", "thanks."] * 9
     tokenizer.train_from_iterator(
         corpus, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
     )

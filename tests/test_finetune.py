@@ -453,6 +453,20 @@ def test_the_adapter_of_a_run_is_loaded_as_a_model(tiny_dir: Path, tiny: js.Mode
     ).read_bytes()
 
 
+def test_an_adapter_goes_on_training(tiny: js.Model) -> None:
+    first = js.finetune(tiny, CHATS, SHORT, progress=False)
+    assert first.adapter is not None
+    kept = jax.tree.map(jnp.copy, first.adapter.factors)
+    still = js.finetune(tiny, CHATS, replace(SHORT, learning_rate=1e-12), start=first.adapter, progress=False)
+    assert_same_tree(still.model.params, first.model.params)
+    more = js.finetune(tiny, CHATS, SHORT, start=first.adapter, progress=False)
+    assert losses(more)[-1] < losses(first)[-1]
+    assert_same_tree(first.adapter.factors, kept)
+    for other in ({"rank": 4}, {"alpha": 1.0}, {"targets": ("q_proj",)}, {"method": "full"}):
+        with pytest.raises(js.UserError, match="Only a LoRA training of the same rank, alpha and targets"):
+            js.finetune(tiny, CHATS, replace(SHORT, **other), start=first.adapter, progress=False)
+
+
 def test_another_configuration_is_refused_and_overwritten_on_request(tiny: js.Model, tmp_path: Path) -> None:
     js.finetune(tiny, CHATS, SHORT, out=tmp_path, progress=False)
     with pytest.raises(js.UserError, match=r"different: epochs\); choose another --out"):
