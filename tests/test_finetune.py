@@ -1,5 +1,6 @@
 """Finetuning: against torch and PEFT, batches, schedules, checkpoints, and what goes wrong."""
 
+import importlib
 import json
 import math
 import os
@@ -29,6 +30,8 @@ from jaxscape.finetune import load_path
 from jaxscape.models.lora import TARGETS, init_factors, save_adapter
 from jaxscape.training import bucket, epoch_batches, learning_rates, split, train_step
 from jaxscape.trajectory import inner
+
+finetune_module = importlib.import_module("jaxscape.finetune")  # the package's name for it is the function's
 
 CHATS = js.load_chats("safe:22")
 SHORT = js.Training(epochs=2, batch_size=4, learning_rate=5e-3)
@@ -295,9 +298,7 @@ def test_a_killed_finetuning_ends_with_the_same_weights(
 def test_a_kill_between_the_two_checkpoints_of_an_epoch(tiny: js.Model, tmp_path: Path) -> None:
     """The weights of an epoch are there and its optimiser is not: the epoch is done again."""
     expected = js.finetune(tiny, CHATS, replace(SHORT, epochs=3), progress=False)
-    import jaxscape.finetune  # noqa: F401
-
-    keeper = sys.modules["jaxscape.finetune"]._Keeper
+    keeper = finetune_module._Keeper
     save = keeper.save
 
     class Killed(BaseException):
@@ -346,9 +347,8 @@ def test_a_loss_that_is_no_number_stops_the_training_and_keeps_the_last_checkpoi
     def explode(training: js.Training, steps: int) -> Any:
         return np.array([1e-3] * 8 + [1e30] * (steps * training.epochs - 8), np.float32)
 
-    module = sys.modules["jaxscape.finetune"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "learning_rates", explode)
+        patch.setattr(finetune_module, "learning_rates", explode)
         with pytest.raises(js.UserError, match=r"At step 1\d the (loss|grad norm) is (nan|inf): training stopped"):
             js.finetune(tiny, CHATS, training, out=tmp_path, progress=False)
     assert [int(path.name) for path in (tmp_path / "checkpoints").iterdir()] == [1]
