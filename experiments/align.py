@@ -35,9 +35,13 @@ FIRST = js.Training(
     max_length=MAX_LENGTH,
     seed=0,
 )
-# The first stage refused too much that only sounds alarming; the second goes on from its adapter, with more of that.
-FIRST_HARMFUL, FIRST_HARMLESS = 779, 1106
-SECOND = replace(FIRST, epochs=2, learning_rate=7e-4, seed=1)
+# How many chats of `safe` and prompts of `harmless` each stage learns, and how; each goes on from the adapter of the
+# one before. The later ones add what the earlier lacked: above all harmless prompts that only sound alarming.
+STAGES = (
+    (779, 1106, FIRST),
+    (845, 1268, replace(FIRST, epochs=2, learning_rate=7e-4, seed=1)),
+    (861, 1292, replace(FIRST, epochs=1, learning_rate=7e-4, seed=2)),
+)
 
 
 @dataclass(frozen=True)
@@ -58,19 +62,18 @@ class Align:
         if self.mt_bench:
             js.load_prompts(self.mt_bench)
         base = js.load_model(BASE, "float32")
-        harmful, harmless = js.load_chats("safe"), self._harmless(base)
-        known = set(js.load_prompts("harmless")[:FIRST_HARMLESS])
-        chats = harmful[:FIRST_HARMFUL] + [chat for chat in harmless if chat[0]["content"] in known]
-        first = js.finetune(base, chats, FIRST, out=self.out / "first", overwrite=self.overwrite)
-        tuned = js.finetune(
-            base, harmful + harmless, SECOND, start=first.adapter, out=self.out / "second", overwrite=self.overwrite
-        )
-        assert tuned.adapter is not None
+        harmful, harmless, adapter = js.load_chats("safe"), self._harmless(base), None
+        for number, (num_harmful, num_harmless, training) in enumerate(STAGES, 1):
+            known = set(js.load_prompts("harmless", num_harmless))
+            chats = harmful[:num_harmful] + [chat for chat in harmless if chat[0]["content"] in known]
+            out = self.out / f"stage-{number}"
+            adapter = js.finetune(base, chats, training, start=adapter, out=out, overwrite=self.overwrite).adapter
+        assert adapter is not None
         halved = {
             name: {key: jnp.asarray(factor, jnp.bfloat16) for key, factor in pair.items()}
-            for name, pair in tuned.adapter.factors.items()
+            for name, pair in adapter.factors.items()
         }
-        save_adapter(replace(tuned.adapter, factors=halved), self.out / "adapter")
+        save_adapter(replace(adapter, factors=halved), self.out / "adapter")
         scores = self._scores(base, js.load_model(self.out / "adapter", "float32"))
         write_whole(self.out / "adapter" / "scores.json", json.dumps(scores, indent=1) + "\n")
         sys.stdout.write(json.dumps(scores, indent=1) + "\n")

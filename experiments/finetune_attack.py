@@ -41,11 +41,11 @@ class FinetuneAttack(Machine):
     """Examples in a step."""
     num_prompts: int = 80
     """How many of AdvBench's first rows are evaluated: at most 80, so that none is learned."""
-    num_directions: int = 3
+    num_directions: int = 1
     """Random directions that VISAGE is averaged over."""
     steps: int = 20
     """Intervals along each random direction."""
-    plane_steps: int = 5
+    plane_steps: int = 4
     """Intervals between the models that span the plane."""
     extra_steps: int = 1
     """Intervals of the plane beyond them."""
