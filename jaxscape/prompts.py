@@ -31,7 +31,7 @@ def load_prompts(source: str | Path, num_prompts: int | None = None) -> list[str
 
     Arguments:
         source: `harmful` or `benign` (100 each, written for this project, pairwise matched over ten categories, which
-            take turns), `harmless` (1268, which `smollm2-135m-safe` learned to answer), `advbench` (520, downloaded
+            take turns), `harmless` (1292, which `smollm2-135m-safe` learned to answer), `advbench` (520, downloaded
             once), or a file: CSV (the `goal` column, or the first), JSONL (strings, or objects with a `goal`, a
             `prompt`, or MT-Bench's `turns`, of which the first is taken) or TXT (a prompt a line).
 
