@@ -256,7 +256,7 @@ def test_schedules_are_those_of_torch_and_transformers() -> None:
 
 def start(out: Path, model: Path, data: Path, *options: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "jaxscape", "finetune", "--model", str(model), "--data", str(data)]
-    command += ["--epochs", "12", "--batch-size", "4", "--learning-rate", "1e-3", "--out", str(out), *options]
+    command += ["--epochs", "6", "--batch-size", "4", "--learning-rate", "1e-3", "--out", str(out), *options]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -268,7 +268,7 @@ def result_of(directory: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(("method", "moments"), [("full", [20]), ("lora", [1, 41])])
+@pytest.mark.parametrize(("method", "moments"), [("full", [20]), ("lora", [1, 20])])
 def test_a_killed_finetuning_ends_with_the_same_weights(
     tiny_dir: Path, tmp_path: Path, method: str, moments: list[int]
 ) -> None:
@@ -288,7 +288,7 @@ def test_a_killed_finetuning_ends_with_the_same_weights(
     assert result_of(killed) == result_of(tmp_path / "unbroken")
     assert len(result_of(killed)) == 1
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == list(range(1, 12 * 6 + 1))
+    assert steps == list(range(1, 6 * 6 + 1))
     # And a finished one is not trained again.
     before = log.read_bytes()
     assert start(killed, tiny_dir, data, *options).wait() == 0
@@ -444,14 +444,15 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 def test_the_adapter_of_a_run_is_loaded_as_a_model(tiny_dir: Path, tiny: js.Model, tmp_path: Path) -> None:
     half = js.finetune(js.load_model(tiny_dir, "bfloat16"), CHATS, SHORT, out=tmp_path / "half", progress=False)
     assert_same_tree(js.load_model(tmp_path / "half" / "adapter", "bfloat16").params, half.model.params)
-    result = js.finetune(tiny, CHATS, SHORT, out=tmp_path, progress=False)
-    assert_same_tree(js.load_model(tmp_path / "adapter", "float32").params, result.model.params)
+    run = tmp_path / "whole"
+    result = js.finetune(tiny, CHATS, SHORT, out=run, progress=False)
+    assert_same_tree(js.load_model(run / "adapter", "float32").params, result.model.params)
     assert result.adapter is not None
     assert result.adapter.base == str(tiny_dir)
     assert result.adapter.targets == TARGETS
     save_adapter(result.adapter, tmp_path / "copy")
     assert (tmp_path / "copy" / "adapter_model.safetensors").read_bytes() == (
-        tmp_path / "adapter" / "adapter_model.safetensors"
+        run / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
 
 
