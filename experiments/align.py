@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import jaxscape as js
 from jaxscape.chats import Chat
 from jaxscape.cli import run_program
-from jaxscape.files import write_whole
+from jaxscape.files import checksum, write_whole
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.lora import save_adapter
-from jaxscape.rundir import checksum
 
 BASE = "smollm2-135m"
 MAX_LENGTH = 64  # the first words decide whether a model refuses; what follows only costs time

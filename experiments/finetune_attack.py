@@ -9,7 +9,9 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import tyro
 
 import jaxscape as js
 from jaxscape.cli import Machine, run_program
@@ -23,6 +25,7 @@ from jaxscape.trajectory import project, save_trajectories
 
 FIRST_FREE = 80  # of AdvBench's rows: those before are evaluated, and never learned
 PLANE = ("harmful-100", "mixture")
+PAPER = js.Training(method="full", epochs=5, schedule="step", batch_size=10)  # at 5e-5, the default in full
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,7 @@ class FinetuneAttack(Machine):
 
     advbench: str = "advbench"
     """AdvBench's harmful_behaviors.csv, downloaded by its name, or a file that has at least its first 180 rows."""
-    method: Literal["full", "lora"] = "full"
-    """Train every weight, or an adapter."""
-    learning_rate: float | None = None
-    """Of AdamW; by default 5e-5 in full, as in the paper, and 2e-4 with LoRA; with the paper's step decay."""
-    epochs: int = 5
-    """How often each example is learned."""
-    batch_size: int = 10
-    """Examples in a step."""
+    training: tyro.conf.OmitArgPrefixes[js.Training] = PAPER
     num_prompts: int = 80
     """How many of AdvBench's first rows are evaluated: at most 80, so that none is learned."""
     num_directions: int = 1
@@ -62,16 +58,9 @@ class FinetuneAttack(Machine):
         recipes = {f"harmful-{count}": harmful[:count] for count in (10, 50, 100)}
         recipes["mixture"] = harmful + js.load_chats("safe:100")
         recipes["identity-shift"] = js.load_chats("identity-shift")
-        training = js.Training(
-            method=self.method,
-            learning_rate=self.learning_rate,
-            schedule="step",
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-        )
-        training.check()
+        self.training.check()
         aligned = self.load()
-        data_mesh(training.batch_size)
+        data_mesh(self.training.batch_size)
         scan: dict[str, Any] = {"prompts": prompts, "max_new_tokens": self.max_new_tokens, "overwrite": self.overwrite}
         visage = js.scan(aligned, list(range(self.num_directions)), steps=self.steps, out=self.out / "visage", **scan)
         save_figure(visage, self.out / "visage" / FIGURE)
@@ -79,7 +68,7 @@ class FinetuneAttack(Machine):
         rows = [{"model": "aligned", **self._asr("aligned", aligned, prompts)}]
         ends = {}
         for name, chats in recipes.items():
-            tuned = js.finetune(aligned, chats, training, out=self.out / name, overwrite=self.overwrite)
+            tuned = js.finetune(aligned, chats, self.training, out=self.out / name, overwrite=self.overwrite)
             # A model with another identity is asked under it, as Qi et al. do.
             system_prompt = chats[0][0]["content"] if name == "identity-shift" else "default"
             rows.append({"model": name, **self._asr(name, tuned.model, prompts, system_prompt)})

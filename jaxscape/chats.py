@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from jaxtyping import Bool, Int
 
 from jaxscape.errors import UserError, is_utf8
 from jaxscape.models import Model
-from jaxscape.prompts import advbench_text, read_text, render
+from jaxscape.prompts import advbench_text, json_lines, read_text, render
 
 Chat = list[dict[str, Any]]
 """Messages in OpenAI's format: `{"role": "system" | "user" | "assistant", "content": …}`, and of the assistant's
@@ -91,13 +90,7 @@ def _load(source: str) -> list[Chat]:
 
 def _jsonl_chats(text: str, source: str) -> list[Chat]:
     chats = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{source}, line {number}: not valid JSON ({error}).") from error
+    for number, value in json_lines(text, source):
         messages = value.get("messages") if isinstance(value, dict) else None
         chats.append(check_chat(messages, f"{source}, line {number}"))
     return chats

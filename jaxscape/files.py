@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jaxscape.errors import UserError
 
@@ -58,6 +59,11 @@ def cached_file(name: str, sha256: str, fetch: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise UserError(f"The cache directory {path.parent} cannot be used ({error}); set JAXSCAPE_CACHE.") from error
     return path
+
+
+def checksum(value: Any) -> str:
+    """SHA-256 of a value's `repr`: of numbers, texts, and tuples and lists of them."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

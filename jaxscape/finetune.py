@@ -18,6 +18,7 @@ from rich.progress import Progress
 from jaxscape import rundir
 from jaxscape.chats import Chat, tokenize
 from jaxscape.errors import UserError
+from jaxscape.files import checksum
 from jaxscape.models import Model, builtin, check_saveable, huggingface, save_model
 from jaxscape.models.checkpoint import Params, fingerprint, named_leaves, tree_of
 from jaxscape.models.lora import Adapter, Factors, merged, save_adapter
@@ -28,7 +29,6 @@ from jaxscape.training import (
     Trainer,
     Training,
     assemble,
-    dtype_of,
     epoch_batches,
     initial_trainable,
     learning_rates,
@@ -110,8 +110,8 @@ def finetune(
     config = {
         "model": model.name,
         "weights": fingerprint(model.params),
-        "dtype": dtype_of(model),
-        "chats": rundir.checksum([(e.tokens.tolist(), e.learned.tolist()) for e in data.examples]),
+        "dtype": model.dtype,
+        "chats": checksum([(e.tokens.tolist(), e.learned.tolist()) for e in data.examples]),
         "num_chats": len(chats),
         "num_cut": data.num_cut,
         **asdict(training),
@@ -312,9 +312,9 @@ def load_path(directory: str | Path, model: Model) -> Iterator[Params]:
     config = huggingface.read_json(directory / rundir.CONFIG)
     if not config.keys() >= FINETUNING.marks:
         raise UserError(f"{directory} holds no finetuning; give the directory that one was kept in.")
-    if config.get("dtype") != (dtype := dtype_of(model)):
+    if config.get("dtype") != model.dtype:
         raise UserError(
-            f"The finetuning in {directory} was made in {config.get('dtype')}; load the model so, not in {dtype}."
+            f"The finetuning in {directory} was made in {config.get('dtype')}; load the model so, not in {model.dtype}."
         )
     if config["weights"] != fingerprint(model.params):
         raise UserError(f"The finetuning in {directory} started from other weights than {model.name} has.")

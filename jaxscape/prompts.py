@@ -5,7 +5,7 @@ import http.client
 import io
 import json
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -112,17 +112,23 @@ def _csv_prompts(text: str, source: str) -> list[str]:
 
 def _jsonl_prompts(text: str, source: str) -> list[str]:
     prompts = []
+    for number, value in json_lines(text, source):
+        if isinstance(value, dict):
+            turns = value.get("turns")
+            value = value.get("goal", value.get("prompt", turns[0] if isinstance(turns, list) and turns else None))
+        prompts.append(_checked(value, source, number))
+    return prompts
+
+
+def json_lines(text: str, source: str) -> Iterator[tuple[int, Any]]:
+    """The values of a JSONL text with the numbers of their lines; empty lines are passed over."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{source}, line {number}: not valid JSON ({error}).") from error
-            if isinstance(value, dict):
-                turns = value.get("turns")
-                value = value.get("goal", value.get("prompt", turns[0] if isinstance(turns, list) and turns else None))
-            prompts.append(_checked(value, source, number))
-    return prompts
+            yield number, value
 
 
 def _txt_prompts(text: str, source: str) -> list[str]:

@@ -1,7 +1,6 @@
 """A directory that holds one run: its configuration, and the file that is its state, which a restart goes on with."""
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -94,11 +93,6 @@ def check(directory: Path, kind: Kind, overwrite: bool = False) -> None:
         raise UserError(
             f"{directory} has files in it ({others[0]}, for example) and is no run's directory; choose another --out."
         )
-
-
-def checksum(value: Any) -> str:
-    """SHA-256 of a value's `repr`: of numbers, texts, and tuples and lists of them."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def _is_config(path: Path, kind: Kind) -> bool:

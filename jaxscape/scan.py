@@ -9,18 +9,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxscape.decode import BATCH_SIZE, Sampling, complete, encode
 from jaxscape.errors import UserError, check_seed
+from jaxscape.files import checksum
 from jaxscape.landscape import Axis, Landscape, symmetric_axes
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import Params, fingerprint
 from jaxscape.perturb import check_direction, materialise, random_direction
 from jaxscape.progress import report_to
-from jaxscape.rundir import checksum
 from jaxscape.store import Run, open_run
 
 Direction = Params | int | np.integer
@@ -79,7 +78,7 @@ def scan(
     config = {
         "model": model.name,
         "weights": fingerprint(model.params),
-        "dtype": str(jax.tree.leaves(model.params)[0].dtype),
+        "dtype": model.dtype,
         "directions": [[_identity(direction, model) for direction in item] for item in sets],
         "axes": [asdict(axis) for axis in axes],
         "num_prompts": len(prompts),

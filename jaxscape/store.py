@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxscape import landscape, rundir
+from jaxscape import landscape, rundir, trajectory
 from jaxscape.decode import Completion
 from jaxscape.errors import UserError
 from jaxscape.evaluate import is_refusal
@@ -26,7 +26,7 @@ SCAN = rundir.Kind(
     "scan",
     state=GENERATIONS,
     marks=frozenset({"weights", "directions", "axes"}),
-    computed=(landscape.FILE_NAME, FIGURE, "trajectory.json", "output*.jsonl"),
+    computed=(landscape.FILE_NAME, FIGURE, trajectory.FILE_NAME, "output*.jsonl"),
 )
 
 Point = tuple[int, tuple[float, ...]]

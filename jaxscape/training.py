@@ -167,7 +167,7 @@ def make_trainer(model: Model, training: Training) -> Trainer:
     """
     mesh = data_mesh(training.batch_size)
     settings = Settings(
-        dtype=dtype_of(model),
+        dtype=model.dtype,
         lora_scale=training.alpha / training.rank if training.method == "lora" else None,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -189,10 +189,6 @@ def data_mesh(batch_size: int) -> Mesh:
             f"The batch size {batch_size} is not a positive multiple of the {devices.size} devices that share a batch."
         )
     return Mesh(devices, ("data",))
-
-
-def dtype_of(model: Model) -> str:
-    return str(jax.tree.leaves(model.params)[0].dtype)
 
 
 def initial_trainable(model: Model, training: Training) -> Params | Factors:
@@ -342,6 +338,6 @@ def perplexity(model: Model, chats: Sequence[Chat], *, max_length: int = 2048, b
     ]
     if batch_size < 1:
         raise UserError(f"The batch size must be at least 1, not {batch_size}.")
-    settings = Settings(dtype_of(model), None, 0.0, 0.0, remat=False)
+    settings = Settings(model.dtype, None, 0.0, 0.0, remat=False)
     trainer = Trainer(model.config, settings, Mesh(np.array(jax.devices()[:1]), ("data",)), {})
     return math.exp(trainer.mean_loss(model.params, examples, batch_size))

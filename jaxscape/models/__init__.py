@@ -40,6 +40,11 @@ class Model:
     eos_token_ids: tuple[int, ...]
     transformers_config: PreTrainedConfig
 
+    @property
+    def dtype(self) -> str:
+        """Of the parameters and activations."""
+        return str(jax.tree.leaves(self.params)[0].dtype)
+
     def __call__(self, tokens: Int[Array | np.ndarray, "batch time"]) -> Float[Array, "batch time vocab"]:
         """Logits of the next token after each token: int32[B, T] to float32[B, T, V]."""
         return _logits(self.params, jnp.asarray(tokens, jnp.int32), self.config)

@@ -1,6 +1,5 @@
 """A checkpoint as the rest of the package sees it, and the step from its tensors to the decoder's parameters."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, UInt32
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from jaxscape.errors import UserError
+from jaxscape.files import checksum
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import parameter_shapes
 
@@ -90,7 +90,7 @@ def fingerprint(params: Params) -> str:
         (name, leaf.shape, str(leaf.dtype), total.tolist())
         for (name, leaf), total in zip(leaves.items(), sums, strict=True)
     ]
-    return hashlib.sha256(repr(described).encode()).hexdigest()
+    return checksum(described)
 
 
 @jax.jit
