@@ -6,7 +6,7 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from jaxscape.chats import load_chats
-from jaxscape.decode import generate
+from jaxscape.engine import generate
 from jaxscape.errors import UserError
 from jaxscape.evaluate import attack_success_rate, is_refusal, wilson_interval
 from jaxscape.finetune import finetune

@@ -1,13 +1,15 @@
 """Directions in weight space, and the model at a point: θ(c) = θ₀ + Σ cᵢ dᵢ."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
@@ -15,8 +17,97 @@ from jaxscape.errors import UserError, check_seed
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import Params, check_tensors, named_leaves, to_dtype, tree_of
 
+STORAGES = ("exact", "bfloat16", "int8", "seed")
 
-def random_direction(model: Model, seed: int, orthogonal_to: Params | None = None) -> Params:
+Direction = Params
+"""A tree like the parameters, whose leaves are arrays, `Scaled` or `Seeded` tensors."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
+@dataclass(frozen=True)
+class Scaled:
+    """A direction's tensor in fewer bits: values in bfloat16 or int8, times one float32."""
+
+    values: Array
+    scale: Float[Array, ""]
+
+    def dense(self) -> Float[Array, "*shape"]:
+        return self.values.astype(jnp.float32) * self.scale
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["key", "scale", "other", "along"], meta_fields=["shape", "dtype"]
+)
+@dataclass(frozen=True)
+class Seeded:
+    """A random direction's tensor that is not stored, but drawn where it is used.
+
+    Attributes:
+        scale: what the noise is multiplied by, float32.
+        other, along: a tensor, and how much of it is taken from the noise; or None.
+        dtype: what the tensor is rounded to.
+    """
+
+    key: Key[Array, ""]
+    scale: Float[Array, ""]
+    other: "Array | Scaled | Seeded | None"
+    along: Float[Array, ""] | None
+    shape: tuple[int, ...]
+    dtype: str
+
+    def dense(self) -> Float[Array, "*shape"]:
+        noise = jax.random.normal(self.key, self.shape, jnp.float32)
+        if self.other is not None:
+            noise = noise - self.along * dense(self.other)
+        return (noise * self.scale).astype(self.dtype).astype(jnp.float32)
+
+
+def dense(step: "Array | Scaled | Seeded") -> Float[Array, "*shape"]:
+    """A direction's tensor, however it is held, in float32."""
+    return step.astype(jnp.float32) if isinstance(step, jax.Array) else step.dense()
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["weight", "steps", "coords"], meta_fields=[])
+@dataclass(frozen=True)
+class PerturbedWeight:
+    """W + Σ cᵢ Dᵢ, which is never formed: x (W + Σ cᵢ Dᵢ) = x W + Σ cᵢ (x Dᵢ).
+
+    The coordinates are numbers, or arrays that broadcast against what the weight is used for: [B, 1, 1] where each of B
+    rows is at a point of its own. Either way, and under `jax.vmap` over coordinates, all rows share one product with W
+    and one with each D.
+    """
+
+    weight: Float[Array, "*shape"]
+    steps: tuple[Any, ...]
+    coords: tuple[Float[Array, "*rows"], ...]
+
+    def apply(self, use: Callable[[Array], Array]) -> Array:
+        total = use(self.weight)
+        for c, step in zip(self.coords, self.steps, strict=True):
+            if isinstance(step, Scaled):  # the product is scaled, not the values
+                moved = c * step.scale * use(step.values.astype(self.weight.dtype)).astype(jnp.float32)
+            else:
+                moved = c * use(dense(step).astype(self.weight.dtype)).astype(jnp.float32)
+            total = (total.astype(jnp.float32) + moved).astype(total.dtype)
+        return total
+
+
+def at_point(params: Params, directions: Sequence[Direction], coords: Float[Array, "*rows ndim"]) -> Params:
+    """The parameters at coordinates, as sums that are not formed; without directions, the parameters themselves.
+
+    Arguments:
+        coords: float32[n], or [B, n]: for inputs whose first axis is B rows, each at its own point.
+    """
+    if not directions:
+        return params
+    shape = (-1, 1, 1) if coords.ndim == 2 else ()
+    each = tuple(coords[..., i].reshape(shape) for i in range(len(directions)))
+    return jax.tree.map(lambda weight, *steps: PerturbedWeight(weight, steps, each), params, *directions)
+
+
+def random_direction(
+    model: Model, seed: int, orthogonal_to: Direction | None = None, storage: str = "exact"
+) -> Direction:
     """A random, layer-normalised direction.
 
     Each tensor of the direction is Gaussian, scaled to the norm of the tensor that it perturbs (Li et al., arXiv
@@ -28,19 +119,41 @@ def random_direction(model: Model, seed: int, orthogonal_to: Params | None = Non
         seed: from 0 to 2³² − 1.
         orthogonal_to: a direction that each tensor of this one is made orthogonal to before it is scaled, so that the
             whole directions are orthogonal too.
+        storage: `exact` holds the tensors in the parameters' dtypes; `seed` makes the same tensors again wherever they
+            are used; `bfloat16` and `int8` hold them in fewer bits, see `stored`.
 
     Returns:
-        A tree like `model.params`, in its dtypes.
+        A tree like `model.params`; with `exact`, of arrays in its dtypes.
     """
     others = named_leaves(orthogonal_to) if orthogonal_to is not None else {}
-    return tree_of(
-        {
-            name: jnp.zeros_like(weight)
-            if "norm" in name
-            else _random_tensor(weight, _key(seed, name), others.get(name))
-            for name, weight in named_leaves(model.params).items()
-        }
-    )
+    direction = {}
+    for name, weight in named_leaves(model.params).items():
+        if "norm" in name:
+            direction[name] = jnp.zeros(weight.shape, weight.dtype)
+            continue
+        tensor = (_seeded if storage == "seed" else _drawn)(jnp.asarray(weight), _key(seed, name), others.get(name))
+        direction[name] = _in_fewer_bits(tensor, storage) if storage in ("bfloat16", "int8") else tensor
+    return tree_of(direction)
+
+
+def stored(direction: Direction, storage: str) -> Direction:
+    """A direction's tensors held in `bfloat16` or `int8`, and scaled to the norms that they had before.
+
+    The result *is* the direction then: landscapes along it are exact, but it is another than in full precision.
+    """
+    return jax.tree.map(lambda tensor: _in_fewer_bits(tensor, storage), direction)
+
+
+@partial(jax.jit, static_argnums=1)
+def _in_fewer_bits(tensor: Float[Array, "*shape"], storage: str) -> Scaled:
+    tensor = tensor.astype(jnp.float32)
+    if storage == "int8":
+        highest = jnp.abs(tensor).max()
+        values = jnp.round(tensor * (127 / jnp.where(highest > 0, highest, 1))).astype(jnp.int8)
+    else:
+        values = tensor.astype(jnp.bfloat16)
+    norm = jnp.linalg.norm(values.astype(jnp.float32).ravel())
+    return Scaled(values, jnp.linalg.norm(tensor.ravel()) / jnp.where(norm > 0, norm, 1.0))
 
 
 def difference(model: Model, other: Model) -> Params:
@@ -59,20 +172,30 @@ def _key(seed: int, name: str) -> Array:
 
 
 @jax.jit
-def _random_tensor(weight: Float[Array, "*shape"], key: Array, other: Float[Array, "*shape"] | None) -> Array:
-    noise = jax.random.normal(key, weight.shape, jnp.float32)
+def _seeded(weight: Float[Array, "*shape"], key: Key[Array, ""], other: Any) -> Seeded:
+    """Noise for a weight, orthogonal to `other` and as long as the weight."""
+    noise, along = jax.random.normal(key, weight.shape, jnp.float32), None
     if other is not None:
-        other = other.astype(jnp.float32)
-        square = jnp.vdot(other, other)
-        noise = noise - jnp.where(square > 0, jnp.vdot(other, noise) / square, 0.0) * other
+        there = dense(other)
+        square = jnp.vdot(there, there)
+        along = jnp.where(square > 0, jnp.vdot(there, noise) / square, 0.0)
+        noise = noise - along * there
     norm = jnp.linalg.norm(noise.ravel())
     scale = jnp.linalg.norm(weight.astype(jnp.float32).ravel()) / jnp.where(norm > 0, norm, 1.0)
-    return (noise * scale).astype(weight.dtype)
+    return Seeded(key, scale, other, along, weight.shape, str(weight.dtype))
+
+
+@jax.jit
+def _drawn(weight: Float[Array, "*shape"], key: Key[Array, ""], other: Any) -> Float[Array, "*shape"]:
+    return _seeded(weight, key, other).dense().astype(weight.dtype)
 
 
 @partial(jax.jit, donate_argnums=3, keep_unused=True)
 def materialise(
-    params: Params, directions: Sequence[Params], coords: Float[Array, " ndim"], previous: Params | None = None
+    params: Params,
+    directions: Sequence[Direction],
+    coords: Float[Array, " ndim"],
+    previous: Params | None = None,
 ) -> Params:
     """θ(c), computed in float32 from θ₀ and rounded once to each parameter's dtype.
 
@@ -81,14 +204,38 @@ def materialise(
         previous: the last point's parameters, whose buffers are reused (they are gone afterwards).
     """
     del previous
+    return jax.tree.map(partial(_moved, coords), params, *directions)
 
-    def point(weight: Array, *steps: Array) -> Array:
-        moved = weight.astype(jnp.float32)
-        for c, step in zip(coords, steps, strict=True):
-            moved = moved + c * step.astype(jnp.float32)
-        return moved.astype(weight.dtype)
 
-    return jax.tree.map(point, params, *directions)
+def materialise_streamed(
+    params: Params, directions: Sequence[Direction], coords: Float[Array, " ndim"], previous: Params | None = None
+) -> Params:
+    """What `materialise` gives, from parameters in host memory, tensor by tensor: the device holds the point's
+    parameters, one tensor of the model, and of directions what is stored there."""
+    weights = named_leaves(params)
+    olds = named_leaves(previous) if previous is not None else {}
+    steps = [named_leaves(direction) for direction in directions]
+    return tree_of(
+        {
+            name: _moved_tensor(coords, jnp.asarray(weight), tuple(step[name] for step in steps), olds.get(name))
+            for name, weight in weights.items()
+        }
+    )
+
+
+@partial(jax.jit, donate_argnums=3, keep_unused=True)
+def _moved_tensor(
+    coords: Float[Array, " ndim"], weight: Float[Array, "*shape"], steps: tuple[Any, ...], previous: Array | None
+) -> Float[Array, "*shape"]:
+    del previous
+    return _moved(coords, weight, *steps)
+
+
+def _moved(coords: Float[Array, " ndim"], weight: Float[Array, "*shape"], *steps: Any) -> Float[Array, "*shape"]:
+    moved = weight.astype(jnp.float32)
+    for c, step in zip(coords, steps, strict=True):
+        moved = moved + c * dense(step)
+    return moved.astype(weight.dtype)
 
 
 def save_direction(direction: Params, path: str | Path, model: Model) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxscape.decode import BATCH_SIZE, Sampling, complete, encode
+from jaxscape.decode import Sampling, tokenize
+from jaxscape.engine import Engine
 from jaxscape.errors import UserError, check_seed
 from jaxscape.files import checksum
 from jaxscape.landscape import Axis, Landscape, symmetric_axes
@@ -40,7 +41,7 @@ def scan(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = 128,
     out: str | Path | None = None,
     overwrite: bool = False,
     describe: Mapping[str, Any] | None = None,

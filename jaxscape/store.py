@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxscape import landscape, rundir, trajectory
-from jaxscape.decode import Completion
+from jaxscape.engine import Completion
 from jaxscape.errors import UserError
 from jaxscape.evaluate import is_refusal
 from jaxscape.files import write_whole

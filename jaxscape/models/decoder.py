@@ -6,17 +6,18 @@ nothing and transposing nothing.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxscape.models.config import ModelConfig
 
-HIGHEST = jax.lax.Precision.HIGHEST  # float32 means float32: accelerators would round products to fewer bits
+# float32 means float32: accelerators would round products to fewer bits.
+_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @runtime_checkable
@@ -42,23 +43,40 @@ class KVCache(NamedTuple):
 
     A slot whose position is -1 holds nothing and is never attended to. A query at position p attends to the slots
     with positions 0 to p, so where in the cache a token lies does not matter, and rows may be padded on either side.
+    Keys have their slots last and values their features: so both products of attention read them as they lie.
     """
 
-    keys: tuple[Float[Array, "batch kv_heads slots head_dim"], ...]
+    keys: tuple[Float[Array, "batch kv_heads head_dim slots"], ...]
     values: tuple[Float[Array, "batch kv_heads slots head_dim"], ...]
     positions: Int[Array, "batch slots"]
 
-    def padded(self, extra: int) -> "KVCache":
-        """This cache with `extra` empty slots after the present ones."""
 
-        def grow(x: Array) -> Array:
-            return jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0)))
+class Context(NamedTuple):
+    """What the tokens of a call can attend to besides one another.
 
-        return KVCache(
-            keys=tuple(map(grow, self.keys)),
-            values=tuple(map(grow, self.values)),
-            positions=jnp.pad(self.positions, ((0, 0), (0, extra)), constant_values=-1),
-        )
+    Attributes:
+        cache: what earlier calls returned for these rows, or None to start one.
+        slot: the first of the cache slots that this call's tokens are written to.
+        prefix: the cache of a text that the rows begin with, which is read once for all of them. Where it has several
+            rows, N, the first is for the first B / N rows of the call, and so on. Its tokens stand at the positions
+            before the rows' own.
+        segments: int32[B, T]; where several texts are packed into a row, which of them each token belongs to. A token
+            attends to its own text alone. Only without `cache`.
+    """
+
+    cache: KVCache | None = None
+    slot: Int[Array, ""] | int = 0
+    prefix: KVCache | None = None
+    segments: Int[Array, "batch time"] | None = None
+
+
+class Memory(NamedTuple):
+    """One layer's part of a `Context`."""
+
+    own: tuple[Array, Array] | None
+    slot: Int[Array, ""] | int
+    prefix: tuple[Array, Array] | None
+    visible: Bool[Array, "batch time slots"]
 
 
 class Linear(nn.Module):
@@ -68,7 +86,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         weight = self.param("weight", nn.initializers.normal(0.02), (self.features, x.shape[-1]))
-        y = apply_weight(weight, lambda w: jnp.einsum("...i,oi->...o", x, w, precision=HIGHEST))
+        y = apply_weight(weight, lambda w: _einsum("...i,oi->...o", x, w))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + apply_weight(bias, lambda b: b)
@@ -100,8 +118,8 @@ class Embedding(nn.Module):
     def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time dim"]:
         return apply_weight(self.weight, lambda w: jnp.take(w, tokens, axis=0, mode="clip"))
 
-    def attend(self, x: Float[Array, "batch time dim"]) -> Float[Array, "batch time vocab"]:
-        return apply_weight(self.weight, lambda w: jnp.einsum("...d,vd->...v", x, w, precision=HIGHEST))
+    def attend(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
+        return apply_weight(self.weight, lambda w: _einsum("...d,vd->...v", x, w))
 
 
 def rope(
@@ -120,12 +138,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "batch time dim"],
-        positions: Int[Array, "batch time"],
-        slot_positions: Int[Array, "batch slots"],
-        cached: tuple[Array, Array] | None,
-        slot: Int[Array, ""] | int,
+        self, x: Float[Array, "batch time dim"], positions: Int[Array, "batch time"], memory: Memory
     ) -> tuple[Float[Array, "batch time dim"], tuple[Array, Array]]:
         c = self.config
 
@@ -135,21 +148,28 @@ class Attention(nn.Module):
 
         angles = positions[..., None] * jnp.asarray(c.rope_frequencies, jnp.float32)
         q = rope(project("q_proj", c.num_heads), angles)
-        k = rope(project("k_proj", c.num_kv_heads), angles).swapaxes(1, 2)
+        k = rope(project("k_proj", c.num_kv_heads), angles).transpose(0, 2, 3, 1)
         v = project("v_proj", c.num_kv_heads).swapaxes(1, 2)
         v = jnp.where(positions[:, None, :, None] >= 0, v, 0)  # padding has weight 0, and 0 × NaN would be NaN
-        if cached is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2)
-                for old, new in zip(cached, (k, v), strict=True)
-            )
+        if memory.own is not None:
+            old_k, old_v = memory.own
+            k = jax.lax.dynamic_update_slice_in_dim(old_k, k, memory.slot, axis=3)
+            v = jax.lax.dynamic_update_slice_in_dim(old_v, v, memory.slot, axis=2)
 
         q = q.reshape(*q.shape[:2], c.num_kv_heads, -1, c.head_dim)
-        scores = jnp.einsum("btkgh,bksh->bkgts", q, k, precision=HIGHEST, preferred_element_type=jnp.float32)
-        visible = (slot_positions[:, None] >= 0) & (slot_positions[:, None] <= positions[..., None])
-        scores = jnp.where(visible[:, None, None], scores * c.head_dim**-0.5, jnp.finfo(jnp.float32).min)
+        scores = _einsum("btkgh,bkhs->bkgts", q, k, preferred_element_type=jnp.float32)
+        if memory.prefix is not None:
+            prefix_k, prefix_v = memory.prefix
+            grouped = q.reshape(len(prefix_k), -1, *q.shape[1:])
+            shared = _einsum("nbtkgh,nkhp->nbkgtp", grouped, prefix_k, preferred_element_type=jnp.float32)
+            scores = jnp.concatenate([shared.reshape(*scores.shape[:-1], -1), scores], axis=-1)
+        scores = jnp.where(memory.visible[:, None, None], scores * c.head_dim**-0.5, jnp.finfo(jnp.float32).min)
         probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        y = jnp.einsum("bkgts,bksh->btkgh", probabilities, v, precision=HIGHEST)
+        split = probabilities.shape[-1] - v.shape[2]
+        y = _einsum("bkgts,bksh->btkgh", probabilities[..., split:], v)
+        if memory.prefix is not None:
+            shared = probabilities[..., :split].reshape(*shared.shape)
+            y += _einsum("nbkgtp,nkph->nbtkgh", shared, prefix_v).reshape(y.shape)
         y = y.reshape(*x.shape[:2], c.num_heads * c.head_dim)
         return Linear(c.hidden_size, c.attention_bias, name="o_proj")(y), (k, v)
 
@@ -190,23 +210,39 @@ class Layers(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "batch time dim"],
-        positions: Int[Array, "batch time"],
-        cache: KVCache | None,
-        slot: Int[Array, ""] | int,
+        self, x: Float[Array, "batch time dim"], positions: Int[Array, "batch time"], context: Context
     ) -> tuple[Float[Array, "batch time dim"], KVCache]:
+        cache, prefix = context.cache, context.prefix
         slots = positions
         if cache is not None:
-            slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
+            slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, context.slot, axis=1)
+        visible = _visible(positions, slots, context)
         keys, values = [], []
         layer = nn.remat(Layer) if self.remat else Layer
         for i in range(self.config.num_layers):
-            cached = None if cache is None else (cache.keys[i], cache.values[i])
-            x, (k, v) = layer(self.config, name=str(i))(x, positions, slots, cached, slot)
+            memory = Memory(
+                own=None if cache is None else (cache.keys[i], cache.values[i]),
+                slot=context.slot,
+                prefix=None if prefix is None else (prefix.keys[i], prefix.values[i]),
+                visible=visible,
+            )
+            x, (k, v) = layer(self.config, name=str(i))(x, positions, memory)
             keys.append(k)
             values.append(v)
         return x, KVCache(tuple(keys), tuple(values), slots)
+
+
+def _visible(
+    positions: Int[Array, "batch time"], slots: Int[Array, "batch slots"], context: Context
+) -> Bool[Array, "batch time all_slots"]:
+    """Which slots, those of the prefix first, each token attends to."""
+    visible = (slots[:, None] >= 0) & (slots[:, None] <= positions[..., None])
+    if context.segments is not None:
+        visible &= context.segments[:, :, None] == context.segments[:, None, :]
+    if context.prefix is not None:
+        shared = jnp.ones((*positions.shape, context.prefix.positions.shape[1]), bool)
+        visible = jnp.concatenate([shared, visible], axis=-1)
+    return visible
 
 
 class Backbone(nn.Module):
@@ -221,32 +257,17 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(self.config.rms_norm_eps)
 
     def __call__(
-        self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"], *cache_inputs: Any
+        self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"], context: Context
     ) -> tuple[Float[Array, "batch time dim"], KVCache]:
-        x, cache = self.layers(self.embed_tokens(tokens), positions, *cache_inputs)
+        x, cache = self.layers(self.embed_tokens(tokens), positions, context)
         return self.norm(x), cache
 
-    def attend(self, x: Float[Array, "batch time dim"]) -> Float[Array, "batch time vocab"]:
+    def attend(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
         return self.embed_tokens.attend(x)
 
 
 class Decoder(nn.Module):
-    """A causal language model: tokens to next-token logits.
-
-    `Decoder(config).apply({"params": params}, tokens, positions, cache, slot)`.
-
-    Arguments:
-        tokens: int32[B, T].
-        positions: int32[B, T], each token's place in its row's text; -1 marks padding.
-        cache: what earlier calls returned (padded with empty slots for these tokens), or None to start one.
-        slot: the first of the T cache slots that these tokens go to.
-        last_only: compute the logits of the last column alone, as generation needs.
-
-    Returns:
-        float32[B, T or 1, V] logits, and the cache with these tokens in it (T slots if it was started here).
-
-    With `remat`, a gradient keeps each layer's input alone and computes the rest again: less memory, a third more time.
-    """
+    """A causal language model: tokens to next-token logits; see `forward`."""
 
     config: ModelConfig
     remat: bool = False
@@ -257,18 +278,19 @@ class Decoder(nn.Module):
             self.lm_head = Linear(self.config.vocab_size)
 
     def __call__(
-        self,
-        tokens: Int[Array, "batch time"],
-        positions: Int[Array, "batch time"],
-        cache: KVCache | None = None,
-        slot: Int[Array, ""] | int = 0,
-        *,
-        last_only: bool = False,
-    ) -> tuple[Float[Array, "batch out_time vocab"], KVCache]:
-        x, cache = self.model(tokens, positions, cache, slot)
-        x = x[:, -1:] if last_only else x
+        self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"], context: Context
+    ) -> tuple[Float[Array, "batch time vocab"], KVCache]:
+        x, cache = self.model(tokens, positions, context)
+        return self.head(x), cache
+
+    def states(
+        self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"], context: Context
+    ) -> tuple[Float[Array, "batch time dim"], KVCache]:
+        return self.model(tokens, positions, context)
+
+    def head(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
         logits = self.model.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
-        return logits.astype(jnp.float32), cache
+        return logits.astype(jnp.float32)
 
 
 def forward(
@@ -276,14 +298,40 @@ def forward(
     params: dict[str, Any],
     tokens: Int[Array, "batch time"],
     positions: Int[Array, "batch time"],
-    cache: KVCache | None = None,
-    slot: Int[Array, ""] | int = 0,
+    context: Context = Context(),  # noqa: B008 (immutable)
     *,
-    last_only: bool = False,
     remat: bool = False,
-) -> tuple[Float[Array, "batch out_time vocab"], KVCache]:
-    """`Decoder` as a pure function; see there."""
-    output: Any = Decoder(config, remat).apply({"params": params}, tokens, positions, cache, slot, last_only=last_only)
+) -> tuple[Float[Array, "batch time vocab"], KVCache]:
+    """The decoder as a pure function.
+
+    Arguments:
+        tokens: int32[B, T].
+        positions: int32[B, T], each token's place in its text; -1 marks padding.
+        context: what they can attend to besides one another, see `Context`.
+        remat: let a gradient keep each layer's input alone and compute the rest again: less memory, a third more time.
+
+    Returns:
+        float32[B, T, V] logits, and the cache with these tokens in it (T slots if it was started here).
+    """
+    output: Any = Decoder(config, remat).apply({"params": params}, tokens, positions, context)
+    return output
+
+
+def hidden_states(
+    config: ModelConfig,
+    params: dict[str, Any],
+    tokens: Int[Array, "batch time"],
+    positions: Int[Array, "batch time"],
+    context: Context,
+) -> tuple[Float[Array, "batch time dim"], KVCache]:
+    """`forward` up to the output head, for those who need the logits of few tokens."""
+    output: Any = Decoder(config).apply({"params": params}, tokens, positions, context, method="states")
+    return output
+
+
+def head(config: ModelConfig, params: dict[str, Any], x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
+    """The logits of hidden states, float32."""
+    output: Any = Decoder(config).apply({"params": params}, x, method="head")
     return output
 
 
@@ -291,4 +339,4 @@ def forward(
 def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
     """The decoder's parameter tree with `jax.ShapeDtypeStruct` leaves; nothing is computed."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens)["params"]
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens, Context())["params"]

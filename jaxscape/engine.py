@@ -1,0 +1,282 @@
+"""The engine: which rows decode where and when, so that a landscape costs what its arithmetic costs.
+
+The work is a queue of (point, group of prompts), taken in order into slots. The device runs a few steps at a time; in
+between the host looks at what was generated, ends the rows whose outcome is known, refills the slots that came free,
+and moves the last rows into fewer slots. What a row generates depends on none of that.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int
+
+from jaxscape.decode import (
+    Fill,
+    Generated,
+    Program,
+    Sampling,
+    Slots,
+    Weights,
+    common_prefix,
+    compact,
+    decode_chunk,
+    empty_slots,
+    insert,
+    pack,
+    ring_size,
+    tokenize,
+)
+from jaxscape.models import Model
+from jaxscape.perturb import Direction, materialise, materialise_streamed
+from jaxscape.plan import Plan, make_plan
+
+Coords = Sequence[float]
+
+
+class Completion(NamedTuple):
+    """A prompt's completion.
+
+    Attributes:
+        finite: all logits on the way were finite.
+        cut: the text was ended as soon as it decided the outcome; the model may have gone on.
+    """
+
+    text: str
+    finite: bool = True
+    cut: bool = False
+
+
+@dataclass
+class Engine:
+    """Completes one set of prompts at any number of points.
+
+    Attributes:
+        rows: each prompt's tokens.
+        decided: whether a text's outcome is known, whatever may follow; its row ends there. None lets every row go on
+            to its end.
+        steps: decode steps dispatched so far, times the rows that they computed, by the host's count.
+    """
+
+    model: Model
+    rows: Sequence[Sequence[int]]
+    sampling: Sampling
+    plan: Plan
+    decided: Callable[[str], bool] | None = None
+
+    def __post_init__(self) -> None:
+        prefix = common_prefix(self.rows)
+        groups = pack(self.rows, prefix, self.plan.group)
+        self._num_groups, self._group_rows = len(groups.rows), groups.rows
+        self._group_lengths = groups.lengths
+        self._shape = {"ring": ring_size(groups, self.sampling.max_new_tokens), "prefix": prefix}
+        self._prefix, self._groups = jax.device_put((np.asarray(self.rows[0][:prefix], np.int32), groups))
+        self._stream = jax.random.key(self.sampling.seed, impl="threefry2x32")
+        # Another seed is another stream, not another program.
+        self._program = Program(self.model.config, replace(self.sampling, seed=0), self.model.eos_token_ids)
+        self._slots: Slots | None = None
+
+    def complete(self, directions: Sequence[Direction], points: Sequence[Coords]) -> Iterator[list[Completion]]:
+        """The completions of all prompts at each point, in the points' order."""
+        if self.plan.form == "factorised":
+            yield from self._decode(Weights(self.model.params, tuple(directions)), points)
+            return
+        move = materialise_streamed if self.plan.form == "streamed" else materialise
+        params = None
+        for coords in points:
+            params = (
+                self.model.params
+                if not directions
+                else move(self.model.params, directions, jnp.asarray(coords, jnp.float32), params)
+            )
+            yield from self._decode(Weights(params), [()])
+
+    def _decode(self, weights: Weights, points: Sequence[Coords]) -> Iterator[list[Completion]]:
+        board = Board(self.plan, len(points), self._group_rows, self._group_lengths)
+        results = Results(self.model, self.sampling, self.decided, len(points), len(self.rows))
+        slots, self._slots = self._slots, None
+        if slots is None:
+            slots = self._empty_slots(len(points[0]))
+        whole = None  # the slots that the last rows have left
+        reports: deque[tuple[Generated, Int[np.ndarray, " batch"]]] = deque()
+        while not results.complete:
+            for fill in board.fills(points):
+                slots = insert(weights, slots, self._prefix, self._groups, fill, self._stream, program=self._program)
+            if whole is None and (smaller := board.compacted()) is not None:
+                whole, slots = slots, compact(slots, *smaller)
+            slots, report = decode_chunk(
+                weights, slots, board.alive, self._stream, steps=self.plan.chunk, program=self._program
+            )
+            reports.append((report, board.owners.copy()))
+            if len(reports) > self.plan.ahead:
+                board.free(results.settle(*reports.popleft()))
+            yield from results.ready()
+        self._slots = slots if whole is None else whole
+
+    def _empty_slots(self, ndim: int) -> Slots:
+        return empty_slots(
+            self.model.config,
+            self.model.dtype,
+            self.plan.places,
+            self.plan.places * self.plan.rows,
+            ndim=ndim,
+            max_new_tokens=self.sampling.max_new_tokens,
+            **self._shape,
+        )
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    system_prompt: str = "default",
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    slots: int | None = None,
+) -> list[str]:
+    """The model's answers to prompts, each given as a user's turn in the model's chat format.
+
+    See `jaxscape.decode.Sampling` for the options, `jaxscape.prompts.chat_text` for `system_prompt`, and
+    `jaxscape.plan.Plan` for `slots`. The texts end before the model's end token and hold no special tokens; they are a
+    model's output and as such not to be trusted.
+    """
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    rows = tokenize(model, prompts, system_prompt, max_new_tokens)
+    engine = Engine(model, rows, sampling, make_plan(model, rows, sampling, slots=slots))
+    return [completion.text for completion in next(engine.complete((), [()]))]
+
+
+class Board:
+    """Which (point, prompt) is in which slot, and what still waits. A job is point × number of prompts + prompt."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        num_points: int,
+        group_rows: Int[np.ndarray, "groups rows"],
+        group_lengths: Int[np.ndarray, "groups rows"],
+    ) -> None:
+        self._plan = plan
+        num_prompts = int((group_lengths > 0).sum())
+        self._jobs = np.where(group_lengths > 0, group_rows, -1)
+        self._num_prompts = num_prompts
+        self._queue = deque((point, group) for point in range(num_points) for group in range(len(group_rows)))
+        self.owners = np.full(plan.places * plan.rows, -1)
+        self._points = np.full(plan.places, -1)  # whose prefix each place has
+
+    @property
+    def alive(self) -> Bool[np.ndarray, " batch"]:
+        return self.owners >= 0
+
+    def free(self, finished: set[int]) -> None:
+        self.owners[np.isin(self.owners, list(finished))] = -1
+
+    def fills(self, points: Sequence[Coords]) -> Iterator[Fill]:
+        """What to insert now: a program inserts several groups at once, so as many slots are waited for."""
+        size, group_size = self._plan.inserts, self._plan.group
+        while self._queue:
+            blocks = self.owners.reshape(-1, group_size)
+            free = np.flatnonzero((blocks < 0).all(-1))
+            count = min(size, len(self._queue))
+            if len(free) < count:
+                return
+            free = free[:count]
+            places = free * group_size // self._plan.rows
+            chosen = [self._queue.popleft() for _ in range(count)]
+            known = {int(point): place for place, point in enumerate(self._points)}
+            index = np.minimum(np.arange(size), count - 1)  # the last ones are repeated, and do not count
+            yield Fill(
+                count=np.int32(count),
+                place=places[index].astype(np.int32),
+                row=(free * group_size)[index].astype(np.int32),
+                group=np.array([chosen[i][1] for i in index], np.int32),
+                coords=np.array([points[chosen[i][0]] for i in index], np.float32).reshape(size, -1),
+                source=np.array([known.get(chosen[i][0], -1) for i in index], np.int32),
+            )
+            for block, place, (point, group) in zip(free, places, chosen, strict=True):
+                jobs = self._jobs[group]
+                blocks[block] = np.where(jobs < 0, -1, point * self._num_prompts + jobs)
+                self._points[place] = point
+
+    def compacted(self) -> tuple[Int[np.ndarray, " batch"], Int[np.ndarray, " places"]] | None:
+        """The rows and places to go on with, once fewer slots are enough for them."""
+        plan = self._plan
+        if self._queue:
+            return None
+        # What stays together: rows, where all are at one point; otherwise places.
+        size = 1 if plan.places == 1 else plan.rows
+        few = plan.few if plan.places == 1 else plan.few // plan.rows
+        chosen = np.flatnonzero(self.alive.reshape(-1, size).any(axis=1))
+        if not 0 < len(chosen) <= few:
+            return None
+        kept = np.resize(chosen, few)
+        rows = (kept[:, None] * size + np.arange(size)).reshape(-1)
+        self.owners = np.where(np.arange(few * size) < len(chosen) * size, self.owners[rows], -1)
+        return rows.astype(np.int32), (np.zeros(1, np.int32) if plan.places == 1 else kept.astype(np.int32))
+
+
+class Results:
+    """What the jobs came to."""
+
+    def __init__(
+        self,
+        model: Model,
+        sampling: Sampling,
+        decided: Callable[[str], bool] | None,
+        num_points: int,
+        num_prompts: int,
+    ) -> None:
+        self._tokenizer, self._limit, self._decided = model.tokenizer, sampling.max_new_tokens, decided
+        self._seen = np.zeros(num_points * num_prompts, int)  # tokens in which nothing was decided
+        self._done: list[Completion | None] = [None] * (num_points * num_prompts)
+        self._num_prompts, self._given = num_prompts, 0
+
+    @property
+    def complete(self) -> bool:
+        return self._given * self._num_prompts == len(self._done)
+
+    def settle(self, report: Generated, owners: Int[np.ndarray, " batch"]) -> set[int]:
+        """Take what was generated by the rows of these owners; the jobs that this finishes."""
+        out = jax.device_get(report)
+        going = [(job, row) for row, job in enumerate(owners) if job >= 0 and self._done[job] is None]
+        texts = self._texts([out.tokens[row, : out.lengths[row]] for _, row in going])
+        finished = set()
+        for (job, row), text in zip(going, texts, strict=True):
+            length, tokens = int(out.lengths[row]), out.tokens[row]
+            if self._decided is not None and self._decided(text):
+                # The row ends at the very token that decided, wherever the steps were cut into chunks.
+                length = next(n for n in range(self._seen[job], length + 1) if self._is_decided(tokens[:n]))
+                self._done[job] = Completion(self._texts([tokens[:length]])[0], cut=length < self._limit)
+            elif out.ended[row]:
+                self._done[job] = Completion(text, finite=bool(out.finite[row]))
+            else:
+                self._seen[job] = length
+                continue
+            finished.add(job)
+        return finished
+
+    def ready(self) -> Iterator[list[Completion]]:
+        """The completions of the next points, as far as they are all there."""
+        while not self.complete:
+            start = self._given * self._num_prompts
+            point = self._done[start : start + self._num_prompts]
+            if None in point:
+                return
+            self._given += 1
+            yield [completion for completion in point if completion is not None]
+
+    def _is_decided(self, tokens: Int[np.ndarray, " n"]) -> bool:
+        return self._decided is not None and self._decided(self._texts([tokens])[0])
+
+    def _texts(self, rows: Sequence[Int[np.ndarray, " n"]]) -> list[str]:
+        texts: list[str] = self._tokenizer.batch_decode(
+            [row.tolist() for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return texts
