@@ -13,6 +13,7 @@ from jaxscape.finetune import finetune
 from jaxscape.landscape import Axis, Landscape, interpolation_axis, visage
 from jaxscape.models import Model, load_model, save_model
 from jaxscape.perturb import difference, load_direction, random_direction, save_direction
+from jaxscape.plan import EngineOptions
 from jaxscape.plotting import plot_landscape
 from jaxscape.prompts import load_prompts
 from jaxscape.scan import scan
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Axis",
+    "EngineOptions",
     "Landscape",
     "Model",
     "Training",

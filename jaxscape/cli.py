@@ -18,6 +18,7 @@ from jaxscape.finetune import ADAPTER, FINETUNING, MODEL, finetune, load_path
 from jaxscape.landscape import Axis, Landscape, interpolation_axis, symmetric_axes
 from jaxscape.models import Model, load_model
 from jaxscape.perturb import difference, load_direction
+from jaxscape.plan import EngineOptions
 from jaxscape.plotting import save_figure
 from jaxscape.prompts import load_prompts
 from jaxscape.scan import Direction, resolve, scan
@@ -93,8 +94,7 @@ class Scan(Machine):
     """Sample from the k most likely tokens; 0 for all."""
     top_p: float = 1.0
     """Sample from the fewest tokens whose probabilities reach p."""
-    batch_size: int = 128
-    """The most prompts that are decoded together."""
+    engine: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
     trajectory: tuple[Path, ...] = ()
     """Directories of finetunings of this model, whose paths are drawn on the landscape (with --ndim 2). Without
     --interpolate-to and --directions, the plane is that of the paths' first two principal components."""
@@ -128,7 +128,7 @@ class Scan(Machine):
             top_k=self.top_k,
             top_p=self.top_p,
             seed=self.seed,
-            batch_size=self.batch_size,
+            options=self.engine,
             out=out,
             overwrite=self.overwrite,
             describe={
@@ -316,7 +316,7 @@ def run_program(program: Any, arguments: Sequence[str] | None = None, name: str 
         if isinstance(error, jax.errors.JaxRuntimeError):
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            error = UserError("The device's memory is full; lower --batch-size, or choose a --dtype of 16 bits.")
+            error = UserError("The device's memory is full; lower --slots, or choose a --dtype of 16 bits.")
         # One line, whatever a library or a file name put into it; nothing that a terminal would act on.
         line = "".join(character if character.isprintable() else "?" for character in " ".join(str(error).split()))
         sys.stderr.write(f"jaxscape: {line}\n")

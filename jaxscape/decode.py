@@ -3,14 +3,14 @@
 A batch has slots for rows, equally many for each of its places. The rows of a place are at one landscape point and
 share the cache of the text that all prompts begin with; each row has a ring of cache slots for what follows. All rows
 take their steps together, so the steps of the whole run are counted by one clock, and what is written at time t goes to
-ring slot t modulo the ring's size. A row that is inserted at time t has its prompt in the slots before t. Which programs
-run when is decided in `jaxscape.engine`.
+ring slot t modulo the ring's size. A row that is inserted at time t has its prompt in the slots before t. Which
+programs run when is decided in `jaxscape.engine`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,14 +119,14 @@ class Fill(NamedTuple):
     """Groups to insert, M at most.
 
     Attributes:
-        count: how many of the M count.
+        number: how many of the M count.
         place, row: the place of each group, and the first of the slots that its rows go to.
         group: which of the `Groups` it is.
         coords: float32[M, n], its point.
         source: a place that already has the prefix of that point, or -1 to compute it.
     """
 
-    count: Int[Array | np.ndarray, ""]
+    number: Int[Array | np.ndarray, ""]
     place: Int[Array | np.ndarray, " fills"]
     row: Int[Array | np.ndarray, " fills"]
     group: Int[Array | np.ndarray, " fills"]
@@ -192,7 +192,7 @@ def pack(rows: Sequence[Sequence[int]], prefix: int, group_size: int) -> Groups:
     """
     texts = [row[prefix:] for row in rows]
     groups = [range(i, min(i + group_size, len(texts))) for i in range(0, len(texts), group_size)]
-    longest = _round_up(max(map(len, texts)))
+    longest = round_up(max(map(len, texts)))
     widths = range(longest, longest + 8 * LENGTH_MULTIPLE, LENGTH_MULTIPLE)
     shapes = [(max(max(_lines(texts, group, width)) + 1 for group in groups), width) for width in widths]
     lines, width = min(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
@@ -226,13 +226,14 @@ def _lines(texts: Sequence[Sequence[int]], group: Sequence[int], width: int) -> 
     return [chosen[number] for number in group]
 
 
-def _round_up(length: int) -> int:
+def round_up(length: int) -> int:
+    """A length with its padding."""
     return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
 def ring_size(groups: Groups, max_new_tokens: int) -> int:
     """The cache slots of a row: for the longest text and what is generated."""
-    return _round_up(int(np.max(groups.lengths))) + max_new_tokens
+    return round_up(int(np.max(groups.lengths))) + max_new_tokens
 
 
 def empty_slots(
@@ -291,9 +292,8 @@ def insert(
 
     def prefill_prefix() -> KVCache:
         shape = (fills, prefix.size)
-        positions = jnp.arange(prefix.size)
-        inputs = (jnp.broadcast_to(prefix, shape), jnp.broadcast_to(positions, shape))
-        return hidden_states(config, params_for(1), *inputs, Context())[1]
+        tokens, positions = (jnp.broadcast_to(x, shape) for x in (prefix, jnp.arange(prefix.size)))
+        return hidden_states(config, params_for(1), tokens, positions, Context())[1]
 
     shared = slots.prefix
     if shared is not None:
@@ -304,8 +304,8 @@ def insert(
 
     group = jax.tree.map(lambda x: x[fill.group], groups)
     lines, width = group.tokens.shape[1:]
-    inputs = [x.reshape(-1, width) for x in (group.tokens, group.positions, group.segments)]
-    x, cache = hidden_states(config, params_for(lines), *inputs[:2], Context(prefix=shared, segments=inputs[2]))
+    tokens, positions, segments = (x.reshape(-1, width) for x in (group.tokens, group.positions, group.segments))
+    x, cache = hidden_states(config, params_for(lines), tokens, positions, Context(prefix=shared, segments=segments))
     first = (group.first + jnp.arange(fills)[:, None] * lines * width).reshape(-1)
     starts, rows, lengths = (x.reshape(-1) for x in (group.starts, group.rows, group.lengths))
     last = x.reshape(-1, x.shape[-1])[first + jnp.maximum(lengths, 1) - 1]
@@ -330,7 +330,7 @@ def insert(
     rings = KVCache(
         keys=tuple(ringed(k.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1) for k in cache.keys),
         values=tuple(ringed(v.swapaxes(1, 2)).swapaxes(1, 2) for v in cache.values),
-        positions=jnp.where(there, inputs[1].reshape(-1)[index], -1),
+        positions=jnp.where(there, positions.reshape(-1)[index], -1),
     )
 
     def put(i: Int[Array, ""], slots: Slots) -> Slots:
@@ -339,15 +339,12 @@ def insert(
             return jax.lax.dynamic_update_slice_in_dim(old, part, at, axis=0)
 
         size = len(rows) // fills
-        changed = jax.tree.map(
-            partial(write, fill.row[i], size),
-            (slots.out, slots.starts, slots.rows, slots.cache),
-            (out, starts, rows, rings),
-        )
+        old, new = (slots.out, slots.starts, slots.rows, slots.cache), (out, starts, rows, rings)
+        changed = jax.tree.map(partial(write, fill.row[i], size), old, new)
         kept = jax.tree.map(partial(write, fill.place[i], 1), (slots.prefix, slots.coords), (shared, fill.coords))
-        return Slots(*changed, *kept, slots.clock)
+        return _slots(changed, kept, slots.clock)
 
-    return jax.lax.fori_loop(0, fill.count, put, slots)
+    return jax.lax.fori_loop(0, fill.number, put, slots)
 
 
 @partial(jax.jit, static_argnames=("steps", "program"), donate_argnames="slots")
@@ -392,7 +389,12 @@ def compact(slots: Slots, rows: Int[Array, " fewer"], places: Int[Array, " fewer
     """Some of the rows and their places, gathered into fewer slots; the old ones stay as they are."""
     moved = jax.tree.map(lambda x: x[rows], (slots.out, slots.starts, slots.rows, slots.cache))
     kept = jax.tree.map(lambda x: x[places], (slots.prefix, slots.coords))
-    return Slots(*moved, *kept, slots.clock)
+    return _slots(moved, kept, slots.clock)
+
+
+def _slots(of_rows: Any, of_places: Any, clock: Int[Array, ""]) -> Slots:
+    out, starts, rows, cache = of_rows
+    return Slots(out, starts, rows, cache, *of_places, clock)
 
 
 def _choose(

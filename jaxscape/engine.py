@@ -33,7 +33,7 @@ from jaxscape.decode import (
 )
 from jaxscape.models import Model
 from jaxscape.perturb import Direction, materialise, materialise_streamed
-from jaxscape.plan import Plan, make_plan
+from jaxscape.plan import EngineOptions, Plan, Work, make_plan
 
 Coords = Sequence[float]
 
@@ -59,7 +59,6 @@ class Engine:
         rows: each prompt's tokens.
         decided: whether a text's outcome is known, whatever may follow; its row ends there. None lets every row go on
             to its end.
-        steps: decode steps dispatched so far, times the rows that they computed, by the host's count.
     """
 
     model: Model
@@ -71,8 +70,8 @@ class Engine:
     def __post_init__(self) -> None:
         prefix = common_prefix(self.rows)
         groups = pack(self.rows, prefix, self.plan.group)
-        self._num_groups, self._group_rows = len(groups.rows), groups.rows
-        self._group_lengths = groups.lengths
+        # By group, its prompts' numbers; -1 for a row that only fills it up.
+        self._grouped = np.where(groups.lengths > 0, groups.rows, -1)
         self._shape = {"ring": ring_size(groups, self.sampling.max_new_tokens), "prefix": prefix}
         self._prefix, self._groups = jax.device_put((np.asarray(self.rows[0][:prefix], np.int32), groups))
         self._stream = jax.random.key(self.sampling.seed, impl="threefry2x32")
@@ -96,7 +95,7 @@ class Engine:
             yield from self._decode(Weights(params), [()])
 
     def _decode(self, weights: Weights, points: Sequence[Coords]) -> Iterator[list[Completion]]:
-        board = Board(self.plan, len(points), self._group_rows, self._group_lengths)
+        board = Board(self.plan, len(points), self._grouped)
         results = Results(self.model, self.sampling, self.decided, len(points), len(self.rows))
         slots, self._slots = self._slots, None
         if slots is None:
@@ -139,35 +138,27 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    slots: int | None = None,
+    options: EngineOptions = EngineOptions(),  # noqa: B008 (immutable)
 ) -> list[str]:
     """The model's answers to prompts, each given as a user's turn in the model's chat format.
 
-    See `jaxscape.decode.Sampling` for the options, `jaxscape.prompts.chat_text` for `system_prompt`, and
-    `jaxscape.plan.Plan` for `slots`. The texts end before the model's end token and hold no special tokens; they are a
-    model's output and as such not to be trusted.
+    See `jaxscape.decode.Sampling` for sampling, `jaxscape.prompts.chat_text` for `system_prompt`, and
+    `jaxscape.plan.EngineOptions` for `options`. The texts end before the model's end token and hold no special tokens;
+    they are a model's output and as such not to be trusted.
     """
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     rows = tokenize(model, prompts, system_prompt, max_new_tokens)
-    engine = Engine(model, rows, sampling, make_plan(model, rows, sampling, slots=slots))
+    engine = Engine(model, rows, sampling, make_plan(model, Work(rows, sampling), options))
     return [completion.text for completion in next(engine.complete((), [()]))]
 
 
 class Board:
     """Which (point, prompt) is in which slot, and what still waits. A job is point × number of prompts + prompt."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        num_points: int,
-        group_rows: Int[np.ndarray, "groups rows"],
-        group_lengths: Int[np.ndarray, "groups rows"],
-    ) -> None:
-        self._plan = plan
-        num_prompts = int((group_lengths > 0).sum())
-        self._jobs = np.where(group_lengths > 0, group_rows, -1)
-        self._num_prompts = num_prompts
-        self._queue = deque((point, group) for point in range(num_points) for group in range(len(group_rows)))
+    def __init__(self, plan: Plan, num_points: int, grouped: Int[np.ndarray, "groups rows"]) -> None:
+        self._plan, self._grouped = plan, grouped
+        self._num_prompts = int((grouped >= 0).sum())
+        self._queue = deque((point, group) for point in range(num_points) for group in range(len(grouped)))
         self.owners = np.full(plan.places * plan.rows, -1)
         self._points = np.full(plan.places, -1)  # whose prefix each place has
 
@@ -193,7 +184,7 @@ class Board:
             known = {int(point): place for place, point in enumerate(self._points)}
             index = np.minimum(np.arange(size), count - 1)  # the last ones are repeated, and do not count
             yield Fill(
-                count=np.int32(count),
+                number=np.asarray(count, np.int32),
                 place=places[index].astype(np.int32),
                 row=(free * group_size)[index].astype(np.int32),
                 group=np.array([chosen[i][1] for i in index], np.int32),
@@ -201,8 +192,8 @@ class Board:
                 source=np.array([known.get(chosen[i][0], -1) for i in index], np.int32),
             )
             for block, place, (point, group) in zip(free, places, chosen, strict=True):
-                jobs = self._jobs[group]
-                blocks[block] = np.where(jobs < 0, -1, point * self._num_prompts + jobs)
+                prompts = self._grouped[group]
+                blocks[block] = np.where(prompts < 0, -1, point * self._num_prompts + prompts)
                 self._points[place] = point
 
     def compacted(self) -> tuple[Int[np.ndarray, " batch"], Int[np.ndarray, " places"]] | None:

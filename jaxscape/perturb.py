@@ -44,7 +44,7 @@ class Seeded:
 
     Attributes:
         scale: what the noise is multiplied by, float32.
-        other, along: a tensor, and how much of it is taken from the noise; or None.
+        other, along: a tensor, and how much of it is taken from the noise.
         dtype: what the tensor is rounded to.
     """
 
@@ -57,7 +57,7 @@ class Seeded:
 
     def dense(self) -> Float[Array, "*shape"]:
         noise = jax.random.normal(self.key, self.shape, jnp.float32)
-        if self.other is not None:
+        if self.other is not None and self.along is not None:
             noise = noise - self.along * dense(self.other)
         return (noise * self.scale).astype(self.dtype).astype(jnp.float32)
 

@@ -1,6 +1,46 @@
-"""How a scan is run on this machine."""
+"""How points are decoded on this machine: the form of the weights, the slots, and the memory that they take."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import jax
+import numpy as np
+
+from jaxscape.decode import Sampling, common_prefix, round_up
+from jaxscape.device import Roofline, free_memory, roofline
+from jaxscape.errors import UserError
+from jaxscape.models import Model
+from jaxscape.models.checkpoint import named_leaves
+
+PLACE_ROWS = 4  # in the factorised form: few, so that a place is soon free, and its rows still share a prefix
+MARGIN = 0.9  # of the free memory that a plan may fill
+ENOUGH = 8  # times the rows at which arithmetic takes as long as reading the weights: more hardly save anything
+HOST_BANDWIDTH = 1e10  # bytes per second from host memory to a device, of a PCIe slot
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of the engine; what is not given is planned."""
+
+    form: Literal["auto", "materialised", "factorised", "streamed"] = "auto"
+    """materialised makes each point's weights on the device, streamed the same from weights in host memory; factorised
+    decodes many points at once, with weights and directions that they share."""
+    slots: int | None = None
+    """Rows that decode together, of one point or, factorised, of many."""
+    chunk: int | None = None
+    """Tokens between two looks at what was generated."""
+    direction_storage: Literal["auto", "exact", "seed", "bfloat16", "int8"] = "auto"
+    """How a direction is held: exact, or drawn from its seed wherever it is used, which gives the same; or rounded to
+    bfloat16 or int8, which gives another direction."""
+    full_text: bool = False
+    """Generate whole texts, also where a refusal keyword has decided already."""
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, not {value}.")
 
 
 @dataclass(frozen=True)
@@ -8,27 +48,208 @@ class Plan:
     """How points are decoded.
 
     Attributes:
-        form: `materialised` makes each point's weights on the device, `streamed` the same from weights in host memory,
-            and `factorised` shares weights and directions among the points.
         places: points that decode together.
         rows: the slots of each.
         group: prompts that are inserted together; `rows` is a multiple of it.
         inserts: groups that one program inserts.
         chunk: decode steps between two looks at what was generated.
         ahead: chunks that the device is given before the host has looked at the last one.
-        few: the slots that the last rows move to; a multiple of `rows` if there are several places.
+        few: the slots that the last rows move to, a multiple of `rows` if there are several places; 0 for none.
+        storage: see `jaxscape.perturb.random_direction`.
+        cache: bytes of the key-value cache.
+        memory: bytes of weights, directions, cache and work space together.
+        reason: why, for the user.
     """
 
     form: str
     places: int
     rows: int
     group: int
-    inserts: int = 1
-    chunk: int = 4
-    ahead: int = 0
-    few: int = 1
+    inserts: int
+    chunk: int
+    ahead: int
+    few: int
+    storage: str
+    cache: int
+    memory: int
+    reason: str
+
+    def __str__(self) -> str:
+        what = f"{self.form}: {self.rows} slots"
+        if self.places > 1:
+            what = f"{self.form}: {self.places} points at a time, {self.rows} slots each"
+        held = "" if self.storage == "exact" else f", directions {_HELD[self.storage]}"
+        size = f"{self.memory / 1e9:.2f} GB, of which the cache is {self.cache / 1e9:.2f}"
+        return f"{what}{held}; {size} ({self.reason})"
 
 
-def make_plan(model, rows, sampling, slots=None, **_):
-    n = min(len(rows), slots or 128)
-    return Plan("materialised", 1, n, n, few=max(1, n // 4))
+_HELD = {"seed": "from their seeds", "bfloat16": "in bfloat16", "int8": "in int8"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do.
+
+    Attributes:
+        rows: tokens of the prompts.
+        num_points, ndim: of a direction set.
+        seeded: all directions are random ones, which can be drawn from their seeds.
+    """
+
+    rows: Sequence[Sequence[int]]
+    sampling: Sampling
+    num_points: int = 1
+    ndim: int = 0
+    seeded: bool = False
+
+
+def make_plan(model: Model, work: Work, options: EngineOptions = EngineOptions()) -> Plan:
+    """The plan that a roofline estimate takes for the fastest, among those that fit into the device's memory.
+
+    Raises:
+        UserError: nothing that the options allow fits, or they contradict one another.
+    """
+    planner = Planner(model, work, options, roofline(model.dtype))
+    plans = [plan for form in planner.forms() if (plan := planner.largest(form, free_memory())) is not None]
+    if not plans:
+        form = planner.forms()[-1]
+        least = list(planner.plans(form))[-1]
+        raise UserError(
+            f"The device's memory does not hold this scan: in the {form} form, one slot and all that it needs take "
+            f"{least.memory / 1e9:.1f} GB; choose a --dtype of 16 bits, --form streamed, shorter prompts or a lower "
+            f"--max-new-tokens."
+        )
+    return min(plans, key=planner.seconds)
+
+
+class Planner:
+    """Estimates of time and memory."""
+
+    def __init__(self, model: Model, work: Work, options: EngineOptions, speed: Roofline) -> None:
+        self._work, self._options, self._speed = work, options, speed
+        leaves = named_leaves(model.params)
+        sizes = {name: leaf.size for name, leaf in leaves.items()}
+        config, self._config = model.config, model.config
+        self._on_host = isinstance(next(iter(leaves.values())), np.ndarray)
+        self._numbers, self._largest = sum(sizes.values()), max(sizes.values())
+        self._itemsize = np.dtype(model.dtype).itemsize
+        # An embedding that is not the output head too is looked up, not multiplied with.
+        looked_up = 0 if config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
+        self._flops = 2 * (self._numbers - looked_up)
+        prefix = common_prefix(work.rows)
+        own = [len(row) - prefix for row in work.rows]
+        self._own, self._longest, self._prefix = sum(own), round_up(max(own)), prefix
+        self._slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self._itemsize
+        if work.ndim == 0 and options.form == "factorised":
+            raise UserError("Without directions there is nothing to share: the factorised form needs some.")
+        if options.direction_storage == "seed" and not work.seeded:
+            raise UserError("Only random directions have seeds that they can be drawn from.")
+
+    def forms(self) -> list[str]:
+        """Those that may be chosen."""
+        form = self._options.form
+        if self._on_host and form not in ("auto", "streamed"):
+            raise UserError(f"The weights are in host memory; --form {form} needs them on the device.")
+        if form != "auto":
+            return [form]
+        if self._on_host:
+            return ["streamed"]
+        return ["materialised", "factorised"] if self._work.ndim else ["materialised"]
+
+    def largest(self, form: str, free: int | None) -> Plan | None:
+        """The first of the form's plans that fits into what is free."""
+        loaded = 0 if self._on_host else self._weights
+        return next((p for p in self.plans(form) if free is None or p.memory - loaded <= MARGIN * free), None)
+
+    def plans(self, form: str) -> Iterator[Plan]:
+        """From the fastest to the smallest: fewer and fewer slots, then directions that are not stored."""
+        storage = self._options.direction_storage
+        storages = ["exact", "seed"] if storage == "auto" and self._work.seeded else [storage.replace("auto", "exact")]
+        for held in storages:
+            slots = self._options.slots or self._enough(form)
+            while slots:
+                yield self._plan(form, held, slots)
+                slots //= 2
+
+    def seconds(self, plan: Plan) -> float:
+        """An estimate for a direction set, in which every row goes to its limit."""
+        work, copies = self._work, self._copies(plan.form)
+        prompts = len(work.rows)
+        read, compute = self._step(plan)
+        jobs = work.num_points * -(-prompts // plan.group)
+        at_once = plan.places * plan.rows // plan.group
+        passes = -(-jobs // at_once) if plan.form == "factorised" else work.num_points * -(-prompts // plan.rows)
+        prefill = work.num_points * (self._own + self._prefix) * copies * self._flops / self._speed.flops
+        moved = 0.0
+        if plan.form != "factorised":
+            moved = work.num_points * (2 + work.ndim) * self._weights / self._speed.bandwidth
+        if plan.form == "streamed":
+            moved += work.num_points * self._weights / HOST_BANDWIDTH
+        return passes * work.sampling.max_new_tokens * (read + compute) + prefill + moved
+
+    @property
+    def _weights(self) -> int:
+        return self._numbers * self._itemsize
+
+    def _copies(self, form: str) -> int:
+        """How many tensors each use of a weight reads and multiplies."""
+        return 1 + self._work.ndim if form == "factorised" else 1
+
+    def _step(self, plan: Plan) -> tuple[float, float]:
+        """Seconds that a decode step takes to read the weights, and to compute."""
+        copies = self._copies(plan.form)
+        compute = plan.places * plan.rows * copies * self._flops / self._speed.flops
+        return copies * self._weights / self._speed.bandwidth, compute
+
+    def _enough(self, form: str) -> int:
+        balance = (self._weights / self._speed.bandwidth) / (self._flops / self._speed.flops)
+        return max(1, round(ENOUGH * balance))
+
+    def _plan(self, form: str, storage: str, slots: int) -> Plan:
+        work, prompts = self._work, len(self._work.rows)
+        places, inserts = 1, 1
+        if form == "factorised":
+            rows = group = min(PLACE_ROWS, prompts, slots)
+            places = max(1, min(slots // rows, work.num_points * -(-prompts // group)))
+            inserts = max(1, places // 4)
+            few = places // 4 * rows
+        elif prompts <= slots:
+            rows = group = prompts
+            few = rows // 4
+        else:
+            group = max(1, slots // 4)
+            rows = slots // group * group
+            few = rows // 4
+        batch = places * rows
+        cache = (batch + few) * (self._longest + work.sampling.max_new_tokens) * self._slot
+        cache += places * self._prefix * self._slot
+        directions = {"exact": self._itemsize, "bfloat16": 2, "int8": 1, "seed": 0}[storage] * self._numbers * work.ndim
+        copies = {"materialised": 2 if work.ndim else 1, "streamed": 1, "factorised": 1}[form]
+        alone = 4 * self._largest if form == "streamed" or storage == "seed" else 0
+        space = self._space(inserts * group, batch)
+        on_cpu = jax.default_backend() == "cpu"
+        plan = Plan(
+            form=form,
+            places=places,
+            rows=rows,
+            group=group,
+            inserts=inserts,
+            # A CPU has nothing to do while the host looks: it is the host. Small chunks and no running ahead.
+            chunk=self._options.chunk or (4 if on_cpu else 8),
+            ahead=0 if on_cpu else 1,
+            few=few,
+            storage=storage,
+            cache=cache,
+            memory=copies * self._weights + directions + alone + cache + space,
+            reason="",
+        )
+        read, compute = (1e3 * seconds for seconds in self._step(plan))
+        return replace(plan, reason=f"a step reads weights for {read:.1f} ms and computes for {compute:.1f} ms")
+
+    def _space(self, inserted: int, batch: int) -> int:
+        """Bytes that the largest layer of a prefill, and the logits, take besides."""
+        c = self._config
+        tokens = inserted * self._longest
+        heads = c.num_heads * (self._prefix + self._longest)
+        layer = tokens * (6 * c.hidden_size + 3 * c.intermediate_size + 2 * heads) * 4
+        return layer + self._slot * tokens + 3 * 4 * c.vocab_size * max(batch, inserted)

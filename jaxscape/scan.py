@@ -1,6 +1,7 @@
 """The scan: evaluate a model at every point of a landscape."""
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,17 +10,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxscape.decode import Sampling, tokenize
 from jaxscape.engine import Engine
 from jaxscape.errors import UserError, check_seed
+from jaxscape.evaluate import is_refusal
 from jaxscape.files import checksum
 from jaxscape.landscape import Axis, Landscape, symmetric_axes
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import Params, fingerprint
-from jaxscape.perturb import check_direction, materialise, random_direction
+from jaxscape.perturb import check_direction, random_direction, stored
+from jaxscape.plan import EngineOptions, Plan, Work, make_plan
 from jaxscape.progress import report_to
 from jaxscape.store import Run, open_run
 
@@ -41,7 +43,7 @@ def scan(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    batch_size: int = 128,
+    options: EngineOptions = EngineOptions(),  # noqa: B008 (immutable)
     out: str | Path | None = None,
     overwrite: bool = False,
     describe: Mapping[str, Any] | None = None,
@@ -57,6 +59,8 @@ def scan(
         axes: one for each direction of a set, in the place of those that steps and radius describe.
         system_prompt: `default`, `none` or a text, see `jaxscape.prompts.chat_text`.
         max_new_tokens, temperature, top_k, top_p, seed: see `jaxscape.decode.Sampling`.
+        options: of the engine, see `jaxscape.plan.EngineOptions`. Unless they ask for whole texts, a text ends at its
+            first refusal keyword.
         out: a directory to keep the run in. An unfinished run there is resumed; one of another configuration is an
             error, unless `overwrite`.
         describe: anything JSON can hold that should also stand in the run's configuration.
@@ -75,7 +79,7 @@ def scan(
     if len(axes) != len(sets[0]):
         raise UserError(f"There are {len(axes)} axes, but {len(sets[0])} directions in a set; give as many of both.")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    batches = encode(model, prompts, system_prompt=system_prompt, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    rows = tokenize(model, prompts, system_prompt, max_new_tokens)
     config = {
         "model": model.name,
         "weights": fingerprint(model.params),
@@ -84,23 +88,30 @@ def scan(
         "axes": [asdict(axis) for axis in axes],
         "num_prompts": len(prompts),
         "prompts": checksum(list(prompts)),
-        "tokens": checksum(
-            [row[len(row) - n :].tolist() for batch in batches for row, n in zip(*batch[:2], strict=True) if n]
-        ),
+        "tokens": checksum(rows),
         "architecture": checksum((model.config, model.eos_token_ids)),
         "system_prompt": system_prompt,
         **asdict(sampling),
+        "full_text": options.full_text,
+        **({"direction_storage": storage} if (storage := options.direction_storage) in ("bfloat16", "int8") else {}),
         **(describe or {}),
     }
+    work = Work(
+        rows,
+        sampling,
+        num_points=math.prod(len(axis.values) for axis in axes),
+        ndim=len(axes),
+        seeded=all(isinstance(direction, int | np.integer) for item in sets for direction in item),
+    )
+    plan = make_plan(model, work, options)
+    engine = Engine(model, rows, sampling, plan, decided=None if options.full_text else is_refusal)
     directory = None if out is None else Path(out)
-    with open_run(directory, config, axes, len(sets), prompts, overwrite) as run, _report(run, progress) as tell:
-        params = None
+    with open_run(directory, config, axes, len(sets), prompts, overwrite) as run, _report(run, plan, progress) as tell:
         for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
             resolved = None  # the last set's directions, before the next set's are made
-            resolved = resolve(sets[index], model)
-            for _, coords in points:
-                params = materialise(model.params, resolved, jnp.asarray(coords, jnp.float32), params)
-                run.append(complete(model, params, batches, sampling))
+            resolved = resolve(sets[index], model, plan.storage)
+            for completions in engine.complete(resolved, [coords for _, coords in points]):
+                run.append(completions)
                 tell()
         return run.landscape()
 
@@ -112,22 +123,30 @@ def _identity(direction: Direction, model: Model) -> int | str:
     return fingerprint(direction)
 
 
-def resolve(directions: Sequence[Direction], model: Model) -> list[Params]:
-    """The trees of a direction set; a random direction after the first is made orthogonal to it."""
+def resolve(directions: Sequence[Direction], model: Model, storage: str = "exact") -> list[Params]:
+    """The trees of a direction set; a random direction after the first is made orthogonal to it.
+
+    `storage` is that of `jaxscape.perturb.random_direction`.
+    """
     resolved: list[Params] = []
     for direction in directions:
         if isinstance(direction, int | np.integer):
-            direction = random_direction(model, int(direction), orthogonal_to=resolved[0] if resolved else None)
+            other = resolved[0] if resolved else None
+            direction = random_direction(model, int(direction), orthogonal_to=other, storage=storage)
+        elif storage in ("bfloat16", "int8"):
+            direction = stored(direction, storage)
         resolved.append(direction)
     return resolved
 
 
 @contextmanager
-def _report(run: Run, enabled: bool) -> Iterator[Callable[[], None]]:
+def _report(run: Run, plan: Plan, enabled: bool) -> Iterator[Callable[[], None]]:
     """A line for each point: how far, where, its ASR, the time left; and a progress bar where there is a terminal."""
     total, resumed, started = len(run.points), run.num_done, time.monotonic()
     with report_to(enabled) as bar:
         task = bar.add_task("scan", total=total, completed=resumed)
+        if resumed < total:
+            bar.print(str(plan))
         if resumed:
             bar.print(f"going on after {resumed} of {total} points")
 

@@ -68,7 +68,8 @@ class Run:
                 "generation": completion.text,
                 "refused": is_refusal(completion.text),
             }
-            records.append(record if completion.finite else record | {"finite": False})
+            record |= {"finite": False} if not completion.finite else {}
+            records.append(record | ({"cut": True} if completion.cut else {}))
         self._add(records)
         if self._out is not None:
             directory, file = self._out

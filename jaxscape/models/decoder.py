@@ -71,12 +71,13 @@ class Context(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """One layer's part of a `Context`."""
+    """One layer's part of a `Context`, and what is the same for all layers."""
 
     own: tuple[Array, Array] | None
     slot: Int[Array, ""] | int
     prefix: tuple[Array, Array] | None
     visible: Bool[Array, "batch time slots"]
+    rotation: "Rotation"
 
 
 class Linear(nn.Module):
@@ -122,13 +123,26 @@ class Embedding(nn.Module):
         return apply_weight(self.weight, lambda w: _einsum("...d,vd->...v", x, w))
 
 
-def rope(
-    x: Float[Array, "batch time heads head_dim"], angles: Float[Array, "batch time half"]
-) -> Float[Array, "batch time heads head_dim"]:
-    """Rotate the pairs (i, i + head_dim / 2) of each head by `angles`, in float32."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+class Rotation(NamedTuple):
+    """The cosines, and the sines with the signs that they have in `rope`, of each token's angles, in float32."""
+
+    cos: Float[Array, "batch time 1 2 half"]
+    sin: Float[Array, "batch time 1 2 half"]
+
+
+def rotation(config: ModelConfig, positions: Int[Array, "batch time"]) -> Rotation:
+    angles = positions[..., None] * jnp.asarray(config.rope_frequencies, jnp.float32)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    # All layers read them: behind a barrier, they are not computed again in each.
+    both = jnp.stack([cos, cos], axis=-2), jnp.stack([-sin, sin], axis=-2)
+    cos, sin = jax.lax.optimization_barrier(both)
+    return Rotation(cos[:, :, None], sin[:, :, None])
+
+
+def rope(x: Float[Array, "batch time heads head_dim"], by: Rotation) -> Float[Array, "batch time heads head_dim"]:
+    """Rotate the pairs (i, i + head_dim / 2) of each head (Su et al., arXiv 2104.09864), in float32."""
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    return (halves * by.cos + jnp.flip(halves, -2) * by.sin).reshape(x.shape).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -146,9 +160,8 @@ class Attention(nn.Module):
             y = Linear(heads * c.head_dim, c.attention_bias, name=name)(x)
             return y.reshape(*y.shape[:-1], heads, c.head_dim)
 
-        angles = positions[..., None] * jnp.asarray(c.rope_frequencies, jnp.float32)
-        q = rope(project("q_proj", c.num_heads), angles)
-        k = rope(project("k_proj", c.num_kv_heads), angles).transpose(0, 2, 3, 1)
+        q = rope(project("q_proj", c.num_heads), memory.rotation)
+        k = rope(project("k_proj", c.num_kv_heads), memory.rotation).transpose(0, 2, 3, 1)
         v = project("v_proj", c.num_kv_heads).swapaxes(1, 2)
         v = jnp.where(positions[:, None, :, None] >= 0, v, 0)  # padding has weight 0, and 0 × NaN would be NaN
         if memory.own is not None:
@@ -156,21 +169,25 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(old_k, k, memory.slot, axis=3)
             v = jax.lax.dynamic_update_slice_in_dim(old_v, v, memory.slot, axis=2)
 
-        q = q.reshape(*q.shape[:2], c.num_kv_heads, -1, c.head_dim)
-        scores = _einsum("btkgh,bkhs->bkgts", q, k, preferred_element_type=jnp.float32)
+        batch, time = x.shape[:2]
+        # The queries of a key-value head are the rows of one product, also when there is one token only.
+        q = q.reshape(batch, time, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
+        q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim)
+        scores = _einsum("bkqh,bkhs->bkqs", q, k, preferred_element_type=jnp.float32)
         if memory.prefix is not None:
             prefix_k, prefix_v = memory.prefix
             grouped = q.reshape(len(prefix_k), -1, *q.shape[1:])
-            shared = _einsum("nbtkgh,nkhp->nbkgtp", grouped, prefix_k, preferred_element_type=jnp.float32)
+            shared = _einsum("nbkqh,nkhp->nbkqp", grouped, prefix_k, preferred_element_type=jnp.float32)
             scores = jnp.concatenate([shared.reshape(*scores.shape[:-1], -1), scores], axis=-1)
-        scores = jnp.where(memory.visible[:, None, None], scores * c.head_dim**-0.5, jnp.finfo(jnp.float32).min)
-        probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        scores = scores.reshape(batch, -1, time, scores.shape[-1]) * c.head_dim**-0.5
+        scores = jnp.where(memory.visible[:, None], scores, jnp.finfo(jnp.float32).min)
+        probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*q.shape[:3], -1)
         split = probabilities.shape[-1] - v.shape[2]
-        y = _einsum("bkgts,bksh->btkgh", probabilities[..., split:], v)
+        y = _einsum("bkqs,bksh->bkqh", probabilities[..., split:], v)
         if memory.prefix is not None:
             shared = probabilities[..., :split].reshape(*shared.shape)
-            y += _einsum("nbkgtp,nkph->nbtkgh", shared, prefix_v).reshape(y.shape)
-        y = y.reshape(*x.shape[:2], c.num_heads * c.head_dim)
+            y += _einsum("nbkqp,nkph->nbkqh", shared, prefix_v).reshape(y.shape)
+        y = y.reshape(batch, -1, time, c.head_dim).swapaxes(1, 2).reshape(batch, time, -1)
         return Linear(c.hidden_size, c.attention_bias, name="o_proj")(y), (k, v)
 
 
@@ -216,7 +233,7 @@ class Layers(nn.Module):
         slots = positions
         if cache is not None:
             slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, context.slot, axis=1)
-        visible = _visible(positions, slots, context)
+        visible, rotations = _visible(positions, slots, context), rotation(self.config, positions)
         keys, values = [], []
         layer = nn.remat(Layer) if self.remat else Layer
         for i in range(self.config.num_layers):
@@ -225,6 +242,7 @@ class Layers(nn.Module):
                 slot=context.slot,
                 prefix=None if prefix is None else (prefix.keys[i], prefix.values[i]),
                 visible=visible,
+                rotation=rotations,
             )
             x, (k, v) = layer(self.config, name=str(i))(x, positions, memory)
             keys.append(k)
