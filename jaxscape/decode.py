@@ -394,7 +394,8 @@ def compact(slots: Slots, rows: Int[Array, " fewer"], places: Int[Array, " fewer
 
 def _slots(of_rows: Any, of_places: Any, clock: Int[Array, ""]) -> Slots:
     out, starts, rows, cache = of_rows
-    return Slots(out, starts, rows, cache, *of_places, clock)
+    prefix, coords = of_places
+    return Slots(out, starts, rows, cache, prefix, coords, clock)
 
 
 def _choose(

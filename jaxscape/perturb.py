@@ -85,9 +85,11 @@ class PerturbedWeight:
         total = use(self.weight)
         for c, step in zip(self.coords, self.steps, strict=True):
             if isinstance(step, Scaled):  # the product is scaled, not the values
-                moved = c * step.scale * use(step.values.astype(self.weight.dtype)).astype(jnp.float32)
+                moved = step.scale * use(step.values.astype(self.weight.dtype)).astype(jnp.float32)
             else:
-                moved = c * use(dense(step).astype(self.weight.dtype)).astype(jnp.float32)
+                moved = use(dense(step).astype(self.weight.dtype)).astype(jnp.float32)
+            # At 0 it is the weight to the bit, also where the direction overflows.
+            moved = jnp.where(c == 0, 0, c * moved)
             total = (total.astype(jnp.float32) + moved).astype(total.dtype)
         return total
 

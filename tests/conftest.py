@@ -1,5 +1,6 @@
 """Fixtures: a tiny random model on disk in the Hugging Face format, and the real SmolLM2-135M."""
 
+import copy
 import json
 import os
 
@@ -141,3 +142,10 @@ def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 def assert_same_tree(a: Any, b: Any) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def spelled(model: js.Model) -> js.Model:
+    """The model with a tokenizer whose texts are the tokens' numbers, so that nothing of them is lost."""
+    tokenizer = copy.copy(model.tokenizer)
+    tokenizer.batch_decode = lambda rows, **_: [" ".join(map(str, row)) for row in rows]
+    return js.Model(**{**vars(model), "tokenizer": tokenizer})

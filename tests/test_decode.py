@@ -9,33 +9,29 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import spelled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxscape as js
-from jaxscape.decode import Sampling, complete, encode, generate_tokens, sample
+from jaxscape.decode import Sampling, decode_chunk, insert, sample, tokenize
+from jaxscape.engine import Completion, Engine
+from jaxscape.plan import Work, make_plan
 from jaxscape.prompts import chat_text
 
 PROMPTS = ["Write a poem about geese", "Hi", "Explain what a key is and how a lock works, please", "Why?"]
 
 
-def tokens_of(model: js.Model, prompts: list[str], batch_size: int = 128, **options: Any) -> list[list[int]]:
+def completions_of(model: js.Model, prompts: list[str], slots: int = 128, **options: Any) -> list[Completion]:
     sampling = Sampling(**({"max_new_tokens": 20} | options))
-    batches = encode(
-        model, prompts, system_prompt="default", max_new_tokens=sampling.max_new_tokens, batch_size=batch_size
-    )
-    rows = []
-    for batch in batches:
-        out = generate_tokens(
-            model.params,
-            *map(jnp.asarray, batch),
-            jax.random.key(sampling.seed),
-            config=model.config,
-            sampling=sampling,
-            eos_token_ids=model.eos_token_ids,
-        )
-        rows += [row[:n].tolist() for row, n, real in zip(out.tokens, out.lengths, batch.lengths, strict=True) if real]
-    return rows
+    rows = tokenize(model, prompts, "default", sampling.max_new_tokens)
+    plan = make_plan(model, Work(rows, sampling), js.EngineOptions(slots=slots))
+    return next(Engine(model, rows, sampling, plan).complete((), [()]))
+
+
+def tokens_of(model: js.Model, prompts: list[str], slots: int = 128, **options: Any) -> list[list[int]]:
+    texts = (completion.text for completion in completions_of(spelled(model), prompts, slots, **options))
+    return [list(map(int, text.split())) for text in texts]
 
 
 def torch_tokens(torch_model: Any, model: js.Model, prompt: str, new: int = 20) -> list[int]:
@@ -67,8 +63,8 @@ def test_greedy_tokens_are_those_of_transformers(make_model: Any, edit_json: Any
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_does_not_depend_on_its_batch_mates(tiny: js.Model, temperature: float) -> None:
     together = tokens_of(tiny, PROMPTS, temperature=temperature)
-    assert tokens_of(tiny, PROMPTS, batch_size=3, temperature=temperature) == together
-    assert tokens_of(tiny, PROMPTS, batch_size=1, temperature=temperature) == together
+    assert tokens_of(tiny, PROMPTS, slots=3, temperature=temperature) == together
+    assert tokens_of(tiny, PROMPTS, slots=1, temperature=temperature) == together
     assert tokens_of(tiny, PROMPTS[:2], temperature=temperature) == together[:2]
 
 
@@ -80,33 +76,45 @@ def test_repeating_repeats_and_another_seed_does_not(tiny: js.Model) -> None:
 
 
 def test_other_parameters_do_not_recompile_and_other_lengths_rarely(tiny: js.Model) -> None:
+    def compiled() -> tuple[int, int]:
+        return insert._cache_size(), decode_chunk._cache_size()
+
     tokens_of(tiny, PROMPTS)
-    compiled = generate_tokens._cache_size()
+    before = compiled()
     for scale in (0.9, 1.1):
         moved = js.Model(**{**vars(tiny), "params": jax.tree.map(lambda x, s=scale: s * x, tiny.params)})
         tokens_of(moved, PROMPTS)
     tokens_of(tiny, [prompt + "!" for prompt in PROMPTS])
-    assert generate_tokens._cache_size() == compiled
+    assert compiled() == before
     js.generate(tiny, PROMPTS, max_new_tokens=20, temperature=1.0)
-    compiled = generate_tokens._cache_size()
+    before = compiled()
     for seed in (1, 2):
         js.generate(tiny, PROMPTS, max_new_tokens=20, temperature=1.0, seed=seed)
-    assert generate_tokens._cache_size() == compiled
+    assert compiled() == before
+
+
+def with_embedding(model: js.Model, token: int, value: float) -> js.Model:
+    params = jax.tree.map(lambda x: x, model.params)
+    embedding = params["model"]["embed_tokens"]["weight"]
+    params["model"]["embed_tokens"]["weight"] = embedding.at[token].set(value)
+    return js.Model(**{**vars(model), "params": params})
 
 
 def test_a_row_with_nan_logits_ends_alone_and_is_reported(tiny: js.Model) -> None:
     """The embedding of a token that one prompt alone has is NaN: that row ends, its batch-mates are as before."""
-    batches = encode(tiny, PROMPTS, system_prompt="default", max_new_tokens=8)
-    expected = complete(tiny, tiny.params, batches, Sampling(8))
-    rows = [set(row[-n:].tolist()) for row, n in zip(batches[0].tokens, batches[0].lengths, strict=True)]
+    expected = completions_of(tiny, PROMPTS, max_new_tokens=8)
+    rows = [set(row) for row in tokenize(tiny, PROMPTS, "default", 8)]
     produced = {token for row in tokens_of(tiny, PROMPTS, max_new_tokens=8) for token in row}
     token = min(rows[2] - rows[0] - rows[1] - rows[3] - produced)
-    params = jax.tree.map(lambda x: x, tiny.params)
-    embedding = params["model"]["embed_tokens"]["weight"]
-    params["model"]["embed_tokens"]["weight"] = embedding.at[token].set(jnp.nan)
-    completions = complete(tiny, params, batches, Sampling(8))
+    completions = completions_of(with_embedding(tiny, token, jnp.nan), PROMPTS, max_new_tokens=8)
     assert [c.finite for c in completions] == [True, True, False, True]
     assert completions[2].text == ""
+    assert [c for c in completions if c.finite] == [c for i, c in enumerate(expected) if i != 2]
+    # Nor does it harm those that get its slot after it.
+    completions = completions_of(
+        with_embedding(tiny, token, jnp.nan), PROMPTS[2:3] + PROMPTS, slots=1, max_new_tokens=8
+    )
+    assert [c.finite for c in completions] == [False, True, True, False, True]
     assert [c for c in completions if c.finite] == [c for i, c in enumerate(expected) if i != 2]
 
 
@@ -119,12 +127,8 @@ def test_generated_text_has_no_special_tokens(tiny: js.Model) -> None:
 
 def test_padding_that_is_nan_harms_no_row(tiny: js.Model) -> None:
     """Padding is token 0; its embedding is NaN here, and no prompt has it."""
-    batches = encode(tiny, PROMPTS, system_prompt="default", max_new_tokens=8)
-    expected = complete(tiny, tiny.params, batches, Sampling(8))
-    params = jax.tree.map(lambda x: x, tiny.params)
-    embedding = params["model"]["embed_tokens"]["weight"]
-    params["model"]["embed_tokens"]["weight"] = embedding.at[0].set(jnp.nan)
-    assert complete(tiny, params, batches, Sampling(8)) == expected
+    expected = completions_of(tiny, PROMPTS, max_new_tokens=8)
+    assert completions_of(with_embedding(tiny, 0, jnp.nan), PROMPTS, max_new_tokens=8) == expected
 
 
 @settings(max_examples=30)
@@ -162,7 +166,6 @@ def test_sampling_draws_from_the_tokens_that_transformers_keeps(
         ({"top_p": 0.0}, "top_p"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
-        ({"batch_size": 0}, "batch size"),
         ({"max_new_tokens": 250}, "Prompt 1 has .* exceeds the model's context of 256; shorten it"),
     ],
 )

@@ -11,7 +11,7 @@ from conftest import torch_logits
 
 import jaxscape as js
 from jaxscape.models.checkpoint import named_leaves, tree_of
-from jaxscape.models.decoder import forward
+from jaxscape.models.decoder import Context, KVCache, forward
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -63,12 +63,17 @@ def test_logits_in_16_bits_are_near_those_in_float32(make_model: Any, dtype: str
 
 def test_tokens_one_by_one_through_the_cache_give_the_logits_of_the_whole_text(tiny: js.Model) -> None:
     tokens = random_tokens((2, 12))
-    run = jax.jit(partial(forward, tiny.config), static_argnames="last_only")
+    run = jax.jit(partial(forward, tiny.config))
     logits, cache = run(tiny.params, tokens[:, :5], jnp.broadcast_to(jnp.arange(5), (2, 5)))
-    cache = cache.padded(7)
+    cache = KVCache(
+        keys=tuple(jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, 7))) for k in cache.keys),
+        values=tuple(jnp.pad(v, ((0, 0), (0, 0), (0, 7), (0, 0))) for v in cache.values),
+        positions=jnp.pad(cache.positions, ((0, 0), (0, 7)), constant_values=-1),
+    )
     steps = [logits]
     for slot in range(5, 12):
-        logits, cache = run(tiny.params, tokens[:, slot : slot + 1], jnp.full((2, 1), slot), cache, slot)
+        context = Context(cache, slot)
+        logits, cache = run(tiny.params, tokens[:, slot : slot + 1], jnp.full((2, 1), slot), context)
         steps.append(logits)
     np.testing.assert_allclose(np.concatenate(steps, axis=1), tiny(tokens), atol=2e-4)
 

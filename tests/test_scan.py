@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxscape as js
-from jaxscape.decode import generate_tokens
+from jaxscape.decode import decode_chunk, insert
 from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
 from jaxscape.perturb import materialise
 from jaxscape.store import export_reference
@@ -99,10 +99,13 @@ def test_interpolation_axes_out_of_range(steps: int, extra: int) -> None:
 
 
 def test_nothing_is_recompiled_from_point_to_point_or_direction_to_direction(tiny: js.Model) -> None:
+    programs = insert, decode_chunk, materialise
+    before = decode_chunk._cache_size()
     js.scan(tiny, [0], **OPTIONS)
-    compiled = generate_tokens._cache_size(), materialise._cache_size()
+    compiled = [program._cache_size() for program in programs]
+    assert decode_chunk._cache_size() <= before + 2
     js.scan(tiny, [1, np.int64(2)], **OPTIONS)
-    assert (generate_tokens._cache_size(), materialise._cache_size()) == compiled
+    assert [program._cache_size() for program in programs] == compiled
 
 
 def test_points_with_nan_logits_are_counted_and_the_run_goes_on(
@@ -122,7 +125,8 @@ def test_progress_names_the_point_its_asr_and_the_time_left(tiny: js.Model, capf
     js.scan(tiny, [0], **OPTIONS | {"progress": True})
     lines = capfd.readouterr().err.splitlines()
     assert sum("ASR" in line and "left" in line for line in lines) == 5
-    assert "1/5  direction 0  alpha -0.5  ASR" in lines[0]
+    assert "slots" in lines[0]
+    assert "1/5  direction 0  alpha -0.5  ASR" in lines[1]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +157,7 @@ def test_a_finished_run_is_read_and_not_repeated(
     tiny: js.Model, unbroken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(unbroken)
-    monkeypatch.setattr(scan_module, "complete", None)  # would fail if a point were evaluated
+    monkeypatch.setattr(scan_module.Engine, "complete", None)  # would fail if a point were evaluated
     land = js.scan(tiny, [0, 1], out=unbroken, **OPTIONS)
     assert land.complete
     assert contents(unbroken) == before
@@ -161,14 +165,15 @@ def test_a_finished_run_is_read_and_not_repeated(
 
 def test_the_landscape_is_on_disk_after_every_point(tiny: js.Model, tmp_path: Path, monkeypatch: Any) -> None:
     seen = []
-    original = scan_module.complete
+    original = scan_module.Engine.complete
 
     def complete(*arguments: Any) -> Any:
-        land = js.Landscape.load(tmp_path)
-        seen.append((int(np.isfinite(land.asr).sum()), len(records(tmp_path)), land.complete))
-        return original(*arguments)
+        for completions in original(*arguments):
+            land = js.Landscape.load(tmp_path)
+            seen.append((int(np.isfinite(land.asr).sum()), len(records(tmp_path)), land.complete))
+            yield completions
 
-    monkeypatch.setattr(scan_module, "complete", complete)
+    monkeypatch.setattr(scan_module.Engine, "complete", complete)
     js.scan(tiny, [0], out=tmp_path, **OPTIONS)
     assert seen == [(i, 3 * i, False) for i in range(5)]
 
@@ -254,10 +259,10 @@ def test_any_changed_value_changes_the_fingerprint(tiny: js.Model) -> None:
     assert len(seen) >= 21
 
 
-def test_a_run_does_not_depend_on_the_batch_size(tiny: js.Model, unbroken: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_depend_on_the_slots(tiny: js.Model, unbroken: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(unbroken, tmp_path / "run"))
     (directory / "generations.jsonl").write_bytes(b"")
-    js.scan(tiny, [0, 1], out=directory, batch_size=2, **OPTIONS)
+    js.scan(tiny, [0, 1], out=directory, options=js.EngineOptions(slots=2), **OPTIONS)
     assert contents(directory) == contents(unbroken)
 
 

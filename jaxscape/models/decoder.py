@@ -163,7 +163,11 @@ class Attention(nn.Module):
         q = rope(project("q_proj", c.num_heads), memory.rotation)
         k = rope(project("k_proj", c.num_kv_heads), memory.rotation).transpose(0, 2, 3, 1)
         v = project("v_proj", c.num_kv_heads).swapaxes(1, 2)
-        v = jnp.where(positions[:, None, :, None] >= 0, v, 0)  # padding has weight 0, and 0 × NaN would be NaN
+        # What a token does not attend to has weight 0, but 0 × NaN would be NaN: values that are not finite become NaN
+        # keys instead, which those that attend to them see, and nobody else.
+        finite = jnp.isfinite(v).all(-1, keepdims=True)
+        k = jnp.where(finite.swapaxes(2, 3), k, jnp.nan)
+        v = jnp.where(finite & (positions[:, None, :, None] >= 0), v, 0)
         if memory.own is not None:
             old_k, old_v = memory.own
             k = jax.lax.dynamic_update_slice_in_dim(old_k, k, memory.slot, axis=3)

@@ -1,0 +1,350 @@
+"""The engine against the plain way to decode: whole texts through the decoder, token by token, one prompt at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import spelled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxscape as js
+from jaxscape.decode import Sampling, common_prefix, compact, decode_chunk, insert, pack, ring_size, tokenize
+from jaxscape.engine import Completion, Engine
+from jaxscape.models.decoder import Context, forward
+from jaxscape.perturb import at_point, materialise, random_direction
+from jaxscape.plan import EngineOptions, Plan, Work, make_plan
+
+NEW = 12
+GREEDY = Sampling(NEW)
+POOL = [
+    *("Hi", "Why?", "Write a poem about geese", "Tell me more", "Who wrote the first poem about a goose, and when?"),
+    *("Explain what a key is and how a lock works, please", "a " * 20, "Is it so", "No", "List three birds"),
+]
+COORDS = (-0.5, -0.2, 0.0, 0.1, 0.4)
+FORMS = ("materialised", "factorised", "streamed")
+Plain = Callable[[str, float], list[int]]
+
+
+@pytest.fixture(scope="module")
+def model(tiny: js.Model) -> js.Model:
+    """With two more tokens that end a text, which random models like to say: rows end at very different lengths."""
+    return spelled(js.Model(**{**vars(tiny), "eos_token_ids": (2, 14, 77)}))
+
+
+@pytest.fixture(scope="module")
+def direction(tiny: js.Model) -> Any:
+    return js.random_direction(tiny, 0)
+
+
+@pytest.fixture(scope="module")
+def plain(model: js.Model, direction: Any) -> Plain:
+    """The greedy tokens of a prompt at a point, computed without a cache, a batch or a prefix."""
+    moved = lru_cache(lambda c: materialise(model.params, [direction], jnp.array([c])))
+
+    @cache
+    def tokens(prompt: str, c: float) -> list[int]:
+        (row,) = tokenize(model, [prompt], "default", NEW)
+        point = js.Model(**{**vars(model), "params": moved(c)})
+        length = len(row)
+        while len(row) < length + NEW:
+            padded = np.zeros((1, 160), np.int32)
+            padded[0, : len(row)] = row
+            token = int(point(padded)[0, len(row) - 1].argmax())
+            if token in model.eos_token_ids:
+                break
+            row.append(token)
+        return row[length:]
+
+    return tokens
+
+
+def run(
+    model: js.Model,
+    direction: Any,
+    prompts: Sequence[str],
+    coords: Sequence[float],
+    *,
+    ahead: int = 0,
+    decided: Callable[[str], bool] | None = None,
+    sampling: Sampling = GREEDY,
+    **options: Any,
+) -> list[list[Completion]]:
+    rows = tokenize(model, prompts, "default", sampling.max_new_tokens)
+    work = Work(rows, sampling, num_points=len(coords), ndim=1)
+    plan = replace(make_plan(model, work, EngineOptions(**options)), ahead=ahead)
+    engine = Engine(model, rows, sampling, plan, decided)
+    return list(engine.complete([direction], [(c,) for c in coords]))
+
+
+@settings(max_examples=25)
+@given(
+    prompts=st.lists(st.sampled_from(POOL), min_size=1, max_size=9),
+    coords=st.lists(st.sampled_from(COORDS), min_size=1, max_size=4),
+    form=st.sampled_from(FORMS),
+    slots=st.integers(1, 14),
+    chunk=st.integers(1, 5),
+    ahead=st.integers(0, 2),
+    keyword=st.sampled_from([None, 0, 1, 2]),
+)
+def test_the_engine_generates_what_the_plain_path_generates(
+    model: js.Model,
+    direction: Any,
+    plain: Plain,
+    prompts: list[str],
+    coords: list[float],
+    form: str,
+    slots: int,
+    chunk: int,
+    ahead: int,
+    keyword: int | None,
+) -> None:
+    """Whatever the form, the slots, the order and the chunks. The keyword is two tokens that stand side by side in one
+    of the texts, so that chunks cut it in two; a row ends at its second token, and nowhere else."""
+    expected = [[plain(prompt, c) for prompt in prompts] for c in coords]
+    decided, word = None, ""
+    if keyword is not None:
+        text = max((row for point in expected for row in point), key=len)[keyword : keyword + 2]
+        word = " ".join(map(str, text)) if len(text) == 2 else "none"
+        decided = lambda text: f" {word} " in f" {text} "  # noqa: E731
+    found = run(model, direction, prompts, coords, form=form, slots=slots, chunk=chunk, ahead=ahead, decided=decided)
+    assert len(found) == len(coords)
+    for point, rows in zip(found, expected, strict=True):
+        for completion, row in zip(point, rows, strict=True):
+            cut = next((n for n in range(1, len(row) + 1) if decided and decided(" ".join(map(str, row[:n])))), None)
+            assert completion.text == " ".join(map(str, row[:cut]))
+            assert completion.cut == (cut is not None and cut < NEW)
+            assert completion.finite
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_draws_do_not_depend_on_form_slots_or_chunks(model: js.Model, direction: Any, form: str) -> None:
+    sampling = Sampling(NEW, temperature=1.0, seed=5)
+    expected = run(model, direction, POOL[:5], COORDS[:3], sampling=sampling, form="materialised", slots=5)
+    assert run(model, direction, POOL[:5], COORDS[:3], sampling=sampling, form=form, slots=3, chunk=2) == expected
+    other = run(model, direction, POOL[:5], COORDS[:3], sampling=replace(sampling, seed=6), form=form, slots=5)
+    assert other != expected
+
+
+def test_two_dimensions_in_every_form(model: js.Model, direction: Any) -> None:
+    second = js.random_direction(model, 1, orthogonal_to=direction)
+    points = [(x, y) for x in (-0.3, 0.2) for y in (0.0, 0.25)]
+    rows, sampling = tokenize(model, POOL[:3], "default", NEW), Sampling(NEW)
+    results = []
+    for form in FORMS:
+        plan = make_plan(model, Work(rows, sampling, len(points), 2), EngineOptions(form=form, slots=6))
+        results.append(list(Engine(model, rows, sampling, plan).complete([direction, second], points)))
+    assert results[0] == results[1] == results[2]
+    assert len({completion.text for point in results[0] for completion in point}) > 4
+
+
+@pytest.mark.parametrize("storage", ["seed", "bfloat16", "int8"])
+def test_directions_in_every_storage_are_the_same_in_every_form(model: js.Model, storage: str) -> None:
+    direction = random_direction(model, 0, storage=storage)
+    expected = run(model, direction, POOL[:4], COORDS, form="materialised")
+    for form in FORMS[1:]:
+        assert run(model, direction, POOL[:4], COORDS, form=form) == expected
+
+
+def test_nothing_is_compiled_from_point_to_point_and_two_decode_programs_at_most(model: js.Model) -> None:
+    """Also while the slots are refilled, and when the last rows move to fewer of them."""
+    programs = insert, decode_chunk, compact
+    for form in FORMS[:2]:
+        rows, sampling = tokenize(model, POOL, "default", NEW), Sampling(NEW)
+        plan = make_plan(model, Work(rows, sampling, 5, 1), EngineOptions(form=form, slots=16))
+        assert plan.few
+        engine = Engine(model, rows, sampling, plan)
+        before = decode_chunk._cache_size()
+        for seed in range(3):
+            list(engine.complete([js.random_direction(model, seed)], [(c,) for c in COORDS]))
+        assert decode_chunk._cache_size() <= before + 2
+        compiled = [program._cache_size() for program in programs]
+        list(engine.complete([js.random_direction(model, 3)], [(c,) for c in COORDS[:3]]))
+        assert [program._cache_size() for program in programs] == compiled
+
+
+class Counted:
+    """Counts the calls of a jitted program, and the rows that they are given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        from jaxscape import engine
+
+        self.program, self.rows = getattr(engine, name), []
+        monkeypatch.setattr(engine, name, self)
+
+    def __call__(self, weights: Any, slots: Any, *arguments: Any, **options: Any) -> Any:
+        self.rows.append(slots.cache.positions.shape[0])
+        return self.program(weights, slots, *arguments, **options)
+
+
+def test_rows_that_are_decided_cost_no_more_steps(
+    model: js.Model, direction: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decode programs that run, for eight rows of which one alone goes on after the first tokens."""
+    counted = Counted(monkeypatch, "decode_chunk")
+    endless = js.Model(**{**vars(model), "eos_token_ids": (299,)})
+    full = run(endless, direction, POOL[:8], [0.4], form="materialised", chunk=1)[0]
+    assert counted.rows == [8] * (NEW - 1)
+    longest = full[3].text
+    assert len(longest.split()) > 5
+    counted.rows.clear()
+    first = [completion.text.split()[0] for completion in full]
+    run(
+        endless,
+        direction,
+        POOL[:8],
+        [0.4],
+        form="materialised",
+        chunk=1,
+        decided=lambda text: not longest.startswith(text),
+    )
+    differing = sum(token != first[3] for token in first)
+    assert differing >= 6, "the case is made for texts that begin differently"
+    steps = len(longest.split()) - 1 + (len(longest.split()) < NEW)  # the first token is the prefill's
+    assert counted.rows == [8] + [2] * (steps - 1), "one full step, and then two slots"
+
+
+def test_the_prefix_is_computed_once_a_point_and_shared(model: js.Model) -> None:
+    rows = tokenize(model, POOL, "default", NEW)
+    prefix = common_prefix(rows)
+    assert prefix > 10, "the chat template and its system prompt"
+    assert all(row[:prefix] == rows[0][:prefix] and len(row) > prefix for row in rows)
+    groups = pack(rows, prefix, 4)
+    for g, r in np.ndindex(groups.rows.shape):
+        if length := groups.lengths[g, r]:
+            place = groups.first[g, r] + np.arange(length)
+            assert groups.tokens[g].ravel()[place].tolist() == rows[groups.rows[g, r]][prefix:]
+            assert groups.positions[g].ravel()[place].tolist() == list(range(prefix, prefix + length))
+            assert groups.starts[g, r] == len(rows[groups.rows[g, r]])
+    assert sorted(groups.rows[groups.lengths > 0]) == list(range(len(rows)))
+    tokens = sum(len(row) - prefix for row in rows)
+    one = pack(rows, prefix, len(rows))
+    assert (one.positions >= 0).sum() == tokens
+    assert one.tokens.size < 1.3 * tokens, "hardly any padding"
+    assert ring_size(one, NEW) >= max(map(len, rows)) - prefix + NEW
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=40), min_size=1, max_size=12), st.integers(1, 12))
+def test_packed_rows_are_all_there(rows: list[list[int]], size: int) -> None:
+    prefix = common_prefix(rows)
+    groups = pack(rows, prefix, size)
+    found: Iterator[list[int]] = (
+        groups.tokens[g].ravel()[groups.first[g, r] :][: groups.lengths[g, r]].tolist()
+        for g, r in np.ndindex(groups.rows.shape)
+        if groups.lengths[g, r]
+    )
+    assert list(found) == [row[prefix:] for row in rows]
+
+
+def test_points_and_directions_may_be_vmapped(tiny: js.Model) -> None:
+    """Nested: over two directions, and over three coordinates along each, the weights unbatched."""
+    directions = [js.random_direction(tiny, seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
+    coords = jnp.array([-0.2, 0.0, 0.3])
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, 300, (2, 9)))
+    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
+
+    def logits(direction: Any, c: Any) -> Any:
+        return forward(tiny.config, at_point(tiny.params, [direction], c[None]), tokens, positions, Context())[0]
+
+    program = jax.jit(jax.vmap(jax.vmap(logits, (None, 0)), (0, None)))
+    found = program(stacked, coords)
+    for i, direction in enumerate(directions):
+        for j, c in enumerate(coords):
+            point = materialise(tiny.params, [direction], c[None])
+            expected = forward(tiny.config, point, tokens, positions, Context())[0]
+            assert np.abs(found[i, j] - expected).max() < 1e-4 * np.abs(expected).max()
+    # No copy of the weights for each point: no value in the program is as large as three or six of a layer's largest.
+    one = program.lower(stacked, coords[:1]).compile().memory_analysis().temp_size_in_bytes
+    many = program.lower(stacked, jnp.linspace(-0.5, 0.5, 40)).compile().memory_analysis().temp_size_in_bytes
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.params))
+    assert many - one < 39 * weights
+
+
+def test_rows_at_points_of_their_own(tiny: js.Model) -> None:
+    direction = js.random_direction(tiny, 0)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(3, 300, (3, 9)))
+    positions = jnp.broadcast_to(jnp.arange(9), (3, 9))
+    coords = jnp.array([[-0.2], [0.0], [0.3]])
+    found = forward(tiny.config, at_point(tiny.params, [direction], coords), tokens, positions)[0]
+    for row, c in enumerate(coords):
+        point = materialise(tiny.params, [direction], c)
+        expected = forward(tiny.config, point, tokens, positions)[0][row]
+        assert np.abs(found[row] - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_weights_in_host_memory_are_streamed_and_give_the_same(model: js.Model, direction: Any) -> None:
+    host = js.Model(**{**vars(model), "params": jax.tree.map(np.asarray, model.params)})
+    found = run(host, direction, POOL[:3], COORDS)
+    assert found == run(model, direction, POOL[:3], COORDS, form="materialised")
+    with pytest.raises(js.UserError, match="The weights are in host memory; --form factorised needs them on the"):
+        run(host, direction, POOL[:3], COORDS, form="factorised")
+    assert js.generate(host, POOL[:2], max_new_tokens=5) == js.generate(model, POOL[:2], max_new_tokens=5)
+
+
+def planned(model: js.Model, prompts: int, points: int, ndim: int = 1, **options: Any) -> Plan:
+    rows = tokenize(model, [f"Say {i}" for i in range(prompts)], "default", NEW)
+    return make_plan(model, Work(rows, Sampling(NEW), points, ndim, seeded=True), EngineOptions(**options))
+
+
+def at_speed(monkeypatch: pytest.MonkeyPatch, flops: float, bandwidth: float, free: int | None = None) -> None:
+    from jaxscape import plan
+    from jaxscape.device import Roofline
+
+    monkeypatch.setattr(plan, "roofline", lambda dtype: Roofline(flops, bandwidth))
+    monkeypatch.setattr(plan, "free_memory", lambda: free)
+
+
+def test_the_plan_follows_the_roofline(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_speed(monkeypatch, flops=4e11, bandwidth=2e10)  # a CPU: a balance of some 20 rows a weight
+    assert planned(tiny, prompts=80, points=21).form == "materialised"
+    few = planned(tiny, prompts=4, points=21)
+    assert (few.form, few.places * few.rows) == ("factorised", 84)
+    assert planned(tiny, prompts=1, points=1).form == "materialised"
+    assert planned(tiny, prompts=80, points=21, slots=20).rows == 20
+    assert planned(tiny, prompts=80, points=21, form="factorised").form == "factorised"
+    at_speed(monkeypatch, flops=8e14, bandwidth=3e12)  # an accelerator: some hundred rows
+    assert planned(tiny, prompts=20, points=441, ndim=2).form == "factorised"
+    assert planned(tiny, prompts=80, points=21, chunk=3).chunk == 3
+
+
+def test_the_plan_keeps_within_the_memory(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.params))
+    seen = []
+    for free in (10**9, 10**7, 3 * 10**6, 10**6, 4 * 10**5):
+        at_speed(monkeypatch, 4e11, 2e10, free)
+        plan = planned(tiny, prompts=64, points=5, form="materialised")
+        assert plan.memory - weights <= 0.9 * free
+        seen.append((plan.rows, plan.storage))
+    assert seen == sorted(seen, key=lambda pair: (pair[1] == "seed", -pair[0]))
+    assert seen[0] == (64, "exact")
+    assert seen[-1][0] < 8
+    at_speed(monkeypatch, 4e11, 2e10, 10**4)
+    with pytest.raises(js.UserError, match=r"memory does not hold this scan: .* GB; choose a --dtype of 16 bits"):
+        planned(tiny, prompts=64, points=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slots": 0}, "--slots must be at least 1"),
+        ({"chunk": -1}, "--chunk must be at least 1"),
+        ({"direction_storage": "seed"}, "Only random directions have seeds"),
+    ],
+)
+def test_options_that_cannot_be_are_user_errors(model: js.Model, direction: Any, options: Any, message: str) -> None:
+    with pytest.raises(js.UserError, match=message):
+        run(model, direction, POOL[:1], [0.0], **options)
+
+
+def test_the_plan_says_what_and_why(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_speed(monkeypatch, 4e11, 2e10)
+    assert "factorised: 21 points at a time, 4 slots each; 0.0" in str(planned(tiny, prompts=4, points=21))
+    line = str(planned(tiny, prompts=4, points=21, form="materialised", direction_storage="int8"))
+    assert "materialised: 4 slots, directions in int8; 0.0" in line
+    assert "a step reads weights for" in line
