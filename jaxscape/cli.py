@@ -13,6 +13,7 @@ import tyro
 
 from jaxscape import rundir
 from jaxscape.chats import load_chats
+from jaxscape.device import keep_compiled_programs
 from jaxscape.errors import UserError, is_utf8
 from jaxscape.finetune import ADAPTER, FINETUNING, MODEL, finetune, load_path
 from jaxscape.landscape import Axis, Landscape, interpolation_axis, symmetric_axes
@@ -52,6 +53,7 @@ class Machine:
     def load(self) -> Model:
         """The model, on the platform that was asked for."""
         select_platform([name for name in ("tpu", "gpu", "cpu") if getattr(self, name)])
+        keep_compiled_programs()
         return load_model(self.model, self.dtype)
 
     @property

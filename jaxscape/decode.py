@@ -10,7 +10,7 @@ programs run when is decided in `jaxscape.engine`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,22 +116,21 @@ class Slots(NamedTuple):
 
 
 class Fill(NamedTuple):
-    """Groups to insert, M at most.
+    """Groups to insert, M at most, and where they go.
 
     Attributes:
-        number: how many of the M count.
-        place, row: the place of each group, and the first of the slots that its rows go to.
-        group: which of the `Groups` it is.
-        coords: float32[M, n], its point.
-        source: a place that already has the prefix of that point, or -1 to compute it.
+        group: int32[M], which of the `Groups`; those that no slot takes are there to keep the shape.
+        coords: float32[M, n], each one's point.
+        source: int32[M], a place that already has the prefix of that point, or -1 to compute it.
+        of_row: int32[B], the row that each slot takes, counted through the M groups, or -1 to keep its own.
+        of_place: int32[N], the group whose point each place takes, or -1.
     """
 
-    number: Int[Array | np.ndarray, ""]
-    place: Int[Array | np.ndarray, " fills"]
-    row: Int[Array | np.ndarray, " fills"]
     group: Int[Array | np.ndarray, " fills"]
     coords: Float[Array | np.ndarray, "fills ndim"]
     source: Int[Array | np.ndarray, " fills"]
+    of_row: Int[Array | np.ndarray, " batch"]
+    of_place: Int[Array | np.ndarray, " places"]
 
 
 class Weights(NamedTuple):
@@ -318,33 +317,32 @@ def insert(
     logits = head(config, params_for(len(rows) // fills), last[:, None])
     out = _choose(program, logits[:, 0], nothing, rows, stream)
 
-    # Ring slot s holds the row's token number `place`, if it has that many.
-    ring = slots.cache.positions.shape[-1]
-    place = (jnp.arange(ring) - (slots.clock - lengths[:, None])) % ring
-    there = place < lengths[:, None]
-    index = jnp.where(there, first[:, None] + place, 0)
+    def taken(index: Int[Array, " kept"], old: Array, new: Array) -> Array:
+        return jnp.where((index >= 0).reshape(-1, *[1] * (old.ndim - 1)), new[jnp.maximum(index, 0)], old)
 
-    def ringed(x: Float[Array, "lines time heads head_dim"]) -> Float[Array, "rows ring heads head_dim"]:
-        return jnp.where(there[..., None, None], x.reshape(-1, *x.shape[2:])[index], 0)
+    # Ring slot s of a row holds the text's token number `place`, if it has that many.
+    fresh, row = fill.of_row >= 0, jnp.maximum(fill.of_row, 0)
+    ring = slots.cache.positions.shape[1]
+    place = (jnp.arange(ring) - (slots.clock - lengths[row][:, None])) % ring
+    there = place < lengths[row][:, None]
+    index = jnp.where(there, first[row][:, None] + place, 0)
+
+    def ringed(old: Array, new: Float[Array, "lines time heads head_dim"], time: int) -> Array:
+        """The rings with the fresh rows' keys or values; `time` is their axis of ring slots."""
+        filled = jnp.where(there[..., None, None], new.reshape(-1, *new.shape[2:])[index], 0)
+        return jnp.where(fresh[:, None, None, None], jnp.moveaxis(filled, 1, time), old)
 
     rings = KVCache(
-        keys=tuple(ringed(k.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1) for k in cache.keys),
-        values=tuple(ringed(v.swapaxes(1, 2)).swapaxes(1, 2) for v in cache.values),
-        positions=jnp.where(there, positions.reshape(-1)[index], -1),
+        keys=tuple(
+            ringed(old, k.transpose(0, 3, 1, 2), 3) for old, k in zip(slots.cache.keys, cache.keys, strict=True)
+        ),
+        values=tuple(ringed(old, v.swapaxes(1, 2), 2) for old, v in zip(slots.cache.values, cache.values, strict=True)),
+        positions=jnp.where(fresh[:, None], jnp.where(there, positions.reshape(-1)[index], -1), slots.cache.positions),
     )
-
-    def put(i: Int[Array, ""], slots: Slots) -> Slots:
-        def write(at: Int[Array, ""], size: int, old: Array, new: Array) -> Array:
-            part = jax.lax.dynamic_slice_in_dim(new, i * size, size)
-            return jax.lax.dynamic_update_slice_in_dim(old, part, at, axis=0)
-
-        size = len(rows) // fills
-        old, new = (slots.out, slots.starts, slots.rows, slots.cache), (out, starts, rows, rings)
-        changed = jax.tree.map(partial(write, fill.row[i], size), old, new)
-        kept = jax.tree.map(partial(write, fill.place[i], 1), (slots.prefix, slots.coords), (shared, fill.coords))
-        return _slots(changed, kept, slots.clock)
-
-    return jax.lax.fori_loop(0, fill.number, put, slots)
+    old, new = (slots.out, slots.starts, slots.rows), (out, starts, rows)
+    changed = jax.tree.map(partial(taken, fill.of_row), old, new)
+    kept = jax.tree.map(partial(taken, fill.of_place), (slots.prefix, slots.coords), (shared, fill.coords))
+    return Slots(*changed, rings, *kept, slots.clock)  # type: ignore[call-arg]
 
 
 @partial(jax.jit, static_argnames=("steps", "program"), donate_argnames="slots")
@@ -389,13 +387,7 @@ def compact(slots: Slots, rows: Int[Array, " fewer"], places: Int[Array, " fewer
     """Some of the rows and their places, gathered into fewer slots; the old ones stay as they are."""
     moved = jax.tree.map(lambda x: x[rows], (slots.out, slots.starts, slots.rows, slots.cache))
     kept = jax.tree.map(lambda x: x[places], (slots.prefix, slots.coords))
-    return _slots(moved, kept, slots.clock)
-
-
-def _slots(of_rows: Any, of_places: Any, clock: Int[Array, ""]) -> Slots:
-    out, starts, rows, cache = of_rows
-    prefix, coords = of_places
-    return Slots(out, starts, rows, cache, prefix, coords, clock)
+    return Slots(*moved, *kept, slots.clock)  # type: ignore[call-arg]
 
 
 def _choose(

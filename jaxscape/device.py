@@ -28,6 +28,13 @@ class Roofline:
     bandwidth: float
 
 
+def keep_compiled_programs() -> None:
+    """Have JAX keep what it compiles in the cache directory, for the next process, unless it has been told where."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def free_memory() -> int | None:
     """The bytes that can still be allocated where arrays live, or None if nobody knows."""
     device = jax.devices()[0]

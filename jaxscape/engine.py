@@ -177,23 +177,26 @@ class Board:
             count = min(size, len(self._queue))
             if len(free) < count:
                 return
-            free = free[:count]
-            places = free * group_size // self._plan.rows
             chosen = [self._queue.popleft() for _ in range(count)]
             known = {int(point): place for place, point in enumerate(self._points)}
-            index = np.minimum(np.arange(size), count - 1)  # the last ones are repeated, and do not count
-            yield Fill(
-                number=np.asarray(count, np.int32),
-                place=places[index].astype(np.int32),
-                row=(free * group_size)[index].astype(np.int32),
-                group=np.array([chosen[i][1] for i in index], np.int32),
-                coords=np.array([points[chosen[i][0]] for i in index], np.float32).reshape(size, -1),
-                source=np.array([known.get(chosen[i][0], -1) for i in index], np.int32),
-            )
-            for block, place, (point, group) in zip(free, places, chosen, strict=True):
+            index = np.minimum(np.arange(size), count - 1)  # the last one is repeated, and nobody takes the copies
+            of_row = np.full(blocks.shape, -1, np.int32)
+            of_place = np.full(self._points.shape, -1, np.int32)
+            source = [known.get(chosen[i][0], -1) for i in index]
+            for i, (block, (point, group)) in enumerate(zip(free, chosen, strict=False)):
+                place = block * group_size // self._plan.rows
+                of_row[block] = i * group_size + np.arange(group_size)
+                of_place[place] = i
                 prompts = self._grouped[group]
                 blocks[block] = np.where(prompts < 0, -1, point * self._num_prompts + prompts)
                 self._points[place] = point
+            yield Fill(
+                group=np.array([chosen[i][1] for i in index], np.int32),
+                coords=np.array([points[chosen[i][0]] for i in index], np.float32).reshape(size, -1),
+                source=np.array(source, np.int32),
+                of_row=of_row.reshape(-1),
+                of_place=of_place,
+            )
 
     def compacted(self) -> tuple[Int[np.ndarray, " batch"], Int[np.ndarray, " places"]] | None:
         """The rows and places to go on with, once fewer slots are enough for them."""
