@@ -297,9 +297,9 @@ def insert(
     shared = slots.prefix
     if shared is not None:
         known = jax.tree.map(lambda x: x[jnp.maximum(fill.source, 0)], shared)
-        new = fill.source < 0
-        computed = jax.lax.cond(new.any(), prefill_prefix, lambda: known)
-        shared = jax.tree.map(lambda a, b: jnp.where(new.reshape(-1, *[1] * (a.ndim - 1)), a, b), computed, known)
+        unknown = fill.source < 0
+        computed = jax.lax.cond(unknown.any(), prefill_prefix, lambda: known)
+        shared = jax.tree.map(lambda a, b: jnp.where(unknown.reshape(-1, *[1] * (a.ndim - 1)), a, b), computed, known)
 
     group = jax.tree.map(lambda x: x[fill.group], groups)
     lines, width = group.tokens.shape[1:]
@@ -317,7 +317,8 @@ def insert(
     logits = head(config, params_for(len(rows) // fills), last[:, None])
     out = _choose(program, logits[:, 0], nothing, rows, stream)
 
-    def taken(index: Int[Array, " kept"], old: Array, new: Array) -> Array:
+    def taken(index: Int[Array | np.ndarray, " kept"], old: Array, new: Array) -> Array:
+        index = jnp.asarray(index)
         return jnp.where((index >= 0).reshape(-1, *[1] * (old.ndim - 1)), new[jnp.maximum(index, 0)], old)
 
     # Ring slot s of a row holds the text's token number `place`, if it has that many.

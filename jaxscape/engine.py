@@ -5,10 +5,13 @@ between the host looks at what was generated, ends the rows whose outcome is kno
 and moves the last rows into fewer slots. What a row generates depends on none of that.
 """
 
+import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +35,7 @@ from jaxscape.decode import (
     tokenize,
 )
 from jaxscape.models import Model
+from jaxscape.models.checkpoint import Params
 from jaxscape.perturb import Direction, materialise, materialise_streamed
 from jaxscape.plan import EngineOptions, Plan, Work, make_plan
 
@@ -44,9 +48,11 @@ class Completion(NamedTuple):
     Attributes:
         finite: all logits on the way were finite.
         cut: the text was ended as soon as it decided the outcome; the model may have gone on.
+        length: the tokens that had to be computed for it, an end token included.
     """
 
     text: str
+    length: int
     finite: bool = True
     cut: bool = False
 
@@ -59,6 +65,8 @@ class Engine:
         rows: each prompt's tokens.
         decided: whether a text's outcome is known, whatever may follow; its row ends there. None lets every row go on
             to its end.
+        seconds: where given, the seconds of `weights`, `prefill` and `decode` are added up in it; the host then waits
+            for each program.
     """
 
     model: Model
@@ -66,6 +74,7 @@ class Engine:
     sampling: Sampling
     plan: Plan
     decided: Callable[[str], bool] | None = None
+    seconds: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         prefix = common_prefix(self.rows)
@@ -81,17 +90,26 @@ class Engine:
 
     def complete(self, directions: Sequence[Direction], points: Sequence[Coords]) -> Iterator[list[Completion]]:
         """The completions of all prompts at each point, in the points' order."""
-        if self.plan.form == "factorised":
-            yield from self._decode(Weights(self.model.params, tuple(directions)), points)
-            return
-        move = materialise_streamed if self.plan.form == "streamed" else materialise
         params = None
-        for coords in points:
-            if self.plan.form == "materialised" and not directions:
-                params = self.model.params
-            else:
-                params = move(self.model.params, directions, jnp.asarray(coords, jnp.float32), params)
-            yield from self._decode(Weights(params), [()])
+        if self.plan.form == "factorised":
+            # Points that differ in their last coordinate alone decode together: whatever the number of directions, each
+            # use of a weight is two products.
+            for fixed, line in itertools.groupby(points, key=lambda coords: tuple(coords[:-1])):
+                params = self._moved(directions[:-1], fixed, params)
+                weights = Weights(params, tuple(directions[-1:]))
+                yield from self._decode(weights, [tuple(coords[-1:]) for coords in line])
+        else:
+            for coords in points:
+                params = self._moved(directions, coords, params)
+                yield from self._decode(Weights(params), [()])
+
+    def _moved(self, directions: Sequence[Direction], coords: Coords, previous: Params | None) -> Params:
+        """The parameters at a point, in the place of the last point's."""
+        if not directions and self.plan.form != "streamed":
+            return self.model.params
+        move = materialise_streamed if self.plan.form == "streamed" else materialise
+        where = jnp.asarray(coords, jnp.float32)
+        return self._timed("weights", move, self.model.params, directions, where, previous)
 
     def _decode(self, weights: Weights, points: Sequence[Coords]) -> Iterator[list[Completion]]:
         board = Board(self.plan, len(points), self._grouped)
@@ -101,19 +119,26 @@ class Engine:
             slots = self._empty_slots(len(points[0]))
         whole = None  # the slots that the last rows have left
         reports: deque[tuple[Generated, Int[np.ndarray, " batch"]]] = deque()
+        run = partial(self._timed, stream=self._stream, program=self._program)
         while not results.complete:
             for fill in board.fills(points):
-                slots = insert(weights, slots, self._prefix, self._groups, fill, self._stream, program=self._program)
+                slots = run("prefill", insert, weights, slots, self._prefix, self._groups, fill)
             if whole is None and (smaller := board.compacted()) is not None:
-                whole, slots = slots, compact(slots, *smaller)
-            slots, report = decode_chunk(
-                weights, slots, board.alive, self._stream, steps=self.plan.chunk, program=self._program
-            )
+                whole, slots = slots, self._timed("decode", compact, slots, *smaller)
+            slots, report = run("decode", decode_chunk, weights, slots, board.alive, steps=self.plan.chunk)
             reports.append((report, board.owners.copy()))
             if len(reports) > self.plan.ahead:
                 board.free(results.settle(*reports.popleft()))
             yield from results.ready()
         self._slots = slots if whole is None else whole
+
+    def _timed(self, phase: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        result = function(*arguments, **options)
+        if self.seconds is not None:
+            jax.block_until_ready(result)
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+        return result
 
     def _empty_slots(self, ndim: int) -> Slots:
         return empty_slots(
@@ -246,9 +271,9 @@ class Results:
             if self._decided is not None and self._decided(text):
                 # The row ends at the very token that decided, wherever the steps were cut into chunks.
                 length = next(n for n in range(self._seen[job], length + 1) if self._is_decided(tokens[:n]))
-                self._done[job] = Completion(self._texts([tokens[:length]])[0], cut=length < self._limit)
+                self._done[job] = Completion(self._texts([tokens[:length]])[0], length, cut=length < self._limit)
             elif out.ended[row]:
-                self._done[job] = Completion(text, finite=bool(out.finite[row]))
+                self._done[job] = Completion(text, min(length + 1, self._limit), finite=bool(out.finite[row]))
             else:
                 self._seen[job] = length
                 continue

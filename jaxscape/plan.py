@@ -93,12 +93,14 @@ class Work:
     Attributes:
         rows: tokens of the prompts.
         num_points, ndim: of a direction set.
+        line: the points of it that differ in their last coordinate alone.
         seeded: all directions are random ones, which can be drawn from their seeds.
     """
 
     rows: Sequence[Sequence[int]]
     sampling: Sampling
     num_points: int = 1
+    line: int = 1
     ndim: int = 0
     seeded: bool = False
 
@@ -176,16 +178,17 @@ class Planner:
         work, copies = self._work, self._copies(plan.form)
         prompts = len(work.rows)
         read, compute = self._step(plan)
-        jobs = work.num_points * -(-prompts // plan.group)
-        at_once = plan.places * plan.rows // plan.group
-        passes = -(-jobs // at_once) if plan.form == "factorised" else work.num_points * -(-prompts // plan.rows)
+        # In the factorised form, points that differ in the last coordinate alone decode together.
+        lines = work.num_points // work.line if plan.form == "factorised" else work.num_points
+        jobs = (work.line if plan.form == "factorised" else 1) * -(-prompts // plan.group)
+        passes = lines * -(-jobs // (plan.places * plan.rows // plan.group))
         prefill = work.num_points * (self._own + self._prefix) * copies * self._flops / self._speed.flops
-        moved = 0.0
-        if plan.form != "factorised":
-            moved = work.num_points * (2 + work.ndim) * self._weights / self._speed.bandwidth
+        moved = (2 + work.ndim) * self._weights / self._speed.bandwidth
         if plan.form == "streamed":
-            moved += work.num_points * self._weights / HOST_BANDWIDTH
-        return passes * work.sampling.max_new_tokens * (read + compute) + prefill + moved
+            moved += self._weights / HOST_BANDWIDTH
+        if plan.form == "factorised" and work.ndim == 1:
+            moved = 0.0
+        return passes * work.sampling.max_new_tokens * (read + compute) + prefill + lines * moved
 
     @property
     def _weights(self) -> int:
@@ -193,7 +196,7 @@ class Planner:
 
     def _copies(self, form: str) -> int:
         """How many tensors each use of a weight reads and multiplies."""
-        return 1 + self._work.ndim if form == "factorised" else 1
+        return 2 if form == "factorised" else 1
 
     def _step(self, plan: Plan) -> tuple[float, float]:
         """Seconds that a decode step takes to read the weights, and to compute."""
@@ -210,7 +213,7 @@ class Planner:
         places, inserts = 1, 1
         if form == "factorised":
             rows = group = min(PLACE_ROWS, prompts, slots)
-            places = max(1, min(slots // rows, work.num_points * -(-prompts // group)))
+            places = max(1, min(slots // rows, work.line * -(-prompts // group)))
             inserts = max(1, places // 4)
             few = places // 4 * rows
         elif prompts <= slots:
@@ -224,7 +227,7 @@ class Planner:
         cache = (batch + few) * (self._longest + work.sampling.max_new_tokens) * self._slot
         cache += places * self._prefix * self._slot
         directions = {"exact": self._itemsize, "bfloat16": 2, "int8": 1, "seed": 0}[storage] * self._numbers * work.ndim
-        copies = {"materialised": 2 if work.ndim else 1, "streamed": 1, "factorised": 1}[form]
+        copies = {"materialised": min(work.ndim, 1) + 1, "streamed": 1, "factorised": min(work.ndim, 2)}[form]
         alone = 4 * self._largest if form == "streamed" or storage == "seed" else 0
         space = self._space(inserts * group, batch)
         on_cpu = jax.default_backend() == "cpu"

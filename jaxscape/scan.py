@@ -100,6 +100,7 @@ def scan(
         rows,
         sampling,
         num_points=math.prod(len(axis.values) for axis in axes),
+        line=len(axes[-1].values),
         ndim=len(axes),
         seeded=all(isinstance(direction, int | np.integer) for item in sets for direction in item),
     )

@@ -76,7 +76,7 @@ def run(
     **options: Any,
 ) -> list[list[Completion]]:
     rows = tokenize(model, prompts, "default", sampling.max_new_tokens)
-    work = Work(rows, sampling, num_points=len(coords), ndim=1)
+    work = Work(rows, sampling, num_points=len(coords), line=len(coords), ndim=1)
     plan = replace(make_plan(model, work, EngineOptions(**options)), ahead=ahead)
     engine = Engine(model, rows, sampling, plan, decided)
     return list(engine.complete([direction], [(c,) for c in coords]))
@@ -120,6 +120,7 @@ def test_the_engine_generates_what_the_plain_path_generates(
             assert completion.text == " ".join(map(str, row[:cut]))
             assert completion.cut == (cut is not None and cut < NEW)
             assert completion.finite
+            assert completion.length == (cut or min(len(row) + 1, NEW))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -137,7 +138,7 @@ def test_two_dimensions_in_every_form(model: js.Model, direction: Any) -> None:
     rows, sampling = tokenize(model, POOL[:3], "default", NEW), Sampling(NEW)
     results = []
     for form in FORMS:
-        plan = make_plan(model, Work(rows, sampling, len(points), 2), EngineOptions(form=form, slots=6))
+        plan = make_plan(model, Work(rows, sampling, len(points), 2, 2), EngineOptions(form=form, slots=6))
         results.append(list(Engine(model, rows, sampling, plan).complete([direction, second], points)))
     assert results[0] == results[1] == results[2]
     assert len({completion.text for point in results[0] for completion in point}) > 4
@@ -156,7 +157,7 @@ def test_nothing_is_compiled_from_point_to_point_and_two_decode_programs_at_most
     programs = insert, decode_chunk, compact
     for form in FORMS[:2]:
         rows, sampling = tokenize(model, POOL, "default", NEW), Sampling(NEW)
-        plan = make_plan(model, Work(rows, sampling, 5, 1), EngineOptions(form=form, slots=16))
+        plan = make_plan(model, Work(rows, sampling, 5, 5, 1), EngineOptions(form=form, slots=16))
         assert plan.few
         # Rows end at all lengths, so that the last ones are sure to move.
         engine = Engine(model, rows, sampling, plan, decided=lambda text: sum(map(int, text.split())) % 4 == 0)
@@ -288,9 +289,9 @@ def test_weights_in_host_memory_are_streamed_and_give_the_same(model: js.Model, 
     assert js.generate(host, POOL[:2], max_new_tokens=5) == js.generate(model, POOL[:2], max_new_tokens=5)
 
 
-def planned(model: js.Model, prompts: int, points: int, ndim: int = 1, **options: Any) -> Plan:
+def planned(model: js.Model, prompts: int, line: int, ndim: int = 1, **options: Any) -> Plan:
     rows = tokenize(model, [f"Say {i}" for i in range(prompts)], "default", NEW)
-    return make_plan(model, Work(rows, Sampling(NEW), points, ndim, seeded=True), EngineOptions(**options))
+    return make_plan(model, Work(rows, Sampling(NEW), line**ndim, line, ndim, seeded=True), EngineOptions(**options))
 
 
 def at_speed(monkeypatch: pytest.MonkeyPatch, flops: float, bandwidth: float, free: int | None = None) -> None:
@@ -303,15 +304,15 @@ def at_speed(monkeypatch: pytest.MonkeyPatch, flops: float, bandwidth: float, fr
 
 def test_the_plan_follows_the_roofline(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     at_speed(monkeypatch, flops=4e11, bandwidth=2e10)  # a CPU: a balance of some 20 rows a weight
-    assert planned(tiny, prompts=80, points=21).form == "materialised"
-    few = planned(tiny, prompts=4, points=21)
+    assert planned(tiny, prompts=80, line=21).form == "materialised"
+    few = planned(tiny, prompts=4, line=21)
     assert (few.form, few.places * few.rows) == ("factorised", 84)
-    assert planned(tiny, prompts=1, points=1).form == "materialised"
-    assert planned(tiny, prompts=80, points=21, slots=20).rows == 20
-    assert planned(tiny, prompts=80, points=21, form="factorised").form == "factorised"
+    assert planned(tiny, prompts=1, line=1).form == "materialised"
+    assert planned(tiny, prompts=80, line=21, slots=20).rows == 20
+    assert planned(tiny, prompts=80, line=21, form="factorised").form == "factorised"
     at_speed(monkeypatch, flops=8e14, bandwidth=3e12)  # an accelerator: some hundred rows
-    assert planned(tiny, prompts=20, points=441, ndim=2).form == "factorised"
-    assert planned(tiny, prompts=80, points=21, chunk=3).chunk == 3
+    assert planned(tiny, prompts=20, line=21, ndim=2).form == "factorised"
+    assert planned(tiny, prompts=80, line=21, chunk=3).chunk == 3
 
 
 def test_the_plan_keeps_within_the_memory(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +320,7 @@ def test_the_plan_keeps_within_the_memory(tiny: js.Model, monkeypatch: pytest.Mo
     seen = []
     for free in (10**9, 10**7, 3 * 10**6, 10**6, 4 * 10**5):
         at_speed(monkeypatch, 4e11, 2e10, free)
-        plan = planned(tiny, prompts=64, points=5, form="materialised")
+        plan = planned(tiny, prompts=64, line=5, form="materialised")
         assert plan.memory - weights <= 0.9 * free
         seen.append((plan.rows, plan.storage))
     assert seen == sorted(seen, key=lambda pair: (pair[1] == "seed", -pair[0]))
@@ -327,7 +328,7 @@ def test_the_plan_keeps_within_the_memory(tiny: js.Model, monkeypatch: pytest.Mo
     assert seen[-1][0] < 8
     at_speed(monkeypatch, 4e11, 2e10, 10**4)
     with pytest.raises(js.UserError, match=r"memory does not hold this scan: .* GB; choose a --dtype of 16 bits"):
-        planned(tiny, prompts=64, points=5)
+        planned(tiny, prompts=64, line=5)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +346,7 @@ def test_options_that_cannot_be_are_user_errors(model: js.Model, direction: Any,
 
 def test_the_plan_says_what_and_why(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     at_speed(monkeypatch, 4e11, 2e10)
-    assert "factorised: 21 points at a time, 4 slots each; 0.0" in str(planned(tiny, prompts=4, points=21))
-    line = str(planned(tiny, prompts=4, points=21, form="materialised", direction_storage="int8"))
+    assert "factorised: 21 points at a time, 4 slots each; 0.0" in str(planned(tiny, prompts=4, line=21))
+    line = str(planned(tiny, prompts=4, line=21, form="materialised", direction_storage="int8"))
     assert "materialised: 4 slots, directions in int8; 0.0" in line
     assert "a step reads weights for" in line

@@ -1,0 +1,346 @@
+"""How fast is the engine? Beside Hugging Face generate, or one form of it beside another, or: how much memory does it take?
+
+`python experiments/benchmark.py` compares it with generate at batch 4, as the paper's code uses it, and at the best of
+some larger batches. All contestants take turns at every point of the landscape, with the same float32 weights, prompts
+and numbers of new tokens; figures are medians over rounds. In a round, a contestant with many batches runs every n-th
+of them only, another part in each of the n rounds, and its time is multiplied.
+"""
+
+import itertools
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxscape import save_model
+from jaxscape.cli import DEFAULT_MODEL, run_program, write_line
+from jaxscape.decode import Sampling, common_prefix, tokenize
+from jaxscape.device import measure_roofline
+from jaxscape.engine import Completion, Engine
+from jaxscape.errors import UserError
+from jaxscape.evaluate import attack_success_rate, is_refusal
+from jaxscape.landscape import symmetric_axes
+from jaxscape.models import Model, load_model
+from jaxscape.models.checkpoint import Params, named_leaves
+from jaxscape.perturb import materialise
+from jaxscape.plan import EngineOptions, Work, make_plan
+from jaxscape.prompts import load_prompts
+from jaxscape.scan import resolve
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Time the engine on a landscape along one random direction."""
+
+    compare: Literal["reference", "forms", "memory"] = "reference"
+    """reference: with Hugging Face generate. forms: factorised with materialised, and a grid with a line. memory: the
+    peak of a scan's process."""
+    model: str = DEFAULT_MODEL
+    prompts: str = "advbench"
+    """As in a scan."""
+    num_prompts: int | None = None
+    """By default 80, and 4 to compare forms."""
+    steps: int = 20
+    radius: float = 0.5
+    max_new_tokens: int = 64
+    rounds: int = 3
+    batch_sizes: tuple[int, ...] = (20, 40, 80)
+    """Of which Hugging Face generate uses the best, beside 4."""
+
+    def run(self) -> None:
+        if self.rounds < 1:
+            raise UserError(f"The number of rounds must be at least 1, not {self.rounds}.")
+        prompts = load_prompts(self.prompts, self.num_prompts or (4 if self.compare == "forms" else 80))
+        if self.compare == "memory":
+            self._memory(len(prompts))
+            return
+        compiled = compile_seconds()
+        model = load_model(self.model, "float32")
+        setting = Setting(
+            model, prompts, Sampling(self.max_new_tokens), symmetric_axes(1, self.steps, self.radius)[0].values
+        )
+        if self.compare == "forms":
+            compare_forms(setting, self.rounds)
+        else:
+            compare_reference(setting, self.rounds, self.batch_sizes, compiled)
+
+    def _memory(self, num_prompts: int) -> None:
+        """The peak of a process that scans, beside one that only starts."""
+        scan = ["scan", "--model", self.model, "--prompts", self.prompts, "--num-prompts", str(num_prompts)]
+        scan += ["--max-new-tokens", str(self.max_new_tokens), "--steps", "2", "--dtype", "float32"]
+        with tempfile.TemporaryDirectory() as out:
+            started = peak_of("import jaxscape.cli, jax; jax.numpy.ones(1).block_until_ready()")
+            scanned = peak_of(f"from jaxscape.cli import main; main({[*scan, '--out', out + '/run']!r})")
+        write_line(f"peak resident memory: {scanned / 1e9:.2f} GB, of which {started / 1e9:.2f} before any weights")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is computed."""
+
+    model: Model
+    prompts: Sequence[str]
+    sampling: Sampling
+    alphas: Sequence[float]
+
+    def engine(self, form: str, ndim: int = 1, whole: bool = False) -> Engine:
+        rows = tokenize(self.model, self.prompts, "default", self.sampling.max_new_tokens)
+        line = len(self.alphas)
+        work = Work(rows, self.sampling, num_points=line**ndim, line=line, ndim=ndim, seeded=True)
+        plan = make_plan(self.model, work, EngineOptions(form=form))  # type: ignore[arg-type]
+        return Engine(self.model, rows, self.sampling, plan, None if whole else is_refusal)
+
+
+def compare_forms(setting: Setting, rounds: int) -> None:
+    """Factorised beside materialised on a line, and a grid beside the line, all with whole texts."""
+    directions = resolve([0, 1], setting.model)
+    line = [(alpha,) for alpha in setting.alphas]
+    grid = list(itertools.product(setting.alphas, repeat=2))
+    contestants = {
+        "materialised": (setting.engine("materialised", whole=True), directions[:1], line),
+        "factorised": (setting.engine("factorised", whole=True), directions[:1], line),
+        "factorised grid": (setting.engine("factorised", ndim=2, whole=True), directions, grid),
+    }
+    seconds = defaultdict(list)
+    texts = {}
+    for number in range(-1, rounds):  # the first round compiles, and does not count
+        for name, (engine, along, points) in contestants.items():
+            chosen = points[: 2 * len(line)] if number < 0 else points
+            started = time.perf_counter()
+            texts[name] = [[c.text for c in point] for point in engine.complete(along, chosen)]
+            if number >= 0:
+                seconds[name].append((time.perf_counter() - started) / len(chosen))
+    for name, (engine, _, points) in contestants.items():
+        write_line(
+            f"{name:16} {len(points):4} points x {len(setting.prompts)} prompts: {1e3 * statistics.median(seconds[name]):8.1f} ms a point   {engine.plan}"
+        )
+    for above, below in (("materialised", "factorised"), ("factorised", "factorised grid")):
+        ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+        write_line(
+            f"{above} / {below}: {statistics.median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+        )
+    same = sum(a == b for a, b in zip(texts["materialised"], texts["factorised"], strict=True))
+    asr = [[attack_success_rate(point) for point in texts[name]] for name in ("materialised", "factorised")]
+    write_line(f"texts are the same at {same} of {len(line)} points, ASR at {sum(map(float.__eq__, *asr))}")
+
+
+def compare_reference(setting: Setting, rounds: int, batch_sizes: Sequence[int], compiled: dict[str, float]) -> None:
+    model, points = setting.model, [(alpha,) for alpha in setting.alphas]
+    (direction,) = resolve([0], model)
+    reference = Reference(setting, direction)
+    engine = setting.engine("auto")
+    write_line(f"engine: {engine.plan}")
+    engine.seconds = {}
+    started = time.perf_counter()
+    next(engine.complete([direction], points[:1]))
+    list(engine.complete([direction], [(0.0,)]))
+    write_line(
+        f"first two points, with {sum(compiled.values()):.1f} s of compilation: {time.perf_counter() - started:.1f} s"
+    )
+
+    trial = {size: sum(reference.timed(alpha, size)[0] for alpha in (0.0, setting.alphas[0])) for size in batch_sizes}
+    best = min(trial, key=lambda size: trial[size])
+    write_line("generate, centre and first point: " + ", ".join(f"batch {size} {s:.1f} s" for size, s in trial.items()))
+
+    engine.seconds = {}
+    times: dict[str, list[list[float]]] = {name: [] for name in ("engine", "batch 4", f"batch {best}")}
+    completions: list[list[Completion]] = []
+    texts: dict[str, list[list[str | None]]] = {name: [[None] * len(setting.prompts) for _ in points] for name in times}
+    for number in range(rounds):
+        for record in times.values():
+            record.append([])
+        completions = []
+        stepping = engine.complete([direction], points)
+        for index, (alpha,) in enumerate(points):
+            started = time.perf_counter()
+            completions.append(next(stepping))
+            times["engine"][-1].append(time.perf_counter() - started)
+            for name, size in (("batch 4", 4), (f"batch {best}", best)):
+                elapsed, part = reference.timed(alpha, size, number, rounds)
+                times[name][-1].append(elapsed)
+                for prompt, text in part.items():
+                    texts[name][index][prompt] = text
+        totals = {name: sum(record[-1]) for name, record in times.items()}
+        write_line(f"round {number + 1}: " + ", ".join(f"{name} {total:.1f} s" for name, total in totals.items()))
+
+    total = {name: statistics.median(map(sum, record)) for name, record in times.items()}
+    for name in total.keys() - {"engine"}:
+        ratios = [sum(a) / sum(b) for a, b in zip(times[name], times["engine"], strict=True)]
+        write_line(f"{name} / engine: {statistics.median(ratios):.2f} ({', '.join(f'{r:.2f}' for r in ratios)})")
+    report_share(setting, engine, completions, total["engine"], rounds)
+    report_rates(setting, reference, completions, texts)
+
+
+def report_share(
+    setting: Setting, engine: Engine, completions: list[list[Completion]], total: float, rounds: int
+) -> None:
+    """Where the time goes, and which part of the measured peak the needed arithmetic reached."""
+    seconds = {phase: s / rounds for phase, s in (engine.seconds or {}).items()}
+    seconds["host"] = total - sum(seconds.values())
+    write_line("engine, a round: " + ", ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items()))
+    needed = needed_flops(engine, completions)
+    peak = measure_roofline("float32").flops
+    write_line(
+        f"needed: {sum(needed.values()) / 1e12:.2f} TFLOP ({', '.join(f'{k} {v / 1e12:.2f}' for k, v in needed.items())}); "
+        f"peak measured: {peak / 1e9:.0f} GFLOP/s; reached {100 * sum(needed.values()) / total / peak:.1f} % of it"
+        f" (prefill {100 * needed['prefill'] / seconds['prefill'] / peak:.1f} %, decode "
+        f"{100 * needed['decode'] / seconds['decode'] / peak:.1f} %)"
+    )
+
+
+def needed_flops(engine: Engine, completions: list[list[Completion]]) -> dict[str, float]:
+    """Of the tokens that had to be computed: the prefix once a point, each prompt's own tokens, and those generated,
+    products with weights and attention both."""
+    config, sizes = (
+        engine.model.config,
+        {n: leaf.size for n, leaf in named_leaves(engine.model.params).items() if leaf.ndim > 1},
+    )
+    head = config.vocab_size * config.hidden_size
+    layers = sum(sizes.values()) - sizes["model.embed_tokens.weight"] - sizes.get("lm_head.weight", 0)
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim  # for each token attended to
+    prefix = common_prefix(engine.rows)
+    prefill = decode = 0.0
+    for point in completions:
+        prefill += 2 * layers * prefix + attention * prefix**2 / 2
+        for row, completion in zip(engine.rows, point, strict=True):
+            own, steps = len(row) - prefix, completion.length - 1  # the first token is the prefill's
+            prefill += 2 * layers * own + 2 * head + attention * own * (prefix + own / 2)
+            decode += steps * (2 * layers + 2 * head + attention * (len(row) + steps / 2))
+    return {"prefill": prefill, "decode": decode}
+
+
+def report_rates(
+    setting: Setting,
+    reference: "Reference",
+    completions: list[list[Completion]],
+    texts: dict[str, list[list[str | None]]],
+) -> None:
+    """The ASR of all contestants at each point; and where a text differs, how near the two tokens were to a tie."""
+    rates = {"engine": [attack_success_rate([c.text for c in point]) for point in completions]}
+    for name in texts.keys() - {"engine"}:
+        rates[name] = [attack_success_rate([text or "" for text in point]) for point in texts[name]]
+    write_line("alpha   " + "".join(f"{name:>12}" for name in rates))
+    for i, alpha in enumerate(setting.alphas):
+        write_line(f"{alpha:+.3f}  " + "".join(f"{rate[i]:11.2f}%" for rate in rates.values()))
+    for name in texts.keys() - {"engine"}:
+        differing = []
+        for i, alpha in enumerate(setting.alphas):
+            for p, (completion, text) in enumerate(zip(completions[i], texts[name][i], strict=True)):
+                same = text is not None and (
+                    text.startswith(completion.text) if completion.cut else text == completion.text
+                )
+                if not same:
+                    differing.append((alpha, p, completion.text, text or ""))
+        changed = [case for case in differing if is_refusal(case[2]) != is_refusal(case[3])]
+        write_line(
+            f"{name}: {len(differing)} of {len(completions) * len(setting.prompts)} texts differ, {len(changed)} outcomes"
+        )
+        for alpha, prompt, ours, theirs in [*changed, *[case for case in differing if case not in changed][:5]]:
+            write_line(f"  alpha {alpha:+.3f}, prompt {prompt}: {reference.tie(alpha, prompt, ours, theirs)}")
+
+
+class Reference:
+    """Hugging Face generate, with torch, on the same weights."""
+
+    def __init__(self, setting: Setting, direction: Params) -> None:
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise UserError(f"The reference needs PyTorch ({error}): pip install 'jaxscape[test]'.") from error
+        self._torch, self._setting, self._direction = torch, setting, direction
+        with tempfile.TemporaryDirectory() as directory:
+            save_model(setting.model, directory)
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self._tokenizer = setting.model.tokenizer
+        self._tokenizer.padding_side = "left"
+        self._pad = self._tokenizer.pad_token_id or setting.model.eos_token_ids[0]
+        self._rows = tokenize(setting.model, setting.prompts, "default", setting.sampling.max_new_tokens)
+        self._at: float | None = None
+
+    def move(self, alpha: float) -> None:
+        if alpha == self._at:
+            return
+        point = named_leaves(
+            materialise(self._setting.model.params, [self._direction], jnp.array([alpha], jnp.float32))
+        )
+        state = self._model.state_dict()
+        with self._torch.no_grad():
+            for name, weight in point.items():
+                state[name].copy_(self._torch.from_numpy(np.array(weight)))
+        self._at = alpha
+
+    def timed(self, alpha: float, size: int, number: int = 0, rounds: int = 1) -> tuple[float, dict[int, str]]:
+        """Seconds for all prompts at a point, and the texts; of many batches, every `rounds`-th is run."""
+        self.move(alpha)
+        batches = [range(i, min(i + size, len(self._rows))) for i in range(0, len(self._rows), size)]
+        chosen = batches[number % rounds :: rounds] if len(batches) >= rounds else batches
+        texts: dict[int, str] = {}
+        started = time.perf_counter()
+        for batch in chosen:
+            texts |= zip(batch, self._generate([self._rows[i] for i in batch]), strict=True)
+        elapsed = time.perf_counter() - started
+        return elapsed * len(self._rows) / sum(map(len, chosen)), texts
+
+    def _generate(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        torch, width = self._torch, max(map(len, rows))
+        ids = torch.tensor([[self._pad] * (width - len(row)) + list(row) for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        eos = list(self._setting.model.eos_token_ids)
+        with torch.no_grad():
+            out = self._model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=self._setting.sampling.max_new_tokens,
+                do_sample=False,
+                eos_token_id=eos,
+                pad_token_id=self._pad,
+            )
+        new = [[t for t in row if t not in (*eos, self._pad)] for row in out[:, width:].tolist()]
+        texts: list[str] = self._tokenizer.batch_decode(
+            new, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return texts
+
+    def tie(self, alpha: float, prompt: int, ours: str, theirs: str) -> str:
+        """The first place where two texts part, and by how much torch prefers one token to the other there."""
+        self.move(alpha)
+        a, b = (self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in (ours, theirs))
+        place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        row = [*self._rows[prompt], *a[:place]]
+        with self._torch.no_grad():
+            logits = self._model(self._torch.tensor([row])).logits[0, -1]
+        first, second = self._torch.topk(logits, 2).values.tolist()
+        return f"they part at token {place}, where torch's two highest logits are {first:.6f} and {second:.6f}"
+
+
+def compile_seconds() -> dict[str, float]:
+    """Seconds that JAX spends on making programs, from now on."""
+    seconds: dict[str, float] = defaultdict(float)
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            seconds[event] += duration
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return seconds
+
+
+def peak_of(code: str) -> int:
+    """The peak resident memory of a Python process, in bytes."""
+    wrapped = f"{code}\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    output = subprocess.run([sys.executable, "-c", wrapped], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return int(output.split()[-1])
+
+
+if __name__ == "__main__":
+    run_program(Benchmark)
