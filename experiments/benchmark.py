@@ -1,4 +1,4 @@
-"""How fast is the engine? Beside Hugging Face generate, or one form of it beside another, or: how much memory does it take?
+"""How fast is the engine, beside Hugging Face generate or one form beside another, and how much memory does it take?
 
 `python experiments/benchmark.py` compares it with generate at batch 4, as the paper's code uses it, and at the best of
 some larger batches. All contestants take turns at every point of the landscape, with the same float32 weights, prompts

@@ -346,14 +346,14 @@ def insert(
     return Slots(*changed, rings, *kept, slots.clock)  # type: ignore[call-arg]
 
 
-@partial(jax.jit, static_argnames=("steps", "program"), donate_argnames="slots")
+@partial(jax.jit, static_argnames="program", donate_argnames="slots")
 def decode_chunk(
     weights: Weights,
     slots: Slots,
-    alive: Bool[Array, " batch"],
+    alive: Bool[Array | np.ndarray, " batch"],
     stream: Key[Array, ""],
+    steps: Int[Array | np.ndarray, ""],
     *,
-    steps: int,
     program: Program,
 ) -> tuple[Slots, Generated]:
     """Add up to `steps` tokens to the rows that are alive.

@@ -120,12 +120,16 @@ class Engine:
         whole = None  # the slots that the last rows have left
         reports: deque[tuple[Generated, Int[np.ndarray, " batch"]]] = deque()
         run = partial(self._timed, stream=self._stream, program=self._program)
+        steps = 1
         while not results.complete:
             for fill in board.fills(points):
+                steps = 1
                 slots = run("prefill", insert, weights, slots, self._prefix, self._groups, fill)
             if whole is None and (smaller := board.compacted()) is not None:
                 whole, slots = slots, self._timed("decode", compact, slots, *smaller)
-            slots, report = run("decode", decode_chunk, weights, slots, board.alive, steps=self.plan.chunk)
+            # A refusal shows in the first tokens: the first looks come early.
+            steps = min(2 * steps, self.plan.chunk)
+            slots, report = run("decode", decode_chunk, weights, slots, board.alive, steps=np.asarray(steps, np.int32))
             reports.append((report, board.owners.copy()))
             if len(reports) > self.plan.ahead:
                 board.free(results.settle(*reports.popleft()))

@@ -29,7 +29,7 @@ class EngineOptions:
     slots: int | None = None
     """Rows that decode together, of one point or, factorised, of many."""
     chunk: int | None = None
-    """Tokens between two looks at what was generated."""
+    """Tokens between two looks at what was generated, at most."""
     direction_storage: Literal["auto", "exact", "seed", "bfloat16", "int8"] = "auto"
     """How a direction is held: exact, or drawn from its seed wherever it is used, which gives the same; or rounded to
     bfloat16 or int8, which gives another direction."""
@@ -52,7 +52,7 @@ class Plan:
         rows: the slots of each.
         group: prompts that are inserted together; `rows` is a multiple of it.
         inserts: groups that one program inserts.
-        chunk: decode steps between two looks at what was generated.
+        chunk: decode steps between two looks at what was generated, at most.
         ahead: chunks that the device is given before the host has looked at the last one.
         few: the slots that the last rows move to, a multiple of `rows` if there are several places; 0 for none.
         storage: see `jaxscape.perturb.random_direction`.
@@ -237,8 +237,8 @@ class Planner:
             rows=rows,
             group=group,
             inserts=inserts,
-            # A CPU has nothing to do while the host looks: it is the host. Small chunks and no running ahead.
-            chunk=self._options.chunk or (4 if on_cpu else 8),
+            chunk=self._options.chunk or 8,
+            # A CPU has nothing to do while the host looks: it is the host.
             ahead=0 if on_cpu else 1,
             few=few,
             storage=storage,

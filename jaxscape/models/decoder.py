@@ -177,20 +177,24 @@ class Attention(nn.Module):
         # The queries of a key-value head are the rows of one product, also when there is one token only.
         q = q.reshape(batch, time, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim)
-        scores = _einsum("bkqh,bkhs->bkqs", q, k, preferred_element_type=jnp.float32)
-        if memory.prefix is not None:
-            prefix_k, prefix_v = memory.prefix
-            grouped = q.reshape(len(prefix_k), -1, *q.shape[1:])
-            shared = _einsum("nbkqh,nkhp->nbkqp", grouped, prefix_k, preferred_element_type=jnp.float32)
+        prefix, keys, values = memory.prefix, k, v
+        if prefix is not None and time > 1:  # many tokens a row: a copy of the prefix beside them costs little
+            each = [jnp.repeat(x, batch // len(x), axis=0) for x in prefix]
+            keys, values = jnp.concatenate([each[0], k], axis=3), jnp.concatenate([each[1], v], axis=2)
+            prefix = None
+        scores = _einsum("bkqh,bkhs->bkqs", q, keys, preferred_element_type=jnp.float32)
+        if prefix is not None:
+            grouped = q.reshape(len(prefix[0]), -1, *q.shape[1:])
+            shared = _einsum("nbkqh,nkhp->nbkqp", grouped, prefix[0], preferred_element_type=jnp.float32)
             scores = jnp.concatenate([shared.reshape(*scores.shape[:-1], -1), scores], axis=-1)
         scores = scores.reshape(batch, -1, time, scores.shape[-1]) * c.head_dim**-0.5
         scores = jnp.where(memory.visible[:, None], scores, jnp.finfo(jnp.float32).min)
         probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*q.shape[:3], -1)
-        split = probabilities.shape[-1] - v.shape[2]
-        y = _einsum("bkqs,bksh->bkqh", probabilities[..., split:], v)
-        if memory.prefix is not None:
+        split = probabilities.shape[-1] - values.shape[2]
+        y = _einsum("bkqs,bksh->bkqh", probabilities[..., split:], values)
+        if prefix is not None:
             shared = probabilities[..., :split].reshape(*shared.shape)
-            y += _einsum("nbkqp,nkph->nbkqh", shared, prefix_v).reshape(y.shape)
+            y += _einsum("nbkqp,nkph->nbkqh", shared, prefix[1]).reshape(y.shape)
         y = y.reshape(batch, -1, time, c.head_dim).swapaxes(1, 2).reshape(batch, time, -1)
         return Linear(c.hidden_size, c.attention_bias, name="o_proj")(y), (k, v)
 
