@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -103,9 +103,9 @@ class Setting:
 def compare_forms(setting: Setting, rounds: int) -> None:
     """Factorised beside materialised on a line, and a grid beside the line, all with whole texts."""
     directions = resolve([0, 1], setting.model)
-    line = [(alpha,) for alpha in setting.alphas]
-    grid = list(itertools.product(setting.alphas, repeat=2))
-    contestants = {
+    line: list[tuple[float, ...]] = [(alpha,) for alpha in setting.alphas]
+    grid: list[tuple[float, ...]] = list(itertools.product(setting.alphas, repeat=2))
+    contestants: dict[str, tuple[Engine, list[Params], list[tuple[float, ...]]]] = {
         "materialised": (setting.engine("materialised", whole=True), directions[:1], line),
         "factorised": (setting.engine("factorised", whole=True), directions[:1], line),
         "factorised grid": (setting.engine("factorised", ndim=2, whole=True), directions, grid),
@@ -120,8 +120,9 @@ def compare_forms(setting: Setting, rounds: int) -> None:
             if number >= 0:
                 seconds[name].append((time.perf_counter() - started) / len(chosen))
     for name, (engine, _, points) in contestants.items():
+        each = 1e3 * statistics.median(seconds[name])
         write_line(
-            f"{name:16} {len(points):4} points x {len(setting.prompts)} prompts: {1e3 * statistics.median(seconds[name]):8.1f} ms a point   {engine.plan}"
+            f"{name}, {len(points)} points x {len(setting.prompts)} prompts: {each:.1f} ms a point; {engine.plan}"
         )
     for above, below in (("materialised", "factorised"), ("factorised", "factorised grid")):
         ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
@@ -189,12 +190,13 @@ def report_share(
     write_line("engine, a round: " + ", ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items()))
     needed = needed_flops(engine, completions)
     peak = measure_roofline("float32").flops
+    spent = {"all": total, "prefill": seconds["prefill"], "decode": seconds["decode"]}
+    needed["all"] = sum(needed.values())
     write_line(
-        f"needed: {sum(needed.values()) / 1e12:.2f} TFLOP ({', '.join(f'{k} {v / 1e12:.2f}' for k, v in needed.items())}); "
-        f"peak measured: {peak / 1e9:.0f} GFLOP/s; reached {100 * sum(needed.values()) / total / peak:.1f} % of it"
-        f" (prefill {100 * needed['prefill'] / seconds['prefill'] / peak:.1f} %, decode "
-        f"{100 * needed['decode'] / seconds['decode'] / peak:.1f} %)"
+        f"peak of a large product: {peak / 1e9:.0f} GFLOP/s; needed arithmetic, and the share of the peak reached:"
     )
+    for phase, elapsed in spent.items():
+        write_line(f"  {phase}: {needed[phase] / 1e12:.2f} TFLOP, {100 * needed[phase] / elapsed / peak:.1f} %")
 
 
 def needed_flops(engine: Engine, completions: list[list[Completion]]) -> dict[str, float]:
@@ -241,9 +243,8 @@ def report_rates(
                 if not same:
                     differing.append((alpha, p, completion.text, text or ""))
         changed = [case for case in differing if is_refusal(case[2]) != is_refusal(case[3])]
-        write_line(
-            f"{name}: {len(differing)} of {len(completions) * len(setting.prompts)} texts differ, {len(changed)} outcomes"
-        )
+        total = len(completions) * len(setting.prompts)
+        write_line(f"{name}: {len(differing)} of {total} texts differ, and {len(changed)} outcomes")
         for alpha, prompt, ours, theirs in [*changed, *[case for case in differing if case not in changed][:5]]:
             write_line(f"  alpha {alpha:+.3f}, prompt {prompt}: {reference.tie(alpha, prompt, ours, theirs)}")
 
@@ -327,9 +328,9 @@ def compile_seconds() -> dict[str, float]:
     """Seconds that JAX spends on making programs, from now on."""
     seconds: dict[str, float] = defaultdict(float)
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            seconds[event] += duration
+            seconds[event] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return seconds

@@ -50,11 +50,11 @@ class Machine:
     overwrite: bool = False
     """Start over in a directory that holds a run."""
 
-    def load(self) -> Model:
-        """The model, on the platform that was asked for."""
+    def load(self, on_host: bool | None = None) -> Model:
+        """The model, on the platform that was asked for; `on_host` as in `load_model`."""
         select_platform([name for name in ("tpu", "gpu", "cpu") if getattr(self, name)])
         keep_compiled_programs()
-        return load_model(self.model, self.dtype)
+        return load_model(self.model, self.dtype, on_host)
 
     @property
     def short_name(self) -> str:
@@ -113,7 +113,7 @@ class Scan(Machine):
         if self.num_prompts is None:
             prompts = prompts[:DEFAULT_NUM_PROMPTS]
         rundir.check(out, SCAN, self.overwrite)
-        model = self.load()
+        model = self.load(on_host=True if self.engine.form == "streamed" else None)
         sets = self._direction_sets(model)
         trajectories = []
         if self.trajectory:

@@ -214,15 +214,14 @@ def materialise_streamed(
 ) -> Params:
     """What `materialise` gives, from parameters in host memory, tensor by tensor: the device holds the point's
     parameters, one tensor of the model, and of directions what is stored there."""
-    weights = named_leaves(params)
     olds = named_leaves(previous) if previous is not None else {}
     steps = [named_leaves(direction) for direction in directions]
-    return tree_of(
-        {
-            name: _moved_tensor(coords, jnp.asarray(weight), tuple(step[name] for step in steps), olds.get(name))
-            for name, weight in weights.items()
-        }
-    )
+    moved = {}
+    for name, weight in named_leaves(params).items():
+        tensors = tuple(step[name] for step in steps)
+        # Waited for, because the host would send the next tensors before there is room for them.
+        moved[name] = _moved_tensor(coords, jnp.asarray(weight), tensors, olds.get(name)).block_until_ready()
+    return tree_of(moved)
 
 
 @partial(jax.jit, donate_argnums=3, keep_unused=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 import jaxscape as js
 from jaxscape.decode import Sampling, common_prefix, compact, decode_chunk, insert, pack, ring_size, tokenize
 from jaxscape.engine import Completion, Engine
-from jaxscape.models.decoder import Context, forward
+from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
+from jaxscape.models.config import ModelConfig
+from jaxscape.models.decoder import Context, forward, parameter_shapes
 from jaxscape.perturb import at_point, materialise, random_direction
 from jaxscape.plan import EngineOptions, Plan, Work, make_plan
 
@@ -280,8 +283,11 @@ def test_rows_at_points_of_their_own(tiny: js.Model) -> None:
         assert np.abs(found[row] - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_weights_in_host_memory_are_streamed_and_give_the_same(model: js.Model, direction: Any) -> None:
-    host = js.Model(**{**vars(model), "params": jax.tree.map(np.asarray, model.params)})
+def test_weights_in_host_memory_are_streamed_and_give_the_same(model: js.Model, tiny_dir: Path, direction: Any) -> None:
+    loaded = js.load_model(tiny_dir, "float32", on_host=True)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(loaded.params))
+    assert fingerprint(loaded.params) == fingerprint(model.params)
+    host = js.Model(**{**vars(model), "params": loaded.params})
     found = run(host, direction, POOL[:3], COORDS)
     assert found == run(model, direction, POOL[:3], COORDS, form="materialised")
     with pytest.raises(js.UserError, match="The weights are in host memory; --form factorised needs them on the"):
@@ -329,6 +335,22 @@ def test_the_plan_keeps_within_the_memory(tiny: js.Model, monkeypatch: pytest.Mo
     at_speed(monkeypatch, 4e11, 2e10, 10**4)
     with pytest.raises(js.UserError, match=r"memory does not hold this scan: .* GB; choose a --dtype of 16 bits"):
         planned(tiny, prompts=64, line=5)
+
+
+def test_seven_billion_parameters_in_16_bits_fit_a_card_of_24_gb(
+    tiny: js.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama-2-7B's shapes, with weights that take no memory: streamed, along directions that are not stored."""
+    config = ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5, (1.0,) * 64)
+    shapes = named_leaves(parameter_shapes(config))
+    params = tree_of({name: np.broadcast_to(np.zeros(1, "bfloat16"), leaf.shape) for name, leaf in shapes.items()})
+    model = js.Model(**{**vars(tiny), "config": config, "params": params})
+    weights = sum(leaf.size * 2 for leaf in shapes.values())
+    at_speed(monkeypatch, flops=7e13, bandwidth=9e11, free=24 * 10**9)
+    plan = planned(model, prompts=80, line=21)
+    assert (plan.form, plan.storage) == ("streamed", "seed")
+    assert weights < plan.memory <= 0.9 * 24e9 < 2 * weights
+    assert plan.rows >= 8
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Models: configuration, the Flax decoder, and checkpoints from names, directories, the hub and GGUF files."""
 
+import math
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from jaxscape.device import free_memory
 from jaxscape.errors import UserError
 from jaxscape.models import builtin, huggingface, lora
 from jaxscape.models.checkpoint import Checkpoint, Params, load_params
@@ -28,7 +30,8 @@ class Model:
 
     Attributes:
         name: what it was loaded from.
-        params: a nested dictionary of arrays; its paths, joined with dots, are Hugging Face parameter names.
+        params: a nested dictionary of arrays; its paths, joined with dots, are Hugging Face parameter names. Of a model
+            that is kept in host memory they are numpy arrays.
         eos_token_ids: the tokens that end a text or a turn.
         transformers_config: the configuration as transformers has it.
     """
@@ -56,7 +59,7 @@ def _logits(params: Params, tokens: Int[Array, "batch time"], config: ModelConfi
     return forward(config, params, tokens, positions)[0]
 
 
-def load_model(source: str | Path, dtype: str | None = None) -> Model:
+def load_model(source: str | Path, dtype: str | None = None, on_host: bool | None = None) -> Model:
     """Load a model with its tokenizer.
 
     Arguments:
@@ -65,6 +68,8 @@ def load_model(source: str | Path, dtype: str | None = None) -> Model:
             as its base is loaded, and the adapter added to its weights.
         dtype: of the parameters and activations, `float32`, `bfloat16` or `float16`; by default `float32` on a CPU
             and `bfloat16` on an accelerator.
+        on_host: keep the parameters in host memory, as numpy arrays, from where a scan streams each point's to the
+            device; by default only if the device cannot hold them twice.
 
     Raises:
         UserError: there is no such model, or it cannot be used.
@@ -74,7 +79,11 @@ def load_model(source: str | Path, dtype: str | None = None) -> Model:
     if dtype not in DTYPES:
         raise UserError(f"The dtype {dtype!r} is not supported; choose {', '.join(DTYPES)}.")
     checkpoint = _open(str(source), jnp.dtype(dtype))
-    params = load_params(checkpoint, jnp.dtype(dtype), str(source))
+    if on_host is None:
+        free = free_memory()
+        size = jnp.dtype(dtype).itemsize * sum(map(math.prod, checkpoint.shapes.values()))
+        on_host = jax.default_backend() != "cpu" and free is not None and 2 * size > free
+    params = load_params(checkpoint, jnp.dtype(dtype), str(source), on_host)
     return Model(
         name=str(source),
         config=checkpoint.config,

@@ -51,15 +51,16 @@ def tree_of(leaves: Mapping[str, Any]) -> Params:
     return unflatten_dict(dict(leaves), sep=".")
 
 
-def load_params(checkpoint: Checkpoint, dtype: jnp.dtype, origin: str) -> Params:
-    """The decoder's parameters in `dtype`, read tensor by tensor.
+def load_params(checkpoint: Checkpoint, dtype: jnp.dtype, origin: str, on_host: bool = False) -> Params:
+    """The decoder's parameters in `dtype`, read tensor by tensor; numpy arrays if they are to stay in host memory.
 
     Raises:
         UserError: tensors are missing, left over, or of another shape; all of them are listed.
     """
     expected = {name: leaf.shape for name, leaf in named_leaves(parameter_shapes(checkpoint.config)).items()}
     check_tensors(expected, checkpoint.shapes, origin)
-    return tree_of({name: to_dtype(checkpoint.read(name), dtype) for name in expected})
+    tensors = ((name, np.asarray(checkpoint.read(name)).astype(dtype)) for name in expected)
+    return tree_of({name: values if on_host else jnp.asarray(values) for name, values in tensors})
 
 
 def to_dtype(values: Any, dtype: jnp.dtype) -> jnp.ndarray:
@@ -85,7 +86,7 @@ def check_tensors(
 def fingerprint(params: Params) -> str:
     """A checksum of every tensor's name, shape, dtype and values."""
     leaves = named_leaves(params)
-    sums = jax.device_get([_checksum(leaf) for leaf in leaves.values()])
+    sums = jax.device_get([_checksum(jnp.asarray(leaf)) for leaf in leaves.values()])
     described = [
         (name, leaf.shape, str(leaf.dtype), total.tolist())
         for (name, leaf), total in zip(leaves.items(), sums, strict=True)
