@@ -12,7 +12,9 @@ from jaxscape.device import Roofline, free_memory, roofline
 from jaxscape.errors import UserError
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import named_leaves
+from jaxscape.perturb import STORAGES
 
+FORMS = ("auto", "materialised", "factorised", "streamed")
 PLACE_ROWS = 4  # in the factorised form: few, so that a place is soon free, and its rows still share a prefix
 MARGIN = 0.9  # of the free memory that a plan may fill
 ENOUGH = 8  # times the rows at which arithmetic takes as long as reading the weights: more hardly save anything
@@ -36,11 +38,15 @@ class EngineOptions:
     full_text: bool = False
     """Generate whole texts, also where a refusal keyword has decided already."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise a `UserError` if an option is out of range."""
+        for name, allowed in {"form": FORMS, "direction_storage": ("auto", *STORAGES)}.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"The {name} {getattr(self, name)!r} is unknown; choose {', '.join(allowed)}.")
         for name in ("slots", "chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"--{name} must be at least 1, not {value}.")
+                raise UserError(f"The option {name} must be at least 1, not {value}.")
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ def make_plan(model: Model, work: Work, options: EngineOptions = EngineOptions()
     Raises:
         UserError: nothing that the options allow fits, or they contradict one another.
     """
+    options.check()
     planner = Planner(model, work, options, roofline(model.dtype))
     plans = [plan for form in planner.forms() if (plan := planner.largest(form, free_memory())) is not None]
     if not plans:

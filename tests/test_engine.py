@@ -356,8 +356,10 @@ def test_seven_billion_parameters_in_16_bits_fit_a_card_of_24_gb(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"slots": 0}, "--slots must be at least 1"),
-        ({"chunk": -1}, "--chunk must be at least 1"),
+        ({"slots": 0}, "option slots must be at least 1"),
+        ({"chunk": -1}, "option chunk must be at least 1"),
+        ({"form": "round"}, "form 'round' is unknown; choose auto, materialised"),
+        ({"direction_storage": "tape"}, "direction_storage 'tape' is unknown"),
         ({"direction_storage": "seed"}, "Only random directions have seeds"),
     ],
 )
