@@ -95,7 +95,7 @@ class Setting:
     def engine(self, form: str, ndim: int = 1, whole: bool = False) -> Engine:
         rows = tokenize(self.model, self.prompts, "default", self.sampling.max_new_tokens)
         line = len(self.alphas)
-        work = Work(rows, self.sampling, num_points=line**ndim, line=line, ndim=ndim, seeded=True)
+        work = Work(rows, self.sampling, num_points=line**ndim, line=line, ndim=ndim, drawn=ndim)
         plan = make_plan(self.model, work, EngineOptions(form=form))  # type: ignore[arg-type]
         return Engine(self.model, rows, self.sampling, plan, None if whole else is_refusal)
 

@@ -113,7 +113,7 @@ class Scan(Machine):
         if self.num_prompts is None:
             prompts = prompts[:DEFAULT_NUM_PROMPTS]
         rundir.check(out, SCAN, self.overwrite)
-        model = self.load(on_host=True if self.engine.form == "streamed" else None)
+        model = self.load(on_host=None if self.engine.form == "auto" else self.engine.form == "streamed")
         sets = self._direction_sets(model)
         trajectories = []
         if self.trajectory:
@@ -318,7 +318,9 @@ def run_program(program: Any, arguments: Sequence[str] | None = None, name: str 
         if isinstance(error, jax.errors.JaxRuntimeError):
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            error = UserError("The device's memory is full; lower --slots, or choose a --dtype of 16 bits.")
+            error = UserError(
+                "The device's memory is full; lower --slots or --batch-size, or choose a --dtype of 16 bits."
+            )
         # One line, whatever a library or a file name put into it; nothing that a terminal would act on.
         line = "".join(character if character.isprintable() else "?" for character in " ".join(str(error).split()))
         sys.stderr.write(f"jaxscape: {line}\n")

@@ -121,13 +121,15 @@ class Fill(NamedTuple):
     Attributes:
         group: int32[M], which of the `Groups`; those that no slot takes are there to keep the shape.
         coords: float32[M, n], each one's point.
-        source: int32[M], a place that already has the prefix of that point, or -1 to compute it.
+        new: float32[K, n], the points whose prefix no place has yet, the last one repeated.
+        source: int32[M], where each group's prefix comes from: a place that has it, or -1 - k for the k-th new point.
         of_row: int32[B], the row that each slot takes, counted through the M groups, or -1 to keep its own.
         of_place: int32[N], the group whose point each place takes, or -1.
     """
 
     group: Int[Array | np.ndarray, " fills"]
     coords: Float[Array | np.ndarray, "fills ndim"]
+    new: Float[Array | np.ndarray, "new ndim"]
     source: Int[Array | np.ndarray, " fills"]
     of_row: Int[Array | np.ndarray, " batch"]
     of_place: Int[Array | np.ndarray, " places"]
@@ -281,30 +283,40 @@ def insert(
 ) -> Slots:
     """Prefill groups of prompts, each at its point, choose their first tokens, and put them into slots.
 
-    The prefix is computed once for each point: other groups of the point get a copy.
+    The prefix is computed once for each point, and all groups of the point get a copy.
     """
     config, fills = program.config, len(fill.group)
 
-    def params_for(rows: int) -> Params:
-        """The parameters for inputs of `rows` rows for each of the groups."""
-        return at_point(weights.params, weights.directions, jnp.repeat(fill.coords, rows, axis=0))
+    def taken(index: Int[Array | np.ndarray, " kept"], old: Array, new: Array) -> Array:
+        """The rows of `new` with these numbers, and where one is negative, the old row."""
+        index = jnp.asarray(index)
+        return jnp.where((index >= 0).reshape(-1, *[1] * (old.ndim - 1)), new[jnp.maximum(index, 0)], old)
+
+    def params_at(coords: Float[Array, "points ndim"], rows: int) -> Params:
+        """The parameters for inputs of `rows` rows for each of the points."""
+        return at_point(weights.params, weights.directions, jnp.repeat(coords, rows, axis=0))
 
     def prefill_prefix() -> KVCache:
-        shape = (fills, prefix.size)
+        shape = (len(fill.new), prefix.size)
         tokens, positions = (jnp.broadcast_to(x, shape) for x in (prefix, jnp.arange(prefix.size)))
-        return hidden_states(config, params_for(1), tokens, positions, Context())[1]
+        return hidden_states(config, params_at(fill.new, 1), tokens, positions, Context())[1]
 
     shared = slots.prefix
     if shared is not None:
+        computed = jax.lax.cond(
+            (fill.source < 0).any(),
+            prefill_prefix,
+            lambda: jax.tree.map(lambda x: jnp.zeros((len(fill.new), *x.shape[1:]), x.dtype), shared),
+        )
         known = jax.tree.map(lambda x: x[jnp.maximum(fill.source, 0)], shared)
-        unknown = fill.source < 0
-        computed = jax.lax.cond(unknown.any(), prefill_prefix, lambda: known)
-        shared = jax.tree.map(lambda a, b: jnp.where(unknown.reshape(-1, *[1] * (a.ndim - 1)), a, b), computed, known)
+        shared = jax.tree.map(partial(taken, -1 - fill.source), known, computed)
 
     group = jax.tree.map(lambda x: x[fill.group], groups)
     lines, width = group.tokens.shape[1:]
     tokens, positions, segments = (x.reshape(-1, width) for x in (group.tokens, group.positions, group.segments))
-    x, cache = hidden_states(config, params_for(lines), tokens, positions, Context(prefix=shared, segments=segments))
+    x, cache = hidden_states(
+        config, params_at(fill.coords, lines), tokens, positions, Context(prefix=shared, segments=segments)
+    )
     first = (group.first + jnp.arange(fills)[:, None] * lines * width).reshape(-1)
     starts, rows, lengths = (x.reshape(-1) for x in (group.starts, group.rows, group.lengths))
     last = x.reshape(-1, x.shape[-1])[first + jnp.maximum(lengths, 1) - 1]
@@ -314,12 +326,8 @@ def insert(
         ended=lengths == 0,
         finite=jnp.ones(rows.shape, bool),
     )
-    logits = head(config, params_for(len(rows) // fills), last[:, None])
+    logits = head(config, params_at(fill.coords, len(rows) // fills), last[:, None])
     out = _choose(program, logits[:, 0], nothing, rows, stream)
-
-    def taken(index: Int[Array | np.ndarray, " kept"], old: Array, new: Array) -> Array:
-        index = jnp.asarray(index)
-        return jnp.where((index >= 0).reshape(-1, *[1] * (old.ndim - 1)), new[jnp.maximum(index, 0)], old)
 
     # Ring slot s of a row holds the text's token number `place`, if it has that many.
     fresh, row = fill.of_row >= 0, jnp.maximum(fill.of_row, 0)

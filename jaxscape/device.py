@@ -31,7 +31,10 @@ class Roofline:
 def keep_compiled_programs() -> None:
     """Have JAX keep what it compiles in the cache directory, for the next process, unless it has been told where."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+        try:
+            jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+        except UserError:  # there is no place to keep them: they are compiled again next time
+            return
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
@@ -47,8 +50,12 @@ def free_memory() -> int | None:
         free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
         # A container may have less than its machine.
         group = Path("/sys/fs/cgroup")
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, IndexError):
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = [
+            line.split()[1] for line in (group / "memory.stat").read_text().splitlines() if "inactive_file" in line
+        ]
+        free.append(limit - used + int(cached[0]))
+    except (OSError, ValueError, LookupError):
         pass  # no Linux, or no limit
     return min(free, default=None)
 
@@ -80,9 +87,9 @@ def measure_roofline(dtype: str) -> Roofline:
     size = 2048 if jax.default_backend() == "cpu" else 8192
     square = jnp.full((size, size), 0.5, dtype)
     flops = 2 * size**3 / _seconds(_product, square, square)
-    # Too large for a CPU's caches, so that it has to be read from memory.
-    matrix = jnp.full((16 * 2048, 1024), 0.5, dtype)
-    rows = jnp.full((2, 1024), 0.5, dtype)
+    # Too large for the caches, so that it has to be read from memory, and for an accelerator's launches to count.
+    matrix = jnp.full((16 * size, size // 2), 0.5, dtype)
+    rows = jnp.full((2, size // 2), 0.5, dtype)
     return Roofline(flops, matrix.nbytes / _seconds(_product, rows, matrix))
 
 

@@ -207,11 +207,15 @@ class Board:
             if len(free) < count:
                 return
             chosen = [self._queue.popleft() for _ in range(count)]
-            known = {int(point): place for place, point in enumerate(self._points)}
+            known = {int(point): place for place, point in enumerate(self._points) if point >= 0}
             index = np.minimum(np.arange(size), count - 1)  # the last one is repeated, and nobody takes the copies
             of_row = np.full(blocks.shape, -1, np.int32)
             of_place = np.full(self._points.shape, -1, np.int32)
-            source = [known.get(chosen[i][0], -1) for i in index]
+            new = list(dict.fromkeys(point for point, _ in chosen if point not in known))
+            known |= {point: -1 - k for k, point in enumerate(new)}
+            # A fill holds groups of so many points at most, for they come in the points' order.
+            most = min(size, (size - 2) // len(self._grouped) + 2)
+            padded = (new + [chosen[-1][0]] * most)[:most]
             for i, (block, (point, group)) in enumerate(zip(free, chosen, strict=False)):
                 place = block * group_size // self._plan.rows
                 of_row[block] = i * group_size + np.arange(group_size)
@@ -222,7 +226,8 @@ class Board:
             yield Fill(
                 group=np.array([chosen[i][1] for i in index], np.int32),
                 coords=np.array([points[chosen[i][0]] for i in index], np.float32).reshape(size, -1),
-                source=np.array(source, np.int32),
+                new=np.array([points[point] for point in padded], np.float32).reshape(most, -1),
+                source=np.array([known[chosen[i][0]] for i in index], np.int32),
                 of_row=of_row.reshape(-1),
                 of_place=of_place,
             )

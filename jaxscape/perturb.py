@@ -84,8 +84,10 @@ class PerturbedWeight:
     def apply(self, use: Callable[[Array], Array]) -> Array:
         total = use(self.weight)
         for c, step in zip(self.coords, self.steps, strict=True):
-            if isinstance(step, Scaled):  # the product is scaled, not the values
-                moved = step.scale * use(step.values.astype(self.weight.dtype)).astype(jnp.float32)
+            if isinstance(step, Scaled):  # the product is scaled, not the values, which stay as small as weights are
+                one = 128 if step.values.dtype == jnp.int8 else 1
+                values = step.values.astype(self.weight.dtype) / one
+                moved = step.scale * one * use(values).astype(jnp.float32)
             else:
                 moved = use(dense(step).astype(self.weight.dtype)).astype(jnp.float32)
             # At 0 it is the weight to the bit, also where the direction overflows.

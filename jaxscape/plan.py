@@ -19,6 +19,8 @@ PLACE_ROWS = 4  # in the factorised form: few, so that a place is soon free, and
 MARGIN = 0.9  # of the free memory that a plan may fill
 ENOUGH = 8  # times the rows at which arithmetic takes as long as reading the weights: more hardly save anything
 HOST_BANDWIDTH = 1e10  # bytes per second from host memory to a device, of a PCIe slot
+NOISE = 4500  # operations at the speed of a large product that a number drawn from a seed takes
+MOST_INSERTS = 16
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Work:
         rows: tokens of the prompts.
         num_points, ndim: of a direction set.
         line: the points of it that differ in their last coordinate alone.
-        seeded: all directions are random ones, which can be drawn from their seeds.
+        drawn: how many of a set's directions are random ones, which are yet to be made.
     """
 
     rows: Sequence[Sequence[int]]
@@ -108,7 +110,7 @@ class Work:
     num_points: int = 1
     line: int = 1
     ndim: int = 0
-    seeded: bool = False
+    drawn: int = 0
 
 
 def make_plan(model: Model, work: Work, options: EngineOptions = EngineOptions()) -> Plan:
@@ -119,16 +121,17 @@ def make_plan(model: Model, work: Work, options: EngineOptions = EngineOptions()
     """
     options.check()
     planner = Planner(model, work, options, roofline(model.dtype))
-    plans = [plan for form in planner.forms() if (plan := planner.largest(form, free_memory())) is not None]
-    if not plans:
-        form = planner.forms()[-1]
-        least = list(planner.plans(form))[-1]
+    plans = [plan for form in planner.forms() for plan in planner.plans(form)]
+    free = free_memory()
+    fitting = [plan for plan in plans if free is None or planner.missing(plan) <= MARGIN * free]
+    if not fitting:
+        least = min(plans, key=planner.missing)
         raise UserError(
-            f"The device's memory does not hold this scan: in the {form} form, one slot and all that it needs take "
-            f"{least.memory / 1e9:.1f} GB; choose a --dtype of 16 bits, --form streamed, shorter prompts or a lower "
-            f"--max-new-tokens."
+            f"The device's memory does not hold this scan: in the {least.form} form with {least.places * least.rows} "
+            f"slots it takes {least.memory / 1e9:.1f} GB in all; choose a --dtype of 16 bits, fewer --slots, shorter "
+            f"prompts, a lower --max-new-tokens, or, on an accelerator, --form streamed."
         )
-    return min(plans, key=planner.seconds)
+    return min(fitting, key=planner.seconds)
 
 
 class Planner:
@@ -151,7 +154,7 @@ class Planner:
         self._slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self._itemsize
         if work.ndim == 0 and options.form == "factorised":
             raise UserError("Without directions there is nothing to share: the factorised form needs some.")
-        if options.direction_storage == "seed" and not work.seeded:
+        if options.direction_storage == "seed" and not work.drawn:
             raise UserError("Only random directions have seeds that they can be drawn from.")
 
     def forms(self) -> list[str]:
@@ -165,20 +168,19 @@ class Planner:
             return ["streamed"]
         return ["materialised", "factorised"] if self._work.ndim else ["materialised"]
 
-    def largest(self, form: str, free: int | None) -> Plan | None:
-        """The first of the form's plans that fits into what is free."""
-        loaded = 0 if self._on_host else self._weights
-        return next((p for p in self.plans(form) if free is None or p.memory - loaded <= MARGIN * free), None)
+    def missing(self, plan: Plan) -> int:
+        """Bytes that are yet to be allocated."""
+        return plan.memory - (0 if self._on_host else self._weights)
 
     def plans(self, form: str) -> Iterator[Plan]:
-        """From the fastest to the smallest: fewer and fewer slots, then directions that are not stored."""
+        """With fewer and fewer slots, and with random directions that are stored or not."""
         storage = self._options.direction_storage
-        storages = ["exact", "seed"] if storage == "auto" and self._work.seeded else [storage.replace("auto", "exact")]
+        storages = [storage] if storage != "auto" else ["exact", "seed"] if self._work.drawn else ["exact"]
         for held in storages:
-            slots = self._options.slots or self._enough(form)
+            slots = self._options.slots or self._enough()
             while slots:
                 yield self._plan(form, held, slots)
-                slots //= 2
+                slots = 0 if self._options.slots else slots // 2
 
     def seconds(self, plan: Plan) -> float:
         """An estimate for a direction set, in which every row goes to its limit."""
@@ -195,7 +197,10 @@ class Planner:
             moved += self._weights / HOST_BANDWIDTH
         if plan.form == "factorised" and work.ndim == 1:
             moved = 0.0
-        return passes * work.sampling.max_new_tokens * (read + compute) + prefill + lines * moved
+        steps = passes * work.sampling.max_new_tokens
+        drawn = work.drawn * NOISE * self._numbers / self._speed.flops if plan.storage == "seed" else 0.0
+        drawn *= lines + steps if plan.form == "factorised" else lines  # there, wherever a weight is used
+        return steps * (read + compute) + prefill + lines * moved + drawn
 
     @property
     def _weights(self) -> int:
@@ -211,7 +216,7 @@ class Planner:
         compute = plan.places * plan.rows * copies * self._flops / self._speed.flops
         return copies * self._weights / self._speed.bandwidth, compute
 
-    def _enough(self, form: str) -> int:
+    def _enough(self) -> int:
         balance = (self._weights / self._speed.bandwidth) / (self._flops / self._speed.flops)
         return max(1, round(ENOUGH * balance))
 
@@ -221,7 +226,7 @@ class Planner:
         if form == "factorised":
             rows = group = min(PLACE_ROWS, prompts, slots)
             places = max(1, min(slots // rows, work.line * -(-prompts // group)))
-            inserts = max(1, places // 4)
+            inserts = min(max(1, places // 4), MOST_INSERTS)
             few = places // 4 * rows
         elif prompts <= slots:
             rows = group = prompts
@@ -232,11 +237,13 @@ class Planner:
             few = rows // 4
         batch = places * rows
         cache = (batch + few) * (self._longest + work.sampling.max_new_tokens) * self._slot
-        cache += places * self._prefix * self._slot
-        directions = {"exact": self._itemsize, "bfloat16": 2, "int8": 1, "seed": 0}[storage] * self._numbers * work.ndim
+        cache += (places + max(1, few // rows)) * self._prefix * self._slot
+        each = {"exact": work.drawn * self._itemsize, "seed": 0, "bfloat16": 2 * work.ndim, "int8": work.ndim}[storage]
         copies = {"materialised": min(work.ndim, 1) + 1, "streamed": 1, "factorised": min(work.ndim, 2)}[form]
+        if form == "streamed" and not self._on_host:
+            copies = 2
         alone = 4 * self._largest if form == "streamed" or storage == "seed" else 0
-        space = self._space(inserts * group, batch)
+        space = self._space(inserts, group, batch)
         on_cpu = jax.default_backend() == "cpu"
         plan = Plan(
             form=form,
@@ -250,16 +257,17 @@ class Planner:
             few=few,
             storage=storage,
             cache=cache,
-            memory=copies * self._weights + directions + alone + cache + space,
+            memory=copies * self._weights + each * self._numbers + alone + cache + space,
             reason="",
         )
         read, compute = (1e3 * seconds for seconds in self._step(plan))
         return replace(plan, reason=f"a step reads weights for {read:.1f} ms and computes for {compute:.1f} ms")
 
-    def _space(self, inserted: int, batch: int) -> int:
-        """Bytes that the largest layer of a prefill, and the logits, take besides."""
+    def _space(self, inserts: int, group: int, batch: int) -> int:
+        """Bytes that the largest layer of a prefill, its keys and values, and the logits take besides."""
         c = self._config
-        tokens = inserted * self._longest
+        tokens = inserts * max(group * self._longest, self._prefix)
         heads = c.num_heads * (self._prefix + self._longest)
         layer = tokens * (6 * c.hidden_size + 3 * c.intermediate_size + 2 * heads) * 4
-        return layer + self._slot * tokens + 3 * 4 * c.vocab_size * max(batch, inserted)
+        kept = self._slot * (tokens + 3 * inserts * self._prefix)
+        return layer + kept + 3 * 4 * c.vocab_size * max(batch, inserts * group)

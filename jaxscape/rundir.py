@@ -95,6 +95,14 @@ def check(directory: Path, kind: Kind, overwrite: bool = False) -> None:
         )
 
 
+def recorded(directory: Path | None, key: str) -> Any:
+    """What the directory's run has under this key of its configuration; None if there is no such run or key."""
+    try:
+        return None if directory is None else json.loads((directory / CONFIG).read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
 def _is_config(path: Path, kind: Kind) -> bool:
     """Whether the file is such a run's configuration, or a damaged file that may have been one."""
     try:

@@ -5,13 +5,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxscape import rundir
 from jaxscape.decode import Sampling, tokenize
 from jaxscape.engine import Engine
 from jaxscape.errors import UserError, check_seed
@@ -21,7 +22,7 @@ from jaxscape.landscape import Axis, Landscape, symmetric_axes
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import Params, fingerprint
 from jaxscape.perturb import check_direction, random_direction, stored
-from jaxscape.plan import EngineOptions, Plan, Work, make_plan
+from jaxscape.plan import FORMS, EngineOptions, Plan, Work, make_plan
 from jaxscape.progress import report_to
 from jaxscape.store import Run, open_run
 
@@ -80,6 +81,19 @@ def scan(
         raise UserError(f"There are {len(axes)} axes, but {len(sets[0])} directions in a set; give as many of both.")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     rows = tokenize(model, prompts, system_prompt, max_new_tokens)
+    work = Work(
+        rows,
+        sampling,
+        num_points=math.prod(len(axis.values) for axis in axes),
+        line=len(axes[-1].values),
+        ndim=len(axes),
+        drawn=max(sum(isinstance(direction, int | np.integer) for direction in item) for item in sets),
+    )
+    directory = None if out is None else Path(out)
+    if options.form == "auto" and not overwrite and (form := rundir.recorded(directory, "form")) in FORMS:
+        # What is resumed goes on in its form: another may choose another token where two are as good as equal.
+        options = replace(options, form=form)
+    plan = make_plan(model, work, options)
     config = {
         "model": model.name,
         "weights": fingerprint(model.params),
@@ -92,21 +106,12 @@ def scan(
         "architecture": checksum((model.config, model.eos_token_ids)),
         "system_prompt": system_prompt,
         **asdict(sampling),
+        "form": plan.form,
         "full_text": options.full_text,
         **({"direction_storage": storage} if (storage := options.direction_storage) in ("bfloat16", "int8") else {}),
         **(describe or {}),
     }
-    work = Work(
-        rows,
-        sampling,
-        num_points=math.prod(len(axis.values) for axis in axes),
-        line=len(axes[-1].values),
-        ndim=len(axes),
-        seeded=all(isinstance(direction, int | np.integer) for item in sets for direction in item),
-    )
-    plan = make_plan(model, work, options)
     engine = Engine(model, rows, sampling, plan, decided=None if options.full_text else is_refusal)
-    directory = None if out is None else Path(out)
     with open_run(directory, config, axes, len(sets), prompts, overwrite) as run, _report(run, plan, progress) as tell:
         for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
             resolved = None  # the last set's directions, before the next set's are made

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import jaxscape as js
 from jaxscape.decode import decode_chunk, insert
+from jaxscape.evaluate import refusal
 from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
 from jaxscape.perturb import materialise
 from jaxscape.store import export_reference
@@ -264,6 +265,39 @@ def test_a_run_does_not_depend_on_the_slots(tiny: js.Model, unbroken: Path, tmp_
     (directory / "generations.jsonl").write_bytes(b"")
     js.scan(tiny, [0, 1], out=directory, options=js.EngineOptions(slots=2), **OPTIONS)
     assert contents(directory) == contents(unbroken)
+
+
+def test_a_resumed_run_keeps_its_form(tiny: js.Model, tmp_path: Path) -> None:
+    for form in ("materialised", "factorised"):
+        directory = tmp_path / form
+        js.scan(tiny, [0], out=directory, options=js.EngineOptions(form=form), **OPTIONS)
+        before = contents(directory)
+        assert json.loads(before["config.json"])["form"] == form
+        (directory / "generations.jsonl").write_bytes(before["generations.jsonl"][:700])
+        js.scan(tiny, [0], out=directory, **OPTIONS)
+        assert contents(directory) == before
+    with pytest.raises(js.UserError, match=r"different: form\)"):
+        js.scan(tiny, [0], out=directory, options=js.EngineOptions(form="materialised"), **OPTIONS)
+
+
+def test_texts_end_at_the_keyword_that_decides_and_say_so(tiny: js.Model, tmp_path: Path, monkeypatch: Any) -> None:
+    """A keyword that this random model says: its text is cut there, or, whole, goes on."""
+    js.scan(tiny, [0], out=tmp_path / "plain", **OPTIONS)
+    plain = records(tmp_path / "plain")
+    word = max((record["generation"] for record in plain), key=len)[1:3]
+    monkeypatch.setattr(refusal, "REFUSAL_KEYWORDS", (word,))
+    js.scan(tiny, [0], out=tmp_path / "cut", **OPTIONS)
+    js.scan(tiny, [0], out=tmp_path / "whole", options=js.EngineOptions(full_text=True), **OPTIONS)
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["full_text"] is True
+    cut, whole = records(tmp_path / "cut"), records(tmp_path / "whole")
+    assert [record["generation"] for record in whole] == [record["generation"] for record in plain]
+    assert [record["refused"] for record in cut] == [record["refused"] for record in whole]
+    assert not any("cut" in record for record in whole)
+    assert any(record.get("cut") for record in cut)
+    for short, long in zip(cut, whole, strict=True):
+        assert long["generation"].startswith(short["generation"])
+        assert not short.get("cut") or (short["refused"] and word not in short["generation"][:-1])
+        assert short.get("cut") or short["generation"] == long["generation"]
 
 
 def test_a_models_directory_is_no_run_also_with_overwrite(tiny: js.Model, tiny_dir: Path) -> None:
