@@ -292,9 +292,9 @@ def insert(
         index = jnp.asarray(index)
         return jnp.where((index >= 0).reshape(-1, *[1] * (old.ndim - 1)), new[jnp.maximum(index, 0)], old)
 
-    def params_at(coords: Float[Array, "points ndim"], rows: int) -> Params:
+    def params_at(coords: Float[Array | np.ndarray, "points ndim"], rows: int) -> Params:
         """The parameters for inputs of `rows` rows for each of the points."""
-        return at_point(weights.params, weights.directions, jnp.repeat(coords, rows, axis=0))
+        return at_point(weights.params, weights.directions, jnp.repeat(jnp.asarray(coords), rows, axis=0))
 
     def prefill_prefix() -> KVCache:
         shape = (len(fill.new), prefix.size)

@@ -405,14 +405,20 @@ def test_seven_billion_parameters_in_16_bits_fit_a_card_of_24_gb(
     [
         ({"slots": 0}, "option slots must be at least 1"),
         ({"chunk": -1}, "option chunk must be at least 1"),
-        ({"form": "round"}, "form 'round' is unknown; choose auto, materialised"),
-        ({"direction_storage": "tape"}, "direction_storage 'tape' is unknown"),
         ({"direction_storage": "seed"}, "Only random directions have seeds"),
     ],
 )
 def test_options_that_cannot_be_are_user_errors(model: js.Model, direction: Any, options: Any, message: str) -> None:
     with pytest.raises(js.UserError, match=message):
         run(model, direction, POOL[:1], [0.0], **options)
+
+
+@pytest.mark.parametrize("name", ["form", "direction_storage"])
+def test_unknown_names_are_user_errors(name: str) -> None:
+    options = EngineOptions()
+    object.__setattr__(options, name, "round")  # as without type checks it may be
+    with pytest.raises(js.UserError, match=f"The {name} 'round' is unknown; choose auto, "):
+        options.check()
 
 
 def test_the_plan_says_what_and_why(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:

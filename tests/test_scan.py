@@ -284,7 +284,7 @@ def test_texts_end_at_the_keyword_that_decides_and_say_so(tiny: js.Model, tmp_pa
     """A keyword that this random model says: its text is cut there, or, whole, goes on."""
     js.scan(tiny, [0], out=tmp_path / "plain", **OPTIONS)
     plain = records(tmp_path / "plain")
-    word = max((record["generation"] for record in plain), key=len)[1:3]
+    word = next(c for record in plain for c in record["generation"][:-1] if c.isascii() and c.isalnum())
     monkeypatch.setattr(refusal, "REFUSAL_KEYWORDS", (word,))
     js.scan(tiny, [0], out=tmp_path / "cut", **OPTIONS)
     js.scan(tiny, [0], out=tmp_path / "whole", options=js.EngineOptions(full_text=True), **OPTIONS)
@@ -296,7 +296,7 @@ def test_texts_end_at_the_keyword_that_decides_and_say_so(tiny: js.Model, tmp_pa
     assert any(record.get("cut") for record in cut)
     for short, long in zip(cut, whole, strict=True):
         assert long["generation"].startswith(short["generation"])
-        assert not short.get("cut") or (short["refused"] and word not in short["generation"][:-1])
+        assert not short.get("cut") or (short["refused"] and word in short["generation"])
         assert short.get("cut") or short["generation"] == long["generation"]
 
 
