@@ -6,6 +6,8 @@ and numbers of new tokens; figures are medians over rounds. In a round, a contes
 of them only, another part in each of the n rounds, and its time is multiplied.
 """
 
+import copy
+import functools
 import itertools
 import statistics
 import subprocess
@@ -35,6 +37,9 @@ from jaxscape.perturb import materialise
 from jaxscape.plan import EngineOptions, Work, make_plan
 from jaxscape.prompts import load_prompts
 from jaxscape.scan import resolve
+
+Answer = tuple[str, list[int]]
+"""A text, and its tokens."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def compare_reference(setting: Setting, rounds: int, batch_sizes: Sequence[int],
     engine.seconds = {}
     times: dict[str, list[list[float]]] = {name: [] for name in ("engine", "batch 4", f"batch {best}")}
     completions: list[list[Completion]] = []
-    texts: dict[str, list[list[str | None]]] = {name: [[None] * len(setting.prompts) for _ in points] for name in times}
+    answers: dict[str, list[dict[int, Answer]]] = {name: [{} for _ in points] for name in times if name != "engine"}
     for number in range(rounds):
         for record in times.values():
             record.append([])
@@ -169,8 +174,7 @@ def compare_reference(setting: Setting, rounds: int, batch_sizes: Sequence[int],
             for name, size in (("batch 4", 4), (f"batch {best}", best)):
                 elapsed, part = reference.timed(alpha, size, number, rounds)
                 times[name][-1].append(elapsed)
-                for prompt, text in part.items():
-                    texts[name][index][prompt] = text
+                answers[name][index] |= part
         totals = {name: sum(record[-1]) for name, record in times.items()}
         write_line(f"round {number + 1}: " + ", ".join(f"{name} {total:.1f} s" for name, total in totals.items()))
 
@@ -179,7 +183,7 @@ def compare_reference(setting: Setting, rounds: int, batch_sizes: Sequence[int],
         ratios = [sum(a) / sum(b) for a, b in zip(times[name], times["engine"], strict=True)]
         write_line(f"{name} / engine: {statistics.median(ratios):.2f} ({', '.join(f'{r:.2f}' for r in ratios)})")
     report_share(setting, engine, completions, total["engine"], rounds)
-    report_rates(setting, reference, completions, texts)
+    report_rates(setting, reference, engine, completions, answers)
 
 
 def report_share(
@@ -224,30 +228,46 @@ def needed_flops(engine: Engine, completions: list[list[Completion]]) -> dict[st
 def report_rates(
     setting: Setting,
     reference: "Reference",
+    engine: Engine,
     completions: list[list[Completion]],
-    texts: dict[str, list[list[str | None]]],
+    answers: dict[str, list[dict[int, Answer]]],
 ) -> None:
     """The ASR of all contestants at each point; and where a text differs, how near the two tokens were to a tie."""
+    prompts = range(len(setting.prompts))
     rates = {"engine": [attack_success_rate([c.text for c in point]) for point in completions]}
-    for name in texts.keys() - {"engine"}:
-        rates[name] = [attack_success_rate([text or "" for text in point]) for point in texts[name]]
+    for name, points in answers.items():
+        rates[name] = [attack_success_rate([point[p][0] for p in prompts]) for point in points]
     write_line("alpha   " + "".join(f"{name:>12}" for name in rates))
     for i, alpha in enumerate(setting.alphas):
         write_line(f"{alpha:+.3f}  " + "".join(f"{rate[i]:11.2f}%" for rate in rates.values()))
-    for name in texts.keys() - {"engine"}:
+    spelled = Spelled(engine, reference.direction)
+    for name, points in answers.items():
         differing = []
-        for i, alpha in enumerate(setting.alphas):
-            for p, (completion, text) in enumerate(zip(completions[i], texts[name][i], strict=True)):
-                same = text is not None and (
-                    text.startswith(completion.text) if completion.cut else text == completion.text
-                )
-                if not same:
-                    differing.append((alpha, p, completion.text, text or ""))
-        changed = [case for case in differing if is_refusal(case[2]) != is_refusal(case[3])]
+        for i, p in itertools.product(range(len(points)), prompts):
+            ours, (text, tokens) = completions[i][p], points[i][p]
+            if not (text.startswith(ours.text) if ours.cut else text == ours.text):
+                differing.append((is_refusal(ours.text) == is_refusal(text), setting.alphas[i], p, tokens))
         total = len(completions) * len(setting.prompts)
-        write_line(f"{name}: {len(differing)} of {total} texts differ, and {len(changed)} outcomes")
-        for alpha, prompt, ours, theirs in [*changed, *[case for case in differing if case not in changed][:5]]:
-            write_line(f"  alpha {alpha:+.3f}, prompt {prompt}: {reference.tie(alpha, prompt, ours, theirs)}")
+        changed = sum(not same for same, *_ in differing)
+        write_line(f"{name}: {len(differing)} of {total} texts differ, and {changed} outcomes")
+        for _, alpha, p, tokens in sorted(differing)[:10]:
+            write_line(f"  alpha {alpha:+.3f}, prompt {p}: {reference.tie(alpha, p, spelled.tokens(alpha)[p], tokens)}")
+
+
+class Spelled:
+    """The engine's whole answers as tokens: the same engine, with a tokenizer that writes their numbers."""
+
+    def __init__(self, engine: Engine, direction: Params) -> None:
+        tokenizer = copy.copy(engine.model.tokenizer)
+        tokenizer.batch_decode = lambda rows, **_: [" ".join(map(str, row)) for row in rows]
+        model = replace(engine.model, tokenizer=tokenizer)
+        self._engine = Engine(model, engine.rows, engine.sampling, engine.plan)
+        self._direction = direction
+
+    @functools.cache  # noqa: B019 (lives as long as the program)
+    def tokens(self, alpha: float) -> list[list[int]]:
+        (point,) = self._engine.complete([self._direction], [(alpha,)])
+        return [list(map(int, completion.text.split())) for completion in point]
 
 
 class Reference:
@@ -259,7 +279,7 @@ class Reference:
             import transformers
         except ImportError as error:
             raise UserError(f"The reference needs PyTorch ({error}): pip install 'jaxscape[test]'.") from error
-        self._torch, self._setting, self._direction = torch, setting, direction
+        self._torch, self._setting, self.direction = torch, setting, direction
         with tempfile.TemporaryDirectory() as directory:
             save_model(setting.model, directory)
             self._model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -272,28 +292,26 @@ class Reference:
     def move(self, alpha: float) -> None:
         if alpha == self._at:
             return
-        point = named_leaves(
-            materialise(self._setting.model.params, [self._direction], jnp.array([alpha], jnp.float32))
-        )
+        point = named_leaves(materialise(self._setting.model.params, [self.direction], jnp.array([alpha], jnp.float32)))
         state = self._model.state_dict()
         with self._torch.no_grad():
             for name, weight in point.items():
                 state[name].copy_(self._torch.from_numpy(np.array(weight)))
         self._at = alpha
 
-    def timed(self, alpha: float, size: int, number: int = 0, rounds: int = 1) -> tuple[float, dict[int, str]]:
-        """Seconds for all prompts at a point, and the texts; of many batches, every `rounds`-th is run."""
+    def timed(self, alpha: float, size: int, number: int = 0, rounds: int = 1) -> tuple[float, dict[int, Answer]]:
+        """Seconds for all prompts at a point, and the answers; of many batches, every `rounds`-th is run."""
         self.move(alpha)
         batches = [range(i, min(i + size, len(self._rows))) for i in range(0, len(self._rows), size)]
         chosen = batches[number % rounds :: rounds] if len(batches) >= rounds else batches
-        texts: dict[int, str] = {}
+        answers: dict[int, Answer] = {}
         started = time.perf_counter()
         for batch in chosen:
-            texts |= zip(batch, self._generate([self._rows[i] for i in batch]), strict=True)
+            answers |= zip(batch, self._generate([self._rows[i] for i in batch]), strict=True)
         elapsed = time.perf_counter() - started
-        return elapsed * len(self._rows) / sum(map(len, chosen)), texts
+        return elapsed * len(self._rows) / sum(map(len, chosen)), answers
 
-    def _generate(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    def _generate(self, rows: Sequence[Sequence[int]]) -> list[Answer]:
         torch, width = self._torch, max(map(len, rows))
         ids = torch.tensor([[self._pad] * (width - len(row)) + list(row) for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -307,22 +325,20 @@ class Reference:
                 eos_token_id=eos,
                 pad_token_id=self._pad,
             )
-        new = [[t for t in row if t not in (*eos, self._pad)] for row in out[:, width:].tolist()]
-        texts: list[str] = self._tokenizer.batch_decode(
-            new, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return texts
+        new = [list(itertools.takewhile(lambda token: token not in eos, row)) for row in out[:, width:].tolist()]
+        texts = self._tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return list(zip(texts, new, strict=True))
 
-    def tie(self, alpha: float, prompt: int, ours: str, theirs: str) -> str:
-        """The first place where two texts part, and by how much torch prefers one token to the other there."""
+    def tie(self, alpha: float, prompt: int, ours: list[int], theirs: list[int]) -> str:
+        """The first place where two answers part, and by how much torch prefers the one token to the other there."""
         self.move(alpha)
-        a, b = (self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in (ours, theirs))
-        place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        row = [*self._rows[prompt], *a[:place]]
+        end = self._setting.model.eos_token_ids[0]
+        pairs = enumerate(itertools.zip_longest(ours, theirs, fillvalue=end))
+        place, (a, b) = next(((i, pair) for i, pair in pairs if pair[0] != pair[1]), (0, (end, end)))
         with self._torch.no_grad():
-            logits = self._model(self._torch.tensor([row])).logits[0, -1]
-        first, second = self._torch.topk(logits, 2).values.tolist()
-        return f"they part at token {place}, where torch's two highest logits are {first:.6f} and {second:.6f}"
+            row = self._torch.tensor([[*self._rows[prompt], *theirs[:place]]])
+            logits = self._model(row).logits[0, -1].tolist()
+        return f"they part at token {place}, where torch, alone, gives {logits[a]:.6f} and {logits[b]:.6f}"
 
 
 def compile_seconds() -> dict[str, float]:
