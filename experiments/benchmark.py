@@ -70,9 +70,8 @@ class Benchmark:
             return
         compiled = compile_seconds()
         model = load_model(self.model, "float32")
-        setting = Setting(
-            model, prompts, Sampling(self.max_new_tokens), symmetric_axes(1, self.steps, self.radius)[0].values
-        )
+        (axis,) = symmetric_axes(1, self.steps, self.radius)
+        setting = Setting(model, prompts, Sampling(self.max_new_tokens), axis.values)
         if self.compare == "forms":
             compare_forms(setting, self.rounds)
         else:
@@ -182,35 +181,31 @@ def compare_reference(setting: Setting, rounds: int, batch_sizes: Sequence[int],
     for name in total.keys() - {"engine"}:
         ratios = [sum(a) / sum(b) for a, b in zip(times[name], times["engine"], strict=True)]
         write_line(f"{name} / engine: {statistics.median(ratios):.2f} ({', '.join(f'{r:.2f}' for r in ratios)})")
-    report_share(setting, engine, completions, total["engine"], rounds)
+    report_share(engine, completions, total["engine"], rounds)
     report_rates(setting, reference, engine, completions, answers)
 
 
-def report_share(
-    setting: Setting, engine: Engine, completions: list[list[Completion]], total: float, rounds: int
-) -> None:
+def report_share(engine: Engine, completions: list[list[Completion]], total: float, rounds: int) -> None:
     """Where the time goes, and which part of the measured peak the needed arithmetic reached."""
     seconds = {phase: s / rounds for phase, s in (engine.seconds or {}).items()}
     seconds["host"] = total - sum(seconds.values())
     write_line("engine, a round: " + ", ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items()))
     needed = needed_flops(engine, completions)
     peak = measure_roofline("float32").flops
-    spent = {"all": total, "prefill": seconds["prefill"], "decode": seconds["decode"]}
     needed["all"] = sum(needed.values())
     write_line(
         f"peak of a large product: {peak / 1e9:.0f} GFLOP/s; needed arithmetic, and the share of the peak reached:"
     )
-    for phase, elapsed in spent.items():
-        write_line(f"  {phase}: {needed[phase] / 1e12:.2f} TFLOP, {100 * needed[phase] / elapsed / peak:.1f} %")
+    for phase, flops in needed.items():
+        elapsed = seconds.get(phase, total)
+        write_line(f"  {phase}: {flops / 1e12:.2f} TFLOP, {100 * flops / elapsed / peak:.1f} %")
 
 
 def needed_flops(engine: Engine, completions: list[list[Completion]]) -> dict[str, float]:
     """Of the tokens that had to be computed: the prefix once a point, each prompt's own tokens, and those generated,
     products with weights and attention both."""
-    config, sizes = (
-        engine.model.config,
-        {n: leaf.size for n, leaf in named_leaves(engine.model.params).items() if leaf.ndim > 1},
-    )
+    config = engine.model.config
+    sizes = {name: leaf.size for name, leaf in named_leaves(engine.model.params).items() if leaf.ndim > 1}
     head = config.vocab_size * config.hidden_size
     layers = sum(sizes.values()) - sizes["model.embed_tokens.weight"] - sizes.get("lm_head.weight", 0)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim  # for each token attended to

@@ -197,9 +197,8 @@ def pack(rows: Sequence[Sequence[int]], prefix: int, group_size: int) -> Groups:
     widths = range(longest, longest + 8 * LENGTH_MULTIPLE, LENGTH_MULTIPLE)
     shapes = [(max(max(_lines(texts, group, width)) + 1 for group in groups), width) for width in widths]
     lines, width = min(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
-    empty = [np.zeros((len(groups), lines, width), np.int32) for _ in range(3)]
-    tokens, positions, segments = empty
-    positions -= 1
+    tokens, segments = (np.zeros((len(groups), lines, width), np.int32) for _ in range(2))
+    positions = np.full_like(tokens, -1)
     first, lengths, starts, numbers = (np.zeros((len(groups), group_size), np.int32) for _ in range(4))
     for g, group in enumerate(groups):
         filled = np.zeros(lines, int)
