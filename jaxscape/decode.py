@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxscape.errors import UserError, check_seed
@@ -24,6 +25,7 @@ from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import Context, KVCache, forward, head, hidden_states
 from jaxscape.perturb import Direction, at_point
 from jaxscape.prompts import chat_text
+from jaxscape.sharding import constrain, on
 
 LENGTH_MULTIPLE = 16  # lengths are padded to a multiple of it, so that few are compiled
 
@@ -149,6 +151,7 @@ class Program:
     config: ModelConfig
     sampling: Sampling
     eos_token_ids: tuple[int, ...]
+    mesh: Mesh
 
 
 def tokenize(model: Model, prompts: Sequence[str], system_prompt: str, max_new_tokens: int) -> list[list[int]]:
@@ -186,16 +189,18 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(shortest) if any(row[i] != rows[0][i] for row in rows)), shortest)
 
 
-def pack(rows: Sequence[Sequence[int]], prefix: int, group_size: int) -> Groups:
+def pack(rows: Sequence[Sequence[int]], prefix: int, group_size: int, multiple: int = 1) -> Groups:
     """Rows without their first `prefix` tokens, in groups of `group_size`, all of one shape.
 
-    Several rows share a line; the line is as long as leaves the least padding.
+    Several rows share a line; the line is as long as leaves the least padding. The number of a group's lines is a
+    multiple of `multiple`, the devices that share them.
     """
     texts = [row[prefix:] for row in rows]
     groups = [range(i, min(i + group_size, len(texts))) for i in range(0, len(texts), group_size)]
     longest = round_up(max(map(len, texts)))
     widths = range(longest, longest + 8 * LENGTH_MULTIPLE, LENGTH_MULTIPLE)
-    shapes = [(max(max(_lines(texts, group, width)) + 1 for group in groups), width) for width in widths]
+    counts = [max(max(_lines(texts, group, width)) + 1 for group in groups) for width in widths]
+    shapes = [(-(-count // multiple) * multiple, width) for count, width in zip(counts, widths, strict=True)]
     lines, width = min(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
     tokens, segments = (np.zeros((len(groups), lines, width), np.int32) for _ in range(2))
     positions = np.full_like(tokens, -1)
@@ -236,10 +241,10 @@ def ring_size(groups: Groups, max_new_tokens: int) -> int:
     return round_up(int(np.max(groups.lengths))) + max_new_tokens
 
 
-def empty_slots(
-    config: ModelConfig, dtype: str, places: int, batch: int, *, ring: int, prefix: int, ndim: int, max_new_tokens: int
-) -> Slots:
-    """Slots without rows."""
+@partial(jax.jit, static_argnames=("program", "dtype", "places", "batch", "ring", "prefix", "ndim"))
+def empty_slots(*, program: Program, dtype: str, places: int, batch: int, ring: int, prefix: int, ndim: int) -> Slots:
+    """Slots without rows, each on the devices that it belongs to."""
+    config = program.config
 
     def cache(batch: int, slots: int) -> KVCache:
         shape = (batch, config.num_kv_heads, config.head_dim, slots)
@@ -250,23 +255,27 @@ def empty_slots(
             positions=jnp.full((batch, slots), -1, jnp.int32),
         )
 
-    def numbers() -> Int[Array, " batch"]:
-        return jnp.zeros(batch, jnp.int32)  # buffers of their own: they are donated one by one
-
-    return Slots(
-        out=Generated(
-            tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
-            lengths=numbers(),
-            ended=jnp.ones(batch, bool),
-            finite=jnp.ones(batch, bool),
-        ),
-        starts=numbers(),
-        rows=numbers(),
+    numbers, flags = jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool)
+    slots = Slots(
+        out=Generated(jnp.zeros((batch, program.sampling.max_new_tokens), jnp.int32), numbers, flags, flags),
+        starts=numbers,
+        rows=numbers,
         cache=cache(batch, ring),
         prefix=cache(places, prefix) if prefix else None,
         coords=jnp.zeros((places, ndim), jnp.float32),
         clock=jnp.int32(0),
     )
+    with on(program.mesh):
+        return _split(slots)
+
+
+def _split(slots: Slots) -> Slots:
+    """Rows and places over one axis of the mesh, key-value heads over the other."""
+
+    def split(x: Array) -> Array:
+        return constrain(x, *(("rows", "kv_heads", None, None) if x.ndim == 4 else ("rows", None)[: x.ndim]))
+
+    return jax.tree.map(split, slots)
 
 
 @partial(jax.jit, static_argnames="program", donate_argnames="slots")
@@ -284,6 +293,19 @@ def insert(
 
     The prefix is computed once for each point, and all groups of the point get a copy.
     """
+    with on(program.mesh):
+        return _split(_inserted(weights, slots, prefix, groups, fill, stream, program))
+
+
+def _inserted(
+    weights: Weights,
+    slots: Slots,
+    prefix: Int[Array, " prefix"],
+    groups: Groups,
+    fill: Fill,
+    stream: Key[Array, ""],
+    program: Program,
+) -> Slots:
     config, fills = program.config, len(fill.group)
 
     def taken(index: Int[Array | np.ndarray, " kept"], old: Array, new: Array) -> Array:
@@ -366,8 +388,22 @@ def decode_chunk(
     """Add up to `steps` tokens to the rows that are alive.
 
     Returns:
-        The slots, and a copy of what was generated so far, which lives on when the slots are donated to the next chunk.
+        The slots, and a copy of what was generated so far, on every device, which lives on when the slots are donated
+        to the next chunk.
     """
+    with on(program.mesh):
+        slots = _decoded(weights, slots, alive, stream, steps, program)
+        return slots, jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), slots.out)
+
+
+def _decoded(
+    weights: Weights,
+    slots: Slots,
+    alive: Bool[Array | np.ndarray, " batch"],
+    stream: Key[Array, ""],
+    steps: Int[Array | np.ndarray, ""],
+    program: Program,
+) -> Slots:
     batch, ring = slots.cache.positions.shape
     coords = jnp.repeat(slots.coords, batch // len(slots.coords), axis=0)
     params = at_point(weights.params, weights.directions, coords)
@@ -383,19 +419,25 @@ def decode_chunk(
         context = Context(slots.cache, slots.clock % ring, slots.prefix)
         logits, cache = forward(program.config, params, last, positions, context)
         out = _choose(program, logits[:, 0], out, slots.rows, stream)
-        return count + 1, slots._replace(out=out, cache=cache, clock=slots.clock + 1)
+        return count + 1, _split(slots._replace(out=out, cache=cache, clock=slots.clock + 1))
 
     slots = slots._replace(out=slots.out._replace(ended=slots.out.ended | ~alive))
-    slots = jax.lax.while_loop(unfinished, step, (jnp.int32(0), slots))[1]
-    return slots, slots.out
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), slots))[1]
 
 
-@jax.jit
-def compact(slots: Slots, rows: Int[Array, " fewer"], places: Int[Array, " fewer_places"]) -> Slots:
+@partial(jax.jit, static_argnames="program")
+def compact(
+    slots: Slots,
+    rows: Int[Array | np.ndarray, " fewer"],
+    places: Int[Array | np.ndarray, " fewer_places"],
+    *,
+    program: Program,
+) -> Slots:
     """Some of the rows and their places, gathered into fewer slots; the old ones stay as they are."""
     moved = jax.tree.map(lambda x: x[rows], (slots.out, slots.starts, slots.rows, slots.cache))
     kept = jax.tree.map(lambda x: x[places], (slots.prefix, slots.coords))
-    return Slots(*moved, *kept, slots.clock)  # type: ignore[call-arg]
+    with on(program.mesh):
+        return _split(Slots(*moved, *kept, slots.clock))  # type: ignore[call-arg]
 
 
 def _choose(

@@ -38,6 +38,7 @@ from jaxscape.models import Model
 from jaxscape.models.checkpoint import Params
 from jaxscape.perturb import Direction, materialise, materialise_streamed
 from jaxscape.plan import EngineOptions, Plan, Work, make_plan
+from jaxscape.sharding import replicated, split_of
 
 Coords = Sequence[float]
 
@@ -78,14 +79,17 @@ class Engine:
 
     def __post_init__(self) -> None:
         prefix = common_prefix(self.rows)
-        groups = pack(self.rows, prefix, self.plan.group)
+        points = split_of(self.model.mesh).points
+        groups = pack(self.rows, prefix, self.plan.group, points)
         # By group, its prompts' numbers; -1 for a row that only fills it up.
         self._grouped = np.where(groups.lengths > 0, groups.rows, -1)
         self._shape = {"ring": ring_size(groups, self.sampling.max_new_tokens), "prefix": prefix}
-        self._prefix, self._groups = jax.device_put((np.asarray(self.rows[0][:prefix], np.int32), groups))
+        shared = np.asarray(self.rows[0][:prefix], np.int32)
+        self._prefix, self._groups = jax.device_put((shared, groups), replicated(self.model.mesh))
         self._stream = jax.random.key(self.sampling.seed, impl="threefry2x32")
         # Another seed is another stream, not another program.
-        self._program = Program(self.model.config, replace(self.sampling, seed=0), self.model.eos_token_ids)
+        sampling = replace(self.sampling, seed=0)
+        self._program = Program(self.model.config, sampling, self.model.eos_token_ids, self.model.mesh)
         self._slots: Slots | None = None
 
     def complete(self, directions: Sequence[Direction], points: Sequence[Coords]) -> Iterator[list[Completion]]:
@@ -107,7 +111,9 @@ class Engine:
         """The parameters at a point, in the place of the last point's."""
         if not directions and self.plan.form != "streamed":
             return self.model.params
-        move = materialise_streamed if self.plan.form == "streamed" else materialise
+        move: Callable[..., Params] = materialise
+        if self.plan.form == "streamed":
+            move = partial(materialise_streamed, shardings=self.model.shardings)
         where = jnp.asarray(coords, jnp.float32)
         return self._timed("weights", move, self.model.params, directions, where, previous)
 
@@ -119,17 +125,18 @@ class Engine:
             slots = self._empty_slots(len(points[0]))
         whole = None  # the slots that the last rows have left
         reports: deque[tuple[Generated, Int[np.ndarray, " batch"]]] = deque()
-        run = partial(self._timed, stream=self._stream, program=self._program)
+        run = partial(self._timed, program=self._program)
         steps = 1
         while not results.complete:
             for fill in board.fills(points):
                 steps = 1
-                slots = run("prefill", insert, weights, slots, self._prefix, self._groups, fill)
+                slots = run("prefill", insert, weights, slots, self._prefix, self._groups, fill, self._stream)
             if whole is None and (smaller := board.compacted()) is not None:
-                whole, slots = slots, self._timed("decode", compact, slots, *smaller)
+                whole, slots = slots, run("decode", compact, slots, *smaller)
             # A refusal shows in the first tokens: the first looks come early.
             steps = min(2 * steps, self.plan.chunk)
-            slots, report = run("decode", decode_chunk, weights, slots, board.alive, steps=np.asarray(steps, np.int32))
+            chunk = (board.alive, self._stream, np.asarray(steps, np.int32))
+            slots, report = run("decode", decode_chunk, weights, slots, *chunk)
             reports.append((report, board.owners.copy()))
             if len(reports) > self.plan.ahead:
                 board.free(results.settle(*reports.popleft()))
@@ -146,12 +153,11 @@ class Engine:
 
     def _empty_slots(self, ndim: int) -> Slots:
         return empty_slots(
-            self.model.config,
-            self.model.dtype,
-            self.plan.places,
-            self.plan.places * self.plan.rows,
+            program=self._program,
+            dtype=self.model.dtype,
+            places=self.plan.places,
+            batch=self.plan.places * self.plan.rows,
             ndim=ndim,
-            max_new_tokens=self.sampling.max_new_tokens,
             **self._shape,
         )
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int, Key
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
@@ -36,7 +37,9 @@ class Scaled:
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["key", "scale", "other", "along"], meta_fields=["shape", "dtype"]
+    jax.tree_util.register_dataclass,
+    data_fields=["key", "scale", "other", "along"],
+    meta_fields=["shape", "dtype", "where"],
 )
 @dataclass(frozen=True)
 class Seeded:
@@ -46,6 +49,7 @@ class Seeded:
         scale: what the noise is multiplied by, float32.
         other, along: a tensor, and how much of it is taken from the noise.
         dtype: what the tensor is rounded to.
+        where: the devices that draw it, each its own part.
     """
 
     key: Key[Array, ""]
@@ -54,9 +58,10 @@ class Seeded:
     along: Float[Array, ""] | None
     shape: tuple[int, ...]
     dtype: str
+    where: NamedSharding
 
     def dense(self) -> Float[Array, "*shape"]:
-        noise = jax.random.normal(self.key, self.shape, jnp.float32)
+        noise = _noise(self.key, self.shape, self.where)
         if self.other is not None and self.along is not None:
             noise = noise - self.along * dense(self.other)
         return (noise * self.scale).astype(self.dtype).astype(jnp.float32)
@@ -131,11 +136,13 @@ def random_direction(
     """
     others = named_leaves(orthogonal_to) if orthogonal_to is not None else {}
     direction = {}
+    where = named_leaves(model.shardings)
     for name, weight in named_leaves(model.params).items():
         if "norm" in name:
-            direction[name] = jnp.zeros(weight.shape, weight.dtype)
+            direction[name] = jnp.zeros(weight.shape, weight.dtype, device=where[name])
             continue
-        tensor = (_seeded if storage == "seed" else _drawn)(jnp.asarray(weight), _key(seed, name), others.get(name))
+        draw = _seeded if storage == "seed" else _drawn
+        tensor = draw(jax.device_put(weight, where[name]), _key(seed, name), others.get(name), where[name])
         direction[name] = _in_fewer_bits(tensor, storage) if storage in ("bfloat16", "int8") else tensor
     return tree_of(direction)
 
@@ -156,8 +163,8 @@ def _in_fewer_bits(tensor: Float[Array, "*shape"], storage: str) -> Scaled:
         values = jnp.round(tensor * (127 / jnp.where(highest > 0, highest, 1))).astype(jnp.int8)
     else:
         values = tensor.astype(jnp.bfloat16)
-    norm = jnp.linalg.norm(values.astype(jnp.float32).ravel())
-    return Scaled(values, jnp.linalg.norm(tensor.ravel()) / jnp.where(norm > 0, norm, 1.0))
+    norm = _norm(values.astype(jnp.float32))
+    return Scaled(values, _norm(tensor) / jnp.where(norm > 0, norm, 1.0))
 
 
 def difference(model: Model, other: Model) -> Params:
@@ -175,23 +182,54 @@ def _key(seed: int, name: str) -> Array:
     return jax.random.fold_in(jax.random.key(check_seed(seed), impl="threefry2x32"), zlib.crc32(name.encode()))
 
 
-@jax.jit
-def _seeded(weight: Float[Array, "*shape"], key: Key[Array, ""], other: Any) -> Seeded:
+@partial(jax.jit, static_argnums=3)
+def _seeded(weight: Float[Array, "*shape"], key: Key[Array, ""], other: Any, where: NamedSharding) -> Seeded:
     """Noise for a weight, orthogonal to `other` and as long as the weight."""
-    noise, along = jax.random.normal(key, weight.shape, jnp.float32), None
+    noise, along = _noise(key, weight.shape, where), None
     if other is not None:
         there = dense(other)
-        square = jnp.vdot(there, there)
-        along = jnp.where(square > 0, jnp.vdot(there, noise) / square, 0.0)
+        square = order_free_sum(there * there)
+        along = jnp.where(square > 0, order_free_sum(there * noise) / square, 0.0)
         noise = noise - along * there
-    norm = jnp.linalg.norm(noise.ravel())
-    scale = jnp.linalg.norm(weight.astype(jnp.float32).ravel()) / jnp.where(norm > 0, norm, 1.0)
-    return Seeded(key, scale, other, along, weight.shape, str(weight.dtype))
+    norm = _norm(noise)
+    scale = _norm(weight.astype(jnp.float32)) / jnp.where(norm > 0, norm, 1.0)
+    return Seeded(key, scale, other, along, weight.shape, str(weight.dtype), where)
 
 
-@jax.jit
-def _drawn(weight: Float[Array, "*shape"], key: Key[Array, ""], other: Any) -> Float[Array, "*shape"]:
-    return _seeded(weight, key, other).dense().astype(weight.dtype)
+@partial(jax.jit, static_argnums=3)
+def _drawn(
+    weight: Float[Array, "*shape"], key: Key[Array, ""], other: Any, where: NamedSharding
+) -> Float[Array, "*shape"]:
+    return _seeded(weight, key, other, where).dense().astype(weight.dtype)
+
+
+def _noise(key: Key[Array, ""], shape: tuple[int, ...], where: NamedSharding) -> Float[Array, "*shape"]:
+    """Standard normal noise, which is the same however it is split."""
+    return jax.lax.with_sharding_constraint(jax.random.normal(key, shape, jnp.float32), where)
+
+
+def _norm(x: Float[Array, "*shape"]) -> Float[Array, ""]:
+    return jnp.sqrt(order_free_sum(x * x))
+
+
+def order_free_sum(x: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """The sum of float32 numbers, the same to the bit however they are split over devices.
+
+    Each is rounded to 24 bits below the largest, and what is added up are integers: in pieces of 12 bits, of which an
+    int32 holds the sum of half a million, first along the last axis and then over the others.
+    """
+    x = jnp.atleast_2d(x)
+    highest = jnp.abs(x).max()
+    shift = 24 - jnp.maximum(jnp.frexp(highest)[1], -100)
+
+    def pieces(q: Int[Array, "*shape"]) -> list[tuple[int, Int[Array, "*shape"]]]:
+        return [(24, q >> 24), (12, (q >> 12) & 4095), (0, q & 4095)]
+
+    total = jnp.float32(0)
+    for high, row in pieces(jnp.round(jnp.ldexp(x, shift)).astype(jnp.int32)):
+        for low, rows in pieces(row.sum(-1)):
+            total += rows.sum().astype(jnp.float32) * 2.0 ** (high + low)  # exact but for the addition, as an FMA too
+    return jnp.where(jnp.isfinite(highest), jnp.ldexp(total, -shift), highest)
 
 
 @partial(jax.jit, donate_argnums=3, keep_unused=True)
@@ -212,17 +250,28 @@ def materialise(
 
 
 def materialise_streamed(
-    params: Params, directions: Sequence[Direction], coords: Float[Array, " ndim"], previous: Params | None = None
+    params: Params,
+    directions: Sequence[Direction],
+    coords: Float[Array, " ndim"],
+    previous: Params | None = None,
+    *,
+    shardings: Params,
 ) -> Params:
-    """What `materialise` gives, from parameters in host memory, tensor by tensor: the device holds the point's
-    parameters, one tensor of the model, and of directions what is stored there."""
+    """What `materialise` gives, from parameters in host memory, tensor by tensor: the devices hold the point's
+    parameters, one tensor of the model, and of directions what is stored there.
+
+    Arguments:
+        shardings: of each parameter.
+    """
+    where = named_leaves(shardings)
     olds = named_leaves(previous) if previous is not None else {}
     steps = [named_leaves(direction) for direction in directions]
     moved = {}
     for name, weight in named_leaves(params).items():
         tensors = tuple(step[name] for step in steps)
         # Waited for, because the host would send the next tensors before there is room for them.
-        moved[name] = _moved_tensor(coords, jnp.asarray(weight), tensors, olds.get(name)).block_until_ready()
+        there = jax.device_put(weight, where[name])
+        moved[name] = _moved_tensor(coords, there, tensors, olds.get(name)).block_until_ready()
     return tree_of(moved)
 
 

@@ -13,6 +13,7 @@ from jaxscape.errors import UserError
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import named_leaves
 from jaxscape.perturb import STORAGES
+from jaxscape.sharding import split_of
 
 FORMS = ("auto", "materialised", "factorised", "streamed")
 PLACE_ROWS = 4  # in the factorised form: few, so that a place is soon free, and its rows still share a prefix
@@ -64,8 +65,8 @@ class Plan:
         ahead: chunks that the device is given before the host has looked at the last one.
         few: the slots that the last rows move to, a multiple of `rows` if there are several places; 0 for none.
         storage: see `jaxscape.perturb.random_direction`.
-        cache: bytes of the key-value cache.
-        memory: bytes of weights, directions, cache and work space together.
+        cache: bytes of the key-value cache, on each device.
+        memory: bytes of weights, directions, cache and work space together, on each device.
         reason: why, for the user.
     """
 
@@ -113,22 +114,46 @@ class Work:
     drawn: int = 0
 
 
-def make_plan(model: Model, work: Work, options: EngineOptions = EngineOptions()) -> Plan:
-    """The plan that a roofline estimate takes for the fastest, among those that fit into the device's memory.
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is for.
+
+    Attributes:
+        speed: of each device.
+        free: bytes that each device can still allocate; None if nobody knows.
+        is_host: the devices are the host's own cores, which have nothing to do while the host looks.
+    """
+
+    speed: Roofline
+    free: int | None
+    is_host: bool
+
+
+def this_machine(dtype: str) -> Machine:
+    return Machine(roofline(dtype), free_memory(), jax.default_backend() == "cpu")
+
+
+def make_plan(
+    model: Model, work: Work, options: EngineOptions = EngineOptions(), machine: Machine | None = None
+) -> Plan:
+    """The plan that a roofline estimate takes for the fastest, among those that fit into the devices' memory.
+
+    Arguments:
+        model: of whose parameters only the shapes and dtypes count.
+        machine: by default this one.
 
     Raises:
         UserError: nothing that the options allow fits, or they contradict one another.
     """
     options.check()
-    planner = Planner(model, work, options, roofline(model.dtype))
+    planner = Planner(model, work, options, machine or this_machine(model.dtype))
     plans = [plan for form in planner.forms() for plan in planner.plans(form)]
-    free = free_memory()
-    fitting = [plan for plan in plans if free is None or planner.missing(plan) <= MARGIN * free]
+    fitting = [plan for plan in plans if planner.fits(plan)]
     if not fitting:
         least = min(plans, key=planner.missing)
         raise UserError(
             f"The device's memory does not hold this scan: in the {least.form} form with {least.places * least.rows} "
-            f"slots it takes {least.memory / 1e9:.1f} GB in all; choose a --dtype of 16 bits, fewer --slots, shorter "
+            f"slots it takes {least.memory / 1e9:.1f} GB on each; choose a --dtype of 16 bits, fewer --slots, shorter "
             f"prompts, a lower --max-new-tokens, or, on an accelerator, --form streamed."
         )
     return min(fitting, key=planner.seconds)
@@ -137,8 +162,9 @@ def make_plan(model: Model, work: Work, options: EngineOptions = EngineOptions()
 class Planner:
     """Estimates of time and memory."""
 
-    def __init__(self, model: Model, work: Work, options: EngineOptions, speed: Roofline) -> None:
-        self._work, self._options, self._speed = work, options, speed
+    def __init__(self, model: Model, work: Work, options: EngineOptions, machine: Machine) -> None:
+        self._work, self._options, self._machine, self._speed = work, options, machine, machine.speed
+        self._split = split_of(model.mesh)
         leaves = named_leaves(model.params)
         sizes = {name: leaf.size for name, leaf in leaves.items()}
         config, self._config = model.config, model.config
@@ -151,7 +177,8 @@ class Planner:
         prefix = common_prefix(work.rows)
         own = [len(row) - prefix for row in work.rows]
         self._own, self._longest, self._prefix = sum(own), round_up(max(own)), prefix
-        self._slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self._itemsize
+        kv_heads = config.num_kv_heads // model.mesh.shape["kv"]
+        self._slot = 2 * config.num_layers * kv_heads * config.head_dim * self._itemsize
         if work.ndim == 0 and options.form == "factorised":
             raise UserError("Without directions there is nothing to share: the factorised form needs some.")
         if options.direction_storage == "seed" and not work.drawn:
@@ -169,8 +196,11 @@ class Planner:
         return ["materialised", "factorised"] if self._work.ndim else ["materialised"]
 
     def missing(self, plan: Plan) -> int:
-        """Bytes that are yet to be allocated."""
+        """Bytes that are yet to be allocated on each device."""
         return plan.memory - (0 if self._on_host else self._weights)
+
+    def fits(self, plan: Plan) -> bool:
+        return self._machine.free is None or self.missing(plan) <= MARGIN * self._machine.free
 
     def plans(self, form: str) -> Iterator[Plan]:
         """With fewer and fewer slots, and with random directions that are stored or not."""
@@ -191,20 +221,23 @@ class Planner:
         lines = work.num_points // work.line if plan.form == "factorised" else work.num_points
         jobs = (work.line if plan.form == "factorised" else 1) * -(-prompts // plan.group)
         passes = lines * -(-jobs // (plan.places * plan.rows // plan.group))
-        prefill = work.num_points * (self._own + self._prefix) * copies * self._flops / self._speed.flops
+        tokens = self._own / self._split.points + self._prefix
+        prefill = work.num_points * tokens * copies * self._flops / self._split.model / self._speed.flops
         moved = (2 + work.ndim) * self._weights / self._speed.bandwidth
         if plan.form == "streamed":
             moved += self._weights / HOST_BANDWIDTH
         if plan.form == "factorised" and work.ndim == 1:
             moved = 0.0
         steps = passes * work.sampling.max_new_tokens
-        drawn = work.drawn * NOISE * self._numbers / self._speed.flops if plan.storage == "seed" else 0.0
+        drawn = work.drawn * NOISE * self._numbers / self._split.model / self._speed.flops
+        drawn = drawn if plan.storage == "seed" else 0.0
         drawn *= lines + steps if plan.form == "factorised" else lines  # there, wherever a weight is used
         return steps * (read + compute) + prefill + lines * moved + drawn
 
     @property
     def _weights(self) -> int:
-        return self._numbers * self._itemsize
+        """Bytes of them on each device."""
+        return self._numbers * self._itemsize // self._split.model
 
     def _copies(self, form: str) -> int:
         """How many tensors each use of a weight reads and multiplies."""
@@ -213,38 +246,43 @@ class Planner:
     def _step(self, plan: Plan) -> tuple[float, float]:
         """Seconds that a decode step takes to read the weights, and to compute."""
         copies = self._copies(plan.form)
-        compute = plan.places * plan.rows * copies * self._flops / self._speed.flops
+        compute = plan.places * plan.rows * copies * self._flops / self._split.size / self._speed.flops
         return copies * self._weights / self._speed.bandwidth, compute
 
     def _enough(self) -> int:
-        balance = (self._weights / self._speed.bandwidth) / (self._flops / self._speed.flops)
+        balance = (self._weights / self._speed.bandwidth) / (self._flops / self._split.size / self._speed.flops)
         return max(1, round(ENOUGH * balance))
+
+    def _shared(self, rows: int) -> int:
+        """Rows, as many on each of the devices that share them."""
+        return -(-rows // self._split.points) * self._split.points
 
     def _plan(self, form: str, storage: str, slots: int) -> Plan:
         work, prompts = self._work, len(self._work.rows)
         places, inserts = 1, 1
         if form == "factorised":
             rows = group = min(PLACE_ROWS, prompts, slots)
-            places = max(1, min(slots // rows, work.line * -(-prompts // group)))
+            places = self._shared(max(1, min(slots // rows, work.line * -(-prompts // group))))
             inserts = min(max(1, places // 4), MOST_INSERTS)
-            few = places // 4 * rows
+            few = self._shared(places // 4) * rows
         elif prompts <= slots:
-            rows = group = prompts
-            few = rows // 4
+            rows = group = self._shared(prompts)
+            few = self._shared(rows // 4)
         else:
-            group = max(1, slots // 4)
-            rows = slots // group * group
-            few = rows // 4
-        batch = places * rows
-        cache = (batch + few) * (self._longest + work.sampling.max_new_tokens) * self._slot
-        cache += (places + max(1, few // rows)) * self._prefix * self._slot
+            group = self._shared(max(1, slots // 4))
+            rows = max(1, slots // group) * group
+            few = self._shared(rows // 4)
+        few = few if few < places * rows else 0
+        batch = places * rows // self._split.points
+        cache = (batch + few // self._split.points) * (self._longest + work.sampling.max_new_tokens) * self._slot
+        shared = places + few // rows if form == "factorised" else 2
+        cache += -(-shared // self._split.points) * self._prefix * self._slot
         each = {"exact": work.drawn * self._itemsize, "seed": 0, "bfloat16": 2 * work.ndim, "int8": work.ndim}[storage]
         copies = {"materialised": min(work.ndim, 1) + 1, "streamed": 1, "factorised": min(work.ndim, 2)}[form]
         if form == "streamed" and not self._on_host:
             copies = 2
         alone = 4 * self._largest if form == "streamed" or storage == "seed" else 0
         space = self._space(inserts, group, batch)
-        on_cpu = jax.default_backend() == "cpu"
         plan = Plan(
             form=form,
             places=places,
@@ -252,12 +290,11 @@ class Planner:
             group=group,
             inserts=inserts,
             chunk=self._options.chunk or 8,
-            # A CPU has nothing to do while the host looks: it is the host.
-            ahead=0 if on_cpu else 1,
+            ahead=0 if self._machine.is_host else 1,
             few=few,
             storage=storage,
             cache=cache,
-            memory=copies * self._weights + each * self._numbers + alone + cache + space,
+            memory=round(copies * self._weights + each * self._numbers / self._split.model + alone + cache + space),
             reason="",
         )
         read, compute = (1e3 * seconds for seconds in self._step(plan))
@@ -265,9 +302,9 @@ class Planner:
 
     def _space(self, inserts: int, group: int, batch: int) -> int:
         """Bytes that the largest layer of a prefill, its keys and values, and the logits take besides."""
-        c = self._config
-        tokens = inserts * max(group * self._longest, self._prefix)
+        c, (points, model) = self._config, self._split
+        tokens = inserts * max(-(-group * self._longest // points), self._prefix)
         heads = c.num_heads * (self._prefix + self._longest)
-        layer = tokens * (6 * c.hidden_size + 3 * c.intermediate_size + 2 * heads) * 4
+        layer = tokens * (6 * c.hidden_size + (3 * c.intermediate_size + 2 * heads) / model) * 4
         kept = self._slot * (tokens + 3 * inserts * self._prefix)
-        return layer + kept + 3 * 4 * c.vocab_size * max(batch, inserts * group)
+        return round(layer + kept + 3 * 4 * c.vocab_size / model * max(batch, inserts * group))

@@ -2,23 +2,25 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from jaxscape.device import free_memory
 from jaxscape.errors import UserError
 from jaxscape.models import builtin, huggingface, lora
-from jaxscape.models.checkpoint import Checkpoint, Params, load_params
+from jaxscape.models.checkpoint import Checkpoint, Params, load_params, parameter_shardings
 from jaxscape.models.config import ModelConfig, from_transformers
 from jaxscape.models.decoder import forward
 from jaxscape.models.gguf import open_gguf
+from jaxscape.sharding import Split, default_split, make_mesh, on
 
 DTYPES = ("float32", "bfloat16", "float16")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -34,6 +36,7 @@ class Model:
             that is kept in host memory they are numpy arrays.
         eos_token_ids: the tokens that end a text or a turn.
         transformers_config: the configuration as transformers has it.
+        mesh: the devices that compute, see `jaxscape.sharding`.
     """
 
     name: str
@@ -42,6 +45,12 @@ class Model:
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
     transformers_config: PreTrainedConfig
+    mesh: Mesh = field(default_factory=lambda: make_mesh(Split(), 1))
+
+    @property
+    def shardings(self) -> Params:
+        """How each parameter is split over the mesh, in a tree like `params`."""
+        return parameter_shardings(self.config, self.mesh)
 
     @property
     def dtype(self) -> str:
@@ -50,16 +59,21 @@ class Model:
 
     def __call__(self, tokens: Int[Array | np.ndarray, "batch time"]) -> Float[Array, "batch time vocab"]:
         """Logits of the next token after each token: int32[B, T] to float32[B, T, V]."""
-        return _logits(self.params, jnp.asarray(tokens, jnp.int32), self.config)
+        return _logits(self.params, np.asarray(tokens, np.int32), self.config, self.mesh)
 
 
-@partial(jax.jit, static_argnums=2)
-def _logits(params: Params, tokens: Int[Array, "batch time"], config: ModelConfig) -> Float[Array, "batch time vocab"]:
+@partial(jax.jit, static_argnums=(2, 3))
+def _logits(
+    params: Params, tokens: Int[Array | np.ndarray, "batch time"], config: ModelConfig, mesh: Mesh
+) -> Float[Array, "batch time vocab"]:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return forward(config, params, tokens, positions)[0]
+    with on(mesh):
+        return forward(config, params, jnp.asarray(tokens), positions)[0]
 
 
-def load_model(source: str | Path, dtype: str | None = None, on_host: bool | None = None) -> Model:
+def load_model(
+    source: str | Path, dtype: str | None = None, on_host: bool | None = None, split: Split | None = None
+) -> Model:
     """Load a model with its tokenizer.
 
     Arguments:
@@ -69,21 +83,26 @@ def load_model(source: str | Path, dtype: str | None = None, on_host: bool | Non
         dtype: of the parameters and activations, `float32`, `bfloat16` or `float16`; by default `float32` on a CPU
             and `bfloat16` on an accelerator.
         on_host: keep the parameters in host memory, as numpy arrays, from where a scan streams each point's to the
-            device; by default only if the device cannot hold them twice.
+            device; by default only if the devices cannot hold them twice.
+        split: how many devices share the rows of a batch, and how many the weights; by default as few share the weights
+            as can hold them, and a CPU is one device.
 
     Raises:
-        UserError: there is no such model, or it cannot be used.
+        UserError: there is no such model, or it cannot be used; or there are not as many devices.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise UserError(f"The dtype {dtype!r} is not supported; choose {', '.join(DTYPES)}.")
     checkpoint = _open(str(source), jnp.dtype(dtype))
+    free = free_memory()
+    size = jnp.dtype(dtype).itemsize * sum(map(math.prod, checkpoint.shapes.values()))
+    if split is None:
+        split = default_split(size, free)
+    mesh = make_mesh(split, checkpoint.config.num_kv_heads)
     if on_host is None:
-        free = free_memory()
-        size = jnp.dtype(dtype).itemsize * sum(map(math.prod, checkpoint.shapes.values()))
-        on_host = jax.default_backend() != "cpu" and free is not None and 2 * size > free
-    params = load_params(checkpoint, jnp.dtype(dtype), str(source), on_host)
+        on_host = jax.default_backend() != "cpu" and free is not None and 2 * size > free * split.model
+    params = load_params(checkpoint, jnp.dtype(dtype), str(source), None if on_host else mesh)
     return Model(
         name=str(source),
         config=checkpoint.config,
@@ -91,6 +110,7 @@ def load_model(source: str | Path, dtype: str | None = None, on_host: bool | Non
         tokenizer=checkpoint.tokenizer,
         eos_token_ids=checkpoint.eos_token_ids,
         transformers_config=checkpoint.transformers_config,
+        mesh=mesh,
     )
 
 

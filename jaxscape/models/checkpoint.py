@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, UInt32
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from jaxscape.errors import UserError
 from jaxscape.files import checksum
 from jaxscape.models.config import ModelConfig
-from jaxscape.models.decoder import parameter_shapes
+from jaxscape.models.decoder import parameter_axes, parameter_shapes
+from jaxscape.sharding import sharding
 
 Params = dict[str, Any]
 
@@ -28,14 +30,14 @@ class Checkpoint:
 
     Attributes:
         shapes: of every tensor, by Hugging Face parameter name, in Hugging Face layout.
-        read: a tensor's values by that name.
+        read: by that name, the part of a tensor that an index, slices or `...`, takes, as a numpy array.
         eos_token_ids: the tokens that end a text or a turn.
         transformers_config: the configuration as transformers has it, to write the model back to its format.
     """
 
     config: ModelConfig
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Any]
+    read: Callable[[str, Any], np.ndarray]
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
     transformers_config: PreTrainedConfig
@@ -51,16 +53,44 @@ def tree_of(leaves: Mapping[str, Any]) -> Params:
     return unflatten_dict(dict(leaves), sep=".")
 
 
-def load_params(checkpoint: Checkpoint, dtype: jnp.dtype, origin: str, on_host: bool = False) -> Params:
-    """The decoder's parameters in `dtype`, read tensor by tensor; numpy arrays if they are to stay in host memory.
+def load_params(checkpoint: Checkpoint, dtype: jnp.dtype, origin: str, mesh: Mesh | None) -> Params:
+    """The decoder's parameters in `dtype`, read tensor by tensor: of each, a process reads what its devices hold.
+
+    Without a mesh they are numpy arrays, in host memory.
 
     Raises:
         UserError: tensors are missing, left over, or of another shape; all of them are listed.
     """
+    check_checkpoint(checkpoint, origin)
+    if mesh is None:
+        return tree_of({name: checkpoint.read(name, ...).astype(dtype) for name in checkpoint.shapes})
+    split = named_leaves(parameter_shardings(checkpoint.config, mesh))
+    return tree_of({name: _placed(checkpoint, name, dtype, where) for name, where in split.items()})
+
+
+def check_checkpoint(checkpoint: Checkpoint, origin: str) -> None:
+    """Raise a `UserError` that lists the tensors that the decoder has, or lacks, in another way."""
     expected = {name: leaf.shape for name, leaf in named_leaves(parameter_shapes(checkpoint.config)).items()}
     check_tensors(expected, checkpoint.shapes, origin)
-    tensors = ((name, np.asarray(checkpoint.read(name)).astype(dtype)) for name in expected)
-    return tree_of({name: values if on_host else jnp.asarray(values) for name, values in tensors})
+
+
+def _placed(checkpoint: Checkpoint, name: str, dtype: jnp.dtype, where: NamedSharding) -> Float[Array, "*shape"]:
+    parts: dict[Any, np.ndarray] = {}  # what several devices hold is read once
+
+    def part(index: Any) -> np.ndarray:
+        key = tuple((piece.start, piece.stop) for piece in index)
+        if key not in parts:
+            parts[key] = checkpoint.read(name, index).astype(dtype)
+        return parts[key]
+
+    return jax.make_array_from_callback(checkpoint.shapes[name], where, part)
+
+
+def parameter_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+    """A tree like the decoder's parameters that says how each is split over the mesh."""
+    return jax.tree.map(
+        lambda leaf, axes: sharding(mesh, axes, leaf.shape), parameter_shapes(config), parameter_axes(config)
+    )
 
 
 def to_dtype(values: Any, dtype: jnp.dtype) -> jnp.ndarray:

@@ -2,7 +2,8 @@
 
 Parameters have the names and layouts of a Hugging Face checkpoint: the tree's path, joined with dots, *is* the
 checkpoint's tensor name, and a linear layer's weight is [out, in]. Converting a checkpoint is therefore renaming
-nothing and transposing nothing.
+nothing and transposing nothing. Beside each parameter, and where activations need it, stand the logical axes of its
+dimensions; `jaxscape.sharding` says over which devices they are split.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxscape.models.config import ModelConfig
+from jaxscape.sharding import Axes, constrain
 
 # float32 means float32: accelerators would round products to fewer bits.
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -80,16 +82,24 @@ class Memory(NamedTuple):
     rotation: "Rotation"
 
 
+def _named(initializer: Any, axes: Axes) -> Any:
+    """The initializer of a parameter whose dimensions have these logical axes."""
+    return nn.with_partitioning(initializer, axes)
+
+
 class Linear(nn.Module):
     features: int
+    axes: Axes
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        weight = self.param("weight", nn.initializers.normal(0.02), (self.features, x.shape[-1]))
+        normal = _named(nn.initializers.normal(0.02), self.axes)
+        weight = self.param("weight", normal, (self.features, x.shape[-1]))
         y = apply_weight(weight, lambda w: _einsum("...i,oi->...o", x, w))
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            zeros = _named(nn.initializers.zeros, self.axes[:1])
+            bias = self.param("bias", zeros, (self.features,))
             y = y + apply_weight(bias, lambda b: b)
         return y
 
@@ -101,7 +111,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        weight = self.param("weight", _named(nn.initializers.ones, (None,)), (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
         return apply_weight(weight, lambda w: normed.astype(x.dtype) * w)
@@ -113,8 +123,8 @@ class Embedding(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        shape = (self.config.vocab_size, self.config.hidden_size)
-        self.weight = self.param("weight", nn.initializers.normal(0.02), shape)
+        normal = _named(nn.initializers.normal(0.02), ("vocab", "embed"))
+        self.weight = self.param("weight", normal, (self.config.vocab_size, self.config.hidden_size))
 
     def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time dim"]:
         return apply_weight(self.weight, lambda w: jnp.take(w, tokens, axis=0, mode="clip"))
@@ -156,13 +166,14 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "batch time dim"], tuple[Array, Array]]:
         c = self.config
 
-        def project(name: str, heads: int) -> Float[Array, "batch time heads head_dim"]:
-            y = Linear(heads * c.head_dim, c.attention_bias, name=name)(x)
+        def project(name: str, heads: int, axis: str) -> Float[Array, "batch time heads head_dim"]:
+            y = Linear(heads * c.head_dim, (axis, None), c.attention_bias, name=name)(x)
             return y.reshape(*y.shape[:-1], heads, c.head_dim)
 
-        q = rope(project("q_proj", c.num_heads), memory.rotation)
-        k = rope(project("k_proj", c.num_kv_heads), memory.rotation).transpose(0, 2, 3, 1)
-        v = project("v_proj", c.num_kv_heads).swapaxes(1, 2)
+        q = rope(project("q_proj", c.num_heads, "heads"), memory.rotation)
+        k = rope(project("k_proj", c.num_kv_heads, "kv_heads"), memory.rotation).transpose(0, 2, 3, 1)
+        v = project("v_proj", c.num_kv_heads, "kv_heads").swapaxes(1, 2)
+        k, v = (constrain(x, "rows", "kv_heads", None, None) for x in (k, v))
         # What a token does not attend to has weight 0, but 0 × NaN would be NaN: values that are not finite become NaN
         # keys instead, which those that attend to them see, and nobody else.
         finite = jnp.isfinite(v).all(-1, keepdims=True)
@@ -176,6 +187,7 @@ class Attention(nn.Module):
         batch, time = x.shape[:2]
         # The queries of a key-value head are the rows of one product, also when there is one token only.
         q = q.reshape(batch, time, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
+        q = constrain(q, "rows", "kv_heads", "group", None, None)
         q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim)
         prefix, keys, values = memory.prefix, k, v
         if prefix is not None and time > 1:  # many tokens a row: a copy of the prefix beside them costs little
@@ -196,7 +208,7 @@ class Attention(nn.Module):
             shared = probabilities[..., :split].reshape(*shared.shape)
             y += _einsum("nbkqp,nkph->nbkqh", shared, prefix[1]).reshape(y.shape)
         y = y.reshape(batch, -1, time, c.head_dim).swapaxes(1, 2).reshape(batch, time, -1)
-        return Linear(c.hidden_size, c.attention_bias, name="o_proj")(y), (k, v)
+        return Linear(c.hidden_size, (None, "heads"), c.attention_bias, name="o_proj")(y), (k, v)
 
 
 class MLP(nn.Module):
@@ -207,9 +219,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch time dim"]) -> Float[Array, "batch time dim"]:
         c = self.config
-        gate = Linear(c.intermediate_size, c.mlp_bias, name="gate_proj")(x)
-        up = Linear(c.intermediate_size, c.mlp_bias, name="up_proj")(x)
-        return Linear(c.hidden_size, c.mlp_bias, name="down_proj")(nn.silu(gate) * up)
+        gate = Linear(c.intermediate_size, ("mlp", None), c.mlp_bias, name="gate_proj")(x)
+        up = Linear(c.intermediate_size, ("mlp", None), c.mlp_bias, name="up_proj")(x)
+        return Linear(c.hidden_size, (None, "mlp"), c.mlp_bias, name="down_proj")(nn.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -223,8 +235,9 @@ class Layer(nn.Module):
         y, key_value = Attention(self.config, name="self_attn")(
             RMSNorm(epsilon, name="input_layernorm")(x), *attention_inputs
         )
-        x = x + y
-        return x + MLP(self.config, name="mlp")(RMSNorm(epsilon, name="post_attention_layernorm")(x)), key_value
+        x = constrain(x + y, "rows", None, None)
+        y = MLP(self.config, name="mlp")(RMSNorm(epsilon, name="post_attention_layernorm")(x))
+        return constrain(x + y, "rows", None, None), key_value
 
 
 class Layers(nn.Module):
@@ -285,7 +298,8 @@ class Backbone(nn.Module):
     def __call__(
         self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"], context: Context
     ) -> tuple[Float[Array, "batch time dim"], KVCache]:
-        x, cache = self.layers(self.embed_tokens(tokens), positions, context)
+        x = constrain(self.embed_tokens(tokens), "rows", None, None)
+        x, cache = self.layers(x, positions, context)
         return self.norm(x), cache
 
     def attend(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
@@ -301,7 +315,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         self.model = Backbone(self.config, self.remat)
         if not self.config.tie_word_embeddings:
-            self.lm_head = Linear(self.config.vocab_size)
+            self.lm_head = Linear(self.config.vocab_size, ("vocab", "embed"))
 
     def __call__(
         self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"], context: Context
@@ -364,5 +378,18 @@ def head(config: ModelConfig, params: dict[str, Any], x: Float[Array, "*batch di
 @lru_cache
 def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
     """The decoder's parameter tree with `jax.ShapeDtypeStruct` leaves; nothing is computed."""
+    return nn.unbox(_parameters(config))
+
+
+@lru_cache
+def parameter_axes(config: ModelConfig) -> dict[str, Any]:
+    """The logical axes of each parameter's dimensions, in a tree like the parameters; see `jaxscape.sharding`."""
+    return jax.tree.map(
+        lambda boxed: boxed.names, _parameters(config), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+    )
+
+
+def _parameters(config: ModelConfig) -> dict[str, Any]:
+    """As Flax makes them: each shape in a box with its axes."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens, Context())["params"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def open_gguf(path: Path) -> Checkpoint:
         raise UserError(f"{path} lacks metadata of a model ({type(error).__name__}: {error}).") from error
     names = _huggingface_names(config, tensors.keys())
 
-    def read(name: str) -> np.ndarray:
+    @lru_cache(maxsize=1)  # its parts are read one after another
+    def whole(name: str) -> np.ndarray:
         tensor = tensors[names[name]]
         values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
         if ".q_proj." in name:
@@ -72,7 +74,7 @@ def open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(
         config=config,
         shapes={ours: tuple(map(int, tensors[theirs].shape[::-1])) for ours, theirs in names.items()},
-        read=read,
+        read=lambda name, index: whole(name)[index],
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
         transformers_config=transformers_config,

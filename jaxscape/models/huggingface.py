@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
@@ -68,10 +69,10 @@ def open_directory(path: Path) -> Checkpoint:
         where |= dict.fromkeys(found, file)
     shapes = {name: shape for shapes in tensors.values() for name, shape in shapes.items()}
 
-    def read(name: str) -> Any:
+    def read(name: str, index: Any) -> np.ndarray:
         try:
-            with safe_open(where[name], framework="flax") as file:  # numpy alone has no bfloat16
-                return file.get_tensor(name)
+            with safe_open(where[name], framework="numpy") as file:
+                return np.asarray(file.get_slice(name)[index])
         except SafetensorError as error:
             raise _damaged(where[name], error) from error
 

@@ -148,19 +148,19 @@ def merge(checkpoint: Checkpoint, adapter: Adapter, dtype: jnp.dtype, origin: st
             f"The adapter {origin} belongs to another model than {adapter.base}: {'; '.join(problems[:10])}{more}."
         )
 
-    def read(name: str) -> Any:
-        values, pair = checkpoint.read(name), adapter.factors.get(name)
-        return values if pair is None else merged(np.asarray(values).astype(dtype), pair, adapter.scale)
+    def read(name: str, index: Any) -> np.ndarray:
+        values, pair = checkpoint.read(name, index), adapter.factors.get(name)
+        return values if pair is None else merged(values.astype(dtype), pair, adapter.scale, index)
 
     return replace(checkpoint, read=read)
 
 
-def merged(weight: Any, pair: Mapping[str, Any], scale: float) -> Float[np.ndarray, "out in"]:
-    """A weight with its adapter added, in its dtype: summed in float64 and rounded once, so that every machine gets the
-    same."""
+def merged(weight: Any, pair: Mapping[str, Any], scale: float, index: Any = ...) -> Float[np.ndarray, "out in"]:
+    """A weight, or the part of it that `index` takes, with its adapter added, in its dtype: summed in float64 and
+    rounded once, so that every machine gets the same."""
     weight = np.asarray(weight)
     a, b = (np.asarray(pair[key]).astype(np.float64) for key in ("a", "b"))
-    return (weight.astype(np.float64) + scale * (b @ a)).astype(weight.dtype)
+    return (weight.astype(np.float64) + scale * (b @ a)[index]).astype(weight.dtype)
 
 
 def save_adapter(adapter: Adapter, directory: str | Path) -> None:
