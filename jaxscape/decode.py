@@ -7,10 +7,10 @@ ring slot t modulo the ring's size. A row that is inserted at time t has its pro
 programs run when is decided in `jaxscape.engine`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,20 @@ from jaxscape.errors import UserError, check_seed
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import Params
 from jaxscape.models.config import ModelConfig
-from jaxscape.models.decoder import Context, KVCache, forward, head, hidden_states
+from jaxscape.models.decoder import (
+    CPU_ORDER,
+    GROUPED_ORDER,
+    UNGROUPED_ORDER,
+    CacheOrder,
+    Context,
+    KVCache,
+    forward,
+    head,
+    hidden_states,
+)
 from jaxscape.perturb import Direction, at_point
 from jaxscape.prompts import chat_text
-from jaxscape.sharding import constrain, on
+from jaxscape.sharding import Axes, constrain, on, sharding
 
 LENGTH_MULTIPLE = 16  # lengths are padded to a multiple of it, so that few are compiled
 
@@ -152,6 +162,16 @@ class Program:
     sampling: Sampling
     eos_token_ids: tuple[int, ...]
     mesh: Mesh
+    order: CacheOrder
+
+
+def make_program(model: Model, sampling: Sampling) -> Program:
+    """The program for a model, on the devices of its mesh."""
+    on_cpu = model.mesh.devices.flat[0].platform == "cpu"
+    order = UNGROUPED_ORDER if model.config.num_heads == model.config.num_kv_heads else GROUPED_ORDER
+    # Another seed is another stream, not another program.
+    sampling = replace(sampling, seed=0)
+    return Program(model.config, sampling, model.eos_token_ids, model.mesh, CPU_ORDER if on_cpu else order)
 
 
 def tokenize(model: Model, prompts: Sequence[str], system_prompt: str, max_new_tokens: int) -> list[list[int]]:
@@ -241,22 +261,50 @@ def ring_size(groups: Groups, max_new_tokens: int) -> int:
     return round_up(int(np.max(groups.lengths))) + max_new_tokens
 
 
-@partial(jax.jit, static_argnames=("program", "dtype", "places", "batch", "ring", "prefix", "ndim"))
-def empty_slots(*, program: Program, dtype: str, places: int, batch: int, ring: int, prefix: int, ndim: int) -> Slots:
+class SlotSizes(NamedTuple):
+    """How many slots there are, and of what size.
+
+    Attributes:
+        ring, prefix: cache slots of a row, and of the prefix of a place.
+        ndim: coordinates of a place.
+    """
+
+    places: int
+    batch: int
+    ring: int
+    prefix: int
+    ndim: int
+
+
+def empty_slots(program: Program, dtype: str, sizes: SlotSizes) -> Slots:
     """Slots without rows, each on the devices that it belongs to."""
-    config = program.config
+    where = jax.tree.map(lambda shape: shape.sharding, slot_shapes(program, dtype, sizes))
+    slots: Slots = jax.jit(partial(_blank, program, dtype, sizes), out_shardings=where)()
+    return slots
+
+
+def slot_shapes(program: Program, dtype: str, sizes: SlotSizes) -> Any:
+    """The shapes, dtypes and shardings of slots: rows and places over one axis of the mesh, key-value heads over the
+    other."""
+    slots = jax.eval_shape(partial(_blank, program, dtype, sizes))
+
+    def placed(x: jax.ShapeDtypeStruct, axes: Axes) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(program.mesh, axes, x.shape))
+
+    return jax.tree.map(placed, slots, _slot_axes(slots, program.order))
+
+
+def _blank(program: Program, dtype: str, sizes: SlotSizes) -> Slots:
+    config, (places, batch, ring, prefix, ndim) = program.config, sizes
 
     def cache(batch: int, slots: int) -> KVCache:
-        shape = (batch, config.num_kv_heads, config.head_dim, slots)
-        layers = range(config.num_layers)
-        return KVCache(
-            keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
-            values=tuple(jnp.zeros((*shape[:2], slots, config.head_dim), dtype) for _ in layers),
-            positions=jnp.full((batch, slots), -1, jnp.int32),
-        )
+        lengths = {"b": batch, "k": config.num_kv_heads, "h": config.head_dim, "s": slots}
+        keys, values = (jnp.zeros([lengths[dimension] for dimension in order], dtype) for order in program.order.both)
+        count = config.num_layers
+        return KVCache((keys,) * count, (values,) * count, jnp.full((batch, slots), -1, jnp.int32))
 
     numbers, flags = jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool)
-    slots = Slots(
+    return Slots(
         out=Generated(jnp.zeros((batch, program.sampling.max_new_tokens), jnp.int32), numbers, flags, flags),
         starts=numbers,
         rows=numbers,
@@ -265,17 +313,20 @@ def empty_slots(*, program: Program, dtype: str, places: int, batch: int, ring: 
         coords=jnp.zeros((places, ndim), jnp.float32),
         clock=jnp.int32(0),
     )
-    with on(program.mesh):
-        return _split(slots)
 
 
-def _split(slots: Slots) -> Slots:
-    """Rows and places over one axis of the mesh, key-value heads over the other."""
+def _slot_axes(slots: Slots, order: CacheOrder) -> Any:
+    axes: Any = jax.tree.map(lambda x: ("rows", None)[: x.ndim], slots)
+    keys, values = order.axes
 
-    def split(x: Array) -> Array:
-        return constrain(x, *(("rows", "kv_heads", None, None) if x.ndim == 4 else ("rows", None)[: x.ndim]))
+    def heads(cache: Any) -> Any:
+        return cache._replace(keys=(keys,) * len(cache.keys), values=(values,) * len(cache.values))
 
-    return jax.tree.map(split, slots)
+    return axes._replace(cache=heads(axes.cache), prefix=None if axes.prefix is None else heads(axes.prefix))
+
+
+def _split(slots: Slots, order: CacheOrder) -> Slots:
+    return jax.tree.map(lambda x, axes: constrain(x, *axes), slots, _slot_axes(slots, order))
 
 
 @partial(jax.jit, static_argnames="program", donate_argnames="slots")
@@ -294,7 +345,7 @@ def insert(
     The prefix is computed once for each point, and all groups of the point get a copy.
     """
     with on(program.mesh):
-        return _split(_inserted(weights, slots, prefix, groups, fill, stream, program))
+        return _split(_inserted(weights, slots, prefix, groups, fill, stream, program), program.order)
 
 
 def _inserted(
@@ -306,12 +357,17 @@ def _inserted(
     stream: Key[Array, ""],
     program: Program,
 ) -> Slots:
-    config, fills = program.config, len(fill.group)
+    config, order, fills = program.config, program.order, len(fill.group)
 
-    def taken(index: Int[Array | np.ndarray, " kept"], old: Array, new: Array) -> Array:
-        """The rows of `new` with these numbers, and where one is negative, the old row."""
-        index = jnp.asarray(index)
-        return jnp.where((index >= 0).reshape(-1, *[1] * (old.ndim - 1)), new[jnp.maximum(index, 0)], old)
+    def taken(index: Int[Array | np.ndarray, " kept"], old: Any, new: Any) -> Any:
+        """The rows of each array in `new` with these numbers, and where one is negative, the old row."""
+        numbers = jnp.asarray(index)
+
+        def merge(old: Array, new: Array, row: int) -> Array:
+            kept = jnp.expand_dims(numbers < 0, [axis for axis in range(old.ndim) if axis != row])
+            return jnp.where(kept, old, jnp.take(new, jnp.maximum(numbers, 0), axis=row))
+
+        return _by_row(merge, order, old, new)
 
     def params_at(coords: Float[Array | np.ndarray, "points ndim"], rows: int) -> Params:
         """The parameters for inputs of `rows` rows for each of the points."""
@@ -320,23 +376,22 @@ def _inserted(
     def prefill_prefix() -> KVCache:
         shape = (len(fill.new), prefix.size)
         tokens, positions = (jnp.broadcast_to(x, shape) for x in (prefix, jnp.arange(prefix.size)))
-        return hidden_states(config, params_at(fill.new, 1), tokens, positions, Context())[1]
+        return hidden_states(config, params_at(fill.new, 1), tokens, positions, Context(), order)[1]
 
     shared = slots.prefix
     if shared is not None:
         computed = jax.lax.cond(
             (fill.source < 0).any(),
             prefill_prefix,
-            lambda: jax.tree.map(lambda x: jnp.zeros((len(fill.new), *x.shape[1:]), x.dtype), shared),
+            lambda: _rows_of(shared, jnp.zeros(len(fill.new), jnp.int32), order),
         )
-        known = jax.tree.map(lambda x: x[jnp.maximum(fill.source, 0)], shared)
-        shared = jax.tree.map(partial(taken, -1 - fill.source), known, computed)
+        shared = taken(-1 - fill.source, _rows_of(shared, jnp.maximum(fill.source, 0), order), computed)
 
     group = jax.tree.map(lambda x: x[fill.group], groups)
     lines, width = group.tokens.shape[1:]
     tokens, positions, segments = (x.reshape(-1, width) for x in (group.tokens, group.positions, group.segments))
     x, cache = hidden_states(
-        config, params_at(fill.coords, lines), tokens, positions, Context(prefix=shared, segments=segments)
+        config, params_at(fill.coords, lines), tokens, positions, Context(prefix=shared, segments=segments), order
     )
     first = (group.first + jnp.arange(fills)[:, None] * lines * width).reshape(-1)
     starts, rows, lengths = (x.reshape(-1) for x in (group.starts, group.rows, group.lengths))
@@ -357,22 +412,43 @@ def _inserted(
     there = place < lengths[row][:, None]
     index = jnp.where(there, first[row][:, None] + place, 0)
 
-    def ringed(old: Array, new: Float[Array, "lines time heads head_dim"], time: int) -> Array:
-        """The rings with the fresh rows' keys or values; `time` is their axis of ring slots."""
-        filled = jnp.where(there[..., None, None], new.reshape(-1, *new.shape[2:])[index], 0)
-        return jnp.where(fresh[:, None, None, None], jnp.moveaxis(filled, 1, time), old)
+    def ringed(to: str, old: Array, new: Array) -> Array:
+        """The rings with the fresh rows' keys or values, whose dimensions are in the order `to`."""
+        by_token = new.transpose(*map(to.index, "bskh")).reshape(-1, config.num_kv_heads, config.head_dim)
+        filled = jnp.where(there[..., None, None], by_token[index], 0).transpose(*map("bskh".index, to))
+        return jnp.where(jnp.expand_dims(fresh, [axis for axis in range(4) if to[axis] != "b"]), filled, old)
 
     rings = KVCache(
-        keys=tuple(
-            ringed(old, k.transpose(0, 3, 1, 2), 3) for old, k in zip(slots.cache.keys, cache.keys, strict=True)
-        ),
-        values=tuple(ringed(old, v.swapaxes(1, 2), 2) for old, v in zip(slots.cache.values, cache.values, strict=True)),
+        keys=tuple(map(partial(ringed, order.keys), slots.cache.keys, cache.keys)),
+        values=tuple(map(partial(ringed, order.values), slots.cache.values, cache.values)),
         positions=jnp.where(fresh[:, None], jnp.where(there, positions.reshape(-1)[index], -1), slots.cache.positions),
     )
-    old, new = (slots.out, slots.starts, slots.rows), (out, starts, rows)
-    changed = jax.tree.map(partial(taken, fill.of_row), old, new)
-    kept = jax.tree.map(partial(taken, fill.of_place), (slots.prefix, slots.coords), (shared, fill.coords))
+    changed = taken(fill.of_row, (slots.out, slots.starts, slots.rows), (out, starts, rows))
+    kept = taken(fill.of_place, (slots.prefix, slots.coords), (shared, fill.coords))
     return Slots(*changed, rings, *kept, slots.clock)  # type: ignore[call-arg]
+
+
+def _by_row(function: Callable[..., Array], order: CacheOrder, *trees: Any) -> Any:
+    """`function(*arrays, axis of their rows)` for the arrays of trees like one another; caches among them have rows
+    where `order` says."""
+
+    def cached(*caches: KVCache) -> KVCache:
+        keys, values, positions = zip(*caches, strict=True)
+        return KVCache(
+            tuple(function(*each, order.keys.index("b")) for each in zip(*keys, strict=True)),
+            tuple(function(*each, order.values.index("b")) for each in zip(*values, strict=True)),
+            function(*positions, 0),
+        )
+
+    def one(*each: Any) -> Any:
+        return cached(*each) if isinstance(each[0], KVCache) else function(*each, 0)
+
+    return jax.tree.map(one, *trees, is_leaf=lambda x: isinstance(x, KVCache))
+
+
+def _rows_of(tree: Any, numbers: Int[Array | np.ndarray, " kept"], order: CacheOrder) -> Any:
+    """The rows with these numbers, of each array."""
+    return _by_row(lambda x, row: jnp.take(x, jnp.asarray(numbers), axis=row), order, tree)
 
 
 @partial(jax.jit, static_argnames="program", donate_argnames="slots")
@@ -392,7 +468,7 @@ def decode_chunk(
         to the next chunk.
     """
     with on(program.mesh):
-        slots = _decoded(weights, slots, alive, stream, steps, program)
+        slots = _split(_decoded(weights, slots, alive, stream, steps, program), program.order)
         return slots, jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), slots.out)
 
 
@@ -417,9 +493,9 @@ def _decoded(
         last = jnp.take_along_axis(out.tokens, jnp.maximum(out.lengths - 1, 0)[:, None], axis=1)
         positions = jnp.where(out.ended, -1, slots.starts + out.lengths - 1)[:, None]
         context = Context(slots.cache, slots.clock % ring, slots.prefix)
-        logits, cache = forward(program.config, params, last, positions, context)
+        logits, cache = forward(program.config, params, last, positions, context, order=program.order)
         out = _choose(program, logits[:, 0], out, slots.rows, stream)
-        return count + 1, _split(slots._replace(out=out, cache=cache, clock=slots.clock + 1))
+        return count + 1, _split(slots._replace(out=out, cache=cache, clock=slots.clock + 1), program.order)
 
     slots = slots._replace(out=slots.out._replace(ended=slots.out.ended | ~alive))
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), slots))[1]
@@ -434,10 +510,10 @@ def compact(
     program: Program,
 ) -> Slots:
     """Some of the rows and their places, gathered into fewer slots; the old ones stay as they are."""
-    moved = jax.tree.map(lambda x: x[rows], (slots.out, slots.starts, slots.rows, slots.cache))
-    kept = jax.tree.map(lambda x: x[places], (slots.prefix, slots.coords))
+    moved = _rows_of((slots.out, slots.starts, slots.rows, slots.cache), rows, program.order)
+    kept = _rows_of((slots.prefix, slots.coords), places, program.order)
     with on(program.mesh):
-        return _split(Slots(*moved, *kept, slots.clock))  # type: ignore[call-arg]
+        return _split(Slots(*moved, *kept, slots.clock), program.order)  # type: ignore[call-arg]
 
 
 def _choose(

@@ -9,7 +9,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,15 +21,16 @@ from jaxtyping import Bool, Int
 from jaxscape.decode import (
     Fill,
     Generated,
-    Program,
     Sampling,
     Slots,
+    SlotSizes,
     Weights,
     common_prefix,
     compact,
     decode_chunk,
     empty_slots,
     insert,
+    make_program,
     pack,
     ring_size,
     tokenize,
@@ -83,13 +84,11 @@ class Engine:
         groups = pack(self.rows, prefix, self.plan.group, points)
         # By group, its prompts' numbers; -1 for a row that only fills it up.
         self._grouped = np.where(groups.lengths > 0, groups.rows, -1)
-        self._shape = {"ring": ring_size(groups, self.sampling.max_new_tokens), "prefix": prefix}
+        self._ring = ring_size(groups, self.sampling.max_new_tokens)
         shared = np.asarray(self.rows[0][:prefix], np.int32)
         self._prefix, self._groups = jax.device_put((shared, groups), replicated(self.model.mesh))
         self._stream = jax.random.key(self.sampling.seed, impl="threefry2x32")
-        # Another seed is another stream, not another program.
-        sampling = replace(self.sampling, seed=0)
-        self._program = Program(self.model.config, sampling, self.model.eos_token_ids, self.model.mesh)
+        self._program = make_program(self.model, self.sampling)
         self._slots: Slots | None = None
 
     def complete(self, directions: Sequence[Direction], points: Sequence[Coords]) -> Iterator[list[Completion]]:
@@ -152,13 +151,9 @@ class Engine:
         return result
 
     def _empty_slots(self, ndim: int) -> Slots:
+        places, rows = self.plan.places, self.plan.rows
         return empty_slots(
-            program=self._program,
-            dtype=self.model.dtype,
-            places=self.plan.places,
-            batch=self.plan.places * self.plan.rows,
-            ndim=ndim,
-            **self._shape,
+            self._program, self.model.dtype, SlotSizes(places, places * rows, self._ring, self._prefix.size, ndim)
         )
 
 

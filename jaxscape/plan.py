@@ -153,8 +153,8 @@ def make_plan(
         least = min(plans, key=planner.missing)
         raise UserError(
             f"The device's memory does not hold this scan: in the {least.form} form with {least.places * least.rows} "
-            f"slots it takes {least.memory / 1e9:.1f} GB on each; choose a --dtype of 16 bits, fewer --slots, shorter "
-            f"prompts, a lower --max-new-tokens, or, on an accelerator, --form streamed."
+            f"slots it takes {least.memory / 1e9:.1f} GB on each device; choose a --dtype of 16 bits, fewer --slots, "
+            f"shorter prompts, a lower --max-new-tokens, or, on an accelerator, --form streamed."
         )
     return min(fitting, key=planner.seconds)
 

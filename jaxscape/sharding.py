@@ -103,12 +103,14 @@ def partition(mesh: Mesh | jax.sharding.AbstractMesh, axes: Axes, shape: Sequenc
     parts: list[tuple[str, ...] | None] = []
     taken: set[str] = set()
     for axis, size in zip(axes, shape, strict=True):
-        names = RULES[axis]
+        names = tuple(name for name in RULES[axis] if mesh.shape[name] > 1)
         while names and (taken & set(names) or size % math.prod(mesh.shape[name] for name in names)):
             names = names[:-1]
         taken |= set(names)
         parts.append(names or None)
-    return PartitionSpec(*parts)
+    while parts and parts[-1] is None:  # as JAX writes it: programs are compiled for one spelling
+        parts.pop()
+    return PartitionSpec(*(names[0] if names and len(names) == 1 else names for names in parts))
 
 
 def sharding(mesh: Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:

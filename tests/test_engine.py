@@ -379,7 +379,7 @@ def test_the_plan_keeps_within_the_memory(tiny: js.Model, monkeypatch: pytest.Mo
         planned(tiny, prompts=64, line=5, form="materialised", slots=64)
     at_speed(monkeypatch, 4e11, 2e10, 10**4)
     with pytest.raises(
-        js.UserError, match=r"memory does not hold this scan: .* GB in all; choose a --dtype of 16 bits"
+        js.UserError, match=r"memory does not hold this scan: .* GB on each device; choose a --dtype of 16 bits"
     ):
         planned(tiny, prompts=64, line=5)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
@@ -40,16 +41,45 @@ def apply_weight(weight: Array | SummedWeight, use: Callable[[Array], Array]) ->
     return weight.apply(use)
 
 
+class CacheOrder(NamedTuple):
+    """The order of a cache's dimensions: b rows, k key-value heads, s slots, h features of a head.
+
+    Attributes:
+        is_read_first: attention reads the cache before a step's tokens are written to it. XLA for TPUs updates it in
+            place then, and otherwise in on-chip memory, from where all of it goes back; on a CPU it is the other way.
+    """
+
+    keys: str
+    values: str
+    is_read_first: bool = True
+
+    @property
+    def both(self) -> tuple[str, str]:
+        return self.keys, self.values
+
+    @property
+    def axes(self) -> tuple[Axes, Axes]:
+        """The logical axes of keys and of values."""
+        names = {"b": "rows", "k": "kv_heads"}
+        keys, values = (tuple(names.get(dimension) for dimension in order) for order in self.both)
+        return keys, values
+
+
+# The orders in which attention reads what lies there, and copies nothing. On a CPU, keys have their slots last. XLA for
+# TPUs wants slots first where each query head has keys of its own, and otherwise a matrix for each row and head.
+CPU_ORDER = CacheOrder("bkhs", "bksh", is_read_first=False)
+UNGROUPED_ORDER, GROUPED_ORDER = CacheOrder("sbkh", "skbh"), CacheOrder("bksh", "bksh")
+
+
 class KVCache(NamedTuple):
-    """Keys and values per layer, and the position that each slot holds.
+    """Keys and values per layer, their dimensions in a `CacheOrder`, and the position that each slot holds.
 
     A slot whose position is -1 holds nothing and is never attended to. A query at position p attends to the slots
     with positions 0 to p, so where in the cache a token lies does not matter, and rows may be padded on either side.
-    Keys have their slots last and values their features: so both products of attention read them as they lie.
     """
 
-    keys: tuple[Float[Array, "batch kv_heads head_dim slots"], ...]
-    values: tuple[Float[Array, "batch kv_heads slots head_dim"], ...]
+    keys: tuple[Float[Array, "_ _ _ _"], ...]
+    values: tuple[Float[Array, "_ _ _ _"], ...]
     positions: Int[Array, "batch slots"]
 
 
@@ -159,56 +189,84 @@ class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al., arXiv 2305.13245)."""
 
     config: ModelConfig
+    order: CacheOrder
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch time dim"], positions: Int[Array, "batch time"], memory: Memory
     ) -> tuple[Float[Array, "batch time dim"], tuple[Array, Array]]:
-        c = self.config
+        c, order = self.config, self.order
 
         def project(name: str, heads: int, axis: str) -> Float[Array, "batch time heads head_dim"]:
             y = Linear(heads * c.head_dim, (axis, None), c.attention_bias, name=name)(x)
             return y.reshape(*y.shape[:-1], heads, c.head_dim)
 
         q = rope(project("q_proj", c.num_heads, "heads"), memory.rotation)
-        k = rope(project("k_proj", c.num_kv_heads, "kv_heads"), memory.rotation).transpose(0, 2, 3, 1)
-        v = project("v_proj", c.num_kv_heads, "kv_heads").swapaxes(1, 2)
-        k, v = (constrain(x, "rows", "kv_heads", None, None) for x in (k, v))
+        k = rope(project("k_proj", c.num_kv_heads, "kv_heads"), memory.rotation)
+        v = project("v_proj", c.num_kv_heads, "kv_heads")
         # What a token does not attend to has weight 0, but 0 × NaN would be NaN: values that are not finite become NaN
         # keys instead, which those that attend to them see, and nobody else.
         finite = jnp.isfinite(v).all(-1, keepdims=True)
-        k = jnp.where(finite.swapaxes(2, 3), k, jnp.nan)
-        v = jnp.where(finite & (positions[:, None, :, None] >= 0), v, 0)
-        if memory.own is not None:
-            old_k, old_v = memory.own
-            k = jax.lax.dynamic_update_slice_in_dim(old_k, k, memory.slot, axis=3)
-            v = jax.lax.dynamic_update_slice_in_dim(old_v, v, memory.slot, axis=2)
+        k = jnp.where(finite, k, jnp.nan)
+        v = jnp.where(finite & (positions[..., None, None] >= 0), v, 0)
+        k, v = (
+            constrain(x.transpose(*map("bskh".index, to)), *axes)
+            for x, to, axes in zip((k, v), order.both, order.axes, strict=True)
+        )
 
         batch, time = x.shape[:2]
         # The queries of a key-value head are the rows of one product, also when there is one token only.
         q = q.reshape(batch, time, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         q = constrain(q, "rows", "kv_heads", "group", None, None)
         q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim)
-        prefix, keys, values = memory.prefix, k, v
-        if prefix is not None and time > 1:  # many tokens a row: a copy of the prefix beside them costs little
-            each = [jnp.repeat(x, batch // len(x), axis=0) for x in prefix]
-            keys, values = jnp.concatenate([each[0], k], axis=3), jnp.concatenate([each[1], v], axis=2)
-            prefix = None
-        scores = _einsum("bkqh,bkhs->bkqs", q, keys, preferred_element_type=jnp.float32)
-        if prefix is not None:
-            grouped = q.reshape(len(prefix[0]), -1, *q.shape[1:])
-            shared = _einsum("nbkqh,nkhp->nbkqp", grouped, prefix[0], preferred_element_type=jnp.float32)
-            scores = jnp.concatenate([shared.reshape(*scores.shape[:-1], -1), scores], axis=-1)
-        scores = scores.reshape(batch, -1, time, scores.shape[-1]) * c.head_dim**-0.5
-        scores = jnp.where(memory.visible[:, None], scores, jnp.finfo(jnp.float32).min)
+        new, own, prefix = (k, v), memory.own, memory.prefix
+        if own is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, x, memory.slot, axis=to.index("s"))
+                for old, x, to in zip(own, new, order.both, strict=True)
+            )
+        sources = [(k, v)] if own is None or not order.is_read_first else [own, new]
+        if prefix is not None and time == 1:
+            sources = [prefix, *sources]
+        elif prefix is not None:  # many tokens a row: a copy of the prefix beside them costs little
+            longer = [
+                jnp.concatenate([_repeated(shared, to.index("b"), batch), x], axis=to.index("s"))
+                for shared, x, to in zip(prefix, sources[0], order.both, strict=True)
+            ]
+            sources[0] = (longer[0], longer[1])
+        parts = [_scores(q, keys, order.keys) for keys, _ in sources]
+        scores = jnp.concatenate(parts, axis=-1).reshape(batch, -1, time, memory.visible.shape[-1])
+        scores = jnp.where(memory.visible[:, None], scores * c.head_dim**-0.5, jnp.finfo(jnp.float32).min)
         probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*q.shape[:3], -1)
-        split = probabilities.shape[-1] - values.shape[2]
-        y = _einsum("bkqs,bksh->bkqh", probabilities[..., split:], values)
-        if prefix is not None:
-            shared = probabilities[..., :split].reshape(*shared.shape)
-            y += _einsum("nbkqp,nkph->nbkqh", shared, prefix[1]).reshape(y.shape)
+        ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
+        weights = jnp.split(probabilities, ends, axis=-1)
+        mixed = [_mixed(w, values, order.values) for w, (_, values) in zip(weights, sources, strict=True)]
+        y = sum(mixed[1:], start=mixed[0]).astype(x.dtype)
         y = y.reshape(batch, -1, time, c.head_dim).swapaxes(1, 2).reshape(batch, time, -1)
         return Linear(c.hidden_size, (None, "heads"), c.attention_bias, name="o_proj")(y), (k, v)
+
+
+def _repeated(x: Array, axis: int, length: int) -> Array:
+    """Each row along an axis, so often that there are `length` of them."""
+    return jnp.repeat(x, length // x.shape[axis], axis=axis)
+
+
+def _scores(q: Float[Array, "batch kv_heads queries head_dim"], keys: Float[Array, "_ _ _ _"], order: str) -> Array:
+    """float32[batch, kv_heads, queries, slots]. A row of the keys is that of as many rows as there are for each."""
+    if keys.shape[order.index("b")] == q.shape[0]:
+        return _einsum(f"bkqh,{order}->bkqs", q, keys, preferred_element_type=jnp.float32)
+    grouped = q.reshape(keys.shape[order.index("b")], -1, *q.shape[1:])
+    products = f"nbkqh,{order.replace('b', 'n')}->nbkqs"
+    return _einsum(products, grouped, keys, preferred_element_type=jnp.float32).reshape(*q.shape[:3], -1)
+
+
+def _mixed(weights: Float[Array, "batch kv_heads queries slots"], values: Float[Array, "_ _ _ _"], order: str) -> Array:
+    """float32[batch, kv_heads, queries, head_dim], the values as they are weighted."""
+    if values.shape[order.index("b")] == weights.shape[0]:
+        return _einsum(f"bkqs,{order}->bkqh", weights, values, preferred_element_type=jnp.float32)
+    grouped = weights.reshape(values.shape[order.index("b")], -1, *weights.shape[1:])
+    products = f"nbkqs,{order.replace('b', 'n')}->nbkqh"
+    return _einsum(products, grouped, values, preferred_element_type=jnp.float32).reshape(*weights.shape[:3], -1)
 
 
 class MLP(nn.Module):
@@ -226,13 +284,14 @@ class MLP(nn.Module):
 
 class Layer(nn.Module):
     config: ModelConfig
+    order: CacheOrder
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch time dim"], *attention_inputs: Any
     ) -> tuple[Float[Array, "batch time dim"], tuple[Array, Array]]:
         epsilon = self.config.rms_norm_eps
-        y, key_value = Attention(self.config, name="self_attn")(
+        y, key_value = Attention(self.config, self.order, name="self_attn")(
             RMSNorm(epsilon, name="input_layernorm")(x), *attention_inputs
         )
         x = constrain(x + y, "rows", None, None)
@@ -245,6 +304,7 @@ class Layers(nn.Module):
 
     config: ModelConfig
     remat: bool
+    order: CacheOrder
 
     @nn.compact
     def __call__(
@@ -254,7 +314,7 @@ class Layers(nn.Module):
         slots = positions
         if cache is not None:
             slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, context.slot, axis=1)
-        visible, rotations = _visible(positions, slots, context), rotation(self.config, positions)
+        visible, rotations = _visible(positions, slots, context, self.order), rotation(self.config, positions)
         keys, values = [], []
         layer = nn.remat(Layer) if self.remat else Layer
         for i in range(self.config.num_layers):
@@ -265,16 +325,21 @@ class Layers(nn.Module):
                 visible=visible,
                 rotation=rotations,
             )
-            x, (k, v) = layer(self.config, name=str(i))(x, positions, memory)
+            x, (k, v) = layer(self.config, self.order, name=str(i))(x, positions, memory)
             keys.append(k)
             values.append(v)
         return x, KVCache(tuple(keys), tuple(values), slots)
 
 
 def _visible(
-    positions: Int[Array, "batch time"], slots: Int[Array, "batch slots"], context: Context
-) -> Bool[Array, "batch time all_slots"]:
-    """Which slots, those of the prefix first, each token attends to."""
+    positions: Int[Array, "batch time"], slots: Int[Array, "batch slots"], context: Context, order: CacheOrder
+) -> Bool[Array, "batch time sources"]:
+    """Which slots each token attends to: of the prefix, of the cache, and, where this is read as it was before them, of
+    the tokens themselves."""
+    if context.cache is not None and order.is_read_first:
+        nothing = jnp.full_like(positions, -1)
+        left = jax.lax.dynamic_update_slice_in_dim(slots, nothing, context.slot, axis=1)
+        slots = jnp.concatenate([left, positions], axis=1)
     visible = (slots[:, None] >= 0) & (slots[:, None] <= positions[..., None])
     if context.segments is not None:
         visible &= context.segments[:, :, None] == context.segments[:, None, :]
@@ -289,10 +354,11 @@ class Backbone(nn.Module):
 
     config: ModelConfig
     remat: bool
+    order: CacheOrder
 
     def setup(self) -> None:
         self.embed_tokens = Embedding(self.config)
-        self.layers = Layers(self.config, self.remat)
+        self.layers = Layers(self.config, self.remat, self.order)
         self.norm = RMSNorm(self.config.rms_norm_eps)
 
     def __call__(
@@ -311,9 +377,10 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     remat: bool = False
+    order: CacheOrder = CPU_ORDER
 
     def setup(self) -> None:
-        self.model = Backbone(self.config, self.remat)
+        self.model = Backbone(self.config, self.remat, self.order)
         if not self.config.tie_word_embeddings:
             self.lm_head = Linear(self.config.vocab_size, ("vocab", "embed"))
 
@@ -341,6 +408,7 @@ def forward(
     context: Context = Context(),  # noqa: B008 (immutable)
     *,
     remat: bool = False,
+    order: CacheOrder = CPU_ORDER,
 ) -> tuple[Float[Array, "batch time vocab"], KVCache]:
     """The decoder as a pure function.
 
@@ -349,11 +417,12 @@ def forward(
         positions: int32[B, T], each token's place in its text; -1 marks padding.
         context: what they can attend to besides one another, see `Context`.
         remat: let a gradient keep each layer's input alone and compute the rest again: less memory, a third more time.
+        order: of all caches, those in the context and the one that is returned.
 
     Returns:
         float32[B, T, V] logits, and the cache with these tokens in it (T slots if it was started here).
     """
-    output: Any = Decoder(config, remat).apply({"params": params}, tokens, positions, context)
+    output: Any = Decoder(config, remat, order).apply({"params": params}, tokens, positions, context)
     return output
 
 
@@ -363,9 +432,11 @@ def hidden_states(
     tokens: Int[Array, "batch time"],
     positions: Int[Array, "batch time"],
     context: Context,
+    order: CacheOrder,
 ) -> tuple[Float[Array, "batch time dim"], KVCache]:
     """`forward` up to the output head, for those who need the logits of few tokens."""
-    output: Any = Decoder(config).apply({"params": params}, tokens, positions, context, method="states")
+    decoder = Decoder(config, order=order)
+    output: Any = decoder.apply({"params": params}, tokens, positions, context, method="states")
     return output
 
 

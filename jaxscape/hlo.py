@@ -1,0 +1,185 @@
+"""What a compiled program moves, counted in its text: bytes to and from memory, and between chips.
+
+The compiler's own count takes what is prefetched into on-chip memory twice, when it is fetched and when it is used.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_INSTRUCTION = re.compile(r"\s*(ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# What only names, orders or waits for bytes that others move.
+_FREE = (
+    "parameter",
+    "constant",
+    "bitcast",
+    "tuple",
+    "get-tuple-element",
+    "after-all",
+    "iota",
+    "partition-id",
+    "domain",
+)
+
+
+class Traffic(NamedTuple):
+    """Bytes on each device; `+` is not theirs: use `plus`.
+
+    Attributes:
+        memory: read from and written to the device's memory.
+        between: sent by a device to others, in rings.
+        collectives: how many operations that is.
+    """
+
+    memory: float = 0.0
+    between: float = 0.0
+    collectives: int = 0
+
+    def plus(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.memory + other.memory, self.between + other.between, self.collectives + other.collectives)
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    name: str
+    kind: str
+    arrays: tuple[tuple[int, bool], ...]  # of each array of the result, its bytes, and whether it is in memory
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the result in the device's memory; others are on the chip."""
+        return sum(size for size, in_memory in self.arrays if in_memory)
+
+    @property
+    def size(self) -> int:
+        return sum(size for size, _ in self.arrays)
+
+
+def loop_traffic(text: str) -> Traffic:
+    """Of one pass through the outermost loop that moves the most.
+
+    Raises:
+        ValueError: there is no loop in the program.
+    """
+    computations = _parse(text)
+    bodies = [
+        _called(instruction, "body")
+        for instructions in computations.values()
+        for instruction in instructions
+        if instruction.kind == "while"
+    ]
+    return max(_traffic(computations, body) for body in bodies)
+
+
+def program_traffic(text: str) -> Traffic:
+    """Of the whole program, loops counted as one pass."""
+    entry = re.search(r"^ENTRY %(\S+)", text, re.MULTILINE)
+    if entry is None:
+        raise ValueError("the program has no beginning")
+    return _traffic(_parse(text), entry[1])
+
+
+def _parse(text: str) -> dict[str, list[_Instruction]]:
+    computations: dict[str, list[_Instruction]] = {}
+    current: list[_Instruction] = []
+    for line in text.splitlines():
+        if line.endswith("{") and (start := re.match(r"(?:ENTRY )?%(\S+) ", line)):
+            current = computations.setdefault(start[1], [])
+        elif found := _INSTRUCTION.match(line):
+            root, name, shape, kind, rest = found.groups()
+            arrays = tuple(_array(*array) for array in _ARRAY.findall(shape))
+            inner, _, attributes = rest.partition(")")
+            current.append(
+                _Instruction(name, kind, arrays, tuple(re.findall(r"%([^\s,)]+)", inner)), attributes, bool(root))
+            )
+    return computations
+
+
+def _array(kind: str, dimensions: str, layout: str) -> tuple[int, bool]:
+    size = _SIZES.get(kind, 4) * math.prod(int(n) for n in dimensions.split(",") if n)
+    return size, "S(" not in layout
+
+
+def _called(instruction: _Instruction, role: str) -> str:
+    found = re.search(rf"\b{role}=%([^\s,)}}]+)", instruction.attributes)
+    return found[1] if found else ""
+
+
+def _traffic(computations: dict[str, list[_Instruction]], name: str) -> Traffic:
+    total = Traffic()
+    known = {instruction.name: instruction for instruction in computations.get(name, [])}
+    for instruction in known.values():
+        for part in _parts(computations, known, instruction):
+            total = total.plus(part)
+    return total
+
+
+def _parts(
+    computations: dict[str, list[_Instruction]], known: dict[str, _Instruction], instruction: _Instruction
+) -> Iterator[Traffic]:
+    kind = instruction.kind
+    operands = [known[name] for name in instruction.operands if name in known]
+    if kind in _FREE or kind.endswith("-done"):
+        return
+    if kind == "while":
+        yield _traffic(computations, _called(instruction, "body"))
+    elif kind == "conditional":
+        branches = instruction.attributes.partition("branch_computations={")[2].partition("}")[0]
+        yield max(_traffic(computations, branch) for branch in re.findall(r"%([^\s,]+)", branches))
+    elif kind == "call":
+        yield _traffic(computations, _called(instruction, "to_apply"))
+    elif kind.removesuffix("-start") in _COLLECTIVES:
+        yield _collective(instruction, operands)
+    elif kind == "async-start":
+        inner = computations.get(_called(instruction, "calls"), [])
+        moved = next((i for i in inner if i.is_root), None)
+        if moved is not None and moved.kind in _COLLECTIVES:
+            yield _collective(moved, operands)
+        elif moved is not None:
+            yield Traffic(moved.size)
+    elif kind in ("copy-start", "slice-start", "dynamic-slice", "slice", "gather"):
+        # Of what they read, only what they give; a copy within memory is read and written.
+        sizes = [size for size, _ in instruction.arrays]
+        moved_bytes = sizes[1] if kind == "slice-start" and len(sizes) > 1 else sizes[0]
+        yield Traffic(moved_bytes if kind.endswith("-start") else moved_bytes + instruction.stored)
+    else:
+        yield Traffic(_used(computations, instruction, operands))
+
+
+def _used(
+    computations: dict[str, list[_Instruction]], instruction: _Instruction, operands: list[_Instruction]
+) -> float:
+    """Bytes in memory that an instruction reads and writes; of a table that it looks up rows in, and of what it updates
+    in place, these parts alone."""
+    inner = computations.get(_called(instruction, "calls"), [instruction])
+    names = {each.name: each for each in inner}
+    tables = {names[each.operands[0]].size for each in inner if each.kind == "gather" and each.operands[0] in names}
+    read = sum(operand.stored for operand in operands if operand.stored not in tables)
+    total = float(read + instruction.stored)
+    for update in (each for each in inner if each.kind == "dynamic-update-slice"):
+        whole = update.size
+        if any(operand.stored >= whole for operand in operands) and instruction.stored >= whole:
+            new = names.get(update.operands[1]) if len(update.operands) > 1 else None
+            total -= 2 * whole - 2 * (new.size if new is not None else 0)
+    return max(total, 0.0)
+
+
+def _collective(instruction: _Instruction, operands: list[_Instruction]) -> Traffic:
+    """A ring sends n - 1 of n parts of what is gathered or scattered, and of what is reduced twice as much."""
+    kind = instruction.kind.removesuffix("-start")
+    groups = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\])", instruction.attributes)
+    count = 2
+    if groups is not None:
+        count = int(groups[3]) if groups[1] is None else len(groups[1].split(","))
+    whole = max([each.size for each in operands] + [size for size, _ in instruction.arrays], default=0)
+    part = whole if kind == "collective-permute" else whole * (count - 1) / max(count, 1)
+    sent = 2 * part if kind == "all-reduce" else part
+    return Traffic(2.0 * whole, sent if count > 1 else 0.0, 1 if count > 1 else 0)
