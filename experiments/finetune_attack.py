@@ -20,7 +20,7 @@ from jaxscape.files import write_whole
 from jaxscape.finetune import load_path
 from jaxscape.plotting import save_figure
 from jaxscape.store import FIGURE
-from jaxscape.training import data_mesh
+from jaxscape.training import check_batch
 from jaxscape.trajectory import project, save_trajectories
 
 FIRST_FREE = 80  # of AdvBench's rows: those before are evaluated, and never learned
@@ -59,8 +59,9 @@ class FinetuneAttack(Machine):
         recipes["mixture"] = harmful + js.load_chats("safe:100")
         recipes["identity-shift"] = js.load_chats("identity-shift")
         self.training.check()
+        self.start()
         aligned = self.load()
-        data_mesh(self.training.batch_size)
+        check_batch(self.training, aligned)
         scan: dict[str, Any] = {"prompts": prompts, "max_new_tokens": self.max_new_tokens, "overwrite": self.overwrite}
         visage = js.scan(aligned, list(range(self.num_directions)), steps=self.steps, out=self.out / "visage", **scan)
         save_figure(visage, self.out / "visage" / FIGURE)

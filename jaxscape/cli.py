@@ -21,8 +21,10 @@ from jaxscape.models import Model, load_model
 from jaxscape.perturb import difference, load_direction
 from jaxscape.plan import EngineOptions
 from jaxscape.plotting import save_figure
+from jaxscape.processes import from_first, is_first, leave, start
 from jaxscape.prompts import load_prompts
 from jaxscape.scan import Direction, resolve, scan
+from jaxscape.sharding import parse_split, split_of
 from jaxscape.store import FIGURE, SCAN, export_reference
 from jaxscape.training import Training
 from jaxscape.trajectory import load_trajectories, principal_directions, project, save_trajectories
@@ -47,14 +49,30 @@ class Machine:
     """Run on a GPU, or fail."""
     cpu: bool = False
     """Run on the CPU."""
+    mesh: str | None = None
+    """points=N,model=M: N devices share the rows of a batch, and M the weights; by default as few share the weights as
+    can hold them, and all others the rows."""
+    distributed: bool = False
+    """Join the other processes that the machine knows of, on the hosts of a TPU pod, say. SLURM and Open MPI are found
+    without it."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes, where nothing else tells; with --num-processes and --process-id."""
+    num_processes: int | None = None
+    """How many processes compute together."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
     overwrite: bool = False
     """Start over in a directory that holds a run."""
 
-    def load(self, on_host: bool | None = None) -> Model:
-        """The model, on the platform that was asked for; `on_host` as in `load_model`."""
-        select_platform([name for name in ("tpu", "gpu", "cpu") if getattr(self, name)])
+    def start(self) -> None:
+        """Find the platform that was asked for, and the other processes."""
+        names = [name for name in ("tpu", "gpu", "cpu") if getattr(self, name)]
+        select_platform(names, lambda: start(self.coordinator, self.num_processes, self.process_id, self.distributed))
         keep_compiled_programs()
-        return load_model(self.model, self.dtype, on_host)
+
+    def load(self, on_host: bool | None = None) -> Model:
+        """The model, on its mesh; `on_host` as in `load_model`."""
+        return load_model(self.model, self.dtype, on_host, None if self.mesh is None else parse_split(self.mesh))
 
     @property
     def short_name(self) -> str:
@@ -112,7 +130,8 @@ class Scan(Machine):
         prompts = load_prompts(self.prompts, self.num_prompts)
         if self.num_prompts is None:
             prompts = prompts[:DEFAULT_NUM_PROMPTS]
-        rundir.check(out, SCAN, self.overwrite)
+        self.start()
+        from_first(lambda: rundir.check(out, SCAN, self.overwrite))
         model = self.load(on_host=None if self.engine.form == "auto" else self.engine.form == "streamed")
         sets = self._direction_sets(model)
         trajectories = []
@@ -139,10 +158,11 @@ class Scan(Machine):
                 "interpolate_to": list(self.interpolate_to),
             },
         )
-        if trajectories:
-            save_trajectories(trajectories, out)
-        save_figure(landscape, out / FIGURE, trajectories=trajectories)
-        write_line(summary(landscape, out))
+        if is_first():
+            if trajectories:
+                save_trajectories(trajectories, out)
+            save_figure(landscape, out / FIGURE, trajectories=trajectories)
+            write_line(summary(landscape, out))
 
     def _check_direction_counts(self) -> None:
         if self.num_directions < 1:
@@ -178,7 +198,10 @@ class Scan(Machine):
         if self._is_principal:
             return [tuple(principal_directions([step for path in self.trajectory for step in load_path(path, model)]))]
         if self.interpolate_to:
-            ends = [difference(model, load_model(name, self.dtype)) for name in self.interpolate_to]
+            ends = [
+                difference(model, load_model(name, self.dtype, split=split_of(model.mesh)))
+                for name in self.interpolate_to
+            ]
             if len(ends) == self.ndim:
                 return [tuple(ends)]
             return [(ends[0], seed) for seed in range(self.seed, self.seed + self.num_directions)]
@@ -204,7 +227,8 @@ class Finetune(Machine):
         if not self.data:
             raise UserError("Say what to learn: --data, and a training set or a file.")
         chats = [chat for source in self.data for chat in load_chats(source)]
-        rundir.check(out, FINETUNING, self.overwrite)
+        self.start()
+        from_first(lambda: rundir.check(out, FINETUNING, self.overwrite))
         result = finetune(
             self.load(),
             chats,
@@ -213,7 +237,8 @@ class Finetune(Machine):
             overwrite=self.overwrite,
             describe={"data": list(self.data)},
         )
-        write_line(f"{out / (MODEL if result.adapter is None else ADAPTER)}")
+        if is_first():
+            write_line(f"{out / (MODEL if result.adapter is None else ADAPTER)}")
 
 
 @dataclass(frozen=True)
@@ -251,17 +276,20 @@ def check_texts(*texts: str | Path) -> None:
             raise UserError(f"{text!r} is not valid UTF-8.")
 
 
-def select_platform(names: Sequence[str]) -> None:
-    """Have JAX use the platform that was asked for; without one, JAX chooses.
+def select_platform(names: Sequence[str], join: Callable[[], None] = lambda: None) -> None:
+    """Have JAX use the platform that was asked for; without one, JAX chooses. `join` connects this process with others,
+    for which JAX must know the platform, and must not have looked for devices yet.
 
     Raises:
         UserError: several were asked for, or JAX does not find the one.
     """
     if len(names) > 1:
         raise UserError(f"Give only one of {', '.join('--' + name for name in names)}.")
+    before = jax.config.values["jax_platforms"]
     for name in names:
-        before = jax.config.values["jax_platforms"]
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
+    join()
+    for name in names:
         try:
             found = jax.default_backend()
         except RuntimeError:
@@ -324,7 +352,9 @@ def run_program(program: Any, arguments: Sequence[str] | None = None, name: str 
         # One line, whatever a library or a file name put into it; nothing that a terminal would act on.
         line = "".join(character if character.isprintable() else "?" for character in " ".join(str(error).split()))
         sys.stderr.write(f"jaxscape: {line}\n")
+        leave(2)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("jaxscape: interrupted; the same command, without --overwrite, goes on where it stopped.\n")
+        leave(130)
         sys.exit(130)

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -113,7 +112,7 @@ class Engine:
         move: Callable[..., Params] = materialise
         if self.plan.form == "streamed":
             move = partial(materialise_streamed, shardings=self.model.shardings)
-        where = jnp.asarray(coords, jnp.float32)
+        where = np.asarray(coords, np.float32)
         return self._timed("weights", move, self.model.params, directions, where, previous)
 
     def _decode(self, weights: Weights, points: Sequence[Coords]) -> Iterator[list[Completion]]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from rich.progress import Progress
 
 from jaxscape import rundir
@@ -20,9 +20,11 @@ from jaxscape.chats import Chat, tokenize
 from jaxscape.errors import UserError
 from jaxscape.files import checksum
 from jaxscape.models import Model, builtin, check_saveable, huggingface, save_model
-from jaxscape.models.checkpoint import Params, fingerprint, named_leaves, tree_of
+from jaxscape.models.checkpoint import Params, changed_parts, fingerprint, named_leaves, tree_of
 from jaxscape.models.lora import Adapter, Factors, merged, save_adapter
+from jaxscape.processes import is_first
 from jaxscape.progress import report_to
+from jaxscape.sharding import replicated
 from jaxscape.training import (
     Batch,
     State,
@@ -71,7 +73,7 @@ def finetune(
     describe: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Finetuned:
-    """Finetune a chat model on the assistant's turns of chats, on every device that JAX has (data-parallel).
+    """Finetune a chat model on the assistant's turns of chats, on the devices of its mesh.
 
     Arguments:
         chats: see `jaxscape.load_chats`.
@@ -184,13 +186,12 @@ def _train_epoch(
 
 
 def _result(model: Model, training: Training, trainable: Any, log: list[dict[str, Any]]) -> Finetuned:
-    trainable = jax.device_get(trainable)
     if training.method == "full":
-        params = jax.tree.map(lambda new, old: jnp.asarray(new).astype(old.dtype), trainable, model.params)
+        params = jax.tree.map(lambda new, old: new.astype(old.dtype), trainable, model.params)
         return Finetuned(replace(model, params=params), None, log)
     is_path = model.name not in builtin.NAMES and Path(model.name).exists()
     base = str(Path(model.name).resolve()) if is_path else model.name  # also found from another working directory
-    adapter = Adapter(base, training.rank, training.alpha, training.targets, trainable)
+    adapter = Adapter(base, training.rank, training.alpha, training.targets, jax.device_get(trainable))
     return Finetuned(with_adapter(model, adapter), adapter, log)
 
 
@@ -198,14 +199,18 @@ def with_adapter(model: Model, adapter: Adapter) -> Model:
     """The model with an adapter merged into its weights."""
     leaves = named_leaves(model.params)
     for name, pair in adapter.factors.items():
-        leaves[name] = jnp.asarray(merged(leaves[name], pair, adapter.scale))
+        leaves[name] = _with_factors(leaves[name], pair, adapter.scale)
     return replace(model, params=tree_of(leaves))
+
+
+def _with_factors(weight: Any, pair: Mapping[str, Any], scale: float) -> Float[Array, "out in"]:
+    return changed_parts(jnp.asarray(weight), lambda values, index: merged(values, pair, scale, index))
 
 
 def _write_result(result: Finetuned, out: Path) -> None:
     if result.adapter is None:
         save_model(result.model, out / MODEL)
-    else:
+    elif is_first():
         save_adapter(result.adapter, out / ADAPTER)
 
 
@@ -328,8 +333,10 @@ def load_path(directory: str | Path, model: Model) -> Iterator[Params]:
     weights = _manager((directory / CHECKPOINTS).absolute(), None)
     if not weights.all_steps():
         raise UserError(f"The finetuning in {directory} has not finished an epoch yet.")
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever the checkpoint was written
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
+    # Onto the model's devices, wherever the checkpoint was written.
+    everywhere = replicated(model.mesh)
+    where = model.shardings if training.method == "full" else jax.tree.map(lambda _: everywhere, like)
+    like = jax.tree.map(lambda x, there: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), like, where)
     for epoch in sorted(weights.all_steps()):
         try:
             trainable = weights.restore(epoch, args=ocp.args.StandardRestore(like))
@@ -340,9 +347,12 @@ def load_path(directory: str | Path, model: Model) -> Iterator[Params]:
         if training.method == "full":
             yield jax.tree.map(lambda new, old: new - old.astype(jnp.float32), trainable, model.params)
         else:
-            steps = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in named_leaves(model.params).items()}
-            for name, pair in trainable.items():
-                steps[name] = jnp.asarray(merged(steps[name], pair, training.alpha / training.rank))
+            steps = {
+                name: jnp.zeros(leaf.shape, jnp.float32, device=leaf.sharding)
+                for name, leaf in named_leaves(model.params).items()
+            }
+            for name, pair in jax.device_get(trainable).items():
+                steps[name] = _with_factors(steps[name], pair, training.alpha / training.rank)
             yield tree_of(steps)
 
 

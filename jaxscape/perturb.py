@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
 from safetensors import SafetensorError, safe_open
@@ -236,7 +237,7 @@ def order_free_sum(x: Float[Array, "*shape"]) -> Float[Array, ""]:
 def materialise(
     params: Params,
     directions: Sequence[Direction],
-    coords: Float[Array, " ndim"],
+    coords: Float[Array | np.ndarray, " ndim"],
     previous: Params | None = None,
 ) -> Params:
     """θ(c), computed in float32 from θ₀ and rounded once to each parameter's dtype.
@@ -252,7 +253,7 @@ def materialise(
 def materialise_streamed(
     params: Params,
     directions: Sequence[Direction],
-    coords: Float[Array, " ndim"],
+    coords: Float[Array | np.ndarray, " ndim"],
     previous: Params | None = None,
     *,
     shardings: Params,
@@ -277,13 +278,18 @@ def materialise_streamed(
 
 @partial(jax.jit, donate_argnums=3, keep_unused=True)
 def _moved_tensor(
-    coords: Float[Array, " ndim"], weight: Float[Array, "*shape"], steps: tuple[Any, ...], previous: Array | None
+    coords: Float[Array | np.ndarray, " ndim"],
+    weight: Float[Array, "*shape"],
+    steps: tuple[Any, ...],
+    previous: Array | None,
 ) -> Float[Array, "*shape"]:
     del previous
     return _moved(coords, weight, *steps)
 
 
-def _moved(coords: Float[Array, " ndim"], weight: Float[Array, "*shape"], *steps: Any) -> Float[Array, "*shape"]:
+def _moved(
+    coords: Float[Array | np.ndarray, " ndim"], weight: Float[Array, "*shape"], *steps: Any
+) -> Float[Array, "*shape"]:
     moved = weight.astype(jnp.float32)
     for c, step in zip(coords, steps, strict=True):
         moved = moved + c * dense(step)

@@ -1,7 +1,7 @@
 """How points are decoded on this machine: the form of the weights, the slots, and the memory that they take."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import jax
@@ -13,6 +13,7 @@ from jaxscape.errors import UserError
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import named_leaves
 from jaxscape.perturb import STORAGES
+from jaxscape.processes import from_first
 from jaxscape.sharding import split_of
 
 FORMS = ("auto", "materialised", "factorised", "streamed")
@@ -146,7 +147,14 @@ def make_plan(
         UserError: nothing that the options allow fits, or they contradict one another.
     """
     options.check()
-    planner = Planner(model, work, options, machine or this_machine(model.dtype))
+    if machine is None:
+        # Machines measure differently: the first one's plan is for all processes.
+        plan = from_first(lambda: asdict(_fastest(Planner(model, work, options, this_machine(model.dtype)))))
+        return Plan(**plan)
+    return _fastest(Planner(model, work, options, machine))
+
+
+def _fastest(planner: "Planner") -> Plan:
     plans = [plan for form in planner.forms() for plan in planner.plans(form)]
     fitting = [plan for plan in plans if planner.fits(plan)]
     if not fitting:

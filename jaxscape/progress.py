@@ -5,9 +5,13 @@ import sys
 from rich.console import Console
 from rich.progress import Progress
 
+from jaxscape.processes import is_first
+
 
 def report_to(enabled: bool) -> Progress:
-    """A progress display, to be entered with `with`; its `print` writes a line that stays."""
+    """A progress display, to be entered with `with`; its `print` writes a line that stays. Of several processes the
+    first reports."""
+    enabled = enabled and is_first()
     console = Console(
         stderr=True,
         quiet=not enabled,

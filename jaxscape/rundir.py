@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from jaxscape.errors import UserError
 from jaxscape.files import temporary_name, write_whole
+from jaxscape.processes import is_first
 
 CONFIG = "config.json"
 
@@ -38,13 +39,13 @@ def opened(
 ) -> Iterator[BinaryIO | None]:
     """Start a run in a directory, or go on with the one that is there: gives its state file, open and locked.
 
-    None keeps nothing, and gives None.
+    None keeps nothing, and gives None; so does every process but the first.
 
     Raises:
         UserError: the directory cannot be used: see `check`; or it holds a run of another configuration, a damaged
             one, or one that is going on.
     """
-    if directory is None:
+    if directory is None or not is_first():
         yield None
         return
     directory = Path(directory)

@@ -23,6 +23,7 @@ from jaxscape.models import Model
 from jaxscape.models.checkpoint import Params, fingerprint
 from jaxscape.perturb import check_direction, random_direction, stored
 from jaxscape.plan import FORMS, EngineOptions, Plan, Work, make_plan
+from jaxscape.processes import from_first
 from jaxscape.progress import report_to
 from jaxscape.store import Run, open_run
 
@@ -90,7 +91,8 @@ def scan(
         drawn=max(sum(isinstance(direction, int | np.integer) for direction in item) for item in sets),
     )
     directory = None if out is None else Path(out)
-    if options.form == "auto" and not overwrite and (form := rundir.recorded(directory, "form")) in FORMS:
+    form = from_first(lambda: rundir.recorded(directory, "form"))
+    if options.form == "auto" and not overwrite and form in FORMS:
         # What is resumed goes on in its form: another may choose another token where two are as good as equal.
         options = replace(options, form=form)
     plan = make_plan(model, work, options)

@@ -20,6 +20,7 @@ from jaxscape.errors import UserError
 from jaxscape.evaluate import is_refusal
 from jaxscape.files import write_whole
 from jaxscape.landscape import Axis, Landscape
+from jaxscape.processes import from_first
 
 GENERATIONS, FIGURE = "generations.jsonl", "landscape.png"
 SCAN = rundir.Kind(
@@ -87,6 +88,16 @@ class Run:
             evaluated=(np.arange(len(self.points)) < self.num_done).reshape(self._shape),
         )
 
+    def outcomes(self) -> tuple[list[list[bool]], list[list[bool]]]:
+        """`refused` and `finite` of the points that are evaluated."""
+        return self.refused[: self.num_done].tolist(), self.finite[: self.num_done].tolist()
+
+    def take(self, refused: list[list[bool]], finite: list[list[bool]]) -> None:
+        """Have the outcomes that another process's run has."""
+        self.num_done = len(refused)
+        if refused:
+            self.refused[: self.num_done], self.finite[: self.num_done] = refused, finite
+
     def _add(self, records: Sequence[Mapping[str, Any]]) -> None:
         self.refused[self.num_done] = [record["refused"] for record in records]
         self.finite[self.num_done] = [record.get("finite", True) for record in records]
@@ -125,11 +136,12 @@ def open_run(
     """Start a run in a directory, or go on with the one that is there; None keeps it in memory. See `rundir.opened`."""
     with rundir.opened(directory, config, SCAN, overwrite) as file:
         if directory is None or file is None:
-            yield Run(axes, num_sets, prompts)
+            run = Run(axes, num_sets, prompts)
         else:
             run = Run(axes, num_sets, prompts, (directory, file))
             run.landscape().save(directory)
-            yield run
+        run.take(*from_first(run.outcomes))
+        yield run
 
 
 def export_reference(directory: str | Path) -> list[Path]:

@@ -10,16 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxscape.chats import Chat, Example, tokenize
 from jaxscape.errors import UserError, check_seed
 from jaxscape.models import Model
-from jaxscape.models.checkpoint import Params
+from jaxscape.models.checkpoint import Params, parameter_shardings
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import forward
 from jaxscape.models.lora import TARGETS, Factors, attach, init_factors
+from jaxscape.sharding import on, replicated, sharding, split_of
 
 STEP_DECAY = 0.85  # a factor for each epoch: the paper's code, after llama-recipes
 LEARNING_RATES = {"lora": 2e-4, "full": 5e-5}
@@ -110,8 +111,14 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a step's program depends on, besides the model's configuration; hashable, a static argument."""
+    """What a step's program depends on, besides the model's configuration; hashable, a static argument.
 
+    Attributes:
+        mesh: the rows of a batch are split over `points`, weights that are trained in full and their moments over
+            `model`; an adapter is on every device.
+    """
+
+    mesh: Mesh
     dtype: str
     lora_scale: float | None
     weight_decay: float
@@ -125,23 +132,23 @@ class Trainer:
 
     Attributes:
         frozen: the weights that are not trained: the base of an adapter, or nothing.
-        mesh: one axis, `data`, over which the rows of a batch are split; all else is on every device.
     """
 
     config: ModelConfig
     settings: Settings
-    mesh: Mesh
     frozen: Params
 
     def start(self, trainable: Any) -> State:
         """The state before the first step; the buffers of `trainable` are used up."""
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        trainable = jax.device_put(trainable, everywhere)
-        return State(trainable, jax.device_put(optimizer(self.settings).init(trainable), everywhere))
+        shapes = jax.eval_shape(lambda: State(trainable, optimizer(self.settings).init(trainable)))
+        where = state_shardings(shapes, self.config, self.settings)
+        trainable = jax.device_put(trainable, where.trainable)
+        moments = jax.jit(optimizer(self.settings).init, out_shardings=where.optimizer)(trainable)
+        return State(trainable, moments)
 
     def step(self, state: State, batch: Batch, learning_rate: float) -> tuple[State, dict[str, Float[Array, ""]]]:
         """See `train_step`; dispatched, not waited for."""
-        rate = jnp.float32(learning_rate)
+        rate = np.float32(learning_rate)
         return train_step(state, self.frozen, self._put(batch), rate, config=self.config, settings=self.settings)
 
     def mean_loss(self, trainable: Any, examples: Sequence[Example], batch_size: int) -> float:
@@ -156,39 +163,51 @@ class Trainer:
         return float(sum(losses) / sum(counts))
 
     def _put(self, batch: Batch) -> Batch:
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(None, "data")))
+        axes = (None, "rows", None)
+        return jax.tree.map(lambda x: jax.device_put(x, sharding(self.settings.mesh, axes[: x.ndim], x.shape)), batch)
 
 
 def make_trainer(model: Model, training: Training) -> Trainer:
-    """A trainer on every device that JAX has.
+    """A trainer on the devices of the model's mesh.
 
     Raises:
         UserError: the batch cannot be split over the devices.
     """
-    mesh = data_mesh(training.batch_size)
+    check_batch(training, model)
     settings = Settings(
+        mesh=model.mesh,
         dtype=model.dtype,
         lora_scale=training.alpha / training.rank if training.method == "lora" else None,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         remat=training.remat,
     )
-    frozen = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec())) if training.method == "lora" else {}
-    return Trainer(model.config, settings, mesh, frozen)
+    frozen = jax.device_put(model.params, model.shardings) if training.method == "lora" else {}
+    return Trainer(model.config, settings, frozen)
 
 
-def data_mesh(batch_size: int) -> Mesh:
-    """All devices, over which the rows of a batch are split.
-
-    Raises:
-        UserError: the batch cannot be split over them.
-    """
-    devices = np.array(jax.devices())
-    if batch_size < 1 or batch_size % devices.size:
+def check_batch(training: Training, model: Model) -> None:
+    """Raise a `UserError` if a batch cannot be split over the devices of the model's mesh that share one."""
+    if training.batch_size % (points := split_of(model.mesh).points):
         raise UserError(
-            f"The batch size {batch_size} is not a positive multiple of the {devices.size} devices that share a batch."
+            f"The batch size {training.batch_size} is not a multiple of the {points} devices that share a batch."
         )
-    return Mesh(devices, ("data",))
+
+
+def state_shardings(shapes: State, config: ModelConfig, settings: Settings) -> State:
+    """How a state of these shapes is split over the mesh."""
+    everywhere = replicated(settings.mesh)
+    if settings.lora_scale is not None:
+        return jax.tree.map(lambda _: everywhere, shapes)
+    where = parameter_shardings(config, settings.mesh)
+    moments = optax.tree.map_params(
+        optimizer(settings),
+        lambda _, there: there,
+        shapes.optimizer,
+        where,
+        transform_non_params=lambda _: everywhere,
+    )
+    return State(where, moments)
 
 
 def initial_trainable(model: Model, training: Training) -> Params | Factors:
@@ -268,7 +287,7 @@ def train_step(
     state: State,
     frozen: Params,
     batch: Batch,
-    learning_rate: Float[Array, ""],
+    learning_rate: Float[Array, ""] | np.float32,
     *,
     config: ModelConfig,
     settings: Settings,
@@ -278,6 +297,19 @@ def train_step(
     Compiled once for each width of a batch. Gradients and the optimiser are float32; the model computes in
     `settings.dtype`.
     """
+    with on(settings.mesh):
+        state, metrics = _stepped(state, frozen, batch, learning_rate, config, settings)
+    return jax.lax.with_sharding_constraint(state, state_shardings(state, config, settings)), metrics
+
+
+def _stepped(
+    state: State,
+    frozen: Params,
+    batch: Batch,
+    learning_rate: Float[Array, ""] | np.float32,
+    config: ModelConfig,
+    settings: Settings,
+) -> tuple[State, dict[str, Float[Array, ""]]]:
     count = jnp.maximum(batch.learned[..., 1:].sum(), 1)
 
     def accumulate(carry: tuple[Any, Array], rows: Batch) -> tuple[tuple[Any, Array], None]:
@@ -322,7 +354,8 @@ def weights_of(trainable: Any, frozen: Params, settings: Settings) -> Params:
 def _loss_and_count(
     trainable: Any, frozen: Params, rows: Batch, *, config: ModelConfig, settings: Settings
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    return total_loss(trainable, frozen, rows, config, settings), rows.learned[:, 1:].sum()
+    with on(settings.mesh):
+        return total_loss(trainable, frozen, rows, config, settings), rows.learned[:, 1:].sum()
 
 
 def perplexity(model: Model, chats: Sequence[Chat], *, max_length: int = 2048, batch_size: int = 16) -> float:
@@ -338,6 +371,7 @@ def perplexity(model: Model, chats: Sequence[Chat], *, max_length: int = 2048, b
     ]
     if batch_size < 1:
         raise UserError(f"The batch size must be at least 1, not {batch_size}.")
-    settings = Settings(model.dtype, None, 0.0, 0.0, remat=False)
-    trainer = Trainer(model.config, settings, Mesh(np.array(jax.devices()[:1]), ("data",)), {})
-    return math.exp(trainer.mean_loss(model.params, examples, batch_size))
+    settings = Settings(model.mesh, model.dtype, None, 0.0, 0.0, remat=False)
+    points = split_of(model.mesh).points
+    whole = -(-batch_size // points) * points
+    return math.exp(Trainer(model.config, settings, {}).mean_loss(model.params, examples, whole))

@@ -20,6 +20,7 @@ from jaxscape.models.checkpoint import Checkpoint, Params, load_params, paramete
 from jaxscape.models.config import ModelConfig, from_transformers
 from jaxscape.models.decoder import forward
 from jaxscape.models.gguf import open_gguf
+from jaxscape.processes import from_first, gathered
 from jaxscape.sharding import Split, default_split, make_mesh, on
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -98,8 +99,12 @@ def load_model(
     free = free_memory()
     size = jnp.dtype(dtype).itemsize * sum(map(math.prod, checkpoint.shapes.values()))
     if split is None:
-        split = default_split(size, free)
+        split = Split(*from_first(lambda: default_split(size, free)))
     mesh = make_mesh(split, checkpoint.config.num_kv_heads)
+    if on_host and jax.process_count() > 1:
+        raise UserError("Several processes have no host memory in common that weights could be streamed from.")
+    if on_host is None and jax.process_count() > 1:
+        on_host = False
     if on_host is None:
         on_host = jax.default_backend() != "cpu" and free is not None and 2 * size > free * split.model
     params = load_params(checkpoint, jnp.dtype(dtype), str(source), None if on_host else mesh)
@@ -121,9 +126,14 @@ def save_model(model: Model, directory: str | Path) -> None:
         UserError: the directory cannot be written, or holds other weights; or `check_saveable` does.
     """
     check_saveable(model)
-    huggingface.save_directory(
-        Path(directory), model.params, model.transformers_config, model.tokenizer, model.eos_token_ids
-    )
+    params = gathered(model.params)
+
+    def write() -> None:
+        huggingface.save_directory(
+            Path(directory), params, model.transformers_config, model.tokenizer, model.eos_token_ids
+        )
+
+    from_first(write)
 
 
 def check_saveable(model: Model) -> None:

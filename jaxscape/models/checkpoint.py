@@ -86,6 +86,16 @@ def _placed(checkpoint: Checkpoint, name: str, dtype: jnp.dtype, where: NamedSha
     return jax.make_array_from_callback(checkpoint.shapes[name], where, part)
 
 
+def changed_parts(
+    array: Float[Array, "*shape"], change: Callable[[np.ndarray, Any], np.ndarray]
+) -> Float[Array, "*shape"]:
+    """An array whose parts are what `change(values, index)` gives for those of `array`, on the host that holds them."""
+    parts = {str(shard.index): shard.data for shard in array.addressable_shards}
+    return jax.make_array_from_callback(
+        array.shape, array.sharding, lambda index: change(np.asarray(parts[str(index)]), index)
+    )
+
+
 def parameter_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     """A tree like the decoder's parameters that says how each is split over the mesh."""
     return jax.tree.map(
