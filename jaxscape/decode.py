@@ -33,6 +33,7 @@ from jaxscape.models.decoder import (
     head,
     hidden_states,
 )
+from jaxscape.models.shapes import ModelShape
 from jaxscape.perturb import Direction, at_point
 from jaxscape.prompts import chat_text
 from jaxscape.sharding import Axes, constrain, on, sharding
@@ -165,7 +166,7 @@ class Program:
     order: CacheOrder
 
 
-def make_program(model: Model, sampling: Sampling) -> Program:
+def make_program(model: Model | ModelShape, sampling: Sampling) -> Program:
     """The program for a model, on the devices of its mesh."""
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
     order = UNGROUPED_ORDER if model.config.num_heads == model.config.num_kv_heads else GROUPED_ORDER

@@ -12,6 +12,7 @@ from jaxscape.device import Roofline, free_memory, roofline
 from jaxscape.errors import UserError
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import named_leaves
+from jaxscape.models.shapes import ModelShape
 from jaxscape.perturb import STORAGES
 from jaxscape.processes import from_first
 from jaxscape.sharding import split_of
@@ -135,7 +136,7 @@ def this_machine(dtype: str) -> Machine:
 
 
 def make_plan(
-    model: Model, work: Work, options: EngineOptions = EngineOptions(), machine: Machine | None = None
+    model: Model | ModelShape, work: Work, options: EngineOptions = EngineOptions(), machine: Machine | None = None
 ) -> Plan:
     """The plan that a roofline estimate takes for the fastest, among those that fit into the devices' memory.
 
@@ -170,7 +171,7 @@ def _fastest(planner: "Planner") -> Plan:
 class Planner:
     """Estimates of time and memory."""
 
-    def __init__(self, model: Model, work: Work, options: EngineOptions, machine: Machine) -> None:
+    def __init__(self, model: Model | ModelShape, work: Work, options: EngineOptions, machine: Machine) -> None:
         self._work, self._options, self._machine, self._speed = work, options, machine, machine.speed
         self._split = split_of(model.mesh)
         leaves = named_leaves(model.params)
@@ -223,12 +224,8 @@ class Planner:
     def seconds(self, plan: Plan) -> float:
         """An estimate for a direction set, in which every row goes to its limit."""
         work, copies = self._work, self._copies(plan.form)
-        prompts = len(work.rows)
         read, compute = self._step(plan)
-        # In the factorised form, points that differ in the last coordinate alone decode together.
-        lines = work.num_points // work.line if plan.form == "factorised" else work.num_points
-        jobs = (work.line if plan.form == "factorised" else 1) * -(-prompts // plan.group)
-        passes = lines * -(-jobs // (plan.places * plan.rows // plan.group))
+        passes, _, lines = self.passes(plan)
         tokens = self._own / self._split.points + self._prefix
         prefill = work.num_points * tokens * copies * self._flops / self._split.model / self._speed.flops
         moved = (2 + work.ndim) * self._weights / self._speed.bandwidth
@@ -241,6 +238,16 @@ class Planner:
         drawn = drawn if plan.storage == "seed" else 0.0
         drawn *= lines + steps if plan.form == "factorised" else lines  # there, wherever a weight is used
         return steps * (read + compute) + prefill + lines * moved + drawn
+
+    def passes(self, plan: Plan) -> tuple[int, int, int]:
+        """For a direction set: how often the slots are filled and decoded to the limit, how many insertions that takes,
+        and how often parameters are made."""
+        work = self._work
+        # In the factorised form, points that differ in the last coordinate alone decode together.
+        lines = work.num_points // work.line if plan.form == "factorised" else work.num_points
+        jobs = (work.line if plan.form == "factorised" else 1) * -(-len(work.rows) // plan.group)
+        passes = lines * -(-jobs // (plan.places * plan.rows // plan.group))
+        return passes, lines * -(-jobs // plan.inserts), lines
 
     @property
     def _weights(self) -> int:

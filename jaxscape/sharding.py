@@ -82,16 +82,14 @@ def parse_split(text: str) -> Split:
     return split
 
 
-def default_split(size: int, free: int | None) -> Split:
+def default_split(size: int, free: int | None, count: int) -> Split:
     """The shortest model axis on which weights of `size` bytes fit three times, as the model's, a point's, and a
     direction; all other devices stand along `points`.
 
     Arguments:
         free: bytes of a device; None if nobody knows.
+        count: of the devices.
     """
-    if jax.default_backend() == "cpu" and jax.process_count() == 1:
-        return Split()  # more devices of a CPU are the same cores
-    count = jax.device_count()
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     model = next((n for n in divisors if free is None or COPIES * size <= n * free), count)
     return Split(count // model, model)

@@ -99,7 +99,9 @@ def load_model(
     free = free_memory()
     size = jnp.dtype(dtype).itemsize * sum(map(math.prod, checkpoint.shapes.values()))
     if split is None:
-        split = Split(*from_first(lambda: default_split(size, free)))
+        # More devices of a CPU are the same cores.
+        count = 1 if jax.default_backend() == "cpu" and jax.process_count() == 1 else jax.device_count()
+        split = Split(*from_first(lambda: default_split(size, free, count)))
     mesh = make_mesh(split, checkpoint.config.num_kv_heads)
     if on_host and jax.process_count() > 1:
         raise UserError("Several processes have no host memory in common that weights could be streamed from.")

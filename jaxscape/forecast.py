@@ -1,0 +1,390 @@
+"""What a run would take on TPUs that are not here: its programs, compiled by the TPU compiler from shapes alone."""
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from jaxscape import hlo
+from jaxscape.decode import (
+    Fill,
+    Groups,
+    Sampling,
+    SlotSizes,
+    Weights,
+    common_prefix,
+    decode_chunk,
+    insert,
+    make_program,
+    pack,
+    ring_size,
+    slot_shapes,
+)
+from jaxscape.device import Roofline
+from jaxscape.errors import UserError
+from jaxscape.models.config import ModelConfig
+from jaxscape.models.shapes import ModelShape, model_shape
+from jaxscape.perturb import materialise
+from jaxscape.plan import EngineOptions, Machine, Plan, Planner, Work, make_plan
+from jaxscape.sharding import Split, default_split, make_mesh, replicated, sharding, split_of
+from jaxscape.training import Batch, Settings, State, optimizer, state_shardings, train_step
+
+FORMS = ("materialised", "factorised")
+LATENCY = 2e-6  # seconds that a collective operation takes besides its bytes
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A TPU chip, by its maker's documentation.
+
+    Attributes:
+        flops: of bfloat16 products, per second.
+        memory: bytes that programs can use.
+        bandwidth: bytes per second from and to its memory.
+        links: bytes per second that it sends to its two neighbours in a ring.
+    """
+
+    flops: float
+    memory: float
+    bandwidth: float
+    links: float
+
+
+CHIPS = {
+    "v4": Chip(275e12, 30.75 * 2**30, 1228e9, 90e9),
+    "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 90e9),
+    "v5p": Chip(459e12, 94.75 * 2**30, 2765e9, 180e9),
+    "v6e": Chip(918e12, 31.25 * 2**30, 1640e9, 180e9),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program, on each chip.
+
+    Attributes:
+        arguments, temporaries: bytes; what a program returns in the place of an argument is not counted twice.
+        flops: floating-point operations of one pass.
+        memory_bytes: read from and written to memory in one pass.
+        sent_bytes, collectives: to other chips, and in how many operations.
+        compiler_seconds: the compiler's own estimate; None where it is unusable (negative).
+        seconds: by the roofline: the longer of computing and moving bytes, and then the bytes between chips.
+        missing: bytes by which it does not fit; None if it does.
+    """
+
+    arguments: int = 0
+    temporaries: int = 0
+    flops: float = 0.0
+    memory_bytes: float = 0.0
+    sent_bytes: float = 0.0
+    collectives: int = 0
+    compiler_seconds: float | None = None
+    seconds: float = math.inf
+    missing: float | None = None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run in one form.
+
+    Attributes:
+        programs: by name: insert (prefill), decode (a step), materialise.
+        fits: all of them do.
+        most_rows: that decode together and fit.
+        decode_limit: seconds that a step takes to read the weights, each form's tensors once, and the cache.
+        decode_share: that, as a part of the step's `seconds`.
+        point_seconds, landscape_seconds: of the whole run, if every row goes to its limit.
+    """
+
+    form: str
+    plan: Plan
+    programs: dict[str, Program]
+    fits: bool
+    most_rows: int
+    decode_limit: float
+    decode_share: float
+    point_seconds: float
+    landscape_seconds: float
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Abstract chips.
+
+    Attributes:
+        name: such as v5e:2x4.
+    """
+
+    name: str
+    chip: Chip
+    devices: tuple[Any, ...]
+
+
+def open_slice(name: str) -> Slice:
+    """Ask the TPU compiler for a slice, by a name such as v5e:2x4 (v5p:2x2x1).
+
+    Raises:
+        UserError: there is no such slice, or the compiler is not installed.
+    """
+    kind = name.partition(":")[0]
+    if kind not in CHIPS or not re.fullmatch(r"\w+:\d+x\d+(x\d+)?", name):
+        raise UserError(
+            f"The topology {name!r} is none: give a kind ({', '.join(CHIPS)}) and its shape, as in v5e:2x4."
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("Planning needs the TPU compiler: run pip install libtpu, which works on any Linux machine.")
+    # The compiler would look for the machine that it is on.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:  # whatever the compiler's plugin raises
+        raise UserError(f"The TPU compiler has no topology {name!r} ({' '.join(str(error).split())[:200]}).") from error
+    return Slice(name, CHIPS[kind], tuple(found.devices))
+
+
+def make_work(
+    num_prompts: int,
+    prompt_tokens: int,
+    shared_tokens: int,
+    max_new_tokens: int,
+    grid: tuple[int, ...],
+) -> Work:
+    """The work of one direction set, with prompts of so many tokens, of which all begin with the same ones.
+
+    Arguments:
+        grid: points along each axis.
+    """
+    if min(num_prompts, max_new_tokens, shared_tokens + 1, *grid) < 1 or prompt_tokens <= shared_tokens:
+        raise UserError("There must be prompts, points and new tokens, and more tokens in a prompt than all share.")
+    own = prompt_tokens - shared_tokens
+    rows = [[1] * shared_tokens + [2 + i % 2] * own for i in range(num_prompts)]
+    ndim = len(grid)
+    return Work(rows, Sampling(max_new_tokens), math.prod(grid), grid[-1], ndim, drawn=ndim)
+
+
+def forecast(
+    config: ModelConfig,
+    work: Work,
+    where: Slice,
+    *,
+    num_sets: int = 1,
+    split: Split | None = None,
+    dtype: str = "bfloat16",
+    options: EngineOptions = EngineOptions(),  # noqa: B008 (immutable)
+) -> list[Forecast]:
+    """A run's forecasts, one for each form, the fastest that fits first.
+
+    Raises:
+        UserError: nothing that the options allow could ever fit.
+    """
+    shape = shape_on(config, where, split, dtype)
+    weights = _size(shape.params) // split_of(shape.mesh).model
+    speed = Roofline(where.chip.flops, where.chip.bandwidth)
+    machine = Machine(speed, round(where.chip.memory) - weights, is_host=False)
+    forms = [replace(options, form=form) for form in FORMS] if options.form == "auto" else [options]
+    found = [_forecast(shape, work, where.chip, machine, form, num_sets) for form in forms]
+    return sorted(found, key=lambda each: (not each.fits, each.landscape_seconds))
+
+
+def shape_on(config: ModelConfig, where: Slice, split: Split | None, dtype: str) -> ModelShape:
+    """The model's shapes on a slice, split as weights of their size are by default."""
+    if split is None:
+        numbers = _size(model_shape(config, make_mesh(Split(), 1, where.devices), dtype).params)
+        split = default_split(numbers, round(where.chip.memory), len(where.devices))
+    return model_shape(config, make_mesh(split, config.num_kv_heads, where.devices), dtype)
+
+
+def _forecast(
+    shape: ModelShape, work: Work, chip: Chip, machine: Machine, options: EngineOptions, num_sets: int
+) -> Forecast:
+    try:
+        plan = make_plan(shape, work, options, machine)
+    except UserError:  # compiled as it is, to say by how much
+        plan = make_plan(shape, work, options, Machine(machine.speed, None, is_host=False))
+    programs = _programs(shape, work, plan, chip)
+    weights = _size(shape.params) // split_of(shape.mesh).model
+    decode = programs["decode"]
+    passes, inserts, lines = Planner(shape, work, options, machine).passes(plan)
+    copies = 2 if plan.form == "factorised" else 1
+    limit = (copies * weights + _cache_size(shape, work, plan)) / chip.bandwidth
+    limit = max(limit, decode.flops / chip.flops)
+    seconds = passes * work.sampling.max_new_tokens * decode.seconds + inserts * programs["insert"].seconds
+    if "materialise" in programs:
+        seconds += lines * programs["materialise"].seconds
+    fits = all(program.missing is None for program in programs.values())
+    return Forecast(
+        form=plan.form,
+        plan=plan,
+        programs=programs,
+        fits=fits,
+        most_rows=_most_rows(shape, work, plan, programs, chip) if fits else 0,
+        decode_limit=limit,
+        decode_share=limit / decode.seconds,
+        point_seconds=seconds / work.num_points,
+        landscape_seconds=seconds * num_sets,
+    )
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _slots(shape: ModelShape, work: Work, plan: Plan) -> tuple[Any, Groups]:
+    prefix = common_prefix(work.rows)
+    groups = pack(work.rows, prefix, plan.group, split_of(shape.mesh).points)
+    ring = ring_size(groups, work.sampling.max_new_tokens)
+    ndim = 1 if plan.form == "factorised" else 0
+    sizes = SlotSizes(plan.places, plan.places * plan.rows, ring, prefix, ndim)
+    return slot_shapes(make_program(shape, work.sampling), shape.dtype, sizes), groups
+
+
+def _cache_size(shape: ModelShape, work: Work, plan: Plan) -> int:
+    """Bytes of the cache on each chip."""
+    slots, _ = _slots(shape, work, plan)
+    leaves = jax.tree.leaves((slots.cache, slots.prefix))
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _programs(shape: ModelShape, work: Work, plan: Plan, chip: Chip) -> dict[str, Program]:
+    """The run's programs, compiled."""
+    slots, groups = _slots(shape, work, plan)
+    program = make_program(shape, work.sampling)
+    everywhere = replicated(shape.mesh)
+
+    def placed(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
+
+    ndim = 1 if plan.form == "factorised" else 0
+    weights = Weights(shape.params, (shape.params,) * ndim)
+    stream = placed(jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")))
+    count, size = plan.inserts, plan.inserts
+    numbers = np.zeros(count, np.int32)
+    most = min(size, max(0, size - 2) // len(groups.tokens) + 2)
+    fill = Fill(
+        group=numbers,
+        coords=np.zeros((count, ndim), np.float32),
+        new=np.zeros((most, ndim), np.float32),
+        source=numbers,
+        of_row=np.zeros(plan.places * plan.rows, np.int32),
+        of_place=np.zeros(plan.places, np.int32),
+    )
+    prefix = placed(np.zeros(common_prefix(work.rows), np.int32))
+    alive, steps = placed(np.zeros(plan.places * plan.rows, bool)), placed(np.int32(0))
+    # Beside a program stand the directions, and a materialised point the model itself.
+    others = {"materialised": work.ndim + 1, "factorised": max(0, work.ndim - 1), "streamed": 0}[plan.form]
+    beside = others * _size(shape.params) // split_of(shape.mesh).model
+    found = {
+        "insert": _compiled(
+            lambda: insert.lower(weights, slots, prefix, placed(groups), placed(fill), stream, program=program),
+            chip,
+            beside,
+            hlo.program_traffic,
+        ),
+        "decode": _compiled(
+            lambda: decode_chunk.lower(weights, slots, alive, stream, steps, program=program),
+            chip,
+            beside,
+            hlo.loop_traffic,
+        ),
+    }
+    moved = work.ndim - ndim
+    if moved:
+        directions = (shape.params,) * moved
+        where = placed(np.zeros(moved, np.float32))
+        cache = _cache_size(shape, work, plan)
+        found["materialise"] = _compiled(
+            lambda: materialise.lower(shape.params, directions, where, shape.params), chip, cache, hlo.program_traffic
+        )
+    return found
+
+
+def finetune_step(
+    config: ModelConfig,
+    where: Slice,
+    *,
+    batch_size: int,
+    length: int,
+    remat: bool,
+    split: Split | None = None,
+    dtype: str = "bfloat16",
+) -> Program:
+    """A step of full finetuning, compiled: float32 weights and moments, computing in `dtype`."""
+    shape = shape_on(config, where, split, dtype)
+    settings = Settings(shape.mesh, dtype, None, 0.0, 1.0, remat)
+    trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shape.params)
+    state: Any = jax.eval_shape(lambda weights: State(weights, optimizer(settings).init(weights)), trainable)
+    there = state_shardings(state, config, settings)
+    state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, there)
+    everywhere = replicated(shape.mesh)
+    rows = (1, batch_size, length)
+    batch = Batch(np.zeros(rows, np.int32), np.zeros(rows[:2], np.int32), np.zeros(rows, np.float32))
+    axes = (None, "rows", None)
+    batch, rate = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding(shape.mesh, axes[: x.ndim], x.shape) if x.ndim else everywhere
+        ),
+        (batch, np.float32(0)),
+    )
+    return _compiled(
+        lambda: train_step.lower(state, {}, batch, rate, config=config, settings=settings),
+        where.chip,
+        0,
+        hlo.program_traffic,
+    )
+
+
+def _compiled(lower: Callable[[], Any], chip: Chip, beside: int, traffic: Callable[[str], hlo.Traffic]) -> Program:
+    """A program and its counts; `beside` are bytes that stay in memory while it runs."""
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        over = re.search(r"[Ee]xceeded hbm capacity by ([\d.]+)([KMG]?)", str(error))
+        scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+        return Program(missing=beside + (float(over[1]) * scale[over[2]] if over else 0.0))
+    memory, cost, moved = compiled.memory_analysis(), compiled.cost_analysis(), traffic(compiled.as_text())
+    estimate = cost.get("optimal_seconds", -1.0)
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + max(new, 0) + beside
+    seconds = max(cost["flops"] / chip.flops, moved.memory / chip.bandwidth)
+    return Program(
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        flops=cost["flops"],
+        memory_bytes=moved.memory,
+        sent_bytes=moved.between,
+        collectives=moved.collectives,
+        compiler_seconds=estimate if estimate > 0 else None,
+        seconds=seconds + moved.between / chip.links + moved.collectives * LATENCY,
+        missing=used - chip.memory if used > chip.memory else None,
+    )
+
+
+def _most_rows(shape: ModelShape, work: Work, plan: Plan, programs: dict[str, Program], chip: Chip) -> int:
+    """The rows that would fill what the programs leave free, each taking what one takes now."""
+    batch = plan.places * plan.rows
+    others = {"materialised": work.ndim + 1, "factorised": max(0, work.ndim - 1), "streamed": 0}[plan.form]
+    beside = others * _size(shape.params) // split_of(shape.mesh).model
+    used = max(programs[name].arguments + programs[name].temporaries for name in ("insert", "decode")) + beside
+    each = (_cache_size(shape, work, plan) + max(programs[name].temporaries for name in ("insert", "decode"))) / batch
+    return int(batch + (chip.memory - used) / each)
+
+
+def as_json(forecasts: list[Forecast]) -> list[dict[str, Any]]:
+    """For programs; what is not finite is None."""
+    return [_finite(asdict(each)) for each in forecasts]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
