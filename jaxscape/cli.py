@@ -1,5 +1,6 @@
 """The command line: `jaxscape VERB`, and the programs in `experiments/`, which are single verbs of it."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,15 +17,17 @@ from jaxscape.chats import load_chats
 from jaxscape.device import keep_compiled_programs
 from jaxscape.errors import UserError, is_utf8
 from jaxscape.finetune import ADAPTER, FINETUNING, MODEL, finetune, load_path
+from jaxscape.forecast import as_json, describe, finetune_step, forecast, make_work, open_slice, shape_on
 from jaxscape.landscape import Axis, Landscape, interpolation_axis, symmetric_axes
 from jaxscape.models import Model, load_model
+from jaxscape.models.shapes import shape_config
 from jaxscape.perturb import difference, load_direction
 from jaxscape.plan import EngineOptions
 from jaxscape.plotting import save_figure
 from jaxscape.processes import from_first, is_first, leave, start
 from jaxscape.prompts import load_prompts
 from jaxscape.scan import Direction, resolve, scan
-from jaxscape.sharding import parse_split, split_of
+from jaxscape.sharding import parse_split, split_of, split_text
 from jaxscape.store import FIGURE, SCAN, export_reference
 from jaxscape.training import Training
 from jaxscape.trajectory import load_trajectories, principal_directions, project, save_trajectories
@@ -242,6 +245,60 @@ class Finetune(Machine):
 
 
 @dataclass(frozen=True)
+class PlanRun:
+    """Say what a scan would take on TPUs that are not here: memory, time, and which form is better."""
+
+    model: str = "llama-2-7b"
+    """A model known by its shapes, a config.json, or a directory that has one. Its weights are not needed."""
+    topology: str = "v5e:2x4"
+    """The TPU chips: v4, v5e, v5p or v6e, and how they are arranged (three numbers for v4 and v5p)."""
+    mesh: str | None = None
+    """points=N,model=M; by default as few chips share the weights as can hold them."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of weights and activations."""
+    points: tuple[int, ...] = (21,)
+    """Points along each axis: one number for a line, two for a plane."""
+    num_directions: int = 1
+    """How many random directions (or pairs of them)."""
+    prompts: int = 80
+    """How many prompts."""
+    prompt_tokens: int = 56
+    """Tokens of a prompt in the model's chat format."""
+    shared_tokens: int = 26
+    """Those that all prompts begin with."""
+    max_new_tokens: int = 512
+    """The most tokens generated for a prompt; every row is taken to reach it."""
+    engine: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
+    finetune: tuple[int, int] | None = None
+    """Chats of a batch and tokens of a chat: also compile a step of full finetuning."""
+    json: bool = False
+    """Write JSON instead of a table."""
+
+    def run(self) -> None:
+        jax.config.update("jax_platforms", "cpu")  # the compiler needs no device, and none should be taken
+        if not 1 <= len(self.points) <= 2:
+            raise UserError("Give one number of points for a line, or two for a plane.")
+        if self.num_directions < 1:
+            raise UserError(f"The number of directions must be at least 1, not {self.num_directions}.")
+        config = shape_config(self.model)
+        split = None if self.mesh is None else parse_split(self.mesh)
+        work = make_work(self.prompts, self.prompt_tokens, self.shared_tokens, self.max_new_tokens, self.points)
+        there = open_slice(self.topology)
+        found = forecast(
+            config, work, there, num_sets=self.num_directions, split=split, dtype=self.dtype, options=self.engine
+        )
+        step = None
+        if self.finetune is not None:
+            batch, length = self.finetune
+            step = finetune_step(config, there, batch_size=batch, length=length, remat=True, split=split)
+        if self.json:
+            write_line(json.dumps({"forms": as_json(found), "finetune": None if step is None else as_json([step])[0]}))
+        else:
+            title = f"{self.model} on {self.topology}, {split_text(shape_on(config, there, split, self.dtype).mesh)}"
+            write_line(describe(found, step, title))
+
+
+@dataclass(frozen=True)
 class Plot:
     """Draw a run's landscape from its saved files, be it finished or not."""
 
@@ -266,7 +323,13 @@ class Export:
             write_line(f"{path}")
 
 
-VERBS: dict[str, Callable[..., Any]] = {"scan": Scan, "finetune": Finetune, "plot": Plot, "export": Export}
+VERBS: dict[str, Callable[..., Any]] = {
+    "scan": Scan,
+    "finetune": Finetune,
+    "plan": PlanRun,
+    "plot": Plot,
+    "export": Export,
+}
 
 
 def check_texts(*texts: str | Path) -> None:

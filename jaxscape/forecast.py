@@ -1,10 +1,11 @@
 """What a run would take on TPUs that are not here: its programs, compiled by the TPU compiler from shapes alone."""
 
 import importlib.util
+import io
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from jaxscape import hlo
 from jaxscape.decode import (
@@ -37,7 +41,6 @@ from jaxscape.plan import EngineOptions, Machine, Plan, Planner, Work, make_plan
 from jaxscape.sharding import Split, default_split, make_mesh, replicated, sharding, split_of
 from jaxscape.training import Batch, Settings, State, optimizer, state_shardings, train_step
 
-FORMS = ("materialised", "factorised")
 LATENCY = 2e-6  # seconds that a collective operation takes besides its bytes
 
 
@@ -189,7 +192,10 @@ def forecast(
     weights = _size(shape.params) // split_of(shape.mesh).model
     speed = Roofline(where.chip.flops, where.chip.bandwidth)
     machine = Machine(speed, round(where.chip.memory) - weights, is_host=False)
-    forms = [replace(options, form=form) for form in FORMS] if options.form == "auto" else [options]
+    options.check()
+    forms = [options]
+    if options.form == "auto":
+        forms = [replace(options, form="materialised"), replace(options, form="factorised")]
     found = [_forecast(shape, work, where.chip, machine, form, num_sets) for form in forms]
     return sorted(found, key=lambda each: (not each.fits, each.landscape_seconds))
 
@@ -348,9 +354,9 @@ def _compiled(lower: Callable[[], Any], chip: Chip, beside: int, traffic: Callab
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        over = re.search(r"[Ee]xceeded hbm capacity by ([\d.]+)([KMG]?)", str(error))
-        scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-        return Program(missing=beside + (float(over[1]) * scale[over[2]] if over else 0.0))
+        # It says how much it would take, and then how much there is.
+        sizes = [float(size) * 2**30 for size in re.findall(r"([\d.]+)G\b", str(error))[:2]]
+        return Program(missing=beside + (sizes[0] - sizes[1] if len(sizes) == 2 else 0.0))
     memory, cost, moved = compiled.memory_analysis(), compiled.cost_analysis(), traffic(compiled.as_text())
     estimate = cost.get("optimal_seconds", -1.0)
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -379,9 +385,66 @@ def _most_rows(shape: ModelShape, work: Work, plan: Plan, programs: dict[str, Pr
     return int(batch + (chip.memory - used) / each)
 
 
-def as_json(forecasts: list[Forecast]) -> list[dict[str, Any]]:
+def as_json(found: Sequence[Forecast | Program]) -> list[dict[str, Any]]:
     """For programs; what is not finite is None."""
-    return [_finite(asdict(each)) for each in forecasts]
+    return [_finite(asdict(each)) for each in found]
+
+
+def describe(found: Sequence[Forecast], step: Program | None, title: str) -> str:
+    """For people: a table of the programs of each form, and what it comes to, the better form first.
+
+    Arguments:
+        step: a finetuning's, if there is one.
+    """
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    heads = ("form", "program", "arguments GB", "temporaries GB", "TFLOP", "moved GB", "sent MB", "ms", "compiler ms")
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("form", "program") else "right")
+    lines = []
+    for number, each in enumerate(found):
+        best = " *" if number == 0 and each.fits else ""
+        for name, program in each.programs.items():
+            table.add_row(each.form + best, name, *_cells(program))
+        lines.append(_verdict(each))
+    if step is not None:
+        table.add_row("finetune", "step", *_cells(step))
+        if step.missing is not None:
+            lines.append(f"finetune: does not fit, by {step.missing / 1e9:.2f} GB a chip")
+    text = io.StringIO()
+    Console(file=text, width=120).print(table)
+    note = (
+        "GB and ms are a chip's, and of one pass: decode is a step of all rows.\nms is the roofline of what the "
+        "compiled program computes, moves and sends."
+    )
+    if any(p.compiler_seconds is None and p.missing is None for each in found for p in each.programs.values()):
+        note += "\nThe compiler's own estimate is left out where it is negative."
+    return f"{text.getvalue().rstrip()}\n\n" + "\n".join([*lines, note])
+
+
+def _cells(program: Program) -> list[str]:
+    if program.missing is not None and not program.arguments:
+        return ["does not fit", *[""] * 6]
+    return [
+        f"{program.arguments / 1e9:.2f}",
+        f"{program.temporaries / 1e9:.2f}",
+        f"{program.flops / 1e12:.2f}",
+        f"{program.memory_bytes / 1e9:.2f}",
+        f"{program.sent_bytes / 1e6:.1f}",
+        f"{1e3 * program.seconds:.2f}",
+        "unusable" if program.compiler_seconds is None else f"{1e3 * program.compiler_seconds:.2f}",
+    ]
+
+
+def _verdict(found: Forecast) -> str:
+    plan = found.plan
+    if not found.fits:
+        missing = max(program.missing or 0.0 for program in found.programs.values())
+        return f"{found.form}: does not fit, by {missing / 1e9:.2f} GB a chip"
+    rows = f"{plan.places * plan.rows} rows" if plan.places == 1 else f"{plan.places} points x {plan.rows} rows"
+    return (
+        f"{found.form}: {rows} at a time (at most {found.most_rows}), {found.point_seconds:.2f} s a point, "
+        f"{found.landscape_seconds:.0f} s in all; decoding is at {100 * found.decode_share:.0f} % of its roofline"
+    )
 
 
 def _finite(value: Any) -> Any:

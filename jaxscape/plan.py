@@ -24,6 +24,7 @@ ENOUGH = 8  # times the rows at which arithmetic takes as long as reading the we
 HOST_BANDWIDTH = 1e10  # bytes per second from host memory to a device, of a PCIe slot
 NOISE = 4500  # operations at the speed of a large product that a number drawn from a seed takes
 MOST_INSERTS = 16
+TILE = 8  # rows that an accelerator's memory keeps together; XLA copies caches that are cut elsewhere
 
 
 @dataclass(frozen=True)
@@ -268,18 +269,19 @@ class Planner:
         balance = (self._weights / self._speed.bandwidth) / (self._flops / self._split.size / self._speed.flops)
         return max(1, round(ENOUGH * balance))
 
-    def _shared(self, rows: int) -> int:
-        """Rows, as many on each of the devices that share them."""
-        return -(-rows // self._split.points) * self._split.points
+    def _shared(self, count: int, rows: int = 1) -> int:
+        """So many places of `rows` rows, or more: as many on each of the devices that share them, and whole tiles."""
+        multiple = self._split.points * (1 if self._machine.is_host else max(1, TILE // rows))
+        return -(-count // multiple) * multiple
 
     def _plan(self, form: str, storage: str, slots: int) -> Plan:
         work, prompts = self._work, len(self._work.rows)
         places, inserts = 1, 1
         if form == "factorised":
             rows = group = min(PLACE_ROWS, prompts, slots)
-            places = self._shared(max(1, min(slots // rows, work.line * -(-prompts // group))))
+            places = self._shared(max(1, min(slots // rows, work.line * -(-prompts // group))), rows)
             inserts = min(max(1, places // 4), MOST_INSERTS)
-            few = self._shared(places // 4) * rows
+            few = self._shared(places // 4, rows) * rows
         elif prompts <= slots:
             rows = group = self._shared(prompts)
             few = self._shared(rows // 4)

@@ -65,6 +65,11 @@ def split_of(mesh: Mesh) -> Split:
     return Split(mesh.shape["points"], mesh.shape["kv"] * mesh.shape["q"])
 
 
+def split_text(mesh: Mesh) -> str:
+    split = split_of(mesh)
+    return f"points={split.points},model={split.model}"
+
+
 def parse_split(text: str) -> Split:
     """The split that `points=2,model=4` describes; what is left out is 1.
 
