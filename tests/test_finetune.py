@@ -364,11 +364,12 @@ def test_several_devices_share_a_batch(tiny_dir: Path, tiny: js.Model, tmp_path:
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
     command = [sys.executable, "-m", "jaxscape", "finetune", "--model", str(tiny_dir), "--data", str(data)]
-    command += ["--epochs", "2", "--learning-rate", "5e-3", "--out", str(tmp_path / "run"), "--batch-size"]
+    command += ["--epochs", "2", "--learning-rate", "5e-3", "--out", str(tmp_path / "run"), "--mesh", "points=4"]
+    command += ["--batch-size"]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     failed = subprocess.run([*command, "6"], env=env, capture_output=True, text=True, check=False)
     assert failed.returncode == 2
-    assert "batch size 6 is not a positive multiple of the 4 devices" in failed.stderr
+    assert "batch size 6 is not a multiple of the 4 devices" in failed.stderr
     assert not (tmp_path / "run").exists()
     subprocess.run([*command, "4"], env=env, check=True, capture_output=True)
     found = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

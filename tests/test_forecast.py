@@ -1,0 +1,132 @@
+"""Programs compiled by the real TPU compiler, and what is counted in them."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxscape as js
+from jaxscape import hlo
+from jaxscape.forecast import CHIPS, Slice, as_json, describe, finetune_step, forecast, make_work, open_slice
+from jaxscape.models.config import ModelConfig
+from jaxscape.models.shapes import SHAPES, shape_config
+from jaxscape.plan import EngineOptions
+from jaxscape.sharding import Split, make_mesh, sharding
+
+pytest.importorskip("libtpu")
+
+
+@pytest.fixture(scope="module")
+def eight() -> Slice:
+    return open_slice("v5e:2x4")
+
+
+@pytest.fixture(scope="module")
+def few_layers() -> ModelConfig:
+    """Llama-2-7B's shapes, with two of its layers."""
+    return replace(shape_config("llama-2-7b"), num_layers=2)
+
+
+def test_a_forecast_of_both_forms(eight: Slice, few_layers: ModelConfig) -> None:
+    """At the shapes of a 7B model: nothing of the cache is copied in a step, and memory is read about once."""
+    work = make_work(80, 56, 26, 512, (21,))
+    found = forecast(few_layers, work, eight, num_sets=3, split=Split(2, 4))
+    assert {each.form for each in found} == {"materialised", "factorised"}
+    assert found[0].landscape_seconds <= found[1].landscape_seconds
+    for each in found:
+        assert each.fits
+        decode = each.programs["decode"]
+        assert decode.temporaries < 0.1 * decode.arguments
+        assert 0.6 < each.decode_share <= 1.02
+        assert decode.collectives > 2 * few_layers.num_layers
+        assert each.most_rows >= each.plan.places * each.plan.rows
+        assert each.landscape_seconds == pytest.approx(63 * each.point_seconds)
+    text = describe(found, None, "title")
+    assert "factorised" in text
+    assert "unusable" in text or "compiler's own" not in text
+    assert json.loads(json.dumps(as_json(found)))[0]["programs"]["insert"]["flops"] > 0
+
+
+def test_what_does_not_fit_says_by_how_much(eight: Slice) -> None:
+    config = replace(shape_config("llama-2-70b"), num_layers=16)
+    one = replace(eight, devices=eight.devices[:1])
+    (found,) = forecast(
+        config, make_work(8, 40, 20, 32, (5,)), one, split=Split(), options=EngineOptions(form="materialised")
+    )
+    assert not found.fits
+    missing = max(program.missing or 0 for program in found.programs.values())
+    weights = 2 * 16 * 0.86e9
+    assert weights < missing < 4 * weights
+    assert "does not fit, by" in describe([found], None, "title")
+    assert as_json([found])[0]["landscape_seconds"] is None
+
+
+def test_a_finetuning_step(eight: Slice, few_layers: ModelConfig) -> None:
+    step = finetune_step(few_layers, eight, batch_size=8, length=256, remat=True, split=Split(2, 4))
+    assert step.missing is None
+    assert step.arguments > 12 * 2 * 0.2e9 / 4  # weights and two moments in float32, on four chips
+    assert step.flops > 0
+
+
+def test_bytes_are_counted_once(eight: Slice) -> None:
+    """A loop that multiplies with one matrix reads it once in each pass, and sends what it sums up."""
+    mesh = make_mesh(Split(1, 8), 1, eight.devices)
+    x = jax.ShapeDtypeStruct((8, 8192), jnp.bfloat16, sharding=sharding(mesh, (None, None), (8, 8192)))
+    w = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16, sharding=sharding(mesh, (None, "mlp"), (8192, 8192)))
+
+    def loop(x: jax.Array, w: jax.Array, steps: int) -> jax.Array:
+        return jax.lax.fori_loop(0, steps, lambda _, x: jnp.tanh(x @ w.T), x)
+
+    moved = hlo.loop_traffic(jax.jit(loop).lower(x, w, 5).compile().as_text())
+    matrix = 8192 * 8192 * 2 / 8
+    assert matrix <= moved.memory < 1.1 * matrix
+    assert moved.collectives >= 1
+    assert moved.between >= 7 / 8 * 8 * 8192 * 2
+    with pytest.raises(ValueError, match="empty"):
+        hlo.loop_traffic(jax.jit(jnp.tanh).lower(x).compile().as_text())
+
+
+def test_shapes_are_those_of_the_models(tiny_dir: Path, tiny: js.Model, tmp_path: Path) -> None:
+    from jaxscape.models.decoder import parameter_shapes
+
+    billions = {"llama-2-7b": 6.74, "llama-2-70b": 68.98, "llama-3-8b": 8.03, "mistral-7b": 7.24, "qwen2.5-7b": 7.6}
+    for name, expected in billions.items():
+        leaves = jax.tree.leaves(parameter_shapes(shape_config(name)))
+        assert sum(leaf.size for leaf in leaves) / 1e9 == pytest.approx(expected, rel=0.01)
+    assert all(shape_config(name).vocab_size for name in SHAPES)
+    found = shape_config(str(tiny_dir))
+    assert parameter_shapes(found) == parameter_shapes(tiny.config)
+    (tmp_path / "config.json").write_text("{}")
+    for source, message in {
+        "nothing": "There is no model 'nothing' to plan for",
+        str(tmp_path): "no configuration",
+    }.items():
+        with pytest.raises(js.UserError, match=message):
+            shape_config(source)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2x", "v5e:3x7x9"])
+def test_a_topology_that_is_none_is_a_sentence(name: str) -> None:
+    with pytest.raises(js.UserError, match="topology"):
+        open_slice(name)
+
+
+def test_work_that_is_none_is_a_sentence() -> None:
+    with pytest.raises(js.UserError, match="more tokens in a prompt than all share"):
+        make_work(8, 20, 20, 8, (5,))
+
+
+def test_the_command_line_plans(tiny_dir: Path) -> None:
+    command = [sys.executable, "-m", "jaxscape", "plan", "--model", str(tiny_dir), "--topology", "v5e:2x2", "--json"]
+    command += ["--points", "5", "5", "--prompts", "4", "--max-new-tokens", "16", "--finetune", "8", "32"]
+    found = subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, check=True)
+    result = json.loads(found.stdout)
+    assert {each["form"] for each in result["forms"]} == {"materialised", "factorised"}
+    assert result["finetune"]["flops"] > 0
+    assert set(CHIPS) == {"v4", "v5e", "v5p", "v6e"}

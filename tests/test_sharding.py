@@ -1,0 +1,283 @@
+"""Meshes of eight forced CPU devices against one device, and two processes against one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import MakeModel, assert_same_tree, spelled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxscape as js
+from jaxscape import engine, models
+from jaxscape.decode import compact, decode_chunk, insert
+from jaxscape.models.checkpoint import fingerprint, named_leaves
+from jaxscape.models.decoder import GROUPED_ORDER, UNGROUPED_ORDER, CacheOrder
+from jaxscape.perturb import order_free_sum
+from jaxscape.sharding import Split, default_split, make_mesh, parse_split, partition
+
+MESHES = [Split(1, 1), Split(8, 1), Split(4, 2), Split(2, 4), Split(1, 8)]
+PROMPTS = js.load_prompts("harmful", 9)
+NEW = 8
+
+
+def whole(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+@pytest.mark.parametrize("split", MESHES[1:], ids=str)
+def test_directions_are_the_same_to_the_bit_on_every_mesh(tiny_dir: Path, tiny: js.Model, split: Split) -> None:
+    model = js.load_model(tiny_dir, "float32", split=split)
+    assert fingerprint(model.params) == fingerprint(tiny.params)
+    for storage in ("exact", "bfloat16", "int8", "seed"):
+        first, there = (js.random_direction(m, 0, storage=storage) for m in (tiny, model))
+        assert_same_tree(whole(jax.tree.leaves(first)), whole(jax.tree.leaves(there)))
+        second, there = (
+            js.random_direction(m, 1, orthogonal_to=d, storage=storage) for m, d in ((tiny, first), (model, there))
+        )
+        assert_same_tree(whole(jax.tree.leaves(second)), whole(jax.tree.leaves(there)))
+
+
+@pytest.fixture(scope="module")
+def scans() -> dict[Any, list[str]]:
+    return {}
+
+
+@pytest.mark.parametrize("form", ["materialised", "factorised"])
+@pytest.mark.parametrize("split", MESHES, ids=str)
+def test_a_scan_gives_the_same_on_every_mesh(
+    tiny_dir: Path, scans: dict[Any, Any], split: Split, form: Any, tmp_path: Path
+) -> None:
+    """Every text, and so every ASR; with refilled slots and programs that are compiled once."""
+    model = spelled(js.load_model(tiny_dir, "float32", split=split))
+    options = js.EngineOptions(form=form, slots=8, full_text=True)
+    before = [program._cache_size() for program in (insert, decode_chunk, compact)]  # type: ignore[attr-defined]
+    land = js.scan(
+        model, [0, 1], prompts=PROMPTS, steps=2, max_new_tokens=NEW, options=options, out=tmp_path, progress=False
+    )
+    after = [program._cache_size() for program in (insert, decode_chunk, compact)]  # type: ignore[attr-defined]
+    assert after[0] - before[0] <= 1  # one to insert
+    assert after[1] - before[1] <= 2  # two to decode: all slots, and few
+    texts = [json.loads(line)["generation"] for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
+    assert len(set(texts)) > 10
+    found = (texts, land.asr.tolist())
+    assert scans.setdefault(form, found) == found
+
+
+def test_odd_sizes_are_copied_where_they_do_not_divide(make_model: MakeModel) -> None:
+    """Fewer key-value heads than the model axis, query heads that it does not divide, an uneven vocabulary."""
+    directory, _ = make_model(
+        hidden_size=24, num_attention_heads=6, num_key_value_heads=2, vocab_size=301, intermediate_size=40
+    )
+    one, many = (js.load_model(directory, "float32", split=split) for split in (Split(), Split(2, 4)))
+    tokens = np.arange(24).reshape(4, 6)
+    np.testing.assert_allclose(one(tokens), many(tokens), rtol=1e-4, atol=1e-4)
+    leaves = named_leaves(many.params)
+    embedding = leaves["model.embed_tokens.weight"]
+    assert embedding.sharding.shard_shape(embedding.shape) == (301, 6)  # its features are split instead
+    keys = leaves["model.layers.0.self_attn.k_proj.weight"]
+    assert keys.sharding.shard_shape(keys.shape) == (4, 24)  # one head each, on two devices
+    assert js.generate(one, PROMPTS[:3], max_new_tokens=6) == js.generate(many, PROMPTS[:3], max_new_tokens=6)
+
+
+@pytest.mark.parametrize("order", [UNGROUPED_ORDER, GROUPED_ORDER], ids=lambda order: order.keys)
+@pytest.mark.parametrize("form", ["materialised", "factorised"])
+def test_the_orders_of_accelerators_generate_the_same(
+    tiny: js.Model, order: CacheOrder, form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = spelled(tiny)
+    options = js.EngineOptions(form=form, slots=8, full_text=True)
+
+    def texts(out: Path) -> str:
+        js.scan(model, [0], prompts=PROMPTS, steps=2, max_new_tokens=NEW, options=options, out=out, progress=False)
+        return (out / "generations.jsonl").read_text()
+
+    plain = texts(tmp_path / "plain")
+    make = engine.make_program
+    monkeypatch.setattr(engine, "make_program", lambda *given: replace(make(*given), order=order))
+    assert texts(tmp_path / "other") == plain
+
+
+@settings(max_examples=20)
+@given(
+    shape=st.sampled_from([(8,), (64,), (16, 24), (8, 3000)]),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e12]),
+    seed=st.integers(0, 1000),
+)
+def test_a_sum_does_not_depend_on_how_it_is_split(shape: tuple[int, ...], scale: float, seed: int) -> None:
+    x = (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
+    mesh = make_mesh(Split(8, 1), 1)
+    total = jax.jit(order_free_sum)
+    sums = [
+        total(jax.device_put(x, NamedSharding(mesh, spec)))
+        for spec in (PartitionSpec(), PartitionSpec("points"), *[PartitionSpec(None, "points")] * (len(shape) > 1))
+    ]
+    assert len({float(each) for each in sums}) == 1
+    error = abs(float(sums[0]) - x.astype(np.float64).sum())
+    assert error <= 1e-6 * np.abs(x.astype(np.float64)).sum() + 2.0**-24 * float(np.abs(x).max()) * x.size
+
+
+def test_a_sum_of_what_is_not_finite_is_not_finite() -> None:
+    assert not np.isfinite(order_free_sum(jnp.array([1.0, jnp.inf])))
+    assert np.isnan(order_free_sum(jnp.array([1.0, jnp.nan])))
+    assert order_free_sum(jnp.zeros(4)) == 0
+
+
+def test_the_mesh_follows_the_size_of_the_model() -> None:
+    gigabyte = 10**9
+    assert default_split(gigabyte, 16 * gigabyte, 8) == Split(8, 1)
+    assert default_split(14 * gigabyte, 16 * gigabyte, 8) == Split(2, 4)
+    assert default_split(140 * gigabyte, 16 * gigabyte, 8) == Split(1, 8)
+    assert default_split(140 * gigabyte, None, 8) == Split(8, 1)
+
+
+def test_key_value_heads_fewer_than_the_model_axis_are_copied() -> None:
+    mesh = make_mesh(Split(1, 8), 2)
+    assert dict(mesh.shape) == {"points": 1, "kv": 2, "q": 4}
+    assert partition(mesh, ("kv_heads", None), (8, 16)) == PartitionSpec("kv")
+    assert partition(mesh, ("heads", None), (32, 16)) == PartitionSpec(("kv", "q"))
+    assert partition(mesh, ("rows", "kv_heads", None, None), (4, 2, 8, 8)) == PartitionSpec(None, "kv")
+
+
+@pytest.mark.parametrize("text", ["", "points", "points=0", "points=2,points=2", "rows=2", "points=2;model=4"])
+def test_a_mesh_that_is_none_is_a_sentence(text: str) -> None:
+    with pytest.raises(js.UserError, match="write it as points=2,model=4"):
+        parse_split(text)
+    assert parse_split("model=4, points=2") == Split(2, 4)
+
+
+def test_a_mesh_needs_its_devices(tiny_dir: Path) -> None:
+    with pytest.raises(js.UserError, match="mesh points=3,model=3 does not fit 8 devices"):
+        js.load_model(tiny_dir, split=Split(3, 3))
+
+
+def test_a_device_reads_its_own_part(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is split over eight devices, nothing larger than an eighth is read at once."""
+    read = []
+
+    def watched(name: str, index: Any, original: Any) -> np.ndarray:
+        values = original(name, index)
+        read.append((name, values.size))
+        return values
+
+    make = models.huggingface.open_directory
+
+    def opened(path: Path) -> Any:
+        found = make(path)
+        return replace(found, read=lambda name, index: watched(name, index, found.read))
+
+    monkeypatch.setattr(models.huggingface, "open_directory", opened)
+    model = js.load_model(tiny_dir, "float32", split=Split(1, 8))
+    sizes = {name: leaf.size for name, leaf in named_leaves(model.params).items()}
+    parts = [size for name, size in read if name.endswith("up_proj.weight")]
+    assert len(parts) == 2 * 8
+    assert all(size == sizes["model.layers.0.mlp.up_proj.weight"] // 8 for size in parts)
+
+
+def free_port() -> int:
+    with socket.socket() as connection:
+        connection.bind(("localhost", 0))
+        return int(connection.getsockname()[1])
+
+
+def processes(
+    command: list[str], environment: list[dict[str, str]] | None = None, flags: bool = True
+) -> list[subprocess.Popen[str]]:
+    """The same command in two processes of four devices each."""
+    port = free_port()
+    found = []
+    for number in range(2):
+        env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+        env |= environment[number] if environment else {}
+        others = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", str(number)]
+        found.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "jaxscape", *command, *(others if flags else [])],
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
+    return found
+
+
+def scan_command(model: Path, out: Path, steps: int = 4) -> list[str]:
+    command = ["scan", "--model", str(model), "--num-prompts", "6", "--max-new-tokens", "6", "--steps", str(steps)]
+    return [*command, "--form", "materialised", "--out", str(out)]
+
+
+def test_two_processes_are_one_run_and_survive_one_of_them(tiny_dir: Path, tmp_path: Path) -> None:
+    """One is killed: the other ends within a minute with a sentence, and one process finishes the run, whose files are
+    those of an unbroken run."""
+    command = scan_command(tiny_dir, tmp_path / "two", steps=80)
+    first, second = processes([*command, "--mesh", "points=2,model=4"])
+    generations = tmp_path / "two" / "generations.jsonl"
+    for _ in range(600):
+        if generations.exists() and generations.read_bytes().count(b"\n") >= 12:
+            break
+        time.sleep(0.1)
+        assert first.poll() is None, first.communicate()
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    _, error = first.communicate(timeout=60)
+    assert first.returncode == 2, error
+    assert error.strip().splitlines()[-1].startswith("jaxscape: another process of this run has ended")
+    kept = generations.read_bytes()
+    assert kept.count(b"\n") >= 12
+    subprocess.run([sys.executable, "-m", "jaxscape", *command], check=True, capture_output=True)
+    assert generations.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
+    alone = scan_command(tiny_dir, tmp_path / "one", steps=80)
+    subprocess.run([sys.executable, "-m", "jaxscape", *alone], check=True, capture_output=True)
+    assert generations.read_bytes() == (tmp_path / "one" / "generations.jsonl").read_bytes()
+
+
+def test_a_launcher_says_who_takes_part(tiny_dir: Path, tmp_path: Path) -> None:
+    """Two processes find each other in Open MPI's environment; a message of the first ends both."""
+    port = free_port()
+    environment = [
+        {
+            "OMPI_MCA_orte_hnp_uri": "1.0;tcp://127.0.0.1:9",
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": str(number),
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(number),
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        }
+        for number in range(2)
+    ]
+    running = processes(scan_command(tiny_dir, tmp_path / "run"), environment, flags=False)
+    results = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0, 0], results
+    assert "landscape.png" in results[0][0]
+    assert "landscape.png" not in results[1][0]
+    assert json.loads((tmp_path / "run" / "landscape.json").read_text())["complete"]
+    other = scan_command(tiny_dir, tmp_path / "run", steps=2)
+    port = free_port()
+    running = processes(other)
+    results = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [2, 2]
+    assert "holds a run with another configuration" in results[0][1]
+
+
+def test_processes_are_described_completely(tiny_dir: Path, tmp_path: Path) -> None:
+    for flags, message in {
+        ("--coordinator", "localhost:1"): "--coordinator, --num-processes and --process-id together",
+        ("--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"): "process 2 is not one of 2",
+    }.items():
+        command = [sys.executable, "-m", "jaxscape", *scan_command(tiny_dir, tmp_path / "run"), *flags]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert found.returncode == 2
+        assert message in found.stderr
+        assert not (tmp_path / "run").exists()
