@@ -55,6 +55,8 @@ class Machine:
     mesh: str | None = None
     """points=N,model=M: N devices share the rows of a batch, and M the weights; by default as few share the weights as
     can hold them, and all others the rows."""
+    keep_weights: bool = False
+    """Keep the weights in the cache as they lie on the devices, from where the next start reads them faster."""
     distributed: bool = False
     """Join the other processes that the machine knows of, on the hosts of a TPU pod, say. SLURM and Open MPI are found
     without it."""
@@ -75,7 +77,8 @@ class Machine:
 
     def load(self, on_host: bool | None = None) -> Model:
         """The model, on its mesh; `on_host` as in `load_model`."""
-        return load_model(self.model, self.dtype, on_host, None if self.mesh is None else parse_split(self.mesh))
+        split = None if self.mesh is None else parse_split(self.mesh)
+        return load_model(self.model, self.dtype, on_host, split, self.keep_weights)
 
     @property
     def short_name(self) -> str:

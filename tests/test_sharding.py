@@ -186,6 +186,24 @@ def test_a_device_reads_its_own_part(tiny_dir: Path, monkeypatch: pytest.MonkeyP
     assert all(size == sizes["model.layers.0.mlp.up_proj.weight"] // 8 for size in parts)
 
 
+def test_kept_weights_are_restored_onto_any_mesh(
+    tiny_dir: Path, tiny: js.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXSCAPE_CACHE", str(tmp_path))
+    first = js.load_model(tiny_dir, "float32", split=Split(2, 4), keep=True)
+    monkeypatch.setattr(models.checkpoint, "load_params", None)  # what is kept is not read again
+    for split in (Split(2, 4), Split(1, 8), Split()):
+        again = js.load_model(tiny_dir, "float32", split=split, keep=True)
+        assert fingerprint(again.params) == fingerprint(first.params) == fingerprint(tiny.params)
+        assert jax.tree.map(lambda x: x.sharding, again.params) == again.shardings
+    (kept,) = (tmp_path / "weights").iterdir()
+    for path in kept.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(js.UserError, match=r"kept weights in .* cannot be read"):
+        js.load_model(tiny_dir, "float32", keep=True)
+
+
 def free_port() -> int:
     with socket.socket() as connection:
         connection.bind(("localhost", 0))

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from jaxscape.device import free_memory
 from jaxscape.errors import UserError
 from jaxscape.models import builtin, huggingface, lora
-from jaxscape.models.checkpoint import Checkpoint, Params, load_params, parameter_shardings
+from jaxscape.models.checkpoint import Checkpoint, Params, load_kept, load_params, parameter_shardings
 from jaxscape.models.config import ModelConfig, from_transformers
 from jaxscape.models.decoder import forward
 from jaxscape.models.gguf import open_gguf
@@ -73,7 +73,11 @@ def _logits(
 
 
 def load_model(
-    source: str | Path, dtype: str | None = None, on_host: bool | None = None, split: Split | None = None
+    source: str | Path,
+    dtype: str | None = None,
+    on_host: bool | None = None,
+    split: Split | None = None,
+    keep: bool = False,
 ) -> Model:
     """Load a model with its tokenizer.
 
@@ -87,6 +91,7 @@ def load_model(
             device; by default only if the devices cannot hold them twice.
         split: how many devices share the rows of a batch, and how many the weights; by default as few share the weights
             as can hold them, and a CPU is one device.
+        keep: keep the parameters in the cache, as an Orbax checkpoint from which the next load is faster.
 
     Raises:
         UserError: there is no such model, or it cannot be used; or there are not as many devices.
@@ -109,7 +114,10 @@ def load_model(
         on_host = False
     if on_host is None:
         on_host = jax.default_backend() != "cpu" and free is not None and 2 * size > free * split.model
-    params = load_params(checkpoint, jnp.dtype(dtype), str(source), None if on_host else mesh)
+    if keep and not on_host:
+        params = load_kept(checkpoint, jnp.dtype(dtype), str(source), mesh)
+    else:
+        params = load_params(checkpoint, jnp.dtype(dtype), str(source), None if on_host else mesh)
     return Model(
         name=str(source),
         config=checkpoint.config,

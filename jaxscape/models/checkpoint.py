@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, UInt32
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from jaxscape.errors import UserError
-from jaxscape.files import checksum
+from jaxscape.files import cache_dir, checksum
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import parameter_axes, parameter_shapes
 from jaxscape.sharding import sharding
@@ -33,6 +35,7 @@ class Checkpoint:
         read: by that name, the part of a tensor that an index, slices or `...`, takes, as a numpy array.
         eos_token_ids: the tokens that end a text or a turn.
         transformers_config: the configuration as transformers has it, to write the model back to its format.
+        files: those that the tensors are read from.
     """
 
     config: ModelConfig
@@ -41,6 +44,7 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
     transformers_config: PreTrainedConfig
+    files: tuple[Path, ...]
 
 
 def named_leaves(tree: Params) -> dict[str, Any]:
@@ -84,6 +88,40 @@ def _placed(checkpoint: Checkpoint, name: str, dtype: jnp.dtype, where: NamedSha
         return parts[key]
 
     return jax.make_array_from_callback(checkpoint.shapes[name], where, part)
+
+
+def load_kept(checkpoint: Checkpoint, dtype: jnp.dtype, origin: str, mesh: Mesh) -> Params:
+    """What `load_params` gives, from an Orbax checkpoint in the cache, straight onto the mesh, whichever mesh wrote it.
+
+    It is made first if there is none of these files in this dtype. Several processes need a cache that they share.
+    """
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
+    directory = (cache_dir() / "weights" / checksum((files, str(dtype)))).absolute()
+    where = parameter_shardings(checkpoint.config, mesh)
+    like = jax.tree.map(
+        lambda leaf, there: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=there),
+        parameter_shapes(checkpoint.config),
+        where,
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        if directory.exists():
+            try:
+                params: Params = checkpointer.restore(directory, like)
+                return params
+            except Exception as error:  # Orbax and its storage raise many types for what is missing or damaged
+                raise UserError(
+                    f"The kept weights in {directory} cannot be read ({type(error).__name__}); remove that directory, "
+                    f"and they are made again."
+                ) from error
+        params = load_params(checkpoint, dtype, origin, mesh)
+        try:
+            checkpointer.save(directory, params)
+        except Exception as error:  # the same, for a full disk
+            raise UserError(
+                f"The weights cannot be kept in {directory} ({type(error).__name__}: {str(error)[:200]}); make room, "
+                f"or leave out --keep-weights."
+            ) from error
+    return params
 
 
 def changed_parts(

@@ -78,6 +78,7 @@ def open_gguf(path: Path) -> Checkpoint:
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
         transformers_config=transformers_config,
+        files=(path,),
     )
 
 

@@ -87,6 +87,7 @@ def open_directory(path: Path) -> Checkpoint:
         tokenizer=tokenizer,
         eos_token_ids=_eos_token_ids(path, declared, tokenizer, config.vocab_size),
         transformers_config=transformers_config,
+        files=tuple(tensors),
     )
 
 

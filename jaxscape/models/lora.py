@@ -152,7 +152,7 @@ def merge(checkpoint: Checkpoint, adapter: Adapter, dtype: jnp.dtype, origin: st
         values, pair = checkpoint.read(name, index), adapter.factors.get(name)
         return values if pair is None else merged(values.astype(dtype), pair, adapter.scale, index)
 
-    return replace(checkpoint, read=read)
+    return replace(checkpoint, read=read, files=(*checkpoint.files, Path(origin) / TENSORS, Path(origin) / CONFIG))
 
 
 def merged(weight: Any, pair: Mapping[str, Any], scale: float, index: Any = ...) -> Float[np.ndarray, "out in"]:
