@@ -34,6 +34,7 @@ from jaxscape.decode import (
 )
 from jaxscape.device import Roofline
 from jaxscape.errors import UserError
+from jaxscape.models.checkpoint import named_leaves
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.shapes import ModelShape, model_shape
 from jaxscape.perturb import materialise
@@ -42,6 +43,13 @@ from jaxscape.sharding import Split, default_split, make_mesh, replicated, shard
 from jaxscape.training import Batch, Settings, State, optimizer, state_shardings, train_step
 
 LATENCY = 2e-6  # seconds that a collective operation takes besides its bytes
+# The compiler's library would look for the TPU that it is on, and keep other processes away from it.
+COMPILER_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -144,8 +152,8 @@ def open_slice(name: str) -> Slice:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("Planning needs the TPU compiler: run pip install libtpu, which works on any Linux machine.")
-    # The compiler would look for the machine that it is on.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    for variable, value in COMPILER_ALONE.items():
+        os.environ.setdefault(variable, value)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:  # whatever the compiler's plugin raises
@@ -220,7 +228,11 @@ def _forecast(
     decode = programs["decode"]
     passes, inserts, lines = Planner(shape, work, options, machine).passes(plan)
     copies = 2 if plan.form == "factorised" else 1
-    limit = (copies * weights + _cache_size(shape, work, plan)) / chip.bandwidth
+    looked_up = (
+        0 if shape.config.tie_word_embeddings else _size(named_leaves(shape.params)["model.embed_tokens.weight"])
+    )
+    read = weights - looked_up // split_of(shape.mesh).model
+    limit = (copies * read + _cache_size(shape, work, plan)) / chip.bandwidth
     limit = max(limit, decode.flops / chip.flops)
     seconds = passes * work.sampling.max_new_tokens * decode.seconds + inserts * programs["insert"].seconds
     if "materialise" in programs:

@@ -6,7 +6,7 @@ The compiler's own count takes what is prefetched into on-chip memory twice, whe
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
@@ -145,6 +145,8 @@ def _parts(
             yield _collective(moved, operands)
         elif moved is not None:
             yield Traffic(moved.size)
+    elif (fused := _fused_collective(computations, instruction)) is not None:
+        yield _collective(fused, operands)
     elif kind in ("copy-start", "slice-start", "dynamic-slice", "slice", "gather"):
         # Of what they read, only what they give; a copy within memory is read and written.
         sizes = [size for size, _ in instruction.arrays]
@@ -152,6 +154,15 @@ def _parts(
         yield Traffic(moved_bytes if kind.endswith("-start") else moved_bytes + instruction.stored)
     else:
         yield Traffic(_used(computations, instruction, operands))
+
+
+def _fused_collective(computations: dict[str, list[_Instruction]], instruction: _Instruction) -> _Instruction | None:
+    """A collective within a fusion: one alone, or an all-reduce of which each device keeps its part."""
+    inner = computations.get(_called(instruction, "calls"), [])
+    found = next((each for each in inner if each.kind in _COLLECTIVES), None)
+    if found is not None and found.kind == "all-reduce" and instruction.size < found.size:
+        return replace(found, kind="reduce-scatter")
+    return found
 
 
 def _used(

@@ -28,15 +28,15 @@ def eight() -> Slice:
 
 
 @pytest.fixture(scope="module")
-def few_layers() -> ModelConfig:
-    """Llama-2-7B's shapes, with two of its layers."""
-    return replace(shape_config("llama-2-7b"), num_layers=2)
+def one_layer() -> ModelConfig:
+    """Llama-2-7B's shapes, with one of its layers."""
+    return replace(shape_config("llama-2-7b"), num_layers=1)
 
 
-def test_a_forecast_of_both_forms(eight: Slice, few_layers: ModelConfig) -> None:
+def test_a_forecast_of_both_forms(eight: Slice, one_layer: ModelConfig) -> None:
     """At the shapes of a 7B model: nothing of the cache is copied in a step, and memory is read about once."""
     work = make_work(80, 56, 26, 512, (21,))
-    found = forecast(few_layers, work, eight, num_sets=3, split=Split(2, 4))
+    found = forecast(one_layer, work, eight, num_sets=3, split=Split(2, 4), options=EngineOptions(slots=128))
     assert {each.form for each in found} == {"materialised", "factorised"}
     assert found[0].landscape_seconds <= found[1].landscape_seconds
     for each in found:
@@ -44,7 +44,7 @@ def test_a_forecast_of_both_forms(eight: Slice, few_layers: ModelConfig) -> None
         decode = each.programs["decode"]
         assert decode.temporaries < 0.1 * decode.arguments
         assert 0.6 < each.decode_share <= 1.02
-        assert decode.collectives > 2 * few_layers.num_layers
+        assert decode.collectives > 2 * one_layer.num_layers
         assert each.most_rows >= each.plan.places * each.plan.rows
         assert each.landscape_seconds == pytest.approx(63 * each.point_seconds)
     text = describe(found, None, "title")
@@ -54,34 +54,38 @@ def test_a_forecast_of_both_forms(eight: Slice, few_layers: ModelConfig) -> None
 
 
 def test_what_does_not_fit_says_by_how_much(eight: Slice) -> None:
-    config = replace(shape_config("llama-2-70b"), num_layers=16)
+    config = replace(shape_config("llama-2-70b"), num_layers=12)
     one = replace(eight, devices=eight.devices[:1])
     (found,) = forecast(
         config, make_work(8, 40, 20, 32, (5,)), one, split=Split(), options=EngineOptions(form="materialised")
     )
     assert not found.fits
     missing = max(program.missing or 0 for program in found.programs.values())
-    weights = 2 * 16 * 0.86e9
+    weights = 2 * 12 * 0.86e9
     assert weights < missing < 4 * weights
     assert "does not fit, by" in describe([found], None, "title")
     assert as_json([found])[0]["landscape_seconds"] is None
 
 
-def test_a_finetuning_step(eight: Slice, few_layers: ModelConfig) -> None:
-    step = finetune_step(few_layers, eight, batch_size=8, length=256, remat=True, split=Split(2, 4))
+def test_a_finetuning_step(eight: Slice, one_layer: ModelConfig) -> None:
+    step = finetune_step(one_layer, eight, batch_size=8, length=256, remat=True, split=Split(2, 4))
     assert step.missing is None
-    assert step.arguments > 12 * 2 * 0.2e9 / 4  # weights and two moments in float32, on four chips
+    assert step.arguments > 12 * 0.2e9 / 4  # weights and two moments in float32, on four chips
     assert step.flops > 0
 
 
 def test_bytes_are_counted_once(eight: Slice) -> None:
     """A loop that multiplies with one matrix reads it once in each pass, and sends what it sums up."""
     mesh = make_mesh(Split(1, 8), 1, eight.devices)
-    x = jax.ShapeDtypeStruct((8, 8192), jnp.bfloat16, sharding=sharding(mesh, (None, None), (8, 8192)))
+    x_everywhere = sharding(mesh, (None, None), (8, 8192))
+    x = jax.ShapeDtypeStruct((8, 8192), jnp.bfloat16, sharding=x_everywhere)
     w = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16, sharding=sharding(mesh, (None, "mlp"), (8192, 8192)))
 
     def loop(x: jax.Array, w: jax.Array, steps: int) -> jax.Array:
-        return jax.lax.fori_loop(0, steps, lambda _, x: jnp.tanh(x @ w.T), x)
+        def step(_: int, x: jax.Array) -> jax.Array:
+            return jnp.tanh(jax.lax.with_sharding_constraint(x @ w.T, x_everywhere))
+
+        return jax.lax.fori_loop(0, steps, step, x)
 
     moved = hlo.loop_traffic(jax.jit(loop).lower(x, w, 5).compile().as_text())
     matrix = 8192 * 8192 * 2 / 8
