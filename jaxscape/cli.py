@@ -272,6 +272,8 @@ class PlanRun:
     max_new_tokens: int = 512
     """The most tokens generated for a prompt; every row is taken to reach it."""
     engine: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
+    quick: bool = False
+    """Compile only one layer and two, and take every further one for another of what the second adds."""
     finetune: tuple[int, int] | None = None
     """Chats of a batch and tokens of a chat: also compile a step of full finetuning."""
     json: bool = False
@@ -288,12 +290,21 @@ class PlanRun:
         work = make_work(self.prompts, self.prompt_tokens, self.shared_tokens, self.max_new_tokens, self.points)
         there = open_slice(self.topology)
         found = forecast(
-            config, work, there, num_sets=self.num_directions, split=split, dtype=self.dtype, options=self.engine
+            config,
+            work,
+            there,
+            num_sets=self.num_directions,
+            split=split,
+            dtype=self.dtype,
+            options=self.engine,
+            quick=self.quick,
         )
         step = None
         if self.finetune is not None:
             batch, length = self.finetune
-            step = finetune_step(config, there, batch_size=batch, length=length, remat=True, split=split)
+            step = finetune_step(
+                config, there, batch_size=batch, length=length, remat=True, split=split, quick=self.quick
+            )
         if self.json:
             write_line(json.dumps({"forms": as_json(found), "finetune": None if step is None else as_json([step])[0]}))
         else:

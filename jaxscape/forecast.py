@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +102,21 @@ class Program:
     missing: float | None = None
 
 
+class _Counts(NamedTuple):
+    """Of a compiled program: see `Program`; `results` are bytes that it returns in new places, and `missing` what the
+    compiler says when it gives up."""
+
+    arguments: float = 0.0
+    results: float = 0.0
+    temporaries: float = 0.0
+    flops: float = 0.0
+    memory_bytes: float = 0.0
+    sent_bytes: float = 0.0
+    collectives: float = 0.0
+    compiler_seconds: float = 0.0
+    missing: float | None = None
+
+
 @dataclass(frozen=True)
 class Forecast:
     """A run in one form.
@@ -113,6 +128,7 @@ class Forecast:
         decode_limit: seconds that a step takes to read the weights, each form's tensors once, and the cache.
         decode_share: that, as a part of the step's `seconds`.
         point_seconds, landscape_seconds: of the whole run, if every row goes to its limit.
+        point_limit: a point's, if there were only decode steps, each at `decode_limit`.
     """
 
     form: str
@@ -124,6 +140,7 @@ class Forecast:
     decode_share: float
     point_seconds: float
     landscape_seconds: float
+    point_limit: float
 
 
 @dataclass(frozen=True)
@@ -190,8 +207,12 @@ def forecast(
     split: Split | None = None,
     dtype: str = "bfloat16",
     options: EngineOptions = EngineOptions(),  # noqa: B008 (immutable)
+    quick: bool = False,
 ) -> list[Forecast]:
     """A run's forecasts, one for each form, the fastest that fits first.
+
+    Arguments:
+        quick: compile only one layer and two, and take every further one for another of what the second adds.
 
     Raises:
         UserError: nothing that the options allow could ever fit.
@@ -204,7 +225,7 @@ def forecast(
     forms = [options]
     if options.form == "auto":
         forms = [replace(options, form="materialised"), replace(options, form="factorised")]
-    found = [_forecast(shape, work, where.chip, machine, form, num_sets) for form in forms]
+    found = [_forecast(shape, work, where.chip, machine, form, num_sets, quick) for form in forms]
     return sorted(found, key=lambda each: (not each.fits, each.landscape_seconds))
 
 
@@ -217,13 +238,17 @@ def shape_on(config: ModelConfig, where: Slice, split: Split | None, dtype: str)
 
 
 def _forecast(
-    shape: ModelShape, work: Work, chip: Chip, machine: Machine, options: EngineOptions, num_sets: int
+    shape: ModelShape, work: Work, chip: Chip, machine: Machine, options: EngineOptions, num_sets: int, quick: bool
 ) -> Forecast:
     try:
         plan = make_plan(shape, work, options, machine)
     except UserError:  # compiled as it is, to say by how much
         plan = make_plan(shape, work, options, Machine(machine.speed, None, is_host=False))
-    programs = _programs(shape, work, plan, chip)
+    cache, beside = _cache_size(shape, work, plan), _beside(shape, work, plan)
+    counts = _counted(shape, lambda shape: _lowered(shape, work, plan), quick)
+    programs = {
+        name: _program(count, chip, cache if name == "materialise" else beside) for name, count in counts.items()
+    }
     weights = _size(shape.params) // split_of(shape.mesh).model
     decode = programs["decode"]
     passes, inserts, lines = Planner(shape, work, options, machine).passes(plan)
@@ -232,9 +257,10 @@ def _forecast(
         0 if shape.config.tie_word_embeddings else _size(named_leaves(shape.params)["model.embed_tokens.weight"])
     )
     read = weights - looked_up // split_of(shape.mesh).model
-    limit = (copies * read + _cache_size(shape, work, plan)) / chip.bandwidth
+    limit = (copies * read + cache) / chip.bandwidth
     limit = max(limit, decode.flops / chip.flops)
-    seconds = passes * work.sampling.max_new_tokens * decode.seconds + inserts * programs["insert"].seconds
+    steps = passes * work.sampling.max_new_tokens
+    seconds = steps * decode.seconds + inserts * programs["insert"].seconds
     if "materialise" in programs:
         seconds += lines * programs["materialise"].seconds
     fits = all(program.missing is None for program in programs.values())
@@ -248,6 +274,7 @@ def _forecast(
         decode_share=limit / decode.seconds,
         point_seconds=seconds / work.num_points,
         landscape_seconds=seconds * num_sets,
+        point_limit=steps * limit / work.num_points,
     )
 
 
@@ -271,8 +298,18 @@ def _cache_size(shape: ModelShape, work: Work, plan: Plan) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _programs(shape: ModelShape, work: Work, plan: Plan, chip: Chip) -> dict[str, Program]:
-    """The run's programs, compiled."""
+def _beside(shape: ModelShape, work: Work, plan: Plan) -> int:
+    """Bytes that stand on each chip beside a program that decodes: directions, and of a point the model itself."""
+    others = {"materialised": work.ndim + 1, "factorised": max(0, work.ndim - 1), "streamed": 0}[plan.form]
+    return others * _size(shape.params) // split_of(shape.mesh).model
+
+
+Lowered = dict[str, tuple[Callable[[], Any], Callable[[str], hlo.Traffic]]]
+"""By name, a function that lowers a program, and one that counts what its text moves."""
+
+
+def _lowered(shape: ModelShape, work: Work, plan: Plan) -> Lowered:
+    """The run's programs, each yet to be lowered."""
     slots, groups = _slots(shape, work, plan)
     program = make_program(shape, work.sampling)
     everywhere = replicated(shape.mesh)
@@ -296,20 +333,13 @@ def _programs(shape: ModelShape, work: Work, plan: Plan, chip: Chip) -> dict[str
     )
     prefix = placed(np.zeros(common_prefix(work.rows), np.int32))
     alive, steps = placed(np.zeros(plan.places * plan.rows, bool)), placed(np.int32(0))
-    # Beside a program stand the directions, and a materialised point the model itself.
-    others = {"materialised": work.ndim + 1, "factorised": max(0, work.ndim - 1), "streamed": 0}[plan.form]
-    beside = others * _size(shape.params) // split_of(shape.mesh).model
-    found = {
-        "insert": _compiled(
+    found: Lowered = {
+        "insert": (
             lambda: insert.lower(weights, slots, prefix, placed(groups), placed(fill), stream, program=program),
-            chip,
-            beside,
             hlo.program_traffic,
         ),
-        "decode": _compiled(
+        "decode": (
             lambda: decode_chunk.lower(weights, slots, alive, stream, steps, program=program),
-            chip,
-            beside,
             hlo.loop_traffic,
         ),
     }
@@ -317,9 +347,9 @@ def _programs(shape: ModelShape, work: Work, plan: Plan, chip: Chip) -> dict[str
     if moved:
         directions = (shape.params,) * moved
         where = placed(np.zeros(moved, np.float32))
-        cache = _cache_size(shape, work, plan)
-        found["materialise"] = _compiled(
-            lambda: materialise.lower(shape.params, directions, where, shape.params), chip, cache, hlo.program_traffic
+        found["materialise"] = (
+            lambda: materialise.lower(shape.params, directions, where, shape.params),
+            hlo.program_traffic,
         )
     return found
 
@@ -333,10 +363,17 @@ def finetune_step(
     remat: bool,
     split: Split | None = None,
     dtype: str = "bfloat16",
+    quick: bool = False,
 ) -> Program:
-    """A step of full finetuning, compiled: float32 weights and moments, computing in `dtype`."""
+    """A step of full finetuning: float32 weights and moments, computing in `dtype`; `quick` as in `forecast`."""
     shape = shape_on(config, where, split, dtype)
-    settings = Settings(shape.mesh, dtype, None, 0.0, 1.0, remat)
+    counts = _counted(shape, lambda shape: _lowered_step(shape, batch_size, length, remat), quick)
+    return _program(counts["step"], where.chip, 0)
+
+
+def _lowered_step(shape: ModelShape, batch_size: int, length: int, remat: bool) -> Lowered:
+    config = shape.config
+    settings = Settings(shape.mesh, shape.dtype, None, 0.0, 1.0, remat)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shape.params)
     state: Any = jax.eval_shape(lambda weights: State(weights, optimizer(settings).init(weights)), trainable)
     there = state_shardings(state, config, settings)
@@ -351,16 +388,36 @@ def finetune_step(
         ),
         (batch, np.float32(0)),
     )
-    return _compiled(
-        lambda: train_step.lower(state, {}, batch, rate, config=config, settings=settings),
-        where.chip,
-        0,
-        hlo.program_traffic,
+    return {
+        "step": (
+            lambda: train_step.lower(state, {}, batch, rate, config=config, settings=settings),
+            hlo.program_traffic,
+        )
+    }
+
+
+def _counted(shape: ModelShape, programs: Callable[[ModelShape], Lowered], quick: bool) -> dict[str, _Counts]:
+    """The counts of each program, compiled; with `quick`, extrapolated from one layer and two."""
+    layers = shape.config.num_layers
+    if not quick or layers < 3:
+        return {name: _compiled(*each) for name, each in programs(shape).items()}
+    one, two = (
+        _counted(model_shape(replace(shape.config, num_layers=n), shape.mesh, shape.dtype), programs, False)
+        for n in (1, 2)
     )
+    return {name: _extrapolated(one[name], two[name], layers) for name in one}
 
 
-def _compiled(lower: Callable[[], Any], chip: Chip, beside: int, traffic: Callable[[str], hlo.Traffic]) -> Program:
-    """A program and its counts; `beside` are bytes that stay in memory while it runs."""
+def _extrapolated(one: _Counts, two: _Counts, layers: int) -> _Counts:
+    failed = next((counts for counts in (one, two) if counts.missing is not None), None)
+    if failed is not None:
+        return failed
+    unusable = min(one.compiler_seconds, two.compiler_seconds) <= 0
+    found = _Counts(*(max(b, a + (layers - 1) * (b - a)) for a, b in zip(one[:-1], two[:-1], strict=True)))
+    return found._replace(compiler_seconds=0.0) if unusable else found
+
+
+def _compiled(lower: Callable[[], Any], traffic: Callable[[str], hlo.Traffic]) -> _Counts:
     try:
         compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -368,21 +425,35 @@ def _compiled(lower: Callable[[], Any], chip: Chip, beside: int, traffic: Callab
             raise
         # It says how much it would take, and then how much there is.
         sizes = [float(size) * 2**30 for size in re.findall(r"([\d.]+)G\b", str(error))[:2]]
-        return Program(missing=beside + (sizes[0] - sizes[1] if len(sizes) == 2 else 0.0))
+        return _Counts(missing=sizes[0] - sizes[1] if len(sizes) == 2 else 0.0)
     memory, cost, moved = compiled.memory_analysis(), compiled.cost_analysis(), traffic(compiled.as_text())
-    estimate = cost.get("optimal_seconds", -1.0)
-    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + max(new, 0) + beside
-    seconds = max(cost["flops"] / chip.flops, moved.memory / chip.bandwidth)
-    return Program(
+    return _Counts(
         arguments=memory.argument_size_in_bytes,
+        results=max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
         temporaries=memory.temp_size_in_bytes,
         flops=cost["flops"],
         memory_bytes=moved.memory,
         sent_bytes=moved.between,
         collectives=moved.collectives,
-        compiler_seconds=estimate if estimate > 0 else None,
-        seconds=seconds + moved.between / chip.links + moved.collectives * LATENCY,
+        compiler_seconds=cost.get("optimal_seconds", 0.0),
+    )
+
+
+def _program(counts: _Counts, chip: Chip, beside: int) -> Program:
+    """A program on a chip; `beside` are bytes that stay in memory while it runs."""
+    if counts.missing is not None:
+        return Program(missing=beside + counts.missing)
+    used = counts.arguments + counts.temporaries + counts.results + beside
+    seconds = max(counts.flops / chip.flops, counts.memory_bytes / chip.bandwidth)
+    return Program(
+        arguments=round(counts.arguments),
+        temporaries=round(counts.temporaries),
+        flops=counts.flops,
+        memory_bytes=counts.memory_bytes,
+        sent_bytes=counts.sent_bytes,
+        collectives=round(counts.collectives),
+        compiler_seconds=counts.compiler_seconds if counts.compiler_seconds > 0 else None,
+        seconds=seconds + counts.sent_bytes / chip.links + counts.collectives * LATENCY,
         missing=used - chip.memory if used > chip.memory else None,
     )
 
@@ -390,9 +461,8 @@ def _compiled(lower: Callable[[], Any], chip: Chip, beside: int, traffic: Callab
 def _most_rows(shape: ModelShape, work: Work, plan: Plan, programs: dict[str, Program], chip: Chip) -> int:
     """The rows that would fill what the programs leave free, each taking what one takes now."""
     batch = plan.places * plan.rows
-    others = {"materialised": work.ndim + 1, "factorised": max(0, work.ndim - 1), "streamed": 0}[plan.form]
-    beside = others * _size(shape.params) // split_of(shape.mesh).model
-    used = max(programs[name].arguments + programs[name].temporaries for name in ("insert", "decode")) + beside
+    used = max(programs[name].arguments + programs[name].temporaries for name in ("insert", "decode"))
+    used += _beside(shape, work, plan)
     each = (_cache_size(shape, work, plan) + max(programs[name].temporaries for name in ("insert", "decode"))) / batch
     return int(batch + (chip.memory - used) / each)
 

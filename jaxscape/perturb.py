@@ -223,11 +223,11 @@ def order_free_sum(x: Float[Array, "*shape"]) -> Float[Array, ""]:
     highest = jnp.abs(x).max()
     shift = 24 - jnp.maximum(jnp.frexp(highest)[1], -100)
     integers = jnp.round(jnp.ldexp(x, shift)).astype(jnp.int32)
-    rows = jnp.stack([(integers & 4095).sum(-1), (integers >> 12).sum(-1)])
-    sums = jnp.stack([rows & 4095, (rows >> 12) & 4095, rows >> 24]).sum(range(2, rows.ndim + 1)).astype(jnp.float32)
+    rows = jnp.stack([(integers >> 12).sum(-1), (integers & 4095).sum(-1)])
+    sums = jnp.stack([rows >> 24, (rows >> 12) & 4095, rows & 4095]).sum(range(2, rows.ndim + 1)).astype(jnp.float32)
     total = jnp.float32(0)
-    for i, j in np.ndindex(sums.shape):
-        total += sums[i, j] * 2.0 ** (12 * (i + j))  # exact but for the addition, as an FMA too
+    for i, j in np.ndindex(sums.shape):  # the highest come first, of which a negative sum cancels the most
+        total += sums[i, j] * 2.0 ** (36 - 12 * (i + j))  # exact but for the addition, as an FMA too
     return jnp.where(jnp.isfinite(highest), jnp.ldexp(total, -shift), highest)
 
 

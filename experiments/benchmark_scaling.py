@@ -1,0 +1,282 @@
+"""How do scans scale over TPU chips, by their compiled programs, and over the devices that are here?
+
+`python experiments/benchmark_scaling.py` forecasts a landscape's points per hour on slices of 4 to 64 chips, in both
+forms, on a line and on a plane, and writes a table and a figure. No TPU is needed. With `--measure` it decodes the same
+rows on more and more of the devices that are here, and checks that they give the same texts.
+"""
+
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from jaxscape.cli import DEFAULT_MODEL, run_program, write_line
+from jaxscape.decode import Sampling, tokenize
+from jaxscape.engine import Engine
+from jaxscape.errors import UserError
+from jaxscape.files import write_whole
+from jaxscape.forecast import Forecast, Slice, forecast, make_work, open_slice, shape_on
+from jaxscape.landscape import symmetric_axes
+from jaxscape.models import load_model
+from jaxscape.models.shapes import shape_config
+from jaxscape.plan import EngineOptions, Work, make_plan
+from jaxscape.plotting import COLOURS, MARKERS, STYLES
+from jaxscape.prompts import load_prompts
+from jaxscape.scan import resolve
+from jaxscape.sharding import Split, split_of, split_text
+
+SLICES = {
+    "v5e": {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"},
+    "v5p": {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"},
+    "v6e": {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"},
+}
+FORMS = ("materialised", "factorised")
+# Of the standard prompts in the format of Llama-2: tokens of the longest, and those that all begin with.
+PROMPT_TOKENS, SHARED_TOKENS = 56, 26
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Points of a landscape per hour against chips."""
+
+    measure: bool = False
+    """Measure on the devices that are here, instead of forecasting for TPUs."""
+    models: tuple[str, ...] = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
+    """Known by their shapes."""
+    kinds: tuple[str, ...] = tuple(SLICES)
+    chips: tuple[int, ...] = (4, 8, 16, 32, 64)
+    points: int = 21
+    """Along each axis."""
+    prompts: int = 80
+    max_new_tokens: int = 512
+    out: Path = Path("docs")
+    """Where scaling.md and scaling.png go."""
+    work: Path = Path("runs/scaling")
+    """Where forecasts are kept, so that none is made twice."""
+    measured_model: str = DEFAULT_MODEL
+    """The model that is measured."""
+    measured_form: str = "materialised"
+
+    def run(self) -> None:
+        if self.measure:
+            measure(self)
+            return
+        wrong = [f"{kind} with {n} chips" for kind in self.kinds for n in self.chips if n not in SLICES.get(kind, {})]
+        if wrong:
+            raise UserError(f"There are no slices for {', '.join(wrong)}; choose among {SLICES}.")
+        kept = Kept(self.work / "forecasts.jsonl")
+        jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
+        scaled = [record for ask in self._asked() for record in kept.records(ask)]
+        efficient = [record for ask in self._asked_along_points() for record in kept.records(ask)]
+        content = io.BytesIO()
+        figure(scaled).savefig(content, format="png", dpi=120, metadata={"Software": None})
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_whole(self.out / "scaling.png", content.getvalue())
+        write_whole(self.out / "scaling.md", report(self, scaled, efficient))
+        write_line(f"{self.out / 'scaling.md'}\n{self.out / 'scaling.png'}")
+
+    def _asked(self) -> Iterator[dict[str, Any]]:
+        """A landscape of so many points and prompts on more and more chips."""
+        for model in self.models:
+            for kind in self.kinds:
+                for chips in self.chips:
+                    for ndim in (1, 2):
+                        yield self._ask(model, kind, chips, ndim)
+
+    def _asked_along_points(self) -> Iterator[dict[str, Any]]:
+        """As many prompts for each group of chips as the smallest slice has for its one or few."""
+        for kind in self.kinds:
+            for chips in self.chips:
+                ask = self._ask(self.models[0], kind, chips, 1)
+                yield ask | {"groups_of": min(self.chips), "prompts": self.prompts * chips // min(self.chips)}
+
+    def _ask(self, model: str, kind: str, chips: int, ndim: int) -> dict[str, Any]:
+        what = {"model": model, "kind": kind, "chips": chips, "grid": [self.points] * ndim}
+        return what | {"prompts": self.prompts, "max_new_tokens": self.max_new_tokens}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Forecasts in a file, one to a line: what was asked, and what was found."""
+
+    path: Path
+
+    def records(self, ask: dict[str, Any]) -> list[dict[str, Any]]:
+        known = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        found = [record for record in known if all(record.get(key) == ask.get(key) for key in {*ask, "groups_of"})]
+        if not found:
+            found = [ask | each for each in answers(ask)]
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in found)
+            write_line(f"{ask}: {', '.join(str(record['points_per_hour']) for record in found)}")
+        return found
+
+
+def answers(ask: dict[str, Any]) -> list[dict[str, Any]]:
+    """The forecasts of both forms."""
+    config = shape_config(ask["model"])
+    where = open_slice(f"{ask['kind']}:{SLICES[ask['kind']][ask['chips']]}")
+    work = make_work(ask["prompts"], PROMPT_TOKENS, SHARED_TOKENS, ask["max_new_tokens"], tuple(ask["grid"]))
+    if "groups_of" not in ask:
+        return [record(each, where, ask) for each in forecast(config, work, where, quick=True)]
+    # The smallest slice's split of the weights, and for each of its groups the slots that one there has.
+    smallest = open_slice(f"{ask['kind']}:{SLICES[ask['kind']][ask['groups_of']]}")
+    model = split_of(shape_on(config, smallest, None, "bfloat16").mesh).model
+    times = ask["chips"] // ask["groups_of"]
+    found = []
+    for form, slots in zip(FORMS, (work.rows, range(128 * times)), strict=True):
+        options = EngineOptions(form=form, slots=len(slots))  # type: ignore[arg-type]
+        split = Split(ask["chips"] // model, model)
+        found += [
+            record(each, where, ask) for each in forecast(config, work, where, split=split, options=options, quick=True)
+        ]
+    return found
+
+
+def record(found: Forecast, where: Slice, ask: dict[str, Any]) -> dict[str, Any]:
+    decode, config = found.programs["decode"], shape_config(ask["model"])
+    missing = max(program.missing or 0.0 for program in found.programs.values())
+    return {
+        "form": found.form,
+        "mesh": split_text(shape_on(config, where, None, "bfloat16").mesh),
+        "fits": found.fits,
+        "missing_gb": round(missing / 1e9, 2),
+        "rows": found.plan.places * found.plan.rows,
+        "points_per_hour": round(3600 / found.point_seconds, 1) if found.fits else None,
+        "limit_per_hour": round(3600 / found.point_limit, 1) if found.fits else None,
+        "decode_share": round(found.decode_share, 3),
+        "step_ms": round(1e3 * decode.seconds, 3) if found.fits else None,
+        "step_gb": round(decode.memory_bytes / 1e9, 3),
+        "step_sent_mb": round(decode.sent_bytes / 1e6, 2),
+        "step_collectives": decode.collectives,
+    }
+
+
+def figure(records: Sequence[dict[str, Any]]) -> Figure:
+    models, kinds = (list(dict.fromkeys(record[key] for record in records)) for key in ("model", "kind"))
+    drawn = Figure(figsize=(3.6 * len(kinds), 3 * len(models)), layout="constrained")
+    all_axes = drawn.subplots(len(models), len(kinds), sharex=True, sharey="row", squeeze=False)
+    for i, model in enumerate(models):
+        for j, kind in enumerate(kinds):
+            axes, here = all_axes[i, j], [r for r in records if (r["model"], r["kind"]) == (model, kind) and r["fits"]]
+            for number, (form, ndim) in enumerate((form, ndim) for ndim in (1, 2) for form in FORMS):
+                line = [r for r in here if r["form"] == form and len(r["grid"]) == ndim]
+                style = {"color": COLOURS[number], "linestyle": STYLES[number]}
+                chips, label = [r["chips"] for r in line], f"{form}, {ndim}D"
+                axes.plot(chips, [r["points_per_hour"] for r in line], marker=MARKERS[number], **style, label=label)
+                limit = [r["limit_per_hour"] for r in line]
+                axes.plot(chips, limit, marker="_", markersize=12, linestyle="", color=style["color"])
+            axes.set(xscale="log", yscale="log", title=f"{model}, {kind}")
+            axes.set_xticks(sorted({r["chips"] for r in records}))
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+        all_axes[i, 0].set_ylabel("points per hour")
+    for axes in all_axes[-1]:
+        axes.set_xlabel("chips")
+    handles = {
+        text: line for axes in all_axes.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    return drawn
+
+
+def report(scaling: Scaling, scaled: Sequence[dict[str, Any]], efficient: Sequence[dict[str, Any]]) -> str:
+    command = "python experiments/benchmark_scaling.py"
+    lines = [
+        "# Scaling",
+        "",
+        f"Points per hour of landscapes with {scaling.prompts} prompts and {scaling.max_new_tokens} new tokens, of "
+        f"which every row makes all, in bfloat16; made by `{command}`. These are forecasts: the programs of a run, "
+        "compiled for one layer and for two by the TPU compiler, every further layer taken for another of what the "
+        "second adds, and by the roofline of what they compute, move and send. Nothing was measured on a TPU.",
+        "",
+        "![points per hour against chips](scaling.png)",
+        "",
+        "Short bars in the figure are the memory-bandwidth limit: decode steps alone, which read weights and cache "
+        "once.",
+        "",
+    ]
+    for model in scaling.models:
+        lines += [f"## {model}", ""]
+        lines += ["| slice | mesh | landscape | form | rows | points/hour | of the limit | decode ms | of its limit |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+        lines += [_line(each, scaled) for each in scaled if each["model"] == model]
+        lines += [""]
+    smallest = min(scaling.chips)
+    lines += [
+        "## Along `points`",
+        "",
+        f"{scaling.models[0]} with as many rows for each group of chips that share the weights as on {smallest} chips, "
+        f"where all prompts are as many times {scaling.prompts} as there are chips times {smallest}: what each chip "
+        "moves and sends in a decode step, and rows per hour and chip, beside those of the smallest slice.",
+        "",
+        "| slice | form | rows | moved GB | sent MB | collectives | efficiency |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for each in efficient:
+        first = next(r for r in efficient if all(r[key] == each[key] for key in ("kind", "form")))
+        speeds = [r["prompts"] * (r["points_per_hour"] or 0) / r["chips"] for r in (each, first)]
+        share = f"{100 * speeds[0] / speeds[1]:.0f} %" if speeds[1] else ""
+        lines += [
+            f"| {_slice(each)} | {each['form']} | {each['rows']} | {each['step_gb']} | {each['step_sent_mb']} | "
+            f"{each['step_collectives']} | {share} |"
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _line(each: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
+    same = [r for r in records if all(r[key] == each[key] for key in ("model", "kind", "chips", "grid"))]
+    best = max(r["points_per_hour"] or 0 for r in same)
+    start = f"| {_slice(each)} | {each['mesh']} | {len(each['grid'])}D | {each['form']} | {each['rows']} |"
+    if not each["fits"]:
+        return f"{start} lacks {each['missing_gb']} GB a chip | | | |"
+    speed, mark = each["points_per_hour"], "**" if each["points_per_hour"] == best else ""
+    share = 100 * speed / each["limit_per_hour"]
+    decode = f"{each['step_ms']:.2f} | {100 * each['decode_share']:.0f} %"
+    return f"{start} {mark}{speed:.0f}{mark} | {share:.0f} % | {decode} |"
+
+
+def _slice(record: dict[str, Any]) -> str:
+    return f"{record['kind']}:{SLICES[record['kind']][record['chips']]} ({record['chips']})"
+
+
+def measure(scaling: Scaling) -> None:
+    """The same prompts for each device, on one device, two, four, and so on."""
+    devices = len(jax.devices())
+    prompts = load_prompts("harmful", min(scaling.prompts, 40))
+    (axis,) = symmetric_axes(1, 2, 0.1)
+    points: list[tuple[float, ...]] = [(alpha,) for alpha in axis.values]
+    sampling, first = Sampling(min(scaling.max_new_tokens, 64)), None
+    for count in (2**i for i in range(devices.bit_length()) if 2**i <= devices):
+        model = load_model(scaling.measured_model, split=Split(count, 1))
+        rows = tokenize(model, prompts * count, "default", sampling.max_new_tokens)
+        work = Work(rows, sampling, len(points), len(points), 1, drawn=1)
+        plan = make_plan(model, work, EngineOptions(form=scaling.measured_form))  # type: ignore[arg-type]
+        engine = Engine(model, rows, sampling, plan)
+        direction = resolve([0], model)
+        for _ in range(2):  # the first time compiles
+            started = time.perf_counter()
+            texts = [[c.text for c in point[: len(prompts)]] for point in engine.complete(direction, points)]
+            seconds = time.perf_counter() - started
+        first = first or texts
+        tokens = len(points) * len(rows) * sampling.max_new_tokens
+        write_line(
+            f"{count} of {devices} x {jax.devices()[0].device_kind}: {len(points) * 3600 / seconds:.0f} points an "
+            f"hour of {len(rows)} prompts, up to {tokens / seconds:.0f} tokens a second; the texts of the first "
+            f"{len(prompts)} prompts are {'the same' if texts == first else 'others'} as on one device"
+        )
+    if jax.default_backend() == "cpu":
+        write_line("Devices that share one CPU show that the texts are the same, and nothing about speed.")
+
+
+if __name__ == "__main__":
+    run_program(Scaling)
