@@ -22,7 +22,7 @@ from jaxscape.decode import Sampling, tokenize
 from jaxscape.engine import Engine
 from jaxscape.errors import UserError
 from jaxscape.files import write_whole
-from jaxscape.forecast import Forecast, Slice, forecast, make_work, open_slice, shape_on
+from jaxscape.forecast import Forecast, forecast, make_work, open_slice, shape_on
 from jaxscape.landscape import symmetric_axes
 from jaxscape.models import load_model
 from jaxscape.models.shapes import shape_config
@@ -30,7 +30,7 @@ from jaxscape.plan import EngineOptions, Work, make_plan
 from jaxscape.plotting import COLOURS, MARKERS, STYLES
 from jaxscape.prompts import load_prompts
 from jaxscape.scan import resolve
-from jaxscape.sharding import Split, split_of, split_text
+from jaxscape.sharding import Split, split_of
 
 SLICES = {
     "v5e": {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"},
@@ -57,9 +57,7 @@ class Scaling:
     prompts: int = 80
     max_new_tokens: int = 512
     out: Path = Path("docs")
-    """Where scaling.md and scaling.png go."""
-    work: Path = Path("runs/scaling")
-    """Where forecasts are kept, so that none is made twice."""
+    """Where scaling.md and scaling.png go, and scaling.jsonl: forecasts that are in it are not made again."""
     measured_model: str = DEFAULT_MODEL
     """The model that is measured."""
     measured_form: str = "materialised"
@@ -71,7 +69,7 @@ class Scaling:
         wrong = [f"{kind} with {n} chips" for kind in self.kinds for n in self.chips if n not in SLICES.get(kind, {})]
         if wrong:
             raise UserError(f"There are no slices for {', '.join(wrong)}; choose among {SLICES}.")
-        kept = Kept(self.work / "forecasts.jsonl")
+        kept = Kept(self.out / "scaling.jsonl")
         jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
         scaled = [record for ask in self._asked() for record in kept.records(ask)]
         efficient = [record for ask in self._asked_along_points() for record in kept.records(ask)]
@@ -126,7 +124,7 @@ def answers(ask: dict[str, Any]) -> list[dict[str, Any]]:
     where = open_slice(f"{ask['kind']}:{SLICES[ask['kind']][ask['chips']]}")
     work = make_work(ask["prompts"], PROMPT_TOKENS, SHARED_TOKENS, ask["max_new_tokens"], tuple(ask["grid"]))
     if "groups_of" not in ask:
-        return [record(each, where, ask) for each in forecast(config, work, where, quick=True)]
+        return [record(each) for each in forecast(config, work, where, quick=True)]
     # The smallest slice's split of the weights, and for each of its groups the slots that one there has.
     smallest = open_slice(f"{ask['kind']}:{SLICES[ask['kind']][ask['groups_of']]}")
     model = split_of(shape_on(config, smallest, None, "bfloat16").mesh).model
@@ -135,18 +133,16 @@ def answers(ask: dict[str, Any]) -> list[dict[str, Any]]:
     for form, slots in zip(FORMS, (work.rows, range(128 * times)), strict=True):
         options = EngineOptions(form=form, slots=len(slots))  # type: ignore[arg-type]
         split = Split(ask["chips"] // model, model)
-        found += [
-            record(each, where, ask) for each in forecast(config, work, where, split=split, options=options, quick=True)
-        ]
+        found += [record(each) for each in forecast(config, work, where, split=split, options=options, quick=True)]
     return found
 
 
-def record(found: Forecast, where: Slice, ask: dict[str, Any]) -> dict[str, Any]:
-    decode, config = found.programs["decode"], shape_config(ask["model"])
+def record(found: Forecast) -> dict[str, Any]:
+    decode = found.programs["decode"]
     missing = max(program.missing or 0.0 for program in found.programs.values())
     return {
         "form": found.form,
-        "mesh": split_text(shape_on(config, where, None, "bfloat16").mesh),
+        "mesh": found.mesh,
         "fits": found.fits,
         "missing_gb": round(missing / 1e9, 2),
         "rows": found.plan.places * found.plan.rows,

@@ -61,7 +61,7 @@ class FinetuneAttack(Machine):
         self.training.check()
         self.start()
         aligned = self.load()
-        check_batch(self.training, aligned)
+        check_batch(self.training.batch_size, aligned.mesh)
         scan: dict[str, Any] = {"prompts": prompts, "max_new_tokens": self.max_new_tokens, "overwrite": self.overwrite}
         visage = js.scan(aligned, list(range(self.num_directions)), steps=self.steps, out=self.out / "visage", **scan)
         save_figure(visage, self.out / "visage" / FIGURE)

@@ -17,6 +17,7 @@ from jaxscape.plan import EngineOptions
 from jaxscape.plotting import plot_landscape
 from jaxscape.prompts import load_prompts
 from jaxscape.scan import scan
+from jaxscape.sharding import Split
 from jaxscape.training import Training, perplexity
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "EngineOptions",
     "Landscape",
     "Model",
+    "Split",
     "Training",
     "UserError",
     "attack_success_rate",

@@ -17,7 +17,7 @@ from jaxscape.chats import load_chats
 from jaxscape.device import keep_compiled_programs
 from jaxscape.errors import UserError, is_utf8
 from jaxscape.finetune import ADAPTER, FINETUNING, MODEL, finetune, load_path
-from jaxscape.forecast import as_json, describe, finetune_step, forecast, make_work, open_slice, shape_on
+from jaxscape.forecast import as_json, describe, finetune_step, forecast, make_work, open_slice
 from jaxscape.landscape import Axis, Landscape, interpolation_axis, symmetric_axes
 from jaxscape.models import Model, load_model
 from jaxscape.models.shapes import shape_config
@@ -27,7 +27,7 @@ from jaxscape.plotting import save_figure
 from jaxscape.processes import from_first, is_first, leave, start
 from jaxscape.prompts import load_prompts
 from jaxscape.scan import Direction, resolve, scan
-from jaxscape.sharding import parse_split, split_of, split_text
+from jaxscape.sharding import parse_split, split_of
 from jaxscape.store import FIGURE, SCAN, export_reference
 from jaxscape.training import Training
 from jaxscape.trajectory import load_trajectories, principal_directions, project, save_trajectories
@@ -303,13 +303,19 @@ class PlanRun:
         if self.finetune is not None:
             batch, length = self.finetune
             step = finetune_step(
-                config, there, batch_size=batch, length=length, remat=True, split=split, quick=self.quick
+                config,
+                there,
+                batch_size=batch,
+                length=length,
+                remat=True,
+                split=split,
+                dtype=self.dtype,
+                quick=self.quick,
             )
         if self.json:
             write_line(json.dumps({"forms": as_json(found), "finetune": None if step is None else as_json([step])[0]}))
         else:
-            title = f"{self.model} on {self.topology}, {split_text(shape_on(config, there, split, self.dtype).mesh)}"
-            write_line(describe(found, step, title))
+            write_line(describe(found, step, f"{self.model} on {self.topology}, {found[0].mesh}"))
 
 
 @dataclass(frozen=True)
@@ -424,7 +430,8 @@ def run_program(program: Any, arguments: Sequence[str] | None = None, name: str 
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             error = UserError(
-                "The device's memory is full; lower --slots or --batch-size, or choose a --dtype of 16 bits."
+                "The device's memory is full; lower --slots or --batch-size, choose a --dtype of 16 bits, or a --mesh "
+                "that splits the weights over more devices."
             )
         # One line, whatever a library or a file name put into it; nothing that a terminal would act on.
         line = "".join(character if character.isprintable() else "?" for character in " ".join(str(error).split()))

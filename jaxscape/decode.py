@@ -277,6 +277,11 @@ class SlotSizes(NamedTuple):
     ndim: int
 
 
+def most_new_points(inserts: int, groups: int) -> int:
+    """The most points that so many groups belong to, which come in the points' order, `groups` of each."""
+    return min(inserts, (inserts - 2) // groups + 2)
+
+
 def empty_slots(program: Program, dtype: str, sizes: SlotSizes) -> Slots:
     """Slots without rows, each on the devices that it belongs to."""
     where = jax.tree.map(lambda shape: shape.sharding, slot_shapes(program, dtype, sizes))

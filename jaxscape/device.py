@@ -40,7 +40,7 @@ def keep_compiled_programs() -> None:
 
 def free_memory() -> int | None:
     """The bytes that can still be allocated where arrays live, or None if nobody knows."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]  # of those of other processes nothing is known
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
@@ -62,7 +62,7 @@ def free_memory() -> int | None:
 
 def roofline(dtype: str) -> Roofline:
     """The first device's, from the cache, or measured in about a second and kept there."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     key = f"{device.device_kind}, {os.cpu_count() if device.platform == 'cpu' else 1}, {dtype}, jax {jax.__version__}"
     known: dict[str, dict[str, float]] = {}
     path = None

@@ -30,6 +30,7 @@ from jaxscape.decode import (
     empty_slots,
     insert,
     make_program,
+    most_new_points,
     pack,
     ring_size,
     tokenize,
@@ -213,8 +214,7 @@ class Board:
             of_place = np.full(self._points.shape, -1, np.int32)
             new = list(dict.fromkeys(point for point, _ in chosen if point not in known))
             known |= {point: -1 - k for k, point in enumerate(new)}
-            # A fill holds groups of so many points at most, for they come in the points' order.
-            most = min(size, (size - 2) // len(self._grouped) + 2)
+            most = most_new_points(size, len(self._grouped))
             padded = (new + [chosen[-1][0]] * most)[:most]
             for i, (block, (point, group)) in enumerate(zip(free, chosen, strict=False)):
                 place = block * group_size // self._plan.rows

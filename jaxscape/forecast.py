@@ -6,7 +6,8 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -28,19 +29,20 @@ from jaxscape.decode import (
     decode_chunk,
     insert,
     make_program,
+    most_new_points,
     pack,
     ring_size,
     slot_shapes,
 )
 from jaxscape.device import Roofline
 from jaxscape.errors import UserError
-from jaxscape.models.checkpoint import named_leaves
+from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.shapes import ModelShape, model_shape
-from jaxscape.perturb import materialise
-from jaxscape.plan import EngineOptions, Machine, Plan, Planner, Work, make_plan
-from jaxscape.sharding import Split, default_split, make_mesh, replicated, sharding, split_of
-from jaxscape.training import Batch, Settings, State, optimizer, state_shardings, train_step
+from jaxscape.perturb import Scaled, Seeded, materialise
+from jaxscape.plan import EngineOptions, Machine, Plan, Planner, Work, make_plan, smallest_plan
+from jaxscape.sharding import Split, default_split, make_mesh, replicated, sharding, split_of, split_text
+from jaxscape.training import Batch, Settings, State, check_batch, optimizer, state_shardings, train_step
 
 LATENCY = 2e-6  # seconds that a collective operation takes besides its bytes
 # The compiler's library would look for the TPU that it is on, and keep other processes away from it.
@@ -132,6 +134,7 @@ class Forecast:
     """
 
     form: str
+    mesh: str
     plan: Plan
     programs: dict[str, Program]
     fits: bool
@@ -149,13 +152,16 @@ class Slice:
 
     Attributes:
         name: such as v5e:2x4.
+        known: what was counted in programs that were compiled for it, by their text before that.
     """
 
     name: str
     chip: Chip
     devices: tuple[Any, ...]
+    known: dict[tuple[str, str], _Counts] = field(default_factory=dict, repr=False, compare=False)
 
 
+@cache
 def open_slice(name: str) -> Slice:
     """Ask the TPU compiler for a slice, by a name such as v5e:2x4 (v5p:2x2x1).
 
@@ -215,8 +221,10 @@ def forecast(
         quick: compile only one layer and two, and take every further one for another of what the second adds.
 
     Raises:
-        UserError: nothing that the options allow could ever fit.
+        UserError: the options are out of range, or the form is `streamed`, whose time the host decides.
     """
+    if options.form == "streamed":
+        raise UserError("A plan cannot tell how fast a host sends weights: choose another --form than streamed.")
     shape = shape_on(config, where, split, dtype)
     weights = _size(shape.params) // split_of(shape.mesh).model
     speed = Roofline(where.chip.flops, where.chip.bandwidth)
@@ -225,30 +233,28 @@ def forecast(
     forms = [options]
     if options.form == "auto":
         forms = [replace(options, form="materialised"), replace(options, form="factorised")]
-    found = [_forecast(shape, work, where.chip, machine, form, num_sets, quick) for form in forms]
+    found = [_forecast(shape, work, where, machine, form, num_sets, quick) for form in forms]
     return sorted(found, key=lambda each: (not each.fits, each.landscape_seconds))
 
 
 def shape_on(config: ModelConfig, where: Slice, split: Split | None, dtype: str) -> ModelShape:
     """The model's shapes on a slice, split as weights of their size are by default."""
     if split is None:
-        numbers = _size(model_shape(config, make_mesh(Split(), 1, where.devices), dtype).params)
-        split = default_split(numbers, round(where.chip.memory), len(where.devices))
+        weights = _size(model_shape(config, make_mesh(Split(), 1, where.devices), dtype).params)
+        split = default_split(weights, round(where.chip.memory), len(where.devices))
     return model_shape(config, make_mesh(split, config.num_kv_heads, where.devices), dtype)
 
 
 def _forecast(
-    shape: ModelShape, work: Work, chip: Chip, machine: Machine, options: EngineOptions, num_sets: int, quick: bool
+    shape: ModelShape, work: Work, where: Slice, machine: Machine, options: EngineOptions, num_sets: int, quick: bool
 ) -> Forecast:
     try:
         plan = make_plan(shape, work, options, machine)
     except UserError:  # compiled as it is, to say by how much
-        plan = make_plan(shape, work, options, Machine(machine.speed, None, is_host=False))
-    cache, beside = _cache_size(shape, work, plan), _beside(shape, work, plan)
-    counts = _counted(shape, lambda shape: _lowered(shape, work, plan), quick)
-    programs = {
-        name: _program(count, chip, cache if name == "materialise" else beside) for name, count in counts.items()
-    }
+        plan = smallest_plan(shape, work, options, machine)
+    chip, rings = where.chip, _cache_size(shape, work, plan)
+    counts = _counted(shape, lambda shape: _lowered(shape, work, plan), where, quick)
+    programs = {name: _program(count, chip, _beside(shape, work, plan, name)) for name, count in counts.items()}
     weights = _size(shape.params) // split_of(shape.mesh).model
     decode = programs["decode"]
     passes, inserts, lines = Planner(shape, work, options, machine).passes(plan)
@@ -257,7 +263,7 @@ def _forecast(
         0 if shape.config.tie_word_embeddings else _size(named_leaves(shape.params)["model.embed_tokens.weight"])
     )
     read = weights - looked_up // split_of(shape.mesh).model
-    limit = (copies * read + cache) / chip.bandwidth
+    limit = (copies * read + rings) / chip.bandwidth
     limit = max(limit, decode.flops / chip.flops)
     steps = passes * work.sampling.max_new_tokens
     seconds = steps * decode.seconds + inserts * programs["insert"].seconds
@@ -266,6 +272,7 @@ def _forecast(
     fits = all(program.missing is None for program in programs.values())
     return Forecast(
         form=plan.form,
+        mesh=split_text(shape.mesh),
         plan=plan,
         programs=programs,
         fits=fits,
@@ -298,10 +305,35 @@ def _cache_size(shape: ModelShape, work: Work, plan: Plan) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _beside(shape: ModelShape, work: Work, plan: Plan) -> int:
-    """Bytes that stand on each chip beside a program that decodes: directions, and of a point the model itself."""
-    others = {"materialised": work.ndim + 1, "factorised": max(0, work.ndim - 1), "streamed": 0}[plan.form]
-    return others * _size(shape.params) // split_of(shape.mesh).model
+def _beside(shape: ModelShape, work: Work, plan: Plan, program: str) -> int:
+    """Bytes that stand on each chip beside what a program is given: caches, directions, and of a point the model."""
+    model = split_of(shape.mesh).model
+    weights, direction = _size(shape.params) // model, _size(_direction(shape, plan.storage)) // model
+    rings = _cache_size(shape, work, plan)
+    few = rings * plan.few // (plan.places * plan.rows)  # where the last rows move to
+    if program == "materialise":
+        return rings + few + (direction if plan.form == "factorised" else 0)
+    if plan.form == "factorised":  # it is given the last direction, and the others are in the weights
+        return few + (weights + (work.ndim - 1) * direction if work.ndim > 1 else 0)
+    return few + (weights + work.ndim * direction if work.ndim else 0)
+
+
+def _direction(shape: ModelShape, storage: str) -> Any:
+    """The shapes of a random direction's tensors, as `jaxscape.perturb.random_direction` holds them."""
+    everywhere = replicated(shape.mesh)
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    seed = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+    key = jax.ShapeDtypeStruct(seed.shape, seed.dtype, sharding=everywhere)
+
+    def held(name: str, leaf: jax.ShapeDtypeStruct) -> Any:
+        if storage == "exact" or "norm" in name:
+            return leaf
+        where: Any = leaf.sharding
+        if storage == "seed":
+            return Seeded(key, number, None, None, leaf.shape, str(leaf.dtype), where)
+        return Scaled(jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(storage), sharding=where), number)
+
+    return tree_of({name: held(name, leaf) for name, leaf in named_leaves(shape.params).items()})
 
 
 Lowered = dict[str, tuple[Callable[[], Any], Callable[[str], hlo.Traffic]]]
@@ -318,11 +350,12 @@ def _lowered(shape: ModelShape, work: Work, plan: Plan) -> Lowered:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
 
     ndim = 1 if plan.form == "factorised" else 0
-    weights = Weights(shape.params, (shape.params,) * ndim)
+    direction = _direction(shape, plan.storage)
+    weights = Weights(shape.params, (direction,) * ndim)
     stream = placed(jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")))
-    count, size = plan.inserts, plan.inserts
+    count = plan.inserts
     numbers = np.zeros(count, np.int32)
-    most = min(size, max(0, size - 2) // len(groups.tokens) + 2)
+    most = most_new_points(count, len(groups.tokens))
     fill = Fill(
         group=numbers,
         coords=np.zeros((count, ndim), np.float32),
@@ -345,7 +378,7 @@ def _lowered(shape: ModelShape, work: Work, plan: Plan) -> Lowered:
     }
     moved = work.ndim - ndim
     if moved:
-        directions = (shape.params,) * moved
+        directions = (direction,) * moved
         where = placed(np.zeros(moved, np.float32))
         found["materialise"] = (
             lambda: materialise.lower(shape.params, directions, where, shape.params),
@@ -365,9 +398,16 @@ def finetune_step(
     dtype: str = "bfloat16",
     quick: bool = False,
 ) -> Program:
-    """A step of full finetuning: float32 weights and moments, computing in `dtype`; `quick` as in `forecast`."""
+    """A step of full finetuning: float32 weights and moments, computing in `dtype`; `quick` as in `forecast`.
+
+    Raises:
+        UserError: there is no such batch, or the mesh does not divide it.
+    """
+    if min(batch_size, length) < 1:
+        raise UserError(f"A batch of {batch_size} chats of {length} tokens is none.")
     shape = shape_on(config, where, split, dtype)
-    counts = _counted(shape, lambda shape: _lowered_step(shape, batch_size, length, remat), quick)
+    check_batch(batch_size, shape.mesh)
+    counts = _counted(shape, lambda shape: _lowered_step(shape, batch_size, length, remat), where, quick)
     return _program(counts["step"], where.chip, 0)
 
 
@@ -396,13 +436,15 @@ def _lowered_step(shape: ModelShape, batch_size: int, length: int, remat: bool) 
     }
 
 
-def _counted(shape: ModelShape, programs: Callable[[ModelShape], Lowered], quick: bool) -> dict[str, _Counts]:
+def _counted(
+    shape: ModelShape, programs: Callable[[ModelShape], Lowered], where: Slice, quick: bool
+) -> dict[str, _Counts]:
     """The counts of each program, compiled; with `quick`, extrapolated from one layer and two."""
     layers = shape.config.num_layers
     if not quick or layers < 3:
-        return {name: _compiled(*each) for name, each in programs(shape).items()}
+        return {name: _once(where, *each) for name, each in programs(shape).items()}
     one, two = (
-        _counted(model_shape(replace(shape.config, num_layers=n), shape.mesh, shape.dtype), programs, False)
+        _counted(model_shape(replace(shape.config, num_layers=n), shape.mesh, shape.dtype), programs, where, False)
         for n in (1, 2)
     )
     return {name: _extrapolated(one[name], two[name], layers) for name in one}
@@ -417,9 +459,17 @@ def _extrapolated(one: _Counts, two: _Counts, layers: int) -> _Counts:
     return found._replace(compiler_seconds=0.0) if unusable else found
 
 
-def _compiled(lower: Callable[[], Any], traffic: Callable[[str], hlo.Traffic]) -> _Counts:
+def _once(where: Slice, lower: Callable[[], Any], traffic: Callable[[str], hlo.Traffic]) -> _Counts:
+    lowered = lower()
+    key = (traffic.__name__, lowered.as_text())
+    if key not in where.known:
+        where.known[key] = _compiled(lowered, traffic)
+    return where.known[key]
+
+
+def _compiled(lowered: Any, traffic: Callable[[str], hlo.Traffic]) -> _Counts:
     try:
-        compiled = lower().compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -462,7 +512,7 @@ def _most_rows(shape: ModelShape, work: Work, plan: Plan, programs: dict[str, Pr
     """The rows that would fill what the programs leave free, each taking what one takes now."""
     batch = plan.places * plan.rows
     used = max(programs[name].arguments + programs[name].temporaries for name in ("insert", "decode"))
-    used += _beside(shape, work, plan)
+    used += _beside(shape, work, plan, "decode")
     each = (_cache_size(shape, work, plan) + max(programs[name].temporaries for name in ("insert", "decode"))) / batch
     return int(batch + (chip.memory - used) / each)
 

@@ -138,15 +138,10 @@ def _parts(
         yield _traffic(computations, _called(instruction, "to_apply"))
     elif kind.removesuffix("-start") in _COLLECTIVES:
         yield _collective(instruction, operands)
+    elif (found := _inner_collective(computations, instruction)) is not None:
+        yield found
     elif kind == "async-start":
-        inner = computations.get(_called(instruction, "calls"), [])
-        moved = next((i for i in inner if i.is_root), None)
-        if moved is not None and moved.kind in _COLLECTIVES:
-            yield _collective(moved, operands)
-        elif moved is not None:
-            yield Traffic(moved.size)
-    elif (fused := _fused_collective(computations, instruction)) is not None:
-        yield _collective(fused, operands)
+        yield Traffic(sum(each.size for each in computations.get(_called(instruction, "calls"), []) if each.is_root))
     elif kind in ("copy-start", "slice-start", "dynamic-slice", "slice", "gather"):
         # Of what they read, only what they give; a copy within memory is read and written.
         sizes = [size for size, _ in instruction.arrays]
@@ -156,13 +151,17 @@ def _parts(
         yield Traffic(_used(computations, instruction, operands))
 
 
-def _fused_collective(computations: dict[str, list[_Instruction]], instruction: _Instruction) -> _Instruction | None:
-    """A collective within a fusion: one alone, or an all-reduce of which each device keeps its part."""
-    inner = computations.get(_called(instruction, "calls"), [])
-    found = next((each for each in inner if each.kind in _COLLECTIVES), None)
-    if found is not None and found.kind == "all-reduce" and instruction.size < found.size:
-        return replace(found, kind="reduce-scatter")
-    return found
+def _inner_collective(computations: dict[str, list[_Instruction]], instruction: _Instruction) -> Traffic | None:
+    """Of a collective that runs aside, or in a fusion: alone, or an all-reduce of which each device keeps its part."""
+    known = {each.name: each for each in computations.get(_called(instruction, "calls"), [])}
+    found = next((each for each in known.values() if each.kind in _COLLECTIVES), None)
+    if found is None:
+        fused = (_inner_collective(computations, each) for each in known.values() if each.kind == "fusion")
+        return next((each for each in fused if each is not None), None)
+    operands = [known[name] for name in found.operands if name in known]
+    if found.kind == "all-reduce" and instruction.kind == "fusion" and instruction.size < found.size:
+        found = replace(found, kind="reduce-scatter")
+    return _collective(found, operands)
 
 
 def _used(
@@ -190,7 +189,9 @@ def _collective(instruction: _Instruction, operands: list[_Instruction]) -> Traf
     count = 2
     if groups is not None:
         count = int(groups[3]) if groups[1] is None else len(groups[1].split(","))
-    whole = max([each.size for each in operands] + [size for size, _ in instruction.arrays], default=0)
+    given = sum(each.size for each in operands)
+    # The result of a start holds the operands too.
+    whole = max(given, instruction.size - (given if instruction.kind.endswith("-start") else 0))
     part = whole if kind == "collective-permute" else whole * (count - 1) / max(count, 1)
     sent = 2 * part if kind == "all-reduce" else part
     return Traffic(2.0 * whole, sent if count > 1 else 0.0, 1 if count > 1 else 0)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
@@ -28,10 +28,10 @@ Direction = Params
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
 @dataclass(frozen=True)
 class Scaled:
-    """A direction's tensor in fewer bits: values in bfloat16 or int8, times one float32."""
+    """A direction's tensor in fewer bits: values in bfloat16 or int8, times one float32; or the shapes of both."""
 
-    values: Array
-    scale: Float[Array, ""]
+    values: Shaped[Any, "*shape"]
+    scale: Float[Any, ""]
 
     def dense(self) -> Float[Array, "*shape"]:
         return self.values.astype(jnp.float32) * self.scale
@@ -44,7 +44,7 @@ class Scaled:
 )
 @dataclass(frozen=True)
 class Seeded:
-    """A random direction's tensor that is not stored, but drawn where it is used.
+    """A random direction's tensor that is not stored, but drawn where it is used; or the shapes of what it takes.
 
     Attributes:
         scale: what the noise is multiplied by, float32.
@@ -53,10 +53,10 @@ class Seeded:
         where: the devices that draw it, each its own part.
     """
 
-    key: Key[Array, ""]
-    scale: Float[Array, ""]
+    key: Key[Any, ""]
+    scale: Float[Any, ""]
     other: "Array | Scaled | Seeded | None"
-    along: Float[Array, ""] | None
+    along: Float[Any, ""] | None
     shape: tuple[int, ...]
     dtype: str
     where: NamedSharding
@@ -166,6 +166,17 @@ def _in_fewer_bits(tensor: Float[Array, "*shape"], storage: str) -> Scaled:
         values = tensor.astype(jnp.bfloat16)
     norm = _norm(values.astype(jnp.float32))
     return Scaled(values, _norm(tensor) / jnp.where(norm > 0, norm, 1.0))
+
+
+def placed(direction: Direction, model: Model) -> Direction:
+    """A direction that is split over the devices as the model's parameters are."""
+    where = named_leaves(model.shardings)
+    return tree_of(
+        {
+            name: jax.device_put(tensor, where[name]) if isinstance(tensor, jax.Array | np.ndarray) else tensor
+            for name, tensor in named_leaves(direction).items()
+        }
+    )
 
 
 def difference(model: Model, other: Model) -> Params:
@@ -318,8 +329,13 @@ def load_direction(path: str | Path, model: Model) -> Params:
             names = list(file.keys())
             found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             check_tensors(_shapes(model.params), found, f"the direction {path}")
-            weights = named_leaves(model.params)
-            return tree_of({name: to_dtype(file.get_tensor(name), weights[name].dtype) for name in names})
+            weights, where = named_leaves(model.params), named_leaves(model.shardings)
+            return tree_of(
+                {
+                    name: jax.device_put(to_dtype(file.get_tensor(name), weights[name].dtype), where[name])
+                    for name in names
+                }
+            )
     except (SafetensorError, OSError) as error:
         raise UserError(f"The direction {path} cannot be read as safetensors ({error}).") from error
 

@@ -156,6 +156,12 @@ def make_plan(
     return _fastest(Planner(model, work, options, machine))
 
 
+def smallest_plan(model: Model | ModelShape, work: Work, options: EngineOptions, machine: Machine) -> Plan:
+    """The plan that takes the least memory, whether it fits or not."""
+    planner = Planner(model, work, options, machine)
+    return min((plan for form in planner.forms() for plan in planner.plans(form)), key=planner.missing)
+
+
 def _fastest(planner: "Planner") -> Plan:
     plans = [plan for form in planner.forms() for plan in planner.plans(form)]
     fitting = [plan for plan in plans if planner.fits(plan)]
@@ -292,8 +298,9 @@ class Planner:
         few = few if few < places * rows else 0
         batch = places * rows // self._split.points
         cache = (batch + few // self._split.points) * (self._longest + work.sampling.max_new_tokens) * self._slot
-        shared = places + few // rows if form == "factorised" else 2
-        cache += -(-shared // self._split.points) * self._prefix * self._slot
+        # The prefix of a single place is on every device.
+        shared = -(-(places + few // rows) // self._split.points) if form == "factorised" else 2
+        cache += shared * self._prefix * self._slot
         each = {"exact": work.drawn * self._itemsize, "seed": 0, "bfloat16": 2 * work.ndim, "int8": work.ndim}[storage]
         copies = {"materialised": min(work.ndim, 1) + 1, "streamed": 1, "factorised": min(work.ndim, 2)}[form]
         if form == "streamed" and not self._on_host:

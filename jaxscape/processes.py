@@ -97,7 +97,7 @@ def gathered(tree: Any) -> Any:
 
 def leave(code: int) -> None:
     """End this process at once if there are others, which JAX would wait for: they notice, and end too."""
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():  # which starts no device
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -106,7 +106,9 @@ def leave(code: int) -> None:
 def _supervise() -> int:
     """Run this program again in a process of its own, and say in a sentence why it ended, if another one died: JAX's
     runtime then aborts without asking."""
-    child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=os.environ | {_SUPERVISED: str(os.getpid())})
+    child = subprocess.Popen(
+        [sys.executable, *sys.orig_argv[1:]], env=os.environ | {_SUPERVISED: str(os.getpid())}, process_group=0
+    )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: child.send_signal(number))
     code = child.wait()

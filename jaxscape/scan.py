@@ -141,8 +141,9 @@ def resolve(directions: Sequence[Direction], model: Model, storage: str = "exact
         if isinstance(direction, int | np.integer):
             other = resolved[0] if resolved else None
             direction = random_direction(model, int(direction), orthogonal_to=other, storage=storage)
-        elif storage in ("bfloat16", "int8"):
-            direction = stored(direction, storage)
+        else:
+            direction = placed(direction, model)
+            direction = stored(direction, storage) if storage in ("bfloat16", "int8") else direction
         resolved.append(direction)
     return resolved
 

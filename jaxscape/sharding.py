@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -53,12 +54,20 @@ def make_mesh(split: Split, num_kv_heads: int, devices: Sequence[Any] | None = N
         UserError: there are not as many, or several processes have others, which would have nothing to do.
     """
     there = jax.devices() if devices is None else devices
+    text = f"points={split.points},model={split.model}"
     if split.size > len(there) or (jax.process_count() > 1 and split.size < len(there)):
-        raise UserError(f"The mesh points={split.points},model={split.model} does not fit {len(there)} devices.")
-    devices = there[: split.size]
+        raise UserError(f"The mesh {text} does not fit {len(there)} devices.")
     kv = math.gcd(num_kv_heads, split.model)
     shape = (split.points, kv, split.model // kv)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=list(devices))
+    try:
+        # Where a TPU's own axes are longer than the mesh's, they are split.
+        chosen = mesh_utils.create_device_mesh(shape, there[: split.size], allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        raise UserError(
+            f"The mesh {text} cannot be laid out on {len(there)} devices as they are connected ({error}); use all of "
+            f"them, in powers of two."
+        ) from error
+    return Mesh(chosen, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def split_of(mesh: Mesh) -> Split:

@@ -38,7 +38,7 @@ class Training:
         schedule: `cosine` falls to 0 at the end, `step` falls by 0.85 with each epoch as in the paper's code,
             `constant` stays.
         warmup: the part of all steps in which the learning rate rises from 0.
-        batch_size: chats computed together; over several devices, a multiple of their number.
+        batch_size: chats computed together, a multiple of the devices along `points`.
         accumulation: batches whose gradients are summed up for one step of the optimiser.
         weight_decay: decoupled (AdamW); of matrices, not of norms and biases.
         max_grad_norm: to which the gradient is clipped; 0 leaves it.
@@ -173,7 +173,7 @@ def make_trainer(model: Model, training: Training) -> Trainer:
     Raises:
         UserError: the batch cannot be split over the devices.
     """
-    check_batch(training, model)
+    check_batch(training.batch_size, model.mesh)
     settings = Settings(
         mesh=model.mesh,
         dtype=model.dtype,
@@ -186,12 +186,10 @@ def make_trainer(model: Model, training: Training) -> Trainer:
     return Trainer(model.config, settings, frozen)
 
 
-def check_batch(training: Training, model: Model) -> None:
-    """Raise a `UserError` if a batch cannot be split over the devices of the model's mesh that share one."""
-    if training.batch_size % (points := split_of(model.mesh).points):
-        raise UserError(
-            f"The batch size {training.batch_size} is not a multiple of the {points} devices that share a batch."
-        )
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raise a `UserError` if a batch cannot be split over the devices of the mesh that share one."""
+    if batch_size % (points := split_of(mesh).points):
+        raise UserError(f"The batch size {batch_size} is not a multiple of the {points} devices that share a batch.")
 
 
 def state_shardings(shapes: State, config: ModelConfig, settings: Settings) -> State:

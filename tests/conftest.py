@@ -7,7 +7,6 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"  # the expectations here are a CPU's
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # for meshes; models are on one of them
 os.environ["NPROC"] = "32"  # XLA's threads: each device may block several, and all would wait if there were no more
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # the TPU compiler would look for the machine that it is on
 
 from collections.abc import Callable
 from pathlib import Path

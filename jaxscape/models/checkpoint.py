@@ -18,6 +18,7 @@ from jaxscape.errors import UserError
 from jaxscape.files import cache_dir, checksum
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import parameter_axes, parameter_shapes
+from jaxscape.processes import from_first
 from jaxscape.sharding import sharding
 
 Params = dict[str, Any]
@@ -95,8 +96,14 @@ def load_kept(checkpoint: Checkpoint, dtype: jnp.dtype, origin: str, mesh: Mesh)
 
     It is made first if there is none of these files in this dtype. Several processes need a cache that they share.
     """
-    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
-    directory = (cache_dir() / "weights" / checksum((files, str(dtype)))).absolute()
+
+    def look() -> tuple[str, bool]:
+        files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
+        directory = (cache_dir() / "weights" / checksum((files, str(dtype)))).absolute()
+        return str(directory), directory.exists()
+
+    name, is_kept = from_first(look)
+    directory = Path(name)
     where = parameter_shardings(checkpoint.config, mesh)
     like = jax.tree.map(
         lambda leaf, there: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=there),
@@ -104,10 +111,12 @@ def load_kept(checkpoint: Checkpoint, dtype: jnp.dtype, origin: str, mesh: Mesh)
         where,
     )
     with ocp.StandardCheckpointer() as checkpointer:
-        if directory.exists():
+        if is_kept:
             try:
                 params: Params = checkpointer.restore(directory, like)
                 return params
+            except jax.errors.JaxRuntimeError:  # the device's memory is full
+                raise
             except Exception as error:  # Orbax and its storage raise many types for what is missing or damaged
                 raise UserError(
                     f"The kept weights in {directory} cannot be read ({type(error).__name__}); remove that directory, "
@@ -116,7 +125,10 @@ def load_kept(checkpoint: Checkpoint, dtype: jnp.dtype, origin: str, mesh: Mesh)
         params = load_params(checkpoint, dtype, origin, mesh)
         try:
             checkpointer.save(directory, params)
+            checkpointer.wait_until_finished()
         except Exception as error:  # the same, for a full disk
+            if directory.exists():  # another run has kept them meanwhile
+                return params
             raise UserError(
                 f"The weights cannot be kept in {directory} ({type(error).__name__}: {str(error)[:200]}); make room, "
                 f"or leave out --keep-weights."
@@ -128,10 +140,16 @@ def changed_parts(
     array: Float[Array, "*shape"], change: Callable[[np.ndarray, Any], np.ndarray]
 ) -> Float[Array, "*shape"]:
     """An array whose parts are what `change(values, index)` gives for those of `array`, on the host that holds them."""
-    parts = {str(shard.index): shard.data for shard in array.addressable_shards}
-    return jax.make_array_from_callback(
-        array.shape, array.sharding, lambda index: change(np.asarray(parts[str(index)]), index)
-    )
+    old = {str(shard.index): shard.data for shard in array.addressable_shards}
+    new: dict[str, np.ndarray] = {}  # what several devices hold is made once
+
+    def part(index: Any) -> np.ndarray:
+        key = str(index)
+        if key not in new:
+            new[key] = change(np.asarray(old[key]), index)
+        return new[key]
+
+    return jax.make_array_from_callback(array.shape, array.sharding, part)
 
 
 def parameter_shardings(config: ModelConfig, mesh: Mesh) -> Params:
