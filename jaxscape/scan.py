@@ -21,7 +21,7 @@ from jaxscape.files import checksum
 from jaxscape.landscape import Axis, Landscape, symmetric_axes
 from jaxscape.models import Model
 from jaxscape.models.checkpoint import Params, fingerprint
-from jaxscape.perturb import check_direction, random_direction, stored
+from jaxscape.perturb import check_direction, placed, random_direction, stored
 from jaxscape.plan import FORMS, EngineOptions, Plan, Work, make_plan
 from jaxscape.processes import from_first
 from jaxscape.progress import report_to
