@@ -130,21 +130,20 @@ def answers(ask: dict[str, Any]) -> list[dict[str, Any]]:
     model = split_of(shape_on(config, smallest, None, "bfloat16").mesh).model
     times = ask["chips"] // ask["groups_of"]
     found = []
-    for form, slots in zip(FORMS, (work.rows, range(128 * times)), strict=True):
-        options = EngineOptions(form=form, slots=len(slots))  # type: ignore[arg-type]
-        split = Split(ask["chips"] // model, model)
+    split = Split(ask["chips"] // model, model)
+    for form, slots in zip(FORMS, (ask["prompts"], 128 * times), strict=True):
+        options = EngineOptions(form=form, slots=slots)  # type: ignore[arg-type]
         found += [record(each) for each in forecast(config, work, where, split=split, options=options, quick=True)]
     return found
 
 
 def record(found: Forecast) -> dict[str, Any]:
     decode = found.programs["decode"]
-    missing = max(program.missing or 0.0 for program in found.programs.values())
     return {
         "form": found.form,
         "mesh": found.mesh,
         "fits": found.fits,
-        "missing_gb": round(missing / 1e9, 2),
+        "missing_gb": round(found.missing / 1e9, 2),
         "rows": found.plan.places * found.plan.rows,
         "points_per_hour": round(3600 / found.point_seconds, 1) if found.fits else None,
         "limit_per_hour": round(3600 / found.point_limit, 1) if found.fits else None,

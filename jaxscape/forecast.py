@@ -145,6 +145,11 @@ class Forecast:
     landscape_seconds: float
     point_limit: float
 
+    @property
+    def missing(self) -> float:
+        """Bytes of each chip's memory that the largest program lacks; 0 if all fit."""
+        return max(program.missing or 0.0 for program in self.programs.values())
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -570,8 +575,7 @@ def _cells(program: Program) -> list[str]:
 def _verdict(found: Forecast) -> str:
     plan = found.plan
     if not found.fits:
-        missing = max(program.missing or 0.0 for program in found.programs.values())
-        return f"{found.form}: does not fit, by {missing / 1e9:.2f} GB a chip"
+        return f"{found.form}: does not fit, by {found.missing / 1e9:.2f} GB a chip"
     rows = f"{plan.places * plan.rows} rows" if plan.places == 1 else f"{plan.places} points x {plan.rows} rows"
     return (
         f"{found.form}: {rows} at a time (at most {found.most_rows}), {found.point_seconds:.2f} s a point, "

@@ -158,15 +158,17 @@ def make_plan(
 
 def smallest_plan(model: Model | ModelShape, work: Work, options: EngineOptions, machine: Machine) -> Plan:
     """The plan that takes the least memory, whether it fits or not."""
-    planner = Planner(model, work, options, machine)
-    return min((plan for form in planner.forms() for plan in planner.plans(form)), key=planner.missing)
+    return _smallest(Planner(model, work, options, machine))
+
+
+def _smallest(planner: "Planner") -> Plan:
+    return min(planner.all_plans(), key=planner.missing)
 
 
 def _fastest(planner: "Planner") -> Plan:
-    plans = [plan for form in planner.forms() for plan in planner.plans(form)]
-    fitting = [plan for plan in plans if planner.fits(plan)]
+    fitting = [plan for plan in planner.all_plans() if planner.fits(plan)]
     if not fitting:
-        least = min(plans, key=planner.missing)
+        least = _smallest(planner)
         raise UserError(
             f"The device's memory does not hold this scan: in the {least.form} form with {least.places * least.rows} "
             f"slots it takes {least.memory / 1e9:.1f} GB on each device; choose a --dtype of 16 bits, fewer --slots, "
@@ -217,6 +219,10 @@ class Planner:
 
     def fits(self, plan: Plan) -> bool:
         return self._machine.free is None or self.missing(plan) <= MARGIN * self._machine.free
+
+    def all_plans(self) -> Iterator[Plan]:
+        """Those of every form that may be chosen."""
+        return (plan for form in self.forms() for plan in self.plans(form))
 
     def plans(self, form: str) -> Iterator[Plan]:
         """With fewer and fewer slots, and with random directions that are stored or not."""

@@ -178,7 +178,7 @@ def test_bytes_are_counted_once(eight: Slice) -> None:
 
 
 def test_shapes_are_those_of_the_models(tiny_dir: Path, tiny: js.Model, tmp_path: Path) -> None:
-    billions = {"llama-2-7b": 6.74, "llama-3-8b": 8.03, "qwen2.5-7b": 7.6}
+    billions = {"llama-2-7b": 6.74, "llama-2-70b": 68.98, "llama-3-8b": 8.03, "mistral-7b": 7.24, "qwen2.5-7b": 7.6}
     for name, expected in billions.items():
         leaves = jax.tree.leaves(parameter_shapes(shape_config(name)))
         assert sum(leaf.size for leaf in leaves) / 1e9 == pytest.approx(expected, rel=0.01)
