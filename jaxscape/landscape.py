@@ -94,7 +94,7 @@ def _visage_each(asr: Float[np.ndarray, "*shape"], kind: str, ndim: int) -> Floa
 
 
 def visage_interval(
-    refused: Bool[np.ndarray, "directions *grid prompts"],
+    refused: Bool[np.ndarray, " directions *grid prompts"],
     kind: str = "paper",
     *,
     seed: int = 0,
@@ -125,10 +125,10 @@ class Landscape:
     """
 
     axes: tuple[Axis, ...]
-    asr: Float[np.ndarray, "directions *grid"]
-    asr_low: Float[np.ndarray, "directions *grid"]
-    asr_high: Float[np.ndarray, "directions *grid"]
-    nonfinite: Int[np.ndarray, "directions *grid"]
+    asr: Float[np.ndarray, " directions *grid"]
+    asr_low: Float[np.ndarray, " directions *grid"]
+    asr_high: Float[np.ndarray, " directions *grid"]
+    nonfinite: Int[np.ndarray, " directions *grid"]
     num_prompts: int
     visage_values: dict[str, Any] | None
 
@@ -136,9 +136,9 @@ class Landscape:
     def from_outcomes(
         cls,
         axes: Sequence[Axis],
-        refused: Bool[np.ndarray, "directions *grid prompts"],
-        nonfinite: Int[np.ndarray, "directions *grid"],
-        evaluated: Bool[np.ndarray, "directions *grid"],
+        refused: Bool[np.ndarray, " directions *grid prompts"],
+        nonfinite: Int[np.ndarray, " directions *grid"],
+        evaluated: Bool[np.ndarray, " directions *grid"],
     ) -> "Landscape":
         """Build a landscape from whether each prompt was refused at each point."""
         num_prompts = refused.shape[-1]
