@@ -1,9 +1,11 @@
 """What the machine can do: its memory, and how fast it multiplies and reads, measured once and remembered."""
 
 import json
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +38,17 @@ def keep_compiled_programs() -> None:
         except UserError:  # there is no place to keep them: they are compiled again next time
             return
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@contextmanager
+def not_kept() -> Iterator[None]:
+    """While it lasts, JAX keeps no program: it could not read back those of a machine that is not here."""
+    least = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 def free_memory() -> int | None:

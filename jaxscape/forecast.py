@@ -34,7 +34,7 @@ from jaxscape.decode import (
     ring_size,
     slot_shapes,
 )
-from jaxscape.device import Roofline
+from jaxscape.device import Roofline, not_kept
 from jaxscape.errors import UserError
 from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.config import ModelConfig
@@ -474,7 +474,8 @@ def _once(where: Slice, lower: Callable[[], Any], traffic: Callable[[str], hlo.T
 
 def _compiled(lowered: Any, traffic: Callable[[str], hlo.Traffic]) -> _Counts:
     try:
-        compiled = lowered.compile()
+        with not_kept():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -8,7 +8,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # the expectations here are a CPU's
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # for meshes; models are on one of them
 os.environ["NPROC"] = "32"  # XLA's threads: each device may block several, and all would wait if there were no more
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import jaxscape as js
+from jaxscape.device import keep_compiled_programs
 from jaxscape.models import builtin
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)  # chance finds bugs at a desk, and only noise in CI
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+keep_compiled_programs()  # as the command line does: many tests and their processes compile the same ones
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -63,6 +66,23 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
     )
+
+
+WITHOUT_TORCH = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *path: None if name.split(".")[0] in ("torch", "accelerate") else find(name, *path)
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_torch_in_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Processes that tests start do without torch, as those of most users; transformers would import it for seconds."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(WITHOUT_TORCH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+        yield
 
 
 MakeModel = Callable[..., tuple[Path, transformers.LlamaForCausalLM]]

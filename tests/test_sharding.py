@@ -263,7 +263,7 @@ def test_two_processes_are_one_run_and_survive_one_of_them(tiny_dir: Path, tmp_p
     command = scan_command(tiny_dir, tmp_path / "two", steps=60)
     first, second = processes([*command, *TWO])
     generations = tmp_path / "two" / "generations.jsonl"
-    for _ in range(600):
+    for _ in range(2400):
         if generations.exists() and generations.read_bytes().count(b"\n") >= 12:
             break
         time.sleep(0.1)
