@@ -36,6 +36,7 @@ from jaxscape.decode import (
 )
 from jaxscape.device import Roofline, not_kept
 from jaxscape.errors import UserError
+from jaxscape.models import kernels
 from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.shapes import ModelShape, model_shape
@@ -412,13 +413,17 @@ def finetune_step(
         raise UserError(f"A batch of {batch_size} chats of {length} tokens is none.")
     shape = shape_on(config, where, split, dtype)
     check_batch(batch_size, shape.mesh)
-    counts = _counted(shape, lambda shape: _lowered_step(shape, batch_size, length, remat), where, quick)
-    return _program(counts["step"], where.chip, 0)
+    counts = _counted(shape, lambda shape: _lowered_step(shape, batch_size, length, remat), where, quick)["step"]
+    devices = split_of(shape.mesh).size
+    if kernels.helps(config, dtype, batch_size, length, devices):
+        flops = kernels.attention_flops(config, batch_size, length, passes=2 if remat else 1)
+        counts = counts._replace(flops=counts.flops + flops / devices)
+    return _program(counts, where.chip, 0)
 
 
 def _lowered_step(shape: ModelShape, batch_size: int, length: int, remat: bool) -> Lowered:
     config = shape.config
-    settings = Settings(shape.mesh, shape.dtype, None, 0.0, 1.0, remat)
+    settings = Settings(shape.mesh, shape.dtype, None, 0.0, 1.0, remat, kernel=True)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shape.params)
     state: Any = jax.eval_shape(lambda weights: State(weights, optimizer(settings).init(weights)), trainable)
     there = state_shardings(state, config, settings)

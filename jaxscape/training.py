@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxscape.chats import Chat, Example, tokenize
 from jaxscape.errors import UserError, check_seed
-from jaxscape.models import Model
+from jaxscape.models import Model, kernels
 from jaxscape.models.checkpoint import Params, parameter_shardings
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import forward
@@ -116,6 +116,7 @@ class Settings:
     Attributes:
         mesh: the rows of a batch are split over `points`, weights that are trained in full and their moments over
             `model`; an adapter is on every device.
+        kernel: compute attention by a kernel where it helps, see `jaxscape.models.kernels`.
     """
 
     mesh: Mesh
@@ -124,6 +125,7 @@ class Settings:
     weight_decay: float
     max_grad_norm: float
     remat: bool
+    kernel: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +183,7 @@ def make_trainer(model: Model, training: Training) -> Trainer:
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         remat=training.remat,
+        kernel=kernels.usable(model.mesh),
     )
     frozen = jax.device_put(model.params, model.shardings) if training.method == "lora" else {}
     return Trainer(model.config, settings, frozen)
@@ -336,7 +339,9 @@ def total_loss(
     params = weights_of(trainable, frozen, settings)
     time = jnp.arange(rows.tokens.shape[1])
     positions = jnp.where(time < rows.lengths[:, None], time, -1)
-    logits, _ = forward(config, params, jnp.asarray(rows.tokens), positions, remat=settings.remat)
+    devices = split_of(settings.mesh).size
+    kernel = settings.kernel and kernels.helps(config, settings.dtype, *rows.tokens.shape, devices)
+    logits, _ = forward(config, params, jnp.asarray(rows.tokens), positions, remat=settings.remat, kernel=kernel)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], rows.tokens[:, 1:])
     return (loss * rows.learned[:, 1:]).sum()
 
@@ -369,7 +374,7 @@ def perplexity(model: Model, chats: Sequence[Chat], *, max_length: int = 2048, b
     ]
     if batch_size < 1:
         raise UserError(f"The batch size must be at least 1, not {batch_size}.")
-    settings = Settings(model.mesh, model.dtype, None, 0.0, 0.0, remat=False)
+    settings = Settings(model.mesh, model.dtype, None, 0.0, 0.0, remat=False, kernel=kernels.usable(model.mesh))
     points = split_of(model.mesh).points
     whole = -(-batch_size // points) * points
     return math.exp(Trainer(model.config, settings, {}).mean_loss(model.params, examples, whole))

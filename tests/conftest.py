@@ -28,6 +28,8 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)  # chance finds bugs at a desk, and only noise in CI
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core; torch's threads would wait for one another
+    torch.set_num_threads(1)
 keep_compiled_programs()  # as the command line does: many tests and their processes compile the same ones
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

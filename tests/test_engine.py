@@ -85,7 +85,7 @@ def run(
     return list(engine.complete([direction], [(c,) for c in coords]))
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     prompts=st.lists(st.sampled_from(POOL), min_size=1, max_size=9),
     coords=st.lists(st.sampled_from(COORDS), min_size=1, max_size=4),

@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxscape.models import kernels
 from jaxscape.models.config import ModelConfig
 from jaxscape.sharding import Axes, constrain
 
@@ -190,6 +191,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     order: CacheOrder
+    kernel: bool
 
     @nn.compact
     def __call__(
@@ -209,6 +211,7 @@ class Attention(nn.Module):
         finite = jnp.isfinite(v).all(-1, keepdims=True)
         k = jnp.where(finite, k, jnp.nan)
         v = jnp.where(finite & (positions[..., None, None] >= 0), v, 0)
+        whole = k.swapaxes(1, 2), v.swapaxes(1, 2)
         k, v = (
             constrain(x.transpose(*map("bskh".index, to)), *axes)
             for x, to, axes in zip((k, v), order.both, order.axes, strict=True)
@@ -218,6 +221,10 @@ class Attention(nn.Module):
         # The queries of a key-value head are the rows of one product, also when there is one token only.
         q = q.reshape(batch, time, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         q = constrain(q, "rows", "kv_heads", "group", None, None)
+        output = Linear(c.hidden_size, (None, "heads"), c.attention_bias, name="o_proj")
+        if self.kernel:
+            y = kernels.attention(q, *whole, positions >= 0)
+            return output(y.reshape(batch, -1, time, c.head_dim).swapaxes(1, 2).reshape(batch, time, -1)), (k, v)
         q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim)
         new, own, prefix = (k, v), memory.own, memory.prefix
         if own is not None:
@@ -243,7 +250,7 @@ class Attention(nn.Module):
         mixed = [_mixed(w, values, order.values) for w, (_, values) in zip(weights, sources, strict=True)]
         y = sum(mixed[1:], start=mixed[0]).astype(x.dtype)
         y = y.reshape(batch, -1, time, c.head_dim).swapaxes(1, 2).reshape(batch, time, -1)
-        return Linear(c.hidden_size, (None, "heads"), c.attention_bias, name="o_proj")(y), (k, v)
+        return output(y), (k, v)
 
 
 def _repeated(x: Array, axis: int, length: int) -> Array:
@@ -285,13 +292,14 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     config: ModelConfig
     order: CacheOrder
+    kernel: bool
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch time dim"], *attention_inputs: Any
     ) -> tuple[Float[Array, "batch time dim"], tuple[Array, Array]]:
         epsilon = self.config.rms_norm_eps
-        y, key_value = Attention(self.config, self.order, name="self_attn")(
+        y, key_value = Attention(self.config, self.order, self.kernel, name="self_attn")(
             RMSNorm(epsilon, name="input_layernorm")(x), *attention_inputs
         )
         x = constrain(x + y, "rows", None, None)
@@ -305,6 +313,7 @@ class Layers(nn.Module):
     config: ModelConfig
     remat: bool
     order: CacheOrder
+    kernel: bool
 
     @nn.compact
     def __call__(
@@ -325,7 +334,7 @@ class Layers(nn.Module):
                 visible=visible,
                 rotation=rotations,
             )
-            x, (k, v) = layer(self.config, self.order, name=str(i))(x, positions, memory)
+            x, (k, v) = layer(self.config, self.order, self.kernel, name=str(i))(x, positions, memory)
             keys.append(k)
             values.append(v)
         return x, KVCache(tuple(keys), tuple(values), slots)
@@ -355,10 +364,11 @@ class Backbone(nn.Module):
     config: ModelConfig
     remat: bool
     order: CacheOrder
+    kernel: bool
 
     def setup(self) -> None:
         self.embed_tokens = Embedding(self.config)
-        self.layers = Layers(self.config, self.remat, self.order)
+        self.layers = Layers(self.config, self.remat, self.order, self.kernel)
         self.norm = RMSNorm(self.config.rms_norm_eps)
 
     def __call__(
@@ -378,9 +388,10 @@ class Decoder(nn.Module):
     config: ModelConfig
     remat: bool = False
     order: CacheOrder = CPU_ORDER
+    kernel: bool = False
 
     def setup(self) -> None:
-        self.model = Backbone(self.config, self.remat, self.order)
+        self.model = Backbone(self.config, self.remat, self.order, self.kernel)
         if not self.config.tie_word_embeddings:
             self.lm_head = Linear(self.config.vocab_size, ("vocab", "embed"))
 
@@ -409,6 +420,7 @@ def forward(
     *,
     remat: bool = False,
     order: CacheOrder = CPU_ORDER,
+    kernel: bool = False,
 ) -> tuple[Float[Array, "batch time vocab"], KVCache]:
     """The decoder as a pure function.
 
@@ -418,11 +430,12 @@ def forward(
         context: what they can attend to besides one another, see `Context`.
         remat: let a gradient keep each layer's input alone and compute the rest again: less memory, a third more time.
         order: of all caches, those in the context and the one that is returned.
+        kernel: compute attention by JAX's kernel for TPUs, see `jaxscape.models.kernels`; only without a context.
 
     Returns:
         float32[B, T, V] logits, and the cache with these tokens in it (T slots if it was started here).
     """
-    output: Any = Decoder(config, remat, order).apply({"params": params}, tokens, positions, context)
+    output: Any = Decoder(config, remat, order, kernel).apply({"params": params}, tokens, positions, context)
     return output
 
 

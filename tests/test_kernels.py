@@ -1,0 +1,96 @@
+"""The attention kernel, emulated on a CPU and compiled for a TPU, against the plain path."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import MakeModel
+
+import jaxscape as js
+from jaxscape import hlo
+from jaxscape.models import kernels
+from jaxscape.models.shapes import shape_config
+from jaxscape.sharding import Split, make_mesh
+from jaxscape.training import Batch, Settings, _loss_and_count
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel as an ordinary program."""
+    make = kernels.splash.make_splash_mqa_single_device
+    monkeypatch.setattr(kernels.splash, "make_splash_mqa_single_device", partial(make, interpret=True))
+
+
+def test_outputs_and_gradients_are_those_of_attention(emulated: None) -> None:
+    assert kernels.difference(jax.devices()[0]) < kernels.TOLERANCE / 2
+
+
+def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_own", lambda q, k, v, real: q)
+    with pytest.warns(UserWarning, match=r"attention kernel is [\d.]+ off on a cpu: it is not used"):
+        assert not kernels._agrees.__wrapped__(jax.devices()[0])
+
+
+def test_it_is_used_where_scores_are_many() -> None:
+    config = shape_config("llama-2-7b")
+    assert kernels.helps(config, "bfloat16", 16, 512, 4)
+    assert not kernels.helps(config, "bfloat16", 16, 512, 16)
+    assert not kernels.helps(config, "float32", 16, 512, 4)
+    assert not kernels.helps(config, "bfloat16", 256, 192, 4), "rows are cut into blocks"
+    assert not kernels.helps(replace(config, head_dim=64), "bfloat16", 16, 512, 4)
+    assert not kernels.usable(make_mesh(Split(), 1)), "it is a CPU"
+
+
+@pytest.mark.parametrize("split", [Split(), Split(2, 4)], ids=str)
+def test_a_model_learns_the_same_with_it(
+    emulated: None, monkeypatch: pytest.MonkeyPatch, make_model: MakeModel, split: Split
+) -> None:
+    """On a mesh too, whose devices hold a query head each, and copies of the key-value heads."""
+    monkeypatch.setattr(kernels, "ON_CHIP", 0)
+    directory, _ = make_model(head_dim=128, num_hidden_layers=1, max_position_embeddings=512, initializer_range=0.1)
+    model = js.load_model(directory, "bfloat16", split=split)
+    rng = np.random.default_rng(0)
+    rows = Batch(
+        rng.integers(3, 300, (2, 256)).astype(np.int32), np.array([256, 140], np.int32), np.ones((2, 256), np.float32)
+    )
+    rows.learned[1, 140:] = 0
+
+    def of(kernel: bool) -> tuple[float, Any]:
+        settings = Settings(model.mesh, "bfloat16", None, 0.0, 1.0, remat=True, kernel=kernel)
+        loss, gradient = jax.jit(jax.value_and_grad(_sum), static_argnums=(2, 3))(
+            model.params, rows, model.config, settings
+        )
+        return float(loss), jax.tree.map(lambda g: np.asarray(g, np.float32), gradient)
+
+    (plain, expected), (loss, found) = of(False), of(True)
+    assert loss != plain, "it is another program"
+    assert loss == pytest.approx(plain, rel=1e-3)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert np.linalg.norm(a - b) < 0.03 * np.linalg.norm(a)
+
+
+def _sum(params: Any, rows: Batch, config: Any, settings: Settings) -> jax.Array:
+    return _loss_and_count(params, {}, rows, config=config, settings=settings)[0]
+
+
+def test_a_tpu_moves_fewer_bytes_with_it() -> None:
+    pytest.importorskip("libtpu")
+    from jaxscape.forecast import open_slice
+
+    where = jax.sharding.SingleDeviceSharding(open_slice("v5e:2x2").devices[0])
+    q, k = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where) for shape in ((4, 8, 4, 512, 128), (4, 8, 512, 128))
+    )
+
+    def bytes_of(attend: Any) -> float:
+        def total(*x: Any) -> jax.Array:
+            return attend(*x, jnp.ones((4, 512), bool)).astype(jnp.float32).sum()
+
+        compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, k).compile()
+        return hlo.program_traffic(compiled.as_text()).memory
+
+    assert bytes_of(kernels.attention) < 0.3 * bytes_of(kernels._defined)
