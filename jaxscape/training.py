@@ -339,8 +339,9 @@ def total_loss(
     params = weights_of(trainable, frozen, settings)
     time = jnp.arange(rows.tokens.shape[1])
     positions = jnp.where(time < rows.lengths[:, None], time, -1)
+    count, width = rows.tokens.shape
     devices = split_of(settings.mesh).size
-    kernel = settings.kernel and kernels.helps(config, settings.dtype, *rows.tokens.shape, devices)
+    kernel = settings.kernel and kernels.helps(config, settings.dtype, count, width, devices)
     logits, _ = forward(config, params, jnp.asarray(rows.tokens), positions, remat=settings.remat, kernel=kernel)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], rows.tokens[:, 1:])
     return (loss * rows.learned[:, 1:]).sum()

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from jaxscape.models.config import ModelConfig
+from jaxscape.processes import from_first
 from jaxscape.sharding import partition
 
 LANES = 128  # of a TPU's vector registers: what the kernel's blocks and heads are made of
@@ -85,7 +86,7 @@ def _block(time: int) -> int:
 
 def usable(mesh: Mesh) -> bool:
     """Whether the mesh is one of TPUs on which the kernel gives what the plain path does; it is tried, once."""
-    return mesh.devices.flat[0].platform == "tpu" and _agrees(jax.local_devices()[0])
+    return mesh.devices.flat[0].platform == "tpu" and from_first(lambda: _agrees(jax.local_devices()[0]))
 
 
 @cache
