@@ -337,9 +337,9 @@ def total_loss(
 ) -> Float[Array, ""]:
     """The cross-entropy in nats, summed over the learned tokens of [batch, time] rows."""
     params = weights_of(trainable, frozen, settings)
-    time = jnp.arange(rows.tokens.shape[1])
-    positions = jnp.where(time < rows.lengths[:, None], time, -1)
     count, width = rows.tokens.shape
+    time = jnp.arange(width)
+    positions = jnp.where(time < rows.lengths[:, None], time, -1)
     devices = split_of(settings.mesh).size
     kernel = settings.kernel and kernels.helps(config, settings.dtype, count, width, devices)
     logits, _ = forward(config, params, jnp.asarray(rows.tokens), positions, remat=settings.remat, kernel=kernel)
