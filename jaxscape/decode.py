@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -422,13 +423,18 @@ def _inserted(
         """The rings with the fresh rows' keys or values, whose dimensions are in the order `to`."""
         by_token = new.transpose(*map(to.index, "bskh")).reshape(-1, config.num_kv_heads, config.head_dim)
         filled = jnp.where(there[..., None, None], by_token[index], 0).transpose(*map("bskh".index, to))
+        # Without it, XLA for TPUs would merge the rings as the gather lays them, and copy those of all layers back.
+        filled = with_layout_constraint(filled, Layout(tuple(range(4))))
         return jnp.where(jnp.expand_dims(fresh, [axis for axis in range(4) if to[axis] != "b"]), filled, old)
 
-    rings = KVCache(
-        keys=tuple(map(partial(ringed, order.keys), slots.cache.keys, cache.keys)),
-        values=tuple(map(partial(ringed, order.values), slots.cache.values, cache.values)),
-        positions=jnp.where(fresh[:, None], jnp.where(there, positions.reshape(-1)[index], -1), slots.cache.positions),
-    )
+    done: list[tuple[Array, Array]] = []
+    for old, new in zip(zip(*slots.cache[:2], strict=True), zip(*cache[:2], strict=True), strict=True):
+        if done:  # one layer after the other: what is gathered for all would be a second cache
+            new, done[-1] = jax.lax.optimization_barrier((new, done[-1]))
+        done.append((ringed(order.keys, old[0], new[0]), ringed(order.values, old[1], new[1])))
+    keys, values = zip(*done, strict=True)
+    filled = jnp.where(fresh[:, None], jnp.where(there, positions.reshape(-1)[index], -1), slots.cache.positions)
+    rings = KVCache(keys, values, filled)
     changed = taken(fill.of_row, (slots.out, slots.starts, slots.rows), (out, starts, rows))
     kept = taken(fill.of_place, (slots.prefix, slots.coords), (shared, fill.coords))
     return Slots(*changed, rings, *kept, slots.clock)  # type: ignore[call-arg]

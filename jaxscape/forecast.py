@@ -54,6 +54,12 @@ COMPILER_ALONE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
+# The compiler cannot read its own text of gathers on SparseCores back, which v5p chips would do (libtpu 0.0.52).
+READABLE = {
+    "xla_tpu_offload_gather_to_sparsecore": "false",
+    "xla_tpu_offload_all_supported_gathers_to_sparsecore": "false",
+}
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -480,7 +486,7 @@ def _once(where: Slice, lower: Callable[[], Any], traffic: Callable[[str], hlo.T
 def _compiled(lowered: Any, traffic: Callable[[str], hlo.Traffic]) -> _Counts:
     try:
         with not_kept():
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=READABLE)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
