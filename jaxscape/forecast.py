@@ -41,7 +41,7 @@ from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.shapes import ModelShape, model_shape
 from jaxscape.perturb import Scaled, Seeded, materialise
-from jaxscape.plan import EngineOptions, Machine, Plan, Planner, Work, make_plan, smallest_plan
+from jaxscape.plan import TILE, EngineOptions, Machine, Plan, Planner, Work, make_plan, smallest_plan
 from jaxscape.sharding import Split, default_split, make_mesh, replicated, sharding, split_of, split_text
 from jaxscape.training import Batch, Settings, State, check_batch, optimizer, state_shardings, train_step
 
@@ -97,6 +97,7 @@ class Program:
         sent_bytes, collectives: to other chips, and in how many operations.
         compiler_seconds: the compiler's own estimate; None where it is unusable (negative).
         seconds: by the roofline: the longer of computing and moving bytes, and then the bytes between chips.
+        used: bytes of memory while it runs, with what stands beside it; None if the compiler refused it.
         missing: bytes by which it does not fit; None if it does.
     """
 
@@ -108,6 +109,7 @@ class Program:
     collectives: int = 0
     compiler_seconds: float | None = None
     seconds: float = math.inf
+    used: float | None = None
     missing: float | None = None
 
 
@@ -133,7 +135,7 @@ class Forecast:
     Attributes:
         programs: by name: insert (prefill), decode (a step), materialise.
         fits: all of them do.
-        most_rows: that decode together and fit.
+        most_rows: that can decode together, if each takes what one takes now; 0 if nobody knows.
         decode_limit: seconds that a step takes to read the weights, each form's tensors once, and the cache.
         decode_share: that, as a part of the step's `seconds`.
         point_seconds, landscape_seconds: of the whole run, if every row goes to its limit.
@@ -245,7 +247,15 @@ def forecast(
     forms = [options]
     if options.form == "auto":
         forms = [replace(options, form="materialised"), replace(options, form="factorised")]
-    found = [_forecast(shape, work, where, machine, form, num_sets, quick) for form in forms]
+    tiles = TILE * split_of(shape.mesh).points
+    found = []
+    for form in forms:
+        each = _forecast(shape, work, where, machine, form, num_sets, quick)
+        fewer = each.most_rows // tiles * tiles
+        if not each.fits and fewer and not form.slots:  # the compiler needs more than the planner took it to
+            again = _forecast(shape, work, where, machine, replace(form, slots=fewer), num_sets, quick)
+            each = again if again.fits else each
+        found.append(each)
     return sorted(found, key=lambda each: (not each.fits, each.landscape_seconds))
 
 
@@ -288,7 +298,7 @@ def _forecast(
         plan=plan,
         programs=programs,
         fits=fits,
-        most_rows=_most_rows(shape, work, plan, programs, chip) if fits else 0,
+        most_rows=_most_rows(shape, work, plan, programs, chip),
         decode_limit=limit,
         decode_share=limit / decode.seconds,
         point_seconds=seconds / work.num_points,
@@ -521,17 +531,19 @@ def _program(counts: _Counts, chip: Chip, beside: int) -> Program:
         collectives=round(counts.collectives),
         compiler_seconds=counts.compiler_seconds if counts.compiler_seconds > 0 else None,
         seconds=seconds + counts.sent_bytes / chip.links + counts.collectives * LATENCY,
+        used=float(used),
         missing=used - chip.memory if used > chip.memory else None,
     )
 
 
 def _most_rows(shape: ModelShape, work: Work, plan: Plan, programs: dict[str, Program], chip: Chip) -> int:
     """The rows that would fill what the programs leave free, each taking what one takes now."""
+    used = [program.used for program in programs.values() if program.used is not None]
+    if len(used) < len(programs):
+        return 0
     batch = plan.places * plan.rows
-    used = max(programs[name].arguments + programs[name].temporaries for name in ("insert", "decode"))
-    used += _beside(shape, work, plan, "decode")
     each = (_cache_size(shape, work, plan) + max(programs[name].temporaries for name in ("insert", "decode"))) / batch
-    return int(batch + (chip.memory - used) / each)
+    return max(0, int(batch + (chip.memory - max(used)) / each))
 
 
 def as_json(found: Sequence[Forecast | Program]) -> list[dict[str, Any]]:

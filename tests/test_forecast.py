@@ -133,6 +133,20 @@ def test_what_does_not_fit_says_by_how_much(eight: Slice) -> None:
     assert found_json["fits"] is False
 
 
+def test_fewer_rows_are_tried_where_the_planner_was_too_bold(eight: Slice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxscape.plan.MARGIN", 2.0)
+    config = replace(small_config(), num_layers=2)
+    options, work = EngineOptions(form="materialised"), make_work(40, 30, 20, 32, (5,))
+    one = replace(eight, devices=eight.devices[:1])
+    (whole,) = forecast(config, work, one, split=Split(), options=options)
+    assert whole.plan.rows == 40
+    used = max(program.used or 0 for program in whole.programs.values())
+    chip = replace(eight.chip, memory=used - 20 * whole.plan.cache / 40)
+    (found,) = forecast(config, work, replace(one, chip=chip), split=Split(), options=options)
+    assert found.fits
+    assert found.plan.rows in (8, 16)
+
+
 def test_the_compiler_says_how_much_too_large_a_program_is(eight: Slice) -> None:
     x = jax.ShapeDtypeStruct((16, 2**30), jnp.bfloat16, sharding=SingleDeviceSharding(eight.devices[0]))
     counts = _compiled(jax.jit(lambda x: x + 1).lower(x), hlo.program_traffic)
