@@ -42,7 +42,7 @@ from jaxscape.models.config import ModelConfig
 from jaxscape.models.shapes import ModelShape, model_shape
 from jaxscape.perturb import Scaled, Seeded, materialise
 from jaxscape.plan import TILE, EngineOptions, Machine, Plan, Planner, Work, make_plan, smallest_plan
-from jaxscape.sharding import Split, default_split, make_mesh, replicated, sharding, split_of, split_text
+from jaxscape.sharding import Split, default_split, make_mesh, replicated, sharding, split_of
 from jaxscape.training import Batch, Settings, State, check_batch, optimizer, state_shardings, train_step
 
 LATENCY = 2e-6  # seconds that a collective operation takes besides its bytes
@@ -294,7 +294,7 @@ def _forecast(
     fits = all(program.missing is None for program in programs.values())
     return Forecast(
         form=plan.form,
-        mesh=split_text(shape.mesh),
+        mesh=str(split_of(shape.mesh)),
         plan=plan,
         programs=programs,
         fits=fits,

@@ -46,6 +46,10 @@ class Split(NamedTuple):
     def size(self) -> int:
         return self.points * self.model
 
+    def __str__(self) -> str:
+        """As `parse_split` reads it."""
+        return f"points={self.points},model={self.model}"
+
 
 def make_mesh(split: Split, num_kv_heads: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over these devices, by default the first of JAX's.
@@ -54,9 +58,8 @@ def make_mesh(split: Split, num_kv_heads: int, devices: Sequence[Any] | None = N
         UserError: there are not as many, or several processes have others, which would have nothing to do.
     """
     there = jax.devices() if devices is None else devices
-    text = f"points={split.points},model={split.model}"
     if split.size > len(there) or (jax.process_count() > 1 and split.size < len(there)):
-        raise UserError(f"The mesh {text} does not fit {len(there)} devices.")
+        raise UserError(f"The mesh {split} does not fit {len(there)} devices.")
     kv = math.gcd(num_kv_heads, split.model)
     shape = (split.points, kv, split.model // kv)
     try:
@@ -64,7 +67,7 @@ def make_mesh(split: Split, num_kv_heads: int, devices: Sequence[Any] | None = N
         chosen = mesh_utils.create_device_mesh(shape, there[: split.size], allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError, ValueError) as error:
         raise UserError(
-            f"The mesh {text} cannot be laid out on {len(there)} devices as they are connected ({error}); use all of "
+            f"The mesh {split} cannot be laid out on {len(there)} devices as they are connected ({error}); use all of "
             f"them, in powers of two."
         ) from error
     return Mesh(chosen, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -72,11 +75,6 @@ def make_mesh(split: Split, num_kv_heads: int, devices: Sequence[Any] | None = N
 
 def split_of(mesh: Mesh) -> Split:
     return Split(mesh.shape["points"], mesh.shape["kv"] * mesh.shape["q"])
-
-
-def split_text(mesh: Mesh) -> str:
-    split = split_of(mesh)
-    return f"points={split.points},model={split.model}"
 
 
 def parse_split(text: str) -> Split:

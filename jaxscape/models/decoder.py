@@ -221,10 +221,13 @@ class Attention(nn.Module):
         # The queries of a key-value head are the rows of one product, also when there is one token only.
         q = q.reshape(batch, time, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         q = constrain(q, "rows", "kv_heads", "group", None, None)
-        output = Linear(c.hidden_size, (None, "heads"), c.attention_bias, name="o_proj")
+
+        def output(y: Float[Array, "batch kv_heads *queries head_dim"]) -> Float[Array, "batch time dim"]:
+            y = y.reshape(batch, -1, time, c.head_dim).swapaxes(1, 2).reshape(batch, time, -1)
+            return Linear(c.hidden_size, (None, "heads"), c.attention_bias, name="o_proj")(y)
+
         if self.kernel:
-            y = kernels.attention(q, *whole, positions >= 0)
-            return output(y.reshape(batch, -1, time, c.head_dim).swapaxes(1, 2).reshape(batch, time, -1)), (k, v)
+            return output(kernels.attention(q, *whole, positions >= 0)), (k, v)
         q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim)
         new, own, prefix = (k, v), memory.own, memory.prefix
         if own is not None:
@@ -248,9 +251,7 @@ class Attention(nn.Module):
         ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
         weights = jnp.split(probabilities, ends, axis=-1)
         mixed = [_mixed(w, values, order.values) for w, (_, values) in zip(weights, sources, strict=True)]
-        y = sum(mixed[1:], start=mixed[0]).astype(x.dtype)
-        y = y.reshape(batch, -1, time, c.head_dim).swapaxes(1, 2).reshape(batch, time, -1)
-        return output(y), (k, v)
+        return output(sum(mixed[1:], start=mixed[0]).astype(x.dtype)), (k, v)
 
 
 def _repeated(x: Array, axis: int, length: int) -> Array:
