@@ -1,6 +1,6 @@
 """How do scans scale over TPU chips, by their compiled programs, and over the devices that are here?
 
-`python experiments/benchmark_scaling.py` forecasts a landscape's points per hour on slices of 4 to 64 chips, in both
+`python experiments/benchmark_scaling.py` forecasts a landscape's points per hour on slices of up to 64 chips, in both
 forms, on a line and on a plane, and writes a table and a figure. No TPU is needed. With `--measure` it decodes the same
 rows on more and more of the devices that are here, and checks that they give the same texts.
 """
@@ -22,9 +22,10 @@ from jaxscape.decode import Sampling, tokenize
 from jaxscape.engine import Engine
 from jaxscape.errors import UserError
 from jaxscape.files import write_whole
-from jaxscape.forecast import Forecast, forecast, make_work, open_slice, shape_on
+from jaxscape.forecast import CHIPS, Forecast, forecast, make_work, open_slice, shape_on
 from jaxscape.landscape import symmetric_axes
 from jaxscape.models import load_model
+from jaxscape.models.decoder import parameter_shapes
 from jaxscape.models.shapes import shape_config
 from jaxscape.plan import EngineOptions, Work, make_plan
 from jaxscape.plotting import COLOURS, MARKERS, STYLES
@@ -32,11 +33,10 @@ from jaxscape.prompts import load_prompts
 from jaxscape.scan import resolve
 from jaxscape.sharding import Split, split_of
 
-SLICES = {
-    "v5e": {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"},
-    "v5p": {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"},
-    "v6e": {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"},
-}
+FLAT = {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
+CUBES = {1: "1x1x1", 2: "2x1x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
+SLICES = {"v5e": FLAT, "v5p": CUBES, "v6e": FLAT}
+GROUP = 4  # chips that share the weights where scaling along `points` is looked at
 FORMS = ("materialised", "factorised")
 # Of the standard prompts in the format of Llama-2: tokens of the longest, and those that all begin with.
 PROMPT_TOKENS, SHARED_TOKENS = 56, 26
@@ -51,7 +51,8 @@ class Scaling:
     models: tuple[str, ...] = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
     """Known by their shapes."""
     kinds: tuple[str, ...] = tuple(SLICES)
-    chips: tuple[int, ...] = (4, 8, 16, 32, 64)
+    chips: tuple[int, ...] = tuple(FLAT)
+    """Where they cannot even hold the weights, nothing is forecast."""
     points: int = 21
     """Along each axis."""
     prompts: int = 80
@@ -83,17 +84,19 @@ class Scaling:
     def _asked(self) -> Iterator[dict[str, Any]]:
         """A landscape of so many points and prompts on more and more chips."""
         for model in self.models:
+            weights = 2 * sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(shape_config(model))))
             for kind in self.kinds:
                 for chips in self.chips:
-                    for ndim in (1, 2):
+                    for ndim in (1, 2) if weights < chips * CHIPS[kind].memory else ():
                         yield self._ask(model, kind, chips, ndim)
 
     def _asked_along_points(self) -> Iterator[dict[str, Any]]:
-        """As many prompts for each group of chips as the smallest slice has for its one or few."""
+        """As many prompts for each group of chips as one group has alone."""
         for kind in self.kinds:
             for chips in self.chips:
-                ask = self._ask(self.models[0], kind, chips, 1)
-                yield ask | {"groups_of": min(self.chips), "prompts": self.prompts * chips // min(self.chips)}
+                if chips % GROUP == 0:
+                    ask = self._ask(self.models[0], kind, chips, 1)
+                    yield ask | {"groups_of": GROUP, "prompts": self.prompts * chips // GROUP}
 
     def _ask(self, model: str, kind: str, chips: int, ndim: int) -> dict[str, Any]:
         what = {"model": model, "kind": kind, "chips": chips, "grid": [self.points] * ndim}
@@ -125,9 +128,9 @@ def answers(ask: dict[str, Any]) -> list[dict[str, Any]]:
     work = make_work(ask["prompts"], PROMPT_TOKENS, SHARED_TOKENS, ask["max_new_tokens"], tuple(ask["grid"]))
     if "groups_of" not in ask:
         return [record(each) for each in forecast(config, work, where, quick=True)]
-    # The smallest slice's split of the weights, and for each of its groups the slots that one there has.
-    smallest = open_slice(f"{ask['kind']}:{SLICES[ask['kind']][ask['groups_of']]}")
-    model = split_of(shape_on(config, smallest, None, "bfloat16").mesh).model
+    # A group's split of the weights, and for each group the slots that it has alone.
+    group = open_slice(f"{ask['kind']}:{SLICES[ask['kind']][ask['groups_of']]}")
+    model = split_of(shape_on(config, group, None, "bfloat16").mesh).model
     times = ask["chips"] // ask["groups_of"]
     found = []
     split = Split(ask["chips"] // model, model)
@@ -200,19 +203,29 @@ def report(scaling: Scaling, scaled: Sequence[dict[str, Any]], efficient: Sequen
         "once.",
         "",
     ]
+    lines += [
+        "## The smallest slices",
+        "",
+        "On which one fits, in its better form; smaller ones that were tried do not.",
+        "",
+    ]
+    lines += ["| model | landscape | " + " | ".join(scaling.kinds) + " |", "| --- " * (2 + len(scaling.kinds)) + "|"]
+    for model, ndim in ((model, ndim) for model in scaling.models for ndim in (1, 2)):
+        found = [_smallest(scaled, model, kind, ndim) for kind in scaling.kinds]
+        lines += [f"| {model} | {ndim}D | " + " | ".join(found) + " |"]
+    lines += [""]
     for model in scaling.models:
         lines += [f"## {model}", ""]
         lines += ["| slice | mesh | landscape | form | rows | points/hour | of the limit | decode ms | of its limit |"]
         lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
         lines += [_line(each, scaled) for each in scaled if each["model"] == model]
         lines += [""]
-    smallest = min(scaling.chips)
     lines += [
         "## Along `points`",
         "",
-        f"{scaling.models[0]} with as many rows for each group of chips that share the weights as on {smallest} chips, "
-        f"where all prompts are as many times {scaling.prompts} as there are chips times {smallest}: what each chip "
-        "moves and sends in a decode step, and rows per hour and chip, beside those of the smallest slice.",
+        f"{scaling.models[0]}, {scaling.prompts} prompts for each {GROUP} chips, split as they are on {GROUP}: what "
+        "each chip moves and sends in a decode step, and answers per hour and chip, as a share of those on "
+        f"{GROUP} chips.",
         "",
         "| slice | form | rows | moved GB | sent MB | collectives | efficiency |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -238,6 +251,15 @@ def _line(each: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
     share = 100 * speed / each["limit_per_hour"]
     decode = f"{each['step_ms']:.2f} | {100 * each['decode_share']:.0f} %"
     return f"{start} {mark}{speed:.0f}{mark} | {share:.0f} % | {decode} |"
+
+
+def _smallest(records: Sequence[dict[str, Any]], model: str, kind: str, ndim: int) -> str:
+    same = [r for r in records if (r["model"], r["kind"], len(r["grid"])) == (model, kind, ndim)]
+    fitting = sorted((r for r in same if r["fits"]), key=lambda r: (r["chips"], -r["points_per_hour"]))
+    if not fitting:
+        return "none"
+    first = fitting[0]
+    return f"{_slice(first)}, {first['form']}, {first['rows']} rows"
 
 
 def _slice(record: dict[str, Any]) -> str:

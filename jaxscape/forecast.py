@@ -276,7 +276,7 @@ def _forecast(
         plan = smallest_plan(shape, work, options, machine)
     chip, rings = where.chip, _cache_size(shape, work, plan)
     counts = _counted(shape, lambda shape: _lowered(shape, work, plan), where, quick)
-    programs = {name: _program(count, chip, _beside(shape, work, plan, name)) for name, count in counts.items()}
+    programs = {name: _program(count, chip, _beside(shape, work, plan, name, rings)) for name, count in counts.items()}
     weights = _size(shape.params) // split_of(shape.mesh).model
     decode = programs["decode"]
     passes, inserts, lines = Planner(shape, work, options, machine).passes(plan)
@@ -298,7 +298,7 @@ def _forecast(
         plan=plan,
         programs=programs,
         fits=fits,
-        most_rows=_most_rows(shape, work, plan, programs, chip),
+        most_rows=_most_rows(plan, programs, chip, rings),
         decode_limit=limit,
         decode_share=limit / decode.seconds,
         point_seconds=seconds / work.num_points,
@@ -327,11 +327,14 @@ def _cache_size(shape: ModelShape, work: Work, plan: Plan) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _beside(shape: ModelShape, work: Work, plan: Plan, program: str) -> int:
-    """Bytes that stand on each chip beside what a program is given: caches, directions, and of a point the model."""
+def _beside(shape: ModelShape, work: Work, plan: Plan, program: str, rings: int) -> int:
+    """Bytes that stand on each chip beside what a program is given: caches, directions, and of a point the model.
+
+    Arguments:
+        rings: bytes of the cache on each chip.
+    """
     model = split_of(shape.mesh).model
     weights, direction = _size(shape.params) // model, _size(_direction(shape, plan.storage)) // model
-    rings = _cache_size(shape, work, plan)
     few = rings * plan.few // (plan.places * plan.rows)  # where the last rows move to
     if program == "materialise":
         return rings + few + (direction if plan.form == "factorised" else 0)
@@ -536,13 +539,13 @@ def _program(counts: _Counts, chip: Chip, beside: int) -> Program:
     )
 
 
-def _most_rows(shape: ModelShape, work: Work, plan: Plan, programs: dict[str, Program], chip: Chip) -> int:
+def _most_rows(plan: Plan, programs: dict[str, Program], chip: Chip, rings: int) -> int:
     """The rows that would fill what the programs leave free, each taking what one takes now."""
     used = [program.used for program in programs.values() if program.used is not None]
     if len(used) < len(programs):
         return 0
     batch = plan.places * plan.rows
-    each = (_cache_size(shape, work, plan) + max(programs[name].temporaries for name in ("insert", "decode"))) / batch
+    each = (rings + max(programs[name].temporaries for name in ("insert", "decode"))) / batch
     return max(0, int(batch + (chip.memory - max(used)) / each))
 
 

@@ -34,28 +34,28 @@ def tokens_of(model: js.Model, prompts: list[str], slots: int = 128, **options: 
     return [list(map(int, text.split())) for text in texts]
 
 
-def torch_tokens(torch_model: Any, model: js.Model, prompt: str, new: int = 20) -> list[int]:
-    """transformers' greedy continuation of one prompt, without its end token."""
-    text = chat_text(model.tokenizer, prompt)
-    ids = torch.tensor([model.tokenizer(text, add_special_tokens=False)["input_ids"]])
-    eos = list(model.eos_token_ids)
+def torch_tokens(torch_model: Any, model: js.Model, prompts: list[str], new: int = 20) -> list[list[int]]:
+    """transformers' greedy continuations of prompts of one batch, padded on the left, without their end tokens."""
+    texts = [model.tokenizer(chat_text(model.tokenizer, p), add_special_tokens=False)["input_ids"] for p in prompts]
+    width, eos = max(map(len, texts)), list(model.eos_token_ids)
+    ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
     config = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=eos, pad_token_id=0)
-    out = torch_model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :]
-    row = out.tolist()
-    return row[: next((i for i, token in enumerate(row) if token in eos), len(row))]
+    rows = torch_model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    return [row[: next((i for i, token in enumerate(row) if token in eos), len(row))] for row in rows]
 
 
 def test_greedy_tokens_are_those_of_transformers(make_model: Any, edit_json: Any) -> None:
     directory, torch_model = make_model(seed=7)
     model = js.load_model(directory, "float32")
     rows = tokens_of(model, PROMPTS)
-    assert rows == [torch_tokens(torch_model, model, prompt) for prompt in PROMPTS]
+    assert rows == torch_tokens(torch_model, model, PROMPTS)
     # Again, with an end token that one row meets on its way and another does not.
     one = next(token for token in rows[0] if any(token not in row for row in rows))
     edit_json(directory / "config.json", eos_token_id=[2, one])
     model = js.load_model(directory, "float32")
     ended = tokens_of(model, PROMPTS)
-    assert ended == [torch_tokens(torch_model, model, prompt) for prompt in PROMPTS]
+    assert ended == torch_tokens(torch_model, model, PROMPTS)
     assert ended != rows
     assert any(row in ended for row in rows)
 

@@ -112,29 +112,6 @@ def test_the_loss_curve_is_that_of_torch(make_model: MakeModel, method: Any, sch
     np.testing.assert_allclose(losses(result), expected, rtol=2e-3)
 
 
-@pytest.mark.real
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_smollm2s_loss_curve_is_that_of_torch(
-    smollm2: js.Model, torch_smollm2: Any, method: Any, request: pytest.FixtureRequest
-) -> None:
-    training = js.Training(method=method, epochs=1, batch_size=2)
-    # Forty chats that are padded to one width, so that one program is compiled.
-    widths = [bucket(len(example.tokens)) for example in tokenize(smollm2, js.load_chats("safe:200"), 512).examples]
-    chats = [chat for chat, width in zip(js.load_chats("safe:200"), widths, strict=True) if width == 64][:40]
-    result = js.finetune(smollm2, chats, training, progress=False)
-    state = {name: value.clone() for name, value in torch_smollm2.state_dict().items()}
-    # A copy: the fixture is shared with other tests.
-    copy = transformers.AutoModelForCausalLM.from_config(torch_smollm2.config)
-    copy.load_state_dict(state)
-    adapted = with_peft(smollm2, copy, training) if method == "lora" else copy
-    rates = [record["learning_rate"] for record in result.log]
-    examples = tokenize(smollm2, chats, 512).examples
-    expected = torch_losses(adapted, examples, training, rates, method == "lora")
-    assert len(expected) == 20
-    assert expected[-1] < expected[0]
-    np.testing.assert_allclose(losses(result), expected, rtol=1e-2)
-
-
 @pytest.mark.parametrize("change", [{"accumulation": 2, "batch_size": 2}, {"remat": True}])
 def test_accumulation_and_remat_change_nothing(tiny: js.Model, change: dict[str, Any]) -> None:
     expected = js.finetune(tiny, CHATS, SHORT, progress=False)

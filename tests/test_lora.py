@@ -205,17 +205,3 @@ def test_models_and_adapters_that_cannot_be_written(tiny: js.Model, tmp_path: Pa
         js.save_model(tiny, tmp_path / "file")
     with pytest.raises(js.UserError, match="The adapter cannot be written"):
         save_adapter(random_adapter(tiny, "tiny"), tmp_path / "file")
-
-
-@pytest.mark.real
-def test_transformers_loads_smollm2_saved_from_its_gguf_file(smollm2: js.Model, tmp_path: Path) -> None:
-    js.save_model(smollm2, tmp_path)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    text = js.prompts.chat_text(smollm2.tokenizer, "Who are you?")
-    tokens = tokenizer(text, return_tensors="np")["input_ids"]
-    np.testing.assert_array_equal(tokens[0], smollm2.tokenizer(text)["input_ids"])
-    np.testing.assert_allclose(smollm2(tokens), torch_logits(loaded, tokens), atol=2e-2)
-    answer = loaded.generate(torch.tensor(tokens), max_new_tokens=16, do_sample=False)[0, tokens.shape[1] :]
-    (ours,) = js.generate(smollm2, ["Who are you?"], max_new_tokens=16)
-    assert tokenizer.decode(answer, skip_special_tokens=True) == ours

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, and its saved outputs are those of such a run."""
+"""The notebook runs from top to bottom on the real model, and its saved outputs are those of such a run."""
 
 from pathlib import Path
 
@@ -18,7 +18,11 @@ def test_the_notebook_runs_with_small_settings() -> None:
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert any("VISAGE" in output.get("text", "") for output in outputs)
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "VISAGE" in text
+    # Far from the model nothing is refused.
+    assert "alpha -0.5  ASR 100.0 %" in text
+    assert "alpha +0.5  ASR 100.0 %" in text
 
 
 def test_saved_outputs_are_there_and_small() -> None:
