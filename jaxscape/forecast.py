@@ -114,8 +114,8 @@ class Program:
 
 
 class _Counts(NamedTuple):
-    """Of a compiled program: see `Program`; `results` are bytes that it returns in new places, and `missing` what the
-    compiler says when it gives up."""
+    """Of a compiled program: see `Program`; `results` are bytes that it returns in new places, `kept` those that a loop
+    holds on the chip, and `missing` what the compiler says when it gives up."""
 
     arguments: float = 0.0
     results: float = 0.0
@@ -124,6 +124,7 @@ class _Counts(NamedTuple):
     memory_bytes: float = 0.0
     sent_bytes: float = 0.0
     collectives: float = 0.0
+    kept: float = 0.0
     compiler_seconds: float = 0.0
     missing: float | None = None
 
@@ -275,18 +276,20 @@ def _forecast(
     except UserError:  # compiled as it is, to say by how much
         plan = smallest_plan(shape, work, options, machine)
     chip, rings = where.chip, _cache_size(shape, work, plan)
-    counts = _counted(shape, lambda shape: _lowered(shape, work, plan), where, quick)
-    programs = {name: _program(count, chip, _beside(shape, work, plan, name, rings)) for name, count in counts.items()}
     weights = _size(shape.params) // split_of(shape.mesh).model
-    decode = programs["decode"]
-    passes, inserts, lines = Planner(shape, work, options, machine).passes(plan)
     copies = 2 if plan.form == "factorised" else 1
     looked_up = (
         0 if shape.config.tie_word_embeddings else _size(named_leaves(shape.params)["model.embed_tokens.weight"])
     )
-    read = weights - looked_up // split_of(shape.mesh).model
-    limit = (copies * read + rings) / chip.bandwidth
-    limit = max(limit, decode.flops / chip.flops)
+    least = copies * (weights - looked_up // split_of(shape.mesh).model) + rings
+    counts = _counted(shape, lambda shape: _lowered(shape, work, plan), where, quick)
+    if quick:  # two layers may stay on the chip in part, or be copied more than many
+        moved = max(counts["decode"].memory_bytes, least - counts["decode"].kept)
+        counts["decode"] = counts["decode"]._replace(memory_bytes=moved)
+    programs = {name: _program(count, chip, _beside(shape, work, plan, name, rings)) for name, count in counts.items()}
+    decode = programs["decode"]
+    passes, inserts, lines = Planner(shape, work, options, machine).passes(plan)
+    limit = max(least / chip.bandwidth, decode.flops / chip.flops)
     steps = passes * work.sampling.max_new_tokens
     seconds = steps * decode.seconds + inserts * programs["insert"].seconds
     if "materialise" in programs:
@@ -484,7 +487,11 @@ def _extrapolated(one: _Counts, two: _Counts, layers: int) -> _Counts:
     if failed is not None:
         return failed
     unusable = min(one.compiler_seconds, two.compiler_seconds) <= 0
+    # One layer's cache may stay on the chip; of all layers no more can than of two.
+    kept = two.kept
+    one, two = (each._replace(memory_bytes=each.memory_bytes + each.kept) for each in (one, two))
     found = _Counts(*(max(b, a + (layers - 1) * (b - a)) for a, b in zip(one[:-1], two[:-1], strict=True)))
+    found = found._replace(memory_bytes=found.memory_bytes - kept, kept=kept)
     return found._replace(compiler_seconds=0.0) if unusable else found
 
 
@@ -515,6 +522,7 @@ def _compiled(lowered: Any, traffic: Callable[[str], hlo.Traffic]) -> _Counts:
         memory_bytes=moved.memory,
         sent_bytes=moved.between,
         collectives=moved.collectives,
+        kept=moved.kept,
         compiler_seconds=cost.get("optimal_seconds", 0.0),
     )
 

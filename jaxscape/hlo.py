@@ -34,14 +34,17 @@ class Traffic(NamedTuple):
         memory: read from and written to the device's memory.
         between: sent by a device to others, in rings.
         collectives: how many operations that is.
+        kept: what a loop holds on the chip from pass to pass, so that it need not be read.
     """
 
     memory: float = 0.0
     between: float = 0.0
     collectives: int = 0
+    kept: float = 0.0
 
     def plus(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.memory + other.memory, self.between + other.between, self.collectives + other.collectives)
+        memory, between, collectives, kept = map(sum, zip(self, other, strict=True))
+        return Traffic(memory, between, int(collectives), kept)
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,8 @@ def loop_traffic(text: str) -> Traffic:
         ValueError: there is no loop in the program.
     """
     computations = _parse(text)
-    bodies = [
-        _called(instruction, "body")
-        for instructions in computations.values()
-        for instruction in instructions
-        if instruction.kind == "while"
-    ]
-    return max(_traffic(computations, body) for body in bodies)
+    loops = [each for instructions in computations.values() for each in instructions if each.kind == "while"]
+    return max(_traffic(computations, _called(loop, "body"))._replace(kept=loop.size - loop.stored) for loop in loops)
 
 
 def program_traffic(text: str) -> Traffic:

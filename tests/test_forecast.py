@@ -35,7 +35,7 @@ from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import parameter_shapes
 from jaxscape.models.shapes import SHAPES, shape_config
 from jaxscape.plan import EngineOptions, Machine, make_plan
-from jaxscape.sharding import Split, make_mesh, sharding
+from jaxscape.sharding import Split, make_mesh, replicated, sharding
 
 pytest.importorskip("libtpu")
 
@@ -176,6 +176,7 @@ def test_bytes_are_counted_once(eight: Slice) -> None:
     x = jax.ShapeDtypeStruct((8, 8192), jnp.bfloat16, sharding=x_everywhere)
     w = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16, sharding=sharding(mesh, (None, "mlp"), (8192, 8192)))
 
+    @jax.jit
     def loop(x: jax.Array, w: jax.Array, steps: int) -> jax.Array:
         def step(_: int, x: jax.Array) -> jax.Array:
             return jnp.tanh(jax.lax.with_sharding_constraint(x @ w.T, x_everywhere))
@@ -183,11 +184,25 @@ def test_bytes_are_counted_once(eight: Slice) -> None:
         return jax.lax.fori_loop(0, steps, step, x)
 
     with not_kept():
-        moved = hlo.loop_traffic(jax.jit(loop).lower(x, w, 5).compile().as_text())
+        moved = hlo.loop_traffic(loop.lower(x, w, 5).compile().as_text())
     matrix = 8192 * 8192 * 2 / 8
     assert matrix <= moved.memory < 1.1 * matrix
     assert moved.collectives >= 1
     assert moved.between >= 7 / 8 * 8 * 8192 * 2
+
+    @jax.jit
+    def loop_with_state(x: jax.Array, state: jax.Array, steps: int) -> Any:
+        def step(i: int, carry: Any) -> Any:
+            x = jnp.tanh(carry[0] @ carry[1].T)
+            return x, jax.lax.dynamic_update_slice(carry[1], x[:1], (i, 0))
+
+        return jax.lax.fori_loop(0, steps, step, (x, state))
+
+    x, state = (jax.ShapeDtypeStruct((n, 4096), jnp.bfloat16, sharding=replicated(mesh)) for n in (8, 4096))
+    with not_kept():
+        moved = hlo.loop_traffic(loop_with_state.lower(x, state, 5).compile().as_text())
+    assert moved.memory < 1e6, "it stays on the chip"
+    assert 2 * 4096**2 <= moved.kept < 1.1 * 2 * 4096**2
     with pytest.raises(ValueError, match="empty"), not_kept():
         hlo.loop_traffic(jax.jit(jnp.tanh).lower(x).compile().as_text())
 
