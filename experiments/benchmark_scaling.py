@@ -73,7 +73,7 @@ class Scaling:
         kept = Kept(self.out / "scaling.jsonl")
         jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
         scaled = [record for ask in self._asked() for record in kept.records(ask)]
-        efficient = [record for ask in self._asked_along_points() for record in kept.records(ask)]
+        efficient = [record for ask in self._asked_along_points(scaled) for record in kept.records(ask)]
         content = io.BytesIO()
         figure(scaled).savefig(content, format="png", dpi=120, metadata={"Software": None})
         self.out.mkdir(parents=True, exist_ok=True)
@@ -90,13 +90,13 @@ class Scaling:
                     for ndim in (1, 2) if weights < chips * CHIPS[kind].memory else ():
                         yield self._ask(model, kind, chips, ndim)
 
-    def _asked_along_points(self) -> Iterator[dict[str, Any]]:
-        """As many prompts for each group of chips as one group has alone."""
-        for kind in self.kinds:
-            for chips in self.chips:
-                if chips % GROUP == 0:
-                    ask = self._ask(self.models[0], kind, chips, 1)
-                    yield ask | {"groups_of": GROUP, "prompts": self.prompts * chips // GROUP}
+    def _asked_along_points(self, scaled: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """For each group of chips the prompts and the slots that one group has alone."""
+        alone = [r for r in scaled if (r["model"], r["chips"], len(r["grid"])) == (self.models[0], GROUP, 1)]
+        for group in (record for record in alone if record["fits"]):
+            for times in (chips // GROUP for chips in self.chips if chips % GROUP == 0):
+                ask = self._ask(group["model"], group["kind"], GROUP * times, 1) | {"prompts": self.prompts * times}
+                yield ask | {"groups_of": GROUP, "form": group["form"], "slots": group["rows"] * times}
 
     def _ask(self, model: str, kind: str, chips: int, ndim: int) -> dict[str, Any]:
         what = {"model": model, "kind": kind, "chips": chips, "grid": [self.points] * ndim}
@@ -122,22 +122,17 @@ class Kept:
 
 
 def answers(ask: dict[str, Any]) -> list[dict[str, Any]]:
-    """The forecasts of both forms."""
+    """The forecasts of both forms, or of the one that is asked for."""
     config = shape_config(ask["model"])
     where = open_slice(f"{ask['kind']}:{SLICES[ask['kind']][ask['chips']]}")
     work = make_work(ask["prompts"], PROMPT_TOKENS, SHARED_TOKENS, ask["max_new_tokens"], tuple(ask["grid"]))
     if "groups_of" not in ask:
         return [record(each) for each in forecast(config, work, where, quick=True)]
-    # A group's split of the weights, and for each group the slots that it has alone.
+    # All groups split the weights as one does.
     group = open_slice(f"{ask['kind']}:{SLICES[ask['kind']][ask['groups_of']]}")
     model = split_of(shape_on(config, group, None, "bfloat16").mesh).model
-    times = ask["chips"] // ask["groups_of"]
-    found = []
-    split = Split(ask["chips"] // model, model)
-    for form, slots in zip(FORMS, (ask["prompts"], 128 * times), strict=True):
-        options = EngineOptions(form=form, slots=slots)  # type: ignore[arg-type]
-        found += [record(each) for each in forecast(config, work, where, split=split, options=options, quick=True)]
-    return found
+    split, options = Split(ask["chips"] // model, model), EngineOptions(form=ask["form"], slots=ask["slots"])
+    return [record(each) for each in forecast(config, work, where, split=split, options=options, quick=True)]
 
 
 def record(found: Forecast) -> dict[str, Any]:

@@ -225,9 +225,11 @@ class Planner:
         return (plan for form in self.forms() for plan in self.plans(form))
 
     def plans(self, form: str) -> Iterator[Plan]:
-        """With fewer and fewer slots, and with random directions that are stored or not."""
+        """With fewer and fewer slots, and with random directions that are stored or not. (In the factorised form they
+        would be drawn again in each step: a program that the compiler for TPUs takes more than ten minutes for.)"""
         storage = self._options.direction_storage
-        storages = [storage] if storage != "auto" else ["exact", "seed"] if self._work.drawn else ["exact"]
+        drawable = self._work.drawn and form != "factorised"
+        storages = [storage] if storage != "auto" else ["exact", "seed"] if drawable else ["exact"]
         for held in storages:
             slots = self._options.slots or self._enough()
             while slots:

@@ -91,7 +91,8 @@ def load_model(
             device; by default only if the devices cannot hold them twice.
         split: how many devices share the rows of a batch, and how many the weights; by default as few share the weights
             as can hold them, and a CPU is one device.
-        keep: keep the parameters in the cache, as an Orbax checkpoint from which the next load is faster.
+        keep: keep the parameters in the cache, as an Orbax checkpoint from which the next load is faster; those that
+            stay in host memory are read as they are.
 
     Raises:
         UserError: there is no such model, or it cannot be used; or there are not as many devices.
