@@ -112,17 +112,21 @@ def _called(instruction: _Instruction, role: str) -> str:
 
 
 def _traffic(computations: dict[str, list[_Instruction]], name: str) -> Traffic:
-    total = Traffic()
+    total, channels = Traffic(), set[str]()
     known = {instruction.name: instruction for instruction in computations.get(name, [])}
     for instruction in known.values():
-        for part in _parts(computations, known, instruction):
+        for part in _parts(computations, known, instruction, channels):
             total = total.plus(part)
     return total
 
 
 def _parts(
-    computations: dict[str, list[_Instruction]], known: dict[str, _Instruction], instruction: _Instruction
+    computations: dict[str, list[_Instruction]],
+    known: dict[str, _Instruction],
+    instruction: _Instruction,
+    channels: set[str],
 ) -> Iterator[Traffic]:
+    """What an instruction moves; `channels` are those of the collectives that were met, which it adds to."""
     kind = instruction.kind
     operands = [known[name] for name in instruction.operands if name in known]
     if kind in _FREE or kind.endswith("-done"):
@@ -137,7 +141,13 @@ def _parts(
     elif kind.removesuffix("-start") in _COLLECTIVES:
         yield _collective(instruction, operands)
     elif (found := _inner_collective(computations, instruction)) is not None:
-        yield found
+        # One that runs aside stands in several fusions, of which those on its way compute something else.
+        channel = re.findall(r"channel_id=\d+", found[0].attributes)
+        if not channel or channel[0] not in channels:
+            yield _collective(*found)
+        channels.update(channel)
+        its = {each.size for each in (found[0], *found[1])}
+        yield Traffic(sum(size for each in operands for size, stored in each.arrays if stored and size not in its))
     elif kind == "async-start":
         yield Traffic(sum(each.size for each in computations.get(_called(instruction, "calls"), []) if each.is_root))
     elif kind in ("copy-start", "slice-start", "dynamic-slice", "slice", "gather"):
@@ -149,8 +159,11 @@ def _parts(
         yield Traffic(_used(computations, instruction, operands))
 
 
-def _inner_collective(computations: dict[str, list[_Instruction]], instruction: _Instruction) -> Traffic | None:
-    """Of a collective that runs aside, or in a fusion: alone, or an all-reduce of which each device keeps its part."""
+def _inner_collective(
+    computations: dict[str, list[_Instruction]], instruction: _Instruction
+) -> tuple[_Instruction, list[_Instruction]] | None:
+    """A collective that runs aside, or in a fusion, and its operands; an all-reduce of which each device keeps its part
+    scatters."""
     known = {each.name: each for each in computations.get(_called(instruction, "calls"), [])}
     found = next((each for each in known.values() if each.kind in _COLLECTIVES), None)
     if found is None:
@@ -159,7 +172,7 @@ def _inner_collective(computations: dict[str, list[_Instruction]], instruction: 
     operands = [known[name] for name in found.operands if name in known]
     if found.kind == "all-reduce" and instruction.kind == "fusion" and instruction.size < found.size:
         found = replace(found, kind="reduce-scatter")
-    return _collective(found, operands)
+    return found, operands
 
 
 def _used(
@@ -183,13 +196,25 @@ def _used(
 def _collective(instruction: _Instruction, operands: list[_Instruction]) -> Traffic:
     """A ring sends n - 1 of n parts of what is gathered or scattered, and of what is reduced twice as much."""
     kind = instruction.kind.removesuffix("-start")
-    groups = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\])", instruction.attributes)
-    count = 2
-    if groups is not None:
-        count = int(groups[3]) if groups[1] is None else len(groups[1].split(","))
+    count = _group_size(instruction.attributes)
     given = sum(each.size for each in operands)
     # The result of a start holds the operands too.
     whole = max(given, instruction.size - (given if instruction.kind.endswith("-start") else 0))
     part = whole if kind == "collective-permute" else whole * (count - 1) / max(count, 1)
     sent = 2 * part if kind == "all-reduce" else part
     return Traffic(2.0 * whole, sent if count > 1 else 0.0, 1 if count > 1 else 0)
+
+
+def _group_size(attributes: str) -> int:
+    """How many devices a collective connects, by its list of their numbers, its grid, or its mesh and the axes of that;
+    two where it does not say."""
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        # A part of an axis is named with what lies before it and its own size, 'axis_0':(2)4.
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return 2
