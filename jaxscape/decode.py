@@ -7,6 +7,7 @@ ring slot t modulo the ring's size. A row that is inserted at time t has its pro
 programs run when is decided in `jaxscape.engine`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -211,12 +212,13 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(shortest) if any(row[i] != rows[0][i] for row in rows)), shortest)
 
 
-def pack(rows: Sequence[Sequence[int]], prefix: int, group_size: int, multiple: int = 1) -> Groups:
+def pack(rows: Sequence[Sequence[int]], prefix: int, group_size: int, inserts: int = 1, points: int = 1) -> Groups:
     """Rows without their first `prefix` tokens, in groups of `group_size`, all of one shape.
 
-    Several rows share a line; the line is as long as leaves the least padding. The number of a group's lines is a
-    multiple of `multiple`, the devices that share them.
+    Several rows share a line; the line is as long as leaves the least padding. `points` devices have equal shares of
+    the lines of `inserts` groups, which are inserted together.
     """
+    multiple = points // math.gcd(points, inserts)
     texts = [row[prefix:] for row in rows]
     groups = [range(i, min(i + group_size, len(texts))) for i in range(0, len(texts), group_size)]
     longest = round_up(max(map(len, texts)))

@@ -81,7 +81,7 @@ class Engine:
     def __post_init__(self) -> None:
         prefix = common_prefix(self.rows)
         points = split_of(self.model.mesh).points
-        groups = pack(self.rows, prefix, self.plan.group, points)
+        groups = pack(self.rows, prefix, self.plan.group, self.plan.inserts, points)
         # By group, its prompts' numbers; -1 for a row that only fills it up.
         self._grouped = np.where(groups.lengths > 0, groups.rows, -1)
         self._ring = ring_size(groups, self.sampling.max_new_tokens)

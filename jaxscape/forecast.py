@@ -316,7 +316,7 @@ def _size(tree: Any) -> int:
 
 def _slots(shape: ModelShape, work: Work, plan: Plan) -> tuple[Any, Groups]:
     prefix = common_prefix(work.rows)
-    groups = pack(work.rows, prefix, plan.group, split_of(shape.mesh).points)
+    groups = pack(work.rows, prefix, plan.group, plan.inserts, split_of(shape.mesh).points)
     ring = ring_size(groups, work.sampling.max_new_tokens)
     ndim = 1 if plan.form == "factorised" else 0
     sizes = SlotSizes(plan.places, plan.places * plan.rows, ring, prefix, ndim)

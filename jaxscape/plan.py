@@ -23,7 +23,7 @@ MARGIN = 0.9  # of the free memory that a plan may fill
 ENOUGH = 8  # times the rows at which arithmetic takes as long as reading the weights: more hardly save anything
 HOST_BANDWIDTH = 1e10  # bytes per second from host memory to a device, of a PCIe slot
 NOISE = 4500  # operations at the speed of a large product that a number drawn from a seed takes
-MOST_INSERTS = 16
+MOST_INSERTS = 16  # for each of the devices that share the rows
 TILE = 8  # rows that an accelerator's memory keeps together; XLA copies caches that are cut elsewhere
 
 
@@ -294,7 +294,7 @@ class Planner:
         if form == "factorised":
             rows = group = min(PLACE_ROWS, prompts, slots)
             places = self._shared(max(1, min(slots // rows, work.line * -(-prompts // group))), rows)
-            inserts = min(max(1, places // 4), MOST_INSERTS)
+            inserts = min(max(1, places // 4), MOST_INSERTS * self._split.points)
             few = self._shared(places // 4, rows) * rows
         elif prompts <= slots:
             rows = group = self._shared(prompts)

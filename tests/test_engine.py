@@ -234,10 +234,16 @@ def test_the_prefix_is_computed_once_a_point_and_shared(model: js.Model) -> None
     assert ring_size(one, NEW) >= max(map(len, rows)) - prefix + NEW
 
 
-@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=40), min_size=1, max_size=12), st.integers(1, 12))
-def test_packed_rows_are_all_there(rows: list[list[int]], size: int) -> None:
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=40), min_size=1, max_size=12),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.sampled_from([1, 2, 4, 8]),
+)
+def test_packed_rows_are_all_there(rows: list[list[int]], size: int, inserts: int, points: int) -> None:
     prefix = common_prefix(rows)
-    groups = pack(rows, prefix, size)
+    groups = pack(rows, prefix, size, inserts, points)
+    assert inserts * groups.tokens.shape[1] % points == 0
     found: Iterator[list[int]] = (
         groups.tokens[g].ravel()[groups.first[g, r] :][: groups.lengths[g, r]].tolist()
         for g, r in np.ndindex(groups.rows.shape)
