@@ -86,8 +86,8 @@ class Scaling:
         for model in self.models:
             weights = 2 * sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(shape_config(model))))
             for kind in self.kinds:
-                for chips in self.chips:
-                    for ndim in (1, 2) if weights < chips * CHIPS[kind].memory else ():
+                for chips in (n for n in self.chips if weights < n * CHIPS[kind].memory):
+                    for ndim in (1, 2):
                         yield self._ask(model, kind, chips, ndim)
 
     def _asked_along_points(self, scaled: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -250,11 +250,9 @@ def _line(each: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
 
 def _smallest(records: Sequence[dict[str, Any]], model: str, kind: str, ndim: int) -> str:
     same = [r for r in records if (r["model"], r["kind"], len(r["grid"])) == (model, kind, ndim)]
-    fitting = sorted((r for r in same if r["fits"]), key=lambda r: (r["chips"], -r["points_per_hour"]))
-    if not fitting:
-        return "none"
-    first = fitting[0]
-    return f"{_slice(first)}, {first['form']}, {first['rows']} rows"
+    fitting = (r for r in same if r["fits"])
+    first = min(fitting, key=lambda r: (r["chips"], -r["points_per_hour"]), default=None)
+    return "none" if first is None else f"{_slice(first)}, {first['form']}, {first['rows']} rows"
 
 
 def _slice(record: dict[str, Any]) -> str:

@@ -226,7 +226,8 @@ class Planner:
 
     def plans(self, form: str) -> Iterator[Plan]:
         """With fewer and fewer slots, and with random directions that are stored or not. (In the factorised form they
-        would be drawn again in each step: a program that the compiler for TPUs takes more than ten minutes for.)"""
+        would be drawn again in each step: a program that the compiler for TPUs had not finished after eight minutes.)
+        """
         storage = self._options.direction_storage
         drawable = self._work.drawn and form != "factorised"
         storages = [storage] if storage != "auto" else ["exact", "seed"] if drawable else ["exact"]
