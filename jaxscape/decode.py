@@ -26,8 +26,8 @@ from jaxscape.models.checkpoint import Params
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import (
     CPU_ORDER,
-    GROUPED_ORDER,
-    UNGROUPED_ORDER,
+    GPU_ORDER,
+    TPU_ORDER,
     CacheOrder,
     Context,
     KVCache,
@@ -170,11 +170,11 @@ class Program:
 
 def make_program(model: Model | ModelShape, sampling: Sampling) -> Program:
     """The program for a model, on the devices of its mesh."""
-    on_cpu = model.mesh.devices.flat[0].platform == "cpu"
-    order = UNGROUPED_ORDER if model.config.num_heads == model.config.num_kv_heads else GROUPED_ORDER
+    orders = {"cpu": CPU_ORDER, "tpu": TPU_ORDER}
+    order = orders.get(model.mesh.devices.flat[0].platform, GPU_ORDER)
     # Another seed is another stream, not another program.
     sampling = replace(sampling, seed=0)
-    return Program(model.config, sampling, model.eos_token_ids, model.mesh, CPU_ORDER if on_cpu else order)
+    return Program(model.config, sampling, model.eos_token_ids, model.mesh, order)
 
 
 def tokenize(model: Model, prompts: Sequence[str], system_prompt: str, max_new_tokens: int) -> list[list[int]]:

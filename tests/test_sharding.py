@@ -25,7 +25,7 @@ from jaxscape import engine, models
 from jaxscape.cli import main
 from jaxscape.decode import compact, decode_chunk, insert
 from jaxscape.models.checkpoint import fingerprint, named_leaves
-from jaxscape.models.decoder import GROUPED_ORDER, UNGROUPED_ORDER, CacheOrder
+from jaxscape.models.decoder import GPU_ORDER, TPU_ORDER, CacheOrder
 from jaxscape.perturb import order_free_sum
 from jaxscape.sharding import Split, default_split, make_mesh, parse_split, partition
 
@@ -107,7 +107,7 @@ def test_odd_sizes_are_copied_where_they_do_not_divide(make_model: MakeModel) ->
 
 
 @pytest.mark.parametrize(
-    ("order", "form"), [(UNGROUPED_ORDER, "materialised"), (GROUPED_ORDER, "factorised")], ids=["ungrouped", "grouped"]
+    ("order", "form"), [(GPU_ORDER, "materialised"), (TPU_ORDER, "factorised")], ids=["gpu", "tpu"]
 )
 def test_the_orders_of_accelerators_generate_the_same(
     tiny: js.Model, order: CacheOrder, form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

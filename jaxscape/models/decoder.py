@@ -6,8 +6,8 @@ nothing and transposing nothing. Beside each parameter, and where activations ne
 dimensions; `jaxscape.sharding` says over which devices they are split.
 """
 
-from collections.abc import Callable
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial, reduce
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -48,11 +48,14 @@ class CacheOrder(NamedTuple):
     Attributes:
         is_read_first: attention reads the cache before a step's tokens are written to it. XLA for TPUs updates it in
             place then, and otherwise in on-chip memory, from where all of it goes back; on a CPU it is the other way.
+        queries: rows of a product that has one query only, the others being zero. XLA for TPUs gives products with one
+            row to the vector unit, which takes several times as long for them as reading the cache does.
     """
 
     keys: str
     values: str
     is_read_first: bool = True
+    queries: int = 1
 
     @property
     def both(self) -> tuple[str, str]:
@@ -66,10 +69,9 @@ class CacheOrder(NamedTuple):
         return keys, values
 
 
-# The orders in which attention reads what lies there, and copies nothing. On a CPU, keys have their slots last. XLA for
-# TPUs wants slots first where each query head has keys of its own, and otherwise a matrix for each row and head.
+# The orders in which attention reads what lies there, and copies nothing. On a CPU, keys have their slots last.
 CPU_ORDER = CacheOrder("bkhs", "bksh", is_read_first=False)
-UNGROUPED_ORDER, GROUPED_ORDER = CacheOrder("sbkh", "skbh"), CacheOrder("bksh", "bksh")
+GPU_ORDER, TPU_ORDER = CacheOrder("bksh", "bksh"), CacheOrder("bksh", "bksh", queries=8)
 
 
 class KVCache(NamedTuple):
@@ -244,13 +246,11 @@ class Attention(nn.Module):
                 for shared, x, to in zip(prefix, sources[0], order.both, strict=True)
             ]
             sources[0] = (longer[0], longer[1])
-        parts = [_scores(q, keys, order.keys) for keys, _ in sources]
-        scores = jnp.concatenate(parts, axis=-1).reshape(batch, -1, time, memory.visible.shape[-1])
-        scores = jnp.where(memory.visible[:, None], scores * c.head_dim**-0.5, jnp.finfo(jnp.float32).min)
-        probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*q.shape[:3], -1)
+        parts = [_scores(q, keys, order) for keys, _ in sources]
         ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
-        weights = jnp.split(probabilities, ends, axis=-1)
-        mixed = [_mixed(w, values, order.values) for w, (_, values) in zip(weights, sources, strict=True)]
+        visible = jnp.split(memory.visible, ends, axis=-1)
+        weights = _softmax([_masked(part * c.head_dim**-0.5, seen) for part, seen in zip(parts, visible, strict=True)])
+        mixed = [_mixed(w.astype(v.dtype), values, order) for w, (_, values) in zip(weights, sources, strict=True)]
         return output(sum(mixed[1:], start=mixed[0]).astype(x.dtype)), (k, v)
 
 
@@ -259,22 +259,46 @@ def _repeated(x: Array, axis: int, length: int) -> Array:
     return jnp.repeat(x, length // x.shape[axis], axis=axis)
 
 
-def _scores(q: Float[Array, "batch kv_heads queries head_dim"], keys: Float[Array, "_ _ _ _"], order: str) -> Array:
-    """float32[batch, kv_heads, queries, slots]. A row of the keys is that of as many rows as there are for each."""
-    if keys.shape[order.index("b")] == q.shape[0]:
-        return _einsum(f"bkqh,{order}->bkqs", q, keys, preferred_element_type=jnp.float32)
-    grouped = q.reshape(keys.shape[order.index("b")], -1, *q.shape[1:])
-    products = f"nbkqh,{order.replace('b', 'n')}->nbkqs"
-    return _einsum(products, grouped, keys, preferred_element_type=jnp.float32).reshape(*q.shape[:3], -1)
+def _masked(scores: Float[Array, "batch kv_heads queries slots"], visible: Bool[Array, "batch time slots"]) -> Array:
+    """The scores, with the least number for what is not visible; queries are those of each time in turn."""
+    batch, time, slots = visible.shape
+    by_time = scores.reshape(batch, -1, time, slots)
+    return jnp.where(visible[:, None], by_time, jnp.finfo(jnp.float32).min).reshape(scores.shape)
 
 
-def _mixed(weights: Float[Array, "batch kv_heads queries slots"], values: Float[Array, "_ _ _ _"], order: str) -> Array:
+def _softmax(parts: Sequence[Float[Array, "batch kv_heads queries _"]]) -> list[Array]:
+    """Over the last axis of all parts together; put together and split again, they would be copied twice on a TPU."""
+    if len(parts) == 1:  # its gradient keeps the result alone
+        return [jax.nn.softmax(parts[0], axis=-1)]
+    most = reduce(jnp.maximum, (part.max(-1, keepdims=True) for part in parts))
+    powers = [jnp.exp(part - most) for part in parts]
+    total = sum(part.sum(-1, keepdims=True) for part in powers)
+    return [part / total for part in powers]
+
+
+def _scores(q: Float[Array, "batch kv_heads queries head_dim"], keys: Array, order: CacheOrder) -> Array:
+    """float32[batch, kv_heads, queries, slots], of the queries with the keys."""
+    return _product("bkqh", q, keys, order.keys, "bkqs", order.queries)
+
+
+def _mixed(weights: Float[Array, "batch kv_heads queries slots"], values: Array, order: CacheOrder) -> Array:
     """float32[batch, kv_heads, queries, head_dim], the values as they are weighted."""
-    if values.shape[order.index("b")] == weights.shape[0]:
-        return _einsum(f"bkqs,{order}->bkqh", weights, values, preferred_element_type=jnp.float32)
-    grouped = weights.reshape(values.shape[order.index("b")], -1, *weights.shape[1:])
-    products = f"nbkqs,{order.replace('b', 'n')}->nbkqh"
-    return _einsum(products, grouped, values, preferred_element_type=jnp.float32).reshape(*weights.shape[:3], -1)
+    return _product("bkqs", weights, values, order.values, "bkqh", order.queries)
+
+
+def _product(terms: str, x: Array, cached: Float[Array, "_ _ _ _"], order: str, into: str, queries: int) -> Array:
+    """In float32. A row of what is cached is that of as many rows as there are for each."""
+    rows = cached.shape[order.index("b")]
+    if rows < x.shape[0]:
+        grouped = x.reshape(rows, -1, *x.shape[1:])
+        products = f"n{terms},{order.replace('b', 'n')}->n{into}"
+        return _einsum(products, grouped, cached, preferred_element_type=jnp.float32).reshape(*x.shape[:3], -1)
+    alone = x.shape[2] == 1
+    if alone:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, queries - 1), (0, 0)))
+    y = _einsum(f"{terms},{order}->{into}", x, cached, preferred_element_type=jnp.float32)
+    # XLA would make one row of it again if one were taken, and not summed up.
+    return y.sum(2, keepdims=True) if alone and queries > 1 else y
 
 
 class MLP(nn.Module):
