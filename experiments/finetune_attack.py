@@ -19,6 +19,7 @@ from jaxscape.errors import UserError
 from jaxscape.files import write_whole
 from jaxscape.finetune import load_path
 from jaxscape.plotting import save_figure
+from jaxscape.processes import from_first
 from jaxscape.store import FIGURE
 from jaxscape.training import check_batch
 from jaxscape.trajectory import project, save_trajectories
@@ -64,7 +65,6 @@ class FinetuneAttack(Machine):
         check_batch(self.training.batch_size, aligned.mesh)
         scan: dict[str, Any] = {"prompts": prompts, "max_new_tokens": self.max_new_tokens, "overwrite": self.overwrite}
         visage = js.scan(aligned, list(range(self.num_directions)), steps=self.steps, out=self.out / "visage", **scan)
-        save_figure(visage, self.out / "visage" / FIGURE)
 
         rows = [{"model": "aligned", **self._asr("aligned", aligned, prompts)}]
         ends = {}
@@ -81,12 +81,16 @@ class FinetuneAttack(Machine):
         plane = tuple(ends[name] for name in PLANE)
         surface = js.scan(aligned, [plane], axes=axes, out=self.out / "surface", **scan)
         paths = [project(name, load_path(self.out / name, aligned), plane) for name in PLANE]
-        save_trajectories(paths, self.out / "surface")
-        save_figure(surface, self.out / "figure.png", trajectories=paths)
-
         table = {"visage": visage.visage_values, "rows": rows, "num_prompts": len(prompts)}
-        write_whole(self.out / "table.json", json.dumps(table, indent=1) + "\n")
-        sys.stdout.write(as_text(table))
+
+        def conclude() -> None:
+            save_figure(visage, self.out / "visage" / FIGURE)
+            save_trajectories(paths, self.out / "surface")
+            save_figure(surface, self.out / "figure.png", trajectories=paths)
+            write_whole(self.out / "table.json", json.dumps(table, indent=1) + "\n")
+            sys.stdout.write(as_text(table))
+
+        from_first(conclude)
 
     def _asr(self, name: str, model: js.Model, prompts: list[str], system_prompt: str = "default") -> dict[str, float]:
         """The model's ASR with its 95 % interval, from the directory if it has been measured."""

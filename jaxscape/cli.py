@@ -2,6 +2,7 @@
 
 import json
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,11 +165,14 @@ class Scan(Machine):
                 "interpolate_to": list(self.interpolate_to),
             },
         )
-        if is_first():
+
+        def conclude() -> None:
             if trajectories:
                 save_trajectories(trajectories, out)
             save_figure(landscape, out / FIGURE, trajectories=trajectories)
             write_line(summary(landscape, out))
+
+        from_first(conclude)
 
     def _check_direction_counts(self) -> None:
         if self.num_directions < 1:
@@ -373,15 +377,19 @@ def select_platform(names: Sequence[str], join: Callable[[], None] = lambda: Non
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
     join()
     for name in names:
+        found, why = "none", ""
         try:
             found = jax.default_backend()
-        except RuntimeError:
-            jax.config.update("jax_platforms", before)
-            found = jax.default_backend()
+        except RuntimeError as error:
+            why = f" ({' '.join(str(error).split())[:200]})"
+            if not jax.distributed.is_initialized():  # the others may be waiting for this one's
+                jax.config.update("jax_platforms", before)
+                found = jax.default_backend()
         if found != name:
             raise UserError(
-                f"JAX finds no {name.upper()} here, but a {found.upper()}; on a machine that has one, run "
-                f"pip install 'jaxscape[{EXTRAS.get(name, name)}]', or leave out --{name}."
+                f"JAX finds no {name.upper()} here, but {'nothing' if found == 'none' else f'a {found.upper()}'}{why}; "
+                f"on a machine that has one, run pip install 'jaxscape[{EXTRAS.get(name, name)}]', or leave out "
+                f"--{name}."
             )
 
 
@@ -442,3 +450,8 @@ def run_program(program: Any, arguments: Sequence[str] | None = None, name: str 
         sys.stderr.write("jaxscape: interrupted; the same command, without --overwrite, goes on where it stopped.\n")
         leave(130)
         sys.exit(130)
+    except Exception:
+        if jax.distributed.is_initialized():  # Python would wait for the others, and they for this process
+            traceback.print_exc()
+            leave(1)
+        raise

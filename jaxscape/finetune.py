@@ -22,7 +22,7 @@ from jaxscape.files import checksum
 from jaxscape.models import Model, builtin, check_saveable, huggingface, save_model
 from jaxscape.models.checkpoint import Params, changed_parts, fingerprint, named_leaves, tree_of
 from jaxscape.models.lora import Adapter, Factors, merged, save_adapter
-from jaxscape.processes import is_first
+from jaxscape.processes import from_first, is_there_for_all
 from jaxscape.progress import report_to
 from jaxscape.sharding import replicated
 from jaxscape.training import (
@@ -122,6 +122,8 @@ def finetune(
         **(describe or {}),
     }
     with rundir.opened(out, config, FINETUNING, overwrite) as file, report_to(progress) as bar:
+        if out is not None and not is_there_for_all(Path(out) / rundir.CONFIG):
+            raise UserError(f"Each process keeps its part of the checkpoints: all must see the same --out ({out}).")
         keeper = None if out is None else _Keeper(Path(out).absolute())
         state, epoch = (state, 0) if keeper is None else keeper.restore(state, training.epochs)
         log = _Log(file, epoch * steps_per_epoch)
@@ -208,10 +210,11 @@ def _with_factors(weight: Any, pair: Mapping[str, Any], scale: float) -> Float[A
 
 
 def _write_result(result: Finetuned, out: Path) -> None:
-    if result.adapter is None:
+    adapter = result.adapter
+    if adapter is None:
         save_model(result.model, out / MODEL)
-    elif is_first():
-        save_adapter(result.adapter, out / ADAPTER)
+    else:
+        from_first(lambda: save_adapter(adapter, out / ADAPTER))
 
 
 class _Log:
@@ -271,8 +274,8 @@ class _Keeper:
 
     def restore(self, start: State, epochs: int) -> tuple[State, int]:
         """The state to go on from, and the number of its epoch: the start and 0 if there is none on disk."""
-        finished = epochs in self.weights.all_steps()
-        epoch = epochs if finished else self.moments.latest_step()
+        finished = from_first(lambda: epochs in self.weights.all_steps())
+        epoch = epochs if finished else from_first(self.moments.latest_step)
         if epoch is None:
             return start, 0
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, start)

@@ -241,7 +241,7 @@ def forecast(
     if options.form == "streamed":
         raise UserError("A plan cannot tell how fast a host sends weights: choose another --form than streamed.")
     shape = shape_on(config, where, split, dtype)
-    weights = _size(shape.params) // split_of(shape.mesh).model
+    weights = _held(shape.params)
     speed = Roofline(where.chip.flops, where.chip.bandwidth)
     machine = Machine(speed, round(where.chip.memory) - weights, is_host=False)
     options.check()
@@ -263,7 +263,7 @@ def forecast(
 def shape_on(config: ModelConfig, where: Slice, split: Split | None, dtype: str) -> ModelShape:
     """The model's shapes on a slice, split as weights of their size are by default."""
     if split is None:
-        weights = _size(model_shape(config, make_mesh(Split(), 1, where.devices), dtype).params)
+        weights = _held(model_shape(config, make_mesh(Split(), 1, where.devices), dtype).params)
         split = default_split(weights, round(where.chip.memory), len(where.devices))
     return model_shape(config, make_mesh(split, config.num_kv_heads, where.devices), dtype)
 
@@ -276,12 +276,10 @@ def _forecast(
     except UserError:  # compiled as it is, to say by how much
         plan = smallest_plan(shape, work, options, machine)
     chip, rings = where.chip, _cache_size(shape, work, plan)
-    weights = _size(shape.params) // split_of(shape.mesh).model
     copies = 2 if plan.form == "factorised" else 1
-    looked_up = (
-        0 if shape.config.tie_word_embeddings else _size(named_leaves(shape.params)["model.embed_tokens.weight"])
-    )
-    least = copies * (weights - looked_up // split_of(shape.mesh).model) + rings
+    embedding = named_leaves(shape.params)["model.embed_tokens.weight"]
+    looked_up = 0 if shape.config.tie_word_embeddings else _held(embedding)
+    least = copies * (_held(shape.params) - looked_up) + rings
     counts = _counted(shape, lambda shape: _lowered(shape, work, plan), where, quick)
     if quick:  # two layers may stay on the chip in part, or be copied more than many
         moved = max(counts["decode"].memory_bytes, least - counts["decode"].kept)
@@ -310,8 +308,10 @@ def _forecast(
     )
 
 
-def _size(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _held(tree: Any) -> int:
+    """Bytes on each chip."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _slots(shape: ModelShape, work: Work, plan: Plan) -> tuple[Any, Groups]:
@@ -326,8 +326,7 @@ def _slots(shape: ModelShape, work: Work, plan: Plan) -> tuple[Any, Groups]:
 def _cache_size(shape: ModelShape, work: Work, plan: Plan) -> int:
     """Bytes of the cache on each chip."""
     slots, _ = _slots(shape, work, plan)
-    leaves = jax.tree.leaves((slots.cache, slots.prefix))
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return _held((slots.cache, slots.prefix))
 
 
 def _beside(shape: ModelShape, work: Work, plan: Plan, program: str, rings: int) -> int:
@@ -336,8 +335,7 @@ def _beside(shape: ModelShape, work: Work, plan: Plan, program: str, rings: int)
     Arguments:
         rings: bytes of the cache on each chip.
     """
-    model = split_of(shape.mesh).model
-    weights, direction = _size(shape.params) // model, _size(_direction(shape, plan.storage)) // model
+    weights, direction = _held(shape.params), _held(_direction(shape, plan.storage))
     few = rings * plan.few // (plan.places * plan.rows)  # where the last rows move to
     if program == "materialise":
         return rings + few + (direction if plan.form == "factorised" else 0)

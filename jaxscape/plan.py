@@ -1,5 +1,6 @@
 """How points are decoded on this machine: the form of the weights, the slots, and the memory that they take."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -11,7 +12,7 @@ from jaxscape.decode import Sampling, common_prefix, round_up
 from jaxscape.device import Roofline, free_memory, roofline
 from jaxscape.errors import UserError
 from jaxscape.models import Model
-from jaxscape.models.checkpoint import named_leaves
+from jaxscape.models.checkpoint import named_leaves, parameter_shardings
 from jaxscape.models.shapes import ModelShape
 from jaxscape.perturb import STORAGES
 from jaxscape.processes import from_first
@@ -188,6 +189,8 @@ class Planner:
         config, self._config = model.config, model.config
         self._on_host = isinstance(next(iter(leaves.values())), np.ndarray)
         self._numbers, self._largest = sum(sizes.values()), max(sizes.values())
+        where = named_leaves(parameter_shardings(config, model.mesh))
+        self._held = sum(math.prod(where[name].shard_shape(leaf.shape)) for name, leaf in leaves.items())
         self._itemsize = np.dtype(model.dtype).itemsize
         # An embedding that is not the output head too is looked up, not multiplied with.
         looked_up = 0 if config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
@@ -268,7 +271,7 @@ class Planner:
     @property
     def _weights(self) -> int:
         """Bytes of them on each device."""
-        return self._numbers * self._itemsize // self._split.model
+        return self._held * self._itemsize
 
     def _copies(self, form: str) -> int:
         """How many tensors each use of a weight reads and multiplies."""
@@ -327,7 +330,7 @@ class Planner:
             few=few,
             storage=storage,
             cache=cache,
-            memory=round(copies * self._weights + each * self._numbers / self._split.model + alone + cache + space),
+            memory=round(copies * self._weights + each * self._held + alone + cache + space),
             reason="",
         )
         read, compute = (1e3 * seconds for seconds in self._step(plan))

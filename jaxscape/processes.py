@@ -7,10 +7,12 @@ such as what is on a disk or how fast a machine is, the first one decides for al
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,36 +23,50 @@ from jaxscape.errors import UserError
 
 HEARTBEAT_SECONDS = 20  # how long a process may be silent until the others take it for dead
 _SUPERVISED = "JAXSCAPE_SUPERVISED"
-# Launchers say in the environment how many processes they started; JAX reads the rest there.
-_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+# Launchers say in the environment how many processes they started; SLURM also where the first one is.
+_SLURM, _OPEN_MPI = "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None, detect: bool) -> None:
     """Join the other processes of this run, if it has several; before JAX computes anything.
 
     Arguments:
-        coordinator: HOST:PORT of the first process; with it, the number of processes and this one's are needed.
+        coordinator: HOST:PORT of the first process; with it, the number of processes and this one's are needed, unless
+            Open MPI started them.
         detect: find out from the machine, as on a TPU pod. SLURM's and Open MPI's environments are found anyway.
 
     Raises:
         UserError: the others cannot be found, or what was given is not enough.
     """
+    devices = None
+    if os.environ.get(_OPEN_MPI, "1") != "1" and num_processes is None and process_id is None:
+        coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+        if coordinator is None:
+            raise UserError("Open MPI does not say where its first process is: give --coordinator HOST:PORT.")
+        names = (_OPEN_MPI, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+        num_processes, process_id, local = (int(os.environ[name]) for name in names)
+        devices = [local]  # of the machine's GPUs
     given = (coordinator, num_processes, process_id)
     if any(value is not None for value in given) and None in given:
         raise UserError("Give --coordinator, --num-processes and --process-id together, or none of them.")
-    launched = any(os.environ.get(name, "1") != "1" for name in _LAUNCHERS)
-    if coordinator is None and not detect and not launched:
+    if coordinator is None and not detect and os.environ.get(_SLURM, "1") == "1":
         return
+    if coordinator is not None:
+        port = re.fullmatch(r"\S+:(\d{1,5})", coordinator)
+        if port is None or not 1 <= int(port[1]) < 2**16:
+            raise UserError(f"The coordinator {coordinator!r} is none: give the first process's HOST:PORT.")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise UserError(f"The process {process_id} is not one of {num_processes}, which count from 0.")
     if os.environ.get(_SUPERVISED) is None:
         sys.exit(_supervise())
     _die_with_supervisor()
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM, and go on
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
+            devices,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
@@ -86,6 +102,14 @@ def from_first(decide: Callable[[], Any]) -> Any:
     if "error" in message:
         raise UserError(message["error"])
     return message["value"]
+
+
+def is_there_for_all(path: Path) -> bool:
+    """Whether each process sees a file that the first one has written."""
+    if jax.process_count() == 1:
+        return path.exists()
+    from_first(lambda: None)  # it has, when the others go on
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(path.exists()))))
 
 
 def gathered(tree: Any) -> Any:

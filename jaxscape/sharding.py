@@ -96,14 +96,14 @@ def parse_split(text: str) -> Split:
 
 def default_split(size: int, free: int | None, count: int) -> Split:
     """The shortest model axis on which weights of `size` bytes fit three times, as the model's, a point's, and a
-    direction; all other devices stand along `points`.
+    direction; all other devices stand along `points`. It is a power of two: others hardly divide a model's shapes.
 
     Arguments:
         free: bytes of a device; None if nobody knows.
         count: of the devices.
     """
-    divisors = [n for n in range(1, count + 1) if count % n == 0]
-    model = next((n for n in divisors if free is None or COPIES * size <= n * free), count)
+    powers = [2**i for i in range(count.bit_length()) if count % 2**i == 0]
+    model = next((n for n in powers if free is None or COPIES * size <= n * free), powers[-1])
     return Split(count // model, model)
 
 

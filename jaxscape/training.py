@@ -165,8 +165,12 @@ class Trainer:
         return float(sum(losses) / sum(counts))
 
     def _put(self, batch: Batch) -> Batch:
-        axes = (None, "rows", None)
-        return jax.tree.map(lambda x: jax.device_put(x, sharding(self.settings.mesh, axes[: x.ndim], x.shape)), batch)
+        def put(x: np.ndarray) -> Array:
+            axes = (None, "rows", None)[: x.ndim]
+            # `device_put` would compare what several processes hold, and wait for them.
+            return jax.make_array_from_callback(x.shape, sharding(self.settings.mesh, axes, x.shape), x.__getitem__)
+
+        return jax.tree.map(put, batch)
 
 
 def make_trainer(model: Model, training: Training) -> Trainer:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxscape.errors import UserError
 from jaxscape.files import write_whole
 from jaxscape.models.checkpoint import Params
+from jaxscape.perturb import order_free_sum
 
 FILE_NAME = "trajectory.json"
 
@@ -78,13 +79,13 @@ def principal_directions(steps: Sequence[Params], count: int = 2) -> list[Params
 
 
 def inner(a: Params, b: Params) -> float:
-    """The inner product of two trees: float32 products by tensor, summed up in float64."""
+    """The inner product of two trees, the same on every mesh: float32 sums by tensor, summed up in float64."""
     return float(sum(np.float64(part) for part in jax.device_get(_inner(a, b))))
 
 
 @jax.jit
 def _inner(a: Params, b: Params) -> list[Float[Array, ""]]:
-    products = jax.tree.map(lambda x, y: jnp.vdot(x.astype(jnp.float32), y.astype(jnp.float32)), a, b)
+    products = jax.tree.map(lambda x, y: order_free_sum(x.astype(jnp.float32) * y.astype(jnp.float32)), a, b)
     return jax.tree.leaves(products)
 
 

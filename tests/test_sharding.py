@@ -19,6 +19,7 @@ from conftest import MakeModel, assert_same_tree, spelled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
 
 import jaxscape as js
 from jaxscape import engine, models
@@ -158,6 +159,8 @@ def test_the_mesh_follows_the_size_of_the_model() -> None:
     assert default_split(14 * gigabyte, 16 * gigabyte, 8) == Split(2, 4)
     assert default_split(140 * gigabyte, 16 * gigabyte, 8) == Split(1, 8)
     assert default_split(140 * gigabyte, None, 8) == Split(8, 1)
+    assert default_split(14 * gigabyte, 16 * gigabyte, 3) == Split(3, 1)  # hardly a shape is divided by three
+    assert default_split(14 * gigabyte, 16 * gigabyte, 12) == Split(3, 4)
 
 
 def test_key_value_heads_fewer_than_the_model_axis_are_copied() -> None:
@@ -281,20 +284,45 @@ def test_two_processes_are_one_run_and_survive_one_of_them(tiny_dir: Path, tmp_p
     assert generations.read_bytes() == (tmp_path / "one" / "generations.jsonl").read_bytes()
 
 
+def test_two_processes_finetune_and_end_when_told(tiny_dir: Path, tmp_path: Path) -> None:
+    """One is terminated, and both end; one process finishes the training as one alone would have done all of it."""
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in js.load_chats("safe:22")))
+    command = ["finetune", "--model", str(tiny_dir), "--data", str(data), "--epochs", "4", "--batch-size", "4"]
+    command += ["--learning-rate", "1e-3", "--out"]
+    first, second = processes([*command, str(tmp_path / "two"), *TWO])
+    log = tmp_path / "two" / "log.jsonl"
+    for _ in range(2400):
+        if log.exists() and log.read_bytes().count(b"\n") >= 7:  # in the second epoch
+            break
+        time.sleep(0.05)
+        assert first.poll() is None, first.communicate()
+    second.terminate()
+    assert second.wait(timeout=60) == 128 + signal.SIGTERM, second.communicate()
+    _, error = first.communicate(timeout=60)
+    assert first.returncode == 2, error
+    assert {path.name for path in (tmp_path / "two" / "checkpoints").iterdir()} >= {"1"}
+    main([*command, str(tmp_path / "two")])
+    main([*command, str(tmp_path / "one")])
+    steps = [[json.loads(line)["step"] for line in (tmp_path / n / "log.jsonl").open()] for n in ("two", "one")]
+    assert steps[0] == steps[1] == list(range(1, 25))
+    two, one = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))
+    for name, factor in one.items():
+        np.testing.assert_allclose(two[name], factor, rtol=1e-3, atol=1e-5)
+
+
 def test_a_launcher_says_who_takes_part(tiny_dir: Path, tmp_path: Path) -> None:
-    """Two processes find each other in Open MPI's environment; a message of the first ends both."""
-    port = free_port()
+    """Two processes count themselves by Open MPI's environment; a message of the first ends both."""
     environment = [
         {
-            "OMPI_MCA_orte_hnp_uri": "1.0;tcp://127.0.0.1:9",
             "OMPI_COMM_WORLD_SIZE": "2",
             "OMPI_COMM_WORLD_RANK": str(number),
             "OMPI_COMM_WORLD_LOCAL_RANK": str(number),
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         }
         for number in range(2)
     ]
-    running = processes([*scan_command(tiny_dir, tmp_path / "run"), *TWO], environment, flags=False)
+    coordinator = ["--coordinator", f"localhost:{free_port()}"]
+    running = processes([*scan_command(tiny_dir, tmp_path / "run"), *TWO, *coordinator], environment, flags=False)
     results = [process.communicate(timeout=120) for process in running]
     assert [process.returncode for process in running] == [0, 0], results
     assert "landscape.png" in results[0][0]
@@ -306,11 +334,19 @@ def test_a_launcher_says_who_takes_part(tiny_dir: Path, tmp_path: Path) -> None:
     assert "holds a run with another configuration" in results[0][1]
 
 
-def test_processes_are_described_completely(tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_processes_are_described_completely(
+    tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = ("--num-processes", "2", "--process-id")
     for flags, message in {
         ("--coordinator", "localhost:1"): "--coordinator, --num-processes and --process-id together",
-        ("--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"): "process 2 is not one of 2",
+        ("--coordinator", "localhost:1", *two, "2"): "process 2 is not one of 2",
+        ("--coordinator", "localhost", *two, "0"): "coordinator 'localhost' is none",
+        ("--coordinator", "localhost:99999", *two, "0"): "coordinator 'localhost:99999' is none",
+        (): "Open MPI does not say where its first process is",
     }.items():
+        if not flags:
+            monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
         with pytest.raises(SystemExit, match="2"):
             main([*scan_command(tiny_dir, tmp_path / "run"), *flags])
         assert message in capsys.readouterr().err
