@@ -48,7 +48,7 @@ class Scaling:
 
     measure: bool = False
     """Measure on the devices that are here, instead of forecasting for TPUs."""
-    models: tuple[str, ...] = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
+    models: tuple[str, ...] = ("llama-2-7b", "llama-2-13b", "llama-3-70b")
     """Known by their shapes."""
     kinds: tuple[str, ...] = tuple(SLICES)
     chips: tuple[int, ...] = tuple(FLAT)
