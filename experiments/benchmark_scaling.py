@@ -78,7 +78,15 @@ class Scaling:
         figure(scaled).savefig(content, format="png", dpi=120, metadata={"Software": None})
         self.out.mkdir(parents=True, exist_ok=True)
         write_whole(self.out / "scaling.png", content.getvalue())
-        write_whole(self.out / "scaling.md", report(self, scaled, efficient))
+        asks = [
+            self._ask(model, kind, n, ndim)
+            for model in self.models
+            for kind in self.kinds
+            for n in FLAT
+            for ndim in (1, 2)
+        ]
+        tried = [record for ask in asks for record in kept.known(ask)]
+        write_whole(self.out / "scaling.md", report(self, scaled, tried, efficient))
         write_line(f"{self.out / 'scaling.md'}\n{self.out / 'scaling.png'}")
 
     def _asked(self) -> Iterator[dict[str, Any]]:
@@ -109,9 +117,14 @@ class Kept:
 
     path: Path
 
+    def known(self, ask: dict[str, Any]) -> list[dict[str, Any]]:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        keys = {*ask, "groups_of"}
+        return [record for record in map(json.loads, lines) if all(record.get(key) == ask.get(key) for key in keys)]
+
     def records(self, ask: dict[str, Any]) -> list[dict[str, Any]]:
-        known = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-        found = [record for record in known if all(record.get(key) == ask.get(key) for key in {*ask, "groups_of"})]
+        """What is known, or is found out now."""
+        found = self.known(ask)
         if not found:
             found = [ask | each for each in answers(ask)]
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +195,12 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
     return drawn
 
 
-def report(scaling: Scaling, scaled: Sequence[dict[str, Any]], efficient: Sequence[dict[str, Any]]) -> str:
+def report(
+    scaling: Scaling,
+    scaled: Sequence[dict[str, Any]],
+    tried: Sequence[dict[str, Any]],
+    efficient: Sequence[dict[str, Any]],
+) -> str:
     command = "python experiments/benchmark_scaling.py"
     lines = [
         "# Scaling",
@@ -201,12 +219,12 @@ def report(scaling: Scaling, scaled: Sequence[dict[str, Any]], efficient: Sequen
     lines += [
         "## The smallest slices",
         "",
-        "On which one fits, in its better form; smaller ones that were tried do not.",
+        "On which one fits, in its better form, among all that have been tried.",
         "",
     ]
     lines += ["| model | landscape | " + " | ".join(scaling.kinds) + " |", "| --- " * (2 + len(scaling.kinds)) + "|"]
     for model, ndim in ((model, ndim) for model in scaling.models for ndim in (1, 2)):
-        found = [_smallest(scaled, model, kind, ndim) for kind in scaling.kinds]
+        found = [_smallest(tried, model, kind, ndim) for kind in scaling.kinds]
         lines += [f"| {model} | {ndim}D | " + " | ".join(found) + " |"]
     lines += [""]
     for model in scaling.models:
@@ -252,7 +270,12 @@ def _smallest(records: Sequence[dict[str, Any]], model: str, kind: str, ndim: in
     same = [r for r in records if (r["model"], r["kind"], len(r["grid"])) == (model, kind, ndim)]
     fitting = (r for r in same if r["fits"])
     first = min(fitting, key=lambda r: (r["chips"], -r["points_per_hour"]), default=None)
-    return "none" if first is None else f"{_slice(first)}, {first['form']}, {first['rows']} rows"
+    if first is None:
+        return "none"
+    smaller = (r for r in same if r["chips"] < first["chips"])
+    below = max(smaller, key=lambda r: (r["chips"], -r["missing_gb"]), default=None)
+    lacking = "" if below is None else f" ({_slice(below)} lacks {below['missing_gb']} GB a chip)"
+    return f"{_slice(first)}, {first['form']}, {first['rows']} rows{lacking}"
 
 
 def _slice(record: dict[str, Any]) -> str:
