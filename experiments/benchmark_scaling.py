@@ -73,6 +73,8 @@ class Scaling:
         kept = Kept(self.out / "scaling.jsonl")
         jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
         scaled = [record for ask in self._asked() for record in kept.records(ask)]
+        if not scaled:
+            raise UserError("None of these slices can hold the weights: ask for more --chips.")
         efficient = [record for ask in self._asked_along_points(scaled) for record in kept.records(ask)]
         content = io.BytesIO()
         figure(scaled).savefig(content, format="png", dpi=120, metadata={"Software": None})
@@ -212,8 +214,8 @@ def report(
         "",
         "![points per hour against chips](scaling.png)",
         "",
-        "Short bars in the figure are the memory-bandwidth limit: decode steps alone, which read weights and cache "
-        "once.",
+        "Short bars in the figure are the limit: decode steps alone, which read weights and cache once, or compute, "
+        "whichever takes longer.",
         "",
     ]
     lines += [

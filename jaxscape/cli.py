@@ -18,7 +18,7 @@ from jaxscape.chats import load_chats
 from jaxscape.device import keep_compiled_programs
 from jaxscape.errors import UserError, is_utf8
 from jaxscape.finetune import ADAPTER, FINETUNING, MODEL, finetune, load_path
-from jaxscape.forecast import as_json, describe, finetune_step, forecast, make_work, open_slice
+from jaxscape.forecast import as_json, describe, finetune_step, forecast, make_work, open_slice, shape_on
 from jaxscape.landscape import Axis, Landscape, interpolation_axis, symmetric_axes
 from jaxscape.models import Model, load_model
 from jaxscape.models.shapes import shape_config
@@ -30,7 +30,7 @@ from jaxscape.prompts import load_prompts
 from jaxscape.scan import Direction, resolve, scan
 from jaxscape.sharding import parse_split, split_of
 from jaxscape.store import FIGURE, SCAN, export_reference
-from jaxscape.training import Training
+from jaxscape.training import Training, check_batch
 from jaxscape.trajectory import load_trajectories, principal_directions, project, save_trajectories
 
 DEFAULT_MODEL = "smollm2-135m-safe"
@@ -279,7 +279,7 @@ class PlanRun:
     quick: bool = False
     """Compile only one layer and two, and take every further one for another of what the second adds."""
     finetune: tuple[int, int] | None = None
-    """Chats of a batch and tokens of a chat: also compile a step of full finetuning."""
+    """Chats of a batch and tokens of a chat: also compile a step of full finetuning, with --remat."""
     json: bool = False
     """Write JSON instead of a table."""
 
@@ -293,6 +293,8 @@ class PlanRun:
         split = None if self.mesh is None else parse_split(self.mesh)
         work = make_work(self.prompts, self.prompt_tokens, self.shared_tokens, self.max_new_tokens, self.points)
         there = open_slice(self.topology)
+        if self.finetune is not None:
+            check_batch(self.finetune[0], shape_on(config, there, split, self.dtype).mesh)
         found = forecast(
             config,
             work,

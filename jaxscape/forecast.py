@@ -43,8 +43,9 @@ from jaxscape.models.shapes import ModelShape, model_shape
 from jaxscape.perturb import Scaled, Seeded, materialise
 from jaxscape.plan import TILE, EngineOptions, Machine, Plan, Planner, Work, make_plan, smallest_plan
 from jaxscape.sharding import Split, default_split, make_mesh, replicated, sharding, split_of
-from jaxscape.training import Batch, Settings, State, check_batch, optimizer, state_shardings, train_step
+from jaxscape.training import Batch, Settings, State, bucket, check_batch, optimizer, state_shardings, train_step
 
+RETRIES = 4  # with fewer rows, where the first do not fit
 LATENCY = 2e-6  # seconds that a collective operation takes besides its bytes
 # The compiler's library would look for the TPU that it is on, and keep other processes away from it.
 COMPILER_ALONE = {
@@ -137,7 +138,8 @@ class Forecast:
         programs: by name: insert (prefill), decode (a step), materialise.
         fits: all of them do.
         most_rows: that can decode together, if each takes what one takes now; 0 if nobody knows.
-        decode_limit: seconds that a step takes to read the weights, each form's tensors once, and the cache.
+        decode_limit: seconds that a step takes to read the weights, each form's tensors once, and the cache, or to
+            compute, whichever is longer.
         decode_share: that, as a part of the step's `seconds`.
         point_seconds, landscape_seconds: of the whole run, if every row goes to its limit.
         point_limit: a point's, if there were only decode steps, each at `decode_limit`.
@@ -242,22 +244,30 @@ def forecast(
         raise UserError("A plan cannot tell how fast a host sends weights: choose another --form than streamed.")
     shape = shape_on(config, where, split, dtype)
     weights = _held(shape.params)
-    speed = Roofline(where.chip.flops, where.chip.bandwidth)
-    machine = Machine(speed, round(where.chip.memory) - weights, is_host=False)
+    chip = _chip(where, dtype)
+    machine = Machine(Roofline(chip.flops, chip.bandwidth), round(chip.memory) - weights, is_host=False)
     options.check()
-    forms = [options]
+    forms = [options.form]
     if options.form == "auto":
-        forms = [replace(options, form="materialised"), replace(options, form="factorised")]
+        # Drawn from seeds in each step, directions are more than the compiler is done with in minutes.
+        forms = ["materialised", "factorised"] if options.direction_storage != "seed" else ["materialised"]
     tiles = TILE * split_of(shape.mesh).points
     found = []
     for form in forms:
-        each = _forecast(shape, work, where, machine, form, num_sets, quick)
-        fewer = each.most_rows // tiles * tiles
-        if not each.fits and fewer and not form.slots:  # the compiler needs more than the planner took it to
-            again = _forecast(shape, work, where, machine, replace(form, slots=fewer), num_sets, quick)
-            each = again if again.fits else each
-        found.append(each)
+        each = first = _forecast(shape, work, where, machine, replace(options, form=form), num_sets, quick)
+        for _ in range(RETRIES if options.slots is None else 0):  # the compiler may need more than the planner took
+            rows = each.plan.places * each.plan.rows
+            fewer = min(each.most_rows or rows // 2, rows - tiles) // tiles * tiles
+            if each.fits or fewer < tiles:
+                break
+            each = _forecast(shape, work, where, machine, replace(options, form=form, slots=fewer), num_sets, quick)
+        found.append(each if each.fits else first)
     return sorted(found, key=lambda each: (not each.fits, each.landscape_seconds))
+
+
+def _chip(where: Slice, dtype: str) -> Chip:
+    """What a chip is in programs of this dtype: a float32 product is six of bfloat16."""
+    return where.chip if dtype == "bfloat16" else replace(where.chip, flops=where.chip.flops / 6)
 
 
 def shape_on(config: ModelConfig, where: Slice, split: Split | None, dtype: str) -> ModelShape:
@@ -275,11 +285,11 @@ def _forecast(
         plan = make_plan(shape, work, options, machine)
     except UserError:  # compiled as it is, to say by how much
         plan = smallest_plan(shape, work, options, machine)
-    chip, rings = where.chip, _cache_size(shape, work, plan)
-    copies = 2 if plan.form == "factorised" else 1
-    embedding = named_leaves(shape.params)["model.embed_tokens.weight"]
-    looked_up = 0 if shape.config.tie_word_embeddings else _held(embedding)
-    least = copies * (_held(shape.params) - looked_up) + rings
+    chip, rings = _chip(where, shape.dtype), _cache_size(shape, work, plan)
+    read = [shape.params] if plan.form != "factorised" else [shape.params, _direction(shape, plan.storage)]
+    least = rings + sum(map(_held, read))
+    if not shape.config.tie_word_embeddings:  # it is looked up, not multiplied with
+        least -= sum(_held(named_leaves(tree)["model.embed_tokens.weight"]) for tree in read)
     counts = _counted(shape, lambda shape: _lowered(shape, work, plan), where, quick)
     if quick:  # two layers may stay on the chip in part, or be copied more than many
         moved = max(counts["decode"].memory_bytes, least - counts["decode"].kept)
@@ -336,9 +346,10 @@ def _beside(shape: ModelShape, work: Work, plan: Plan, program: str, rings: int)
         rings: bytes of the cache on each chip.
     """
     weights, direction = _held(shape.params), _held(_direction(shape, plan.storage))
-    few = rings * plan.few // (plan.places * plan.rows)  # where the last rows move to
+    # Where the last rows move to, when nothing is left to be inserted.
+    few = rings * plan.few // (plan.places * plan.rows) if program == "decode" else 0
     if program == "materialise":
-        return rings + few + (direction if plan.form == "factorised" else 0)
+        return rings + (direction if plan.form == "factorised" else 0)
     if plan.form == "factorised":  # it is given the last direction, and the others are in the weights
         return few + (weights + (work.ndim - 1) * direction if work.ndim > 1 else 0)
     return few + (weights + work.ndim * direction if work.ndim else 0)
@@ -426,19 +437,22 @@ def finetune_step(
 ) -> Program:
     """A step of full finetuning: float32 weights and moments, computing in `dtype`; `quick` as in `forecast`.
 
+    Arguments:
+        length: tokens of a chat, which are padded as `jaxscape.training.bucket` says.
+
     Raises:
         UserError: there is no such batch, or the mesh does not divide it.
     """
     if min(batch_size, length) < 1:
         raise UserError(f"A batch of {batch_size} chats of {length} tokens is none.")
-    shape = shape_on(config, where, split, dtype)
+    shape, length = shape_on(config, where, split, dtype), bucket(length)
     check_batch(batch_size, shape.mesh)
     counts = _counted(shape, lambda shape: _lowered_step(shape, batch_size, length, remat), where, quick)["step"]
     devices = split_of(shape.mesh).size
     if kernels.helps(config, dtype, batch_size, length, devices):
         flops = kernels.attention_flops(config, batch_size, length, passes=2 if remat else 1)
         counts = counts._replace(flops=counts.flops + flops / devices)
-    return _program(counts, where.chip, 0)
+    return _program(counts, _chip(where, dtype), _held(shape.params))  # the model that it started from
 
 
 def _lowered_step(shape: ModelShape, batch_size: int, length: int, remat: bool) -> Lowered:
@@ -551,6 +565,7 @@ def _most_rows(plan: Plan, programs: dict[str, Program], chip: Chip, rings: int)
     if len(used) < len(programs):
         return 0
     batch = plan.places * plan.rows
+    rings += rings * plan.few // batch
     each = (rings + max(programs[name].temporaries for name in ("insert", "decode"))) / batch
     return max(0, int(batch + (chip.memory - max(used)) / each))
 
@@ -577,7 +592,7 @@ def describe(found: Sequence[Forecast], step: Program | None, title: str) -> str
             table.add_row(each.form + best, name, *_cells(program))
         lines.append(_verdict(each))
     if step is not None:
-        table.add_row("finetune", "step", *_cells(step))
+        table.add_row("finetune --remat", "step", *_cells(step))
         if step.missing is not None:
             lines.append(f"finetune: does not fit, by {step.missing / 1e9:.2f} GB a chip")
     text = io.StringIO()
@@ -608,7 +623,10 @@ def _cells(program: Program) -> list[str]:
 def _verdict(found: Forecast) -> str:
     plan = found.plan
     if not found.fits:
-        return f"{found.form}: does not fit, by {found.missing / 1e9:.2f} GB a chip"
+        return (
+            f"{found.form}: does not fit, by {found.missing / 1e9:.2f} GB a chip; a scan may still run with --form "
+            f"streamed, at the speed of its host"
+        )
     rows = f"{plan.places * plan.rows} rows" if plan.places == 1 else f"{plan.places} points x {plan.rows} rows"
     return (
         f"{found.form}: {rows} at a time (at most {found.most_rows}), {found.point_seconds:.2f} s a point, "
