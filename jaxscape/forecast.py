@@ -45,6 +45,7 @@ from jaxscape.plan import TILE, EngineOptions, Machine, Plan, Planner, Work, mak
 from jaxscape.sharding import Split, default_split, make_mesh, replicated, sharding, split_of
 from jaxscape.training import Batch, Settings, State, bucket, check_batch, optimizer, state_shardings, train_step
 
+UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}  # bytes, as the compiler writes them
 RETRIES = 4  # with fewer rows, where the first do not fit
 LATENCY = 2e-6  # seconds that a collective operation takes besides its bytes
 # The compiler's library would look for the TPU that it is on, and keep other processes away from it.
@@ -143,6 +144,7 @@ class Forecast:
         decode_share: that, as a part of the step's `seconds`.
         point_seconds, landscape_seconds: of the whole run, if every row goes to its limit.
         point_limit: a point's, if there were only decode steps, each at `decode_limit`.
+        slots: what a scan must be told to run so, where its planner would take more than fit.
     """
 
     form: str
@@ -156,6 +158,7 @@ class Forecast:
     point_seconds: float
     landscape_seconds: float
     point_limit: float
+    slots: int | None = None
 
     @property
     def missing(self) -> float:
@@ -260,7 +263,8 @@ def forecast(
             fewer = min(each.most_rows or rows // 2, rows - tiles) // tiles * tiles
             if each.fits or fewer < tiles:
                 break
-            each = _forecast(shape, work, where, machine, replace(options, form=form, slots=fewer), num_sets, quick)
+            given = replace(options, form=form, slots=fewer)
+            each = replace(_forecast(shape, work, where, machine, given, num_sets, quick), slots=fewer)
         found.append(each if each.fits else first)
     return sorted(found, key=lambda each: (not each.fits, each.landscape_seconds))
 
@@ -520,11 +524,11 @@ def _compiled(lowered: Any, traffic: Callable[[str], hlo.Traffic]) -> _Counts:
         with not_kept():
             compiled = lowered.compile(compiler_options=READABLE)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
         # It says how much it would take, and then how much there is.
-        sizes = [float(size) * 2**30 for size in re.findall(r"([\d.]+)G\b", str(error))[:2]]
-        return _Counts(missing=sizes[0] - sizes[1] if len(sizes) == 2 else 0.0)
+        sizes = [float(size) * UNITS[unit] for size, unit in re.findall(r"\b([\d.]+)([MGT])\b", str(error))[:2]]
+        if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower() or len(sizes) < 2:
+            raise
+        return _Counts(missing=sizes[0] - sizes[1])
     memory, cost, moved = compiled.memory_analysis(), compiled.cost_analysis(), traffic(compiled.as_text())
     return _Counts(
         arguments=memory.argument_size_in_bytes,
@@ -594,7 +598,7 @@ def describe(found: Sequence[Forecast], step: Program | None, title: str) -> str
     if step is not None:
         table.add_row("finetune --remat", "step", *_cells(step))
         if step.missing is not None:
-            lines.append(f"finetune: does not fit, by {step.missing / 1e9:.2f} GB a chip")
+            lines.append(f"finetune: does not fit, {_by(step)}")
     text = io.StringIO()
     Console(file=text, width=120).print(table)
     note = (
@@ -623,15 +627,23 @@ def _cells(program: Program) -> list[str]:
 def _verdict(found: Forecast) -> str:
     plan = found.plan
     if not found.fits:
+        largest = max(found.programs.values(), key=lambda program: program.missing or 0.0)
         return (
-            f"{found.form}: does not fit, by {found.missing / 1e9:.2f} GB a chip; a scan may still run with --form "
-            f"streamed, at the speed of its host"
+            f"{found.form}: does not fit, {_by(largest)}; a scan may still run with --form streamed, at the speed of "
+            f"its host"
         )
     rows = f"{plan.places * plan.rows} rows" if plan.places == 1 else f"{plan.places} points x {plan.rows} rows"
+    given = "" if found.slots is None else f" with --slots {found.slots}"
     return (
-        f"{found.form}: {rows} at a time (at most {found.most_rows}), {found.point_seconds:.2f} s a point, "
+        f"{found.form}: {rows} at a time{given} (at most {found.most_rows}), {found.point_seconds:.2f} s a point, "
         f"{found.landscape_seconds:.0f} s in all; decoding is at {100 * found.decode_share:.0f} % of its roofline"
     )
+
+
+def _by(program: Program) -> str:
+    """By how much a program does not fit; at least, of one that the compiler refused, perhaps with few layers."""
+    least = "" if program.arguments else "at least "
+    return f"by {least}{(program.missing or 0.0) / 1e9:.2f} GB a chip"
 
 
 def _finite(value: Any) -> Any:

@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 
 import jaxscape as js
 from jaxscape import hlo
+from jaxscape.cli import main
 from jaxscape.device import Roofline, not_kept
 from jaxscape.forecast import (
     CHIPS,
@@ -143,14 +144,17 @@ def test_fewer_rows_are_tried_where_the_planner_was_too_bold(eight: Slice, monke
     chip = replace(eight.chip, memory=used - 20 * whole.plan.cache / 40)
     (found,) = forecast(config, work, replace(one, chip=chip), split=Split(), options=options)
     assert found.fits
-    assert found.plan.rows in (8, 16)
+    assert found.plan.rows == found.slots in (8, 16)
+    assert f"with --slots {found.slots} (" in describe([found], None, "title")
 
 
 def test_the_compiler_says_how_much_too_large_a_program_is(eight: Slice) -> None:
     x = jax.ShapeDtypeStruct((16, 2**30), jnp.bfloat16, sharding=SingleDeviceSharding(eight.devices[0]))
     counts = _compiled(jax.jit(lambda x: x + 1).lower(x), hlo.program_traffic)
     assert counts.missing == pytest.approx(64 * 2**30 - eight.chip.memory, rel=0.01)
-    assert _program(counts, eight.chip, 2**30).missing == counts.missing + 2**30
+    refused = _program(counts, eight.chip, 2**30)
+    assert refused.missing == counts.missing + 2**30
+    assert "finetune: does not fit, by at least 52." in describe([], refused, "title")
 
 
 def test_a_finetuning_step(eight: Slice) -> None:
@@ -165,6 +169,7 @@ def test_a_finetuning_step(eight: Slice) -> None:
     assert quick.arguments == pytest.approx(whole.arguments, rel=0.01)
     assert quick.flops == pytest.approx(whole.flops, rel=0.1)
     assert quick.memory_bytes == pytest.approx(whole.memory_bytes, rel=0.2)
+    assert whole.used == pytest.approx(whole.arguments + whole.temporaries + 2 * numbers / 4, rel=0.01)
     assert whole.missing is None
 
 
@@ -234,6 +239,15 @@ def test_a_topology_that_is_none_is_a_sentence(name: str) -> None:
 def test_work_that_is_none_is_a_sentence() -> None:
     with pytest.raises(js.UserError, match="more tokens in a prompt than all share"):
         make_work(8, 20, 20, 8, (5,))
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_said_before_anything_is_compiled(
+    tiny_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", "--model", str(tiny_dir), "--mesh", "points=2,model=4", "--finetune", "3", "32"]
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert "batch size 3 is not a multiple of the 2 devices" in capsys.readouterr().err
 
 
 def test_the_command_line_plans(tiny_dir: Path) -> None:
