@@ -168,13 +168,14 @@ class Program:
     order: CacheOrder
 
 
-def make_program(model: Model | ModelShape, sampling: Sampling) -> Program:
-    """The program for a model, on the devices of its mesh."""
+def make_program(model: Model | ModelShape, rows: Sequence[Sequence[int]], sampling: Sampling) -> Program:
+    """The program for a model and prompts, on the devices of its mesh."""
+    longest = max(map(len, rows)) + sampling.max_new_tokens
     orders = {"cpu": CPU_ORDER, "tpu": TPU_ORDER}
     order = orders.get(model.mesh.devices.flat[0].platform, GPU_ORDER)
     # Another seed is another stream, not another program.
     sampling = replace(sampling, seed=0)
-    return Program(model.config, sampling, model.eos_token_ids, model.mesh, order)
+    return Program(model.config.for_length(longest), sampling, model.eos_token_ids, model.mesh, order)
 
 
 def tokenize(model: Model, prompts: Sequence[str], system_prompt: str, max_new_tokens: int) -> list[list[int]]:

@@ -88,7 +88,7 @@ class Engine:
         shared = np.asarray(self.rows[0][:prefix], np.int32)
         self._prefix, self._groups = jax.device_put((shared, groups), replicated(self.model.mesh))
         self._stream = jax.random.key(self.sampling.seed, impl="threefry2x32")
-        self._program = make_program(self.model, self.sampling)
+        self._program = make_program(self.model, self.rows, self.sampling)
         self._slots: Slots | None = None
 
     def complete(self, directions: Sequence[Direction], points: Sequence[Coords]) -> Iterator[list[Completion]]:

@@ -104,7 +104,7 @@ def finetune(
     plan = [batch for epoch in range(training.epochs) for batch in epoch_batches(lengths, training, epoch)]
     steps_per_epoch = len(plan) // training.epochs
     rates = learning_rates(training, steps_per_epoch)
-    trainer = make_trainer(model, training)
+    trainer = make_trainer(model, training, max(len(example.tokens) for example in data.examples))
     trainable = initial_trainable(model, training)
     if start is not None:
         trainable = _factors_of(start, training, trainable)

@@ -334,7 +334,7 @@ def _slots(shape: ModelShape, work: Work, plan: Plan) -> tuple[Any, Groups]:
     ring = ring_size(groups, work.sampling.max_new_tokens)
     ndim = 1 if plan.form == "factorised" else 0
     sizes = SlotSizes(plan.places, plan.places * plan.rows, ring, prefix, ndim)
-    return slot_shapes(make_program(shape, work.sampling), shape.dtype, sizes), groups
+    return slot_shapes(make_program(shape, work.rows, work.sampling), shape.dtype, sizes), groups
 
 
 def _cache_size(shape: ModelShape, work: Work, plan: Plan) -> int:
@@ -384,7 +384,7 @@ Lowered = dict[str, tuple[Callable[[], Any], Callable[[str], hlo.Traffic]]]
 def _lowered(shape: ModelShape, work: Work, plan: Plan) -> Lowered:
     """The run's programs, each yet to be lowered."""
     slots, groups = _slots(shape, work, plan)
-    program = make_program(shape, work.sampling)
+    program = make_program(shape, work.rows, work.sampling)
     everywhere = replicated(shape.mesh)
 
     def placed(tree: Any) -> Any:
@@ -460,7 +460,7 @@ def finetune_step(
 
 
 def _lowered_step(shape: ModelShape, batch_size: int, length: int, remat: bool) -> Lowered:
-    config = shape.config
+    config = shape.config.for_length(length)
     settings = Settings(shape.mesh, shape.dtype, None, 0.0, 1.0, remat, kernel=True)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shape.params)
     state: Any = jax.eval_shape(lambda weights: State(weights, optimizer(settings).init(weights)), trainable)

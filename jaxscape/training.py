@@ -173,8 +173,8 @@ class Trainer:
         return jax.tree.map(put, batch)
 
 
-def make_trainer(model: Model, training: Training) -> Trainer:
-    """A trainer on the devices of the model's mesh.
+def make_trainer(model: Model, training: Training, longest: int) -> Trainer:
+    """A trainer on the devices of the model's mesh, for texts of up to `longest` tokens.
 
     Raises:
         UserError: the batch cannot be split over the devices.
@@ -190,7 +190,7 @@ def make_trainer(model: Model, training: Training) -> Trainer:
         kernel=kernels.usable(model.mesh),
     )
     frozen = jax.device_put(model.params, model.shardings) if training.method == "lora" else {}
-    return Trainer(model.config, settings, frozen)
+    return Trainer(model.config.for_length(longest), settings, frozen)
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
@@ -382,4 +382,5 @@ def perplexity(model: Model, chats: Sequence[Chat], *, max_length: int = 2048, b
     settings = Settings(model.mesh, model.dtype, None, 0.0, 0.0, remat=False, kernel=kernels.usable(model.mesh))
     points = split_of(model.mesh).points
     whole = -(-batch_size // points) * points
-    return math.exp(Trainer(model.config, settings, {}).mean_loss(model.params, examples, whole))
+    config = model.config.for_length(max(len(example.tokens) for example in examples))
+    return math.exp(Trainer(config, settings, {}).mean_loss(model.params, examples, whole))

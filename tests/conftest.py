@@ -87,17 +87,20 @@ def no_torch_in_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield
 
 
-MakeModel = Callable[..., tuple[Path, transformers.LlamaForCausalLM]]
+MakeModel = Callable[..., tuple[Path, transformers.PreTrainedModel]]
 
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """Makes a random Llama with transformers: `make_model(**options)` gives its directory and the torch model."""
+    """Makes a random model with transformers: `make_model(**options)` gives its directory and the torch model."""
     tokenizer = tiny_tokenizer()
 
-    def make(seed: int = 0, save: dict[str, Any] | None = None, **options: Any) -> tuple[Path, Any]:
+    def make(
+        family: str = "llama", seed: int = 0, save: dict[str, Any] | None = None, **options: Any
+    ) -> tuple[Path, Any]:
         torch.manual_seed(seed)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(TINY | options))).eval()
+        config = transformers.AutoConfig.for_model(family, **(TINY | options))
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         for name, parameter in model.named_parameters():  # norms and biases start as ones and zeros: hide no mistake
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)

@@ -18,7 +18,7 @@ import jaxscape as js
 from jaxscape.decode import Sampling, common_prefix, compact, decode_chunk, insert, pack, ring_size, tokenize
 from jaxscape.engine import Board, Completion, Engine
 from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
-from jaxscape.models.config import ModelConfig
+from jaxscape.models.config import LayerKind, ModelConfig
 from jaxscape.models.decoder import Context, forward, parameter_shapes
 from jaxscape.perturb import at_point, materialise, random_direction
 from jaxscape.plan import EngineOptions, Plan, Work, make_plan
@@ -394,7 +394,7 @@ def test_seven_billion_parameters_in_16_bits_fit_a_card_of_24_gb(
     tiny: js.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Llama-2-7B's shapes, with weights that take no memory: streamed, along directions that are not stored."""
-    config = ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5, (1.0,) * 64)
+    config = ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5, (LayerKind(None),))
     shapes = named_leaves(parameter_shapes(config))
     params = tree_of({name: np.broadcast_to(np.zeros(1, "bfloat16"), leaf.shape) for name, leaf in shapes.items()})
     model = js.Model(**{**vars(tiny), "config": config, "params": params})

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 import jaxscape as js
 from jaxscape.chats import Example, tokenize
 from jaxscape.finetune import load_path
+from jaxscape.models.config import LayerKind, Rope
 from jaxscape.models.lora import TARGETS, init_factors, save_adapter
 from jaxscape.training import bucket, epoch_batches, learning_rates, split, train_step
 from jaxscape.trajectory import inner
@@ -357,7 +358,9 @@ def test_several_devices_share_a_batch(tiny_dir: Path, tiny: js.Model, tmp_path:
 
 
 def test_a_model_that_cannot_be_saved_is_not_trained_in_full(tiny: js.Model, tmp_path: Path) -> None:
-    table = replace(tiny.config, rope_frequencies=tuple(f / 2 for f in tiny.config.rope_frequencies))
+    (kind,) = tiny.config.layers
+    halved = Rope(tuple(f / 2 for f in kind.rope.frequencies))
+    table = replace(tiny.config, layers=(LayerKind(halved),))
     model = replace(tiny, config=table)
     with pytest.raises(js.UserError, match="scales its RoPE by a table"):
         js.finetune(model, CHATS, replace(SHORT, method="full"), out=tmp_path / "out", progress=False)

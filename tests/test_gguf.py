@@ -155,10 +155,10 @@ def test_end_of_turn_tokens_are_found_in_the_vocabulary(tmp_path: Path) -> None:
 
 
 def test_llama3_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:
-    plain = js.load_model(write_gguf(tmp_path / "plain.gguf")).config.rope_frequencies
+    plain = js.load_model(write_gguf(tmp_path / "plain.gguf")).config.layers[0].rope.frequencies
     divisors = np.linspace(1, 8, HEAD_DIM // 2, dtype=np.float32)
     scaled = js.load_model(write_gguf(tmp_path / "scaled.gguf", tensors={"rope_freqs.weight": divisors})).config
-    np.testing.assert_allclose(scaled.rope_frequencies, np.array(plain) / divisors)
+    np.testing.assert_allclose(scaled.layers[0].rope.frequencies, np.array(plain) / divisors)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from jaxscape.device import free_memory
 from jaxscape.errors import UserError
 from jaxscape.models import builtin, huggingface, lora
 from jaxscape.models.checkpoint import Checkpoint, Params, load_kept, load_params, parameter_shardings
-from jaxscape.models.config import ModelConfig, from_transformers
+from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import forward
+from jaxscape.models.families import from_transformers
 from jaxscape.models.gguf import open_gguf
 from jaxscape.processes import from_first, gathered
 from jaxscape.sharding import Split, default_split, make_mesh, on
@@ -60,7 +61,12 @@ class Model:
 
     def __call__(self, tokens: Int[Array | np.ndarray, "batch time"]) -> Float[Array, "batch time vocab"]:
         """Logits of the next token after each token: int32[B, T] to float32[B, T, V]."""
-        return _logits(self.params, np.asarray(tokens, np.int32), self.config, self.mesh)
+        config = self.config.for_length(np.shape(tokens)[1])
+        return _logits(self.params, np.asarray(tokens, np.int32), config, self.mesh)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """`save_model`, by the name that it has in transformers."""
+        save_model(self, directory)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -150,8 +156,9 @@ def save_model(model: Model, directory: str | Path) -> None:
 def check_saveable(model: Model) -> None:
     """Raise a `UserError` if the model cannot be written as a directory that transformers loads: it came from a GGUF
     file whose RoPE scaling has no place in a transformers configuration."""
-    written = from_transformers(model.transformers_config).rope_frequencies
-    if not np.allclose(written, model.config.rope_frequencies, rtol=1e-6, atol=0):
+    written, ours = from_transformers(model.transformers_config).layers, model.config.layers
+    pairs = [(a.rope, b.rope) for a, b in zip(written, ours, strict=True) if a.rope and b.rope]
+    if not all(np.allclose(a.frequencies, b.frequencies, rtol=1e-6, atol=0) for a, b in pairs):
         raise UserError(
             f"{model.name} scales its RoPE by a table, which a Hugging Face directory cannot hold; start from the "
             f"model's own directory instead of its GGUF file."

@@ -1,4 +1,4 @@
-"""The decoder: a Llama-architecture transformer in Flax, and its key-value cache.
+"""The decoder of all families: a configurable transformer in Flax, and its key-value cache.
 
 Parameters have the names and layouts of a Hugging Face checkpoint: the tree's path, joined with dots, *is* the
 checkpoint's tensor name, and a linear layer's weight is [out, in]. Converting a checkpoint is therefore renaming
@@ -17,7 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxscape.models import kernels
-from jaxscape.models.config import ModelConfig
+from jaxscape.models.config import ModelConfig, Rope
 from jaxscape.sharding import Axes, constrain
 
 # float32 means float32: accelerators would round products to fewer bits.
@@ -112,7 +112,7 @@ class Memory(NamedTuple):
     slot: Int[Array, ""] | int
     prefix: tuple[Array, Array] | None
     visible: Bool[Array, "batch time slots"]
-    rotation: "Rotation"
+    rotation: "Rotation | None"
 
 
 def _named(initializer: Any, axes: Axes) -> Any:
@@ -140,14 +140,17 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation (Zhang and Sennrich, arXiv 1910.07467), computed in float32."""
 
-    epsilon: float
+    config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         weight = self.param("weight", _named(nn.initializers.ones, (None,)), (x.shape[-1],))
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        return apply_weight(weight, lambda w: normed.astype(x.dtype) * w)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_norm_eps)
+        if not self.config.norm_in_float32:
+            normed = normed.astype(x.dtype)
+        scaled = apply_weight(weight, lambda w: normed * w)
+        return (scaled + self.config.norm_offset * normed if self.config.norm_offset else scaled).astype(x.dtype)
 
 
 class Embedding(nn.Module):
@@ -160,7 +163,9 @@ class Embedding(nn.Module):
         self.weight = self.param("weight", normal, (self.config.vocab_size, self.config.hidden_size))
 
     def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time dim"]:
-        return apply_weight(self.weight, lambda w: jnp.take(w, tokens, axis=0, mode="clip"))
+        x = apply_weight(self.weight, lambda w: jnp.take(w, tokens, axis=0, mode="clip"))
+        scale = self.config.embedding_scale
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
     def attend(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
         return apply_weight(self.weight, lambda w: _einsum("...d,vd->...v", x, w))
@@ -173,9 +178,9 @@ class Rotation(NamedTuple):
     sin: Float[Array, "batch time 1 2 half"]
 
 
-def rotation(config: ModelConfig, positions: Int[Array, "batch time"]) -> Rotation:
-    angles = positions[..., None] * jnp.asarray(config.rope_frequencies, jnp.float32)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+def rotation(by: Rope, positions: Int[Array, "batch time"]) -> Rotation:
+    angles = positions[..., None] * jnp.asarray(by.frequencies, jnp.float32)
+    cos, sin = by.scale * jnp.cos(angles), by.scale * jnp.sin(angles)
     # All layers read them: behind a barrier, they are not computed again in each.
     both = jnp.stack([cos, cos], axis=-2), jnp.stack([-sin, sin], axis=-2)
     cos, sin = jax.lax.optimization_barrier(both)
@@ -183,7 +188,10 @@ def rotation(config: ModelConfig, positions: Int[Array, "batch time"]) -> Rotati
 
 
 def rope(x: Float[Array, "batch time heads head_dim"], by: Rotation) -> Float[Array, "batch time heads head_dim"]:
-    """Rotate the pairs (i, i + head_dim / 2) of each head (Su et al., arXiv 2104.09864), in float32."""
+    """Rotate the pairs (i, i + n / 2) of each head's first n features (Su et al., arXiv 2104.09864), in float32."""
+    size = 2 * by.cos.shape[-1]
+    if size < x.shape[-1]:
+        return jnp.concatenate([rope(x[..., :size], by), x[..., size:]], axis=-1)
     halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
     return (halves * by.cos + jnp.flip(halves, -2) * by.sin).reshape(x.shape).astype(x.dtype)
 
@@ -201,13 +209,9 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "batch time dim"], tuple[Array, Array]]:
         c, order = self.config, self.order
 
-        def project(name: str, heads: int, axis: str) -> Float[Array, "batch time heads head_dim"]:
-            y = Linear(heads * c.head_dim, (axis, None), c.attention_bias, name=name)(x)
-            return y.reshape(*y.shape[:-1], heads, c.head_dim)
-
-        q = rope(project("q_proj", c.num_heads, "heads"), memory.rotation)
-        k = rope(project("k_proj", c.num_kv_heads, "kv_heads"), memory.rotation)
-        v = project("v_proj", c.num_kv_heads, "kv_heads")
+        q, k, v = self._projected(x)
+        if memory.rotation is not None:
+            q, k = rope(q, memory.rotation), rope(k, memory.rotation)
         # What a token does not attend to has weight 0, but 0 × NaN would be NaN: values that are not finite become NaN
         # keys instead, which those that attend to them see, and nobody else.
         finite = jnp.isfinite(v).all(-1, keepdims=True)
@@ -226,10 +230,10 @@ class Attention(nn.Module):
 
         def output(y: Float[Array, "batch kv_heads *queries head_dim"]) -> Float[Array, "batch time dim"]:
             y = y.reshape(batch, -1, time, c.head_dim).swapaxes(1, 2).reshape(batch, time, -1)
-            return Linear(c.hidden_size, (None, "heads"), c.attention_bias, name="o_proj")(y)
+            return Linear(c.hidden_size, (None, "heads"), c.o_bias, name="o_proj")(y)
 
         if self.kernel:
-            return output(kernels.attention(q, *whole, positions >= 0)), (k, v)
+            return output(kernels.attention(q * c.score_scale, *whole, positions >= 0)), (k, v)
         q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim)
         new, own, prefix = (k, v), memory.own, memory.prefix
         if own is not None:
@@ -249,14 +253,40 @@ class Attention(nn.Module):
         parts = [_scores(q, keys, order) for keys, _ in sources]
         ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
         visible = jnp.split(memory.visible, ends, axis=-1)
-        weights = _softmax([_masked(part * c.head_dim**-0.5, seen) for part, seen in zip(parts, visible, strict=True)])
+        capped = (_softcapped(part * c.score_scale, c.attention_softcap) for part in parts)
+        weights = _softmax([_masked(part, seen) for part, seen in zip(capped, visible, strict=True)])
         mixed = [_mixed(w.astype(v.dtype), values, order) for w, (_, values) in zip(weights, sources, strict=True)]
         return output(sum(mixed[1:], start=mixed[0]).astype(x.dtype)), (k, v)
+
+    def _projected(self, x: Float[Array, "batch time dim"]) -> list[Float[Array, "batch time _ head_dim"]]:
+        """Queries, keys and values, normalised where the family does so."""
+        c = self.config
+        heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+        if c.is_fused:
+            fused = Linear(sum(heads.values()) * c.head_dim, ("heads", None), c.qkv_bias, name="qkv_proj")(x)
+            ends = np.cumsum([n * c.head_dim for n in heads.values()])[:-1]
+            found = dict(zip(heads, jnp.split(fused, ends, axis=-1), strict=True))
+        else:
+            axes: dict[str, Axes] = {"q": ("heads", None), "k": ("kv_heads", None), "v": ("kv_heads", None)}
+            found = {
+                name: Linear(n * c.head_dim, axes[name], c.qkv_bias, name=f"{name}_proj")(x)
+                for name, n in heads.items()
+            }
+        for name in ("q", "k") if c.qk_norm else ():
+            whole = found[name]
+            each = whole.reshape(*whole.shape[:-1], -1, c.head_dim) if c.qk_norm == "head" else whole
+            found[name] = RMSNorm(c, name=f"{name}_norm")(each)
+        return [found[name].reshape(*x.shape[:-1], n, c.head_dim) for name, n in heads.items()]
 
 
 def _repeated(x: Array, axis: int, length: int) -> Array:
     """Each row along an axis, so often that there are `length` of them."""
     return jnp.repeat(x, length // x.shape[axis], axis=axis)
+
+
+def _softcapped(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    """Numbers between -cap and cap (Gemma 2, arXiv 2408.00118)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def _masked(scores: Float[Array, "batch kv_heads queries slots"], visible: Bool[Array, "batch time slots"]) -> Array:
@@ -302,16 +332,21 @@ def _product(terms: str, x: Array, cached: Float[Array, "_ _ _ _"], order: str, 
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward layer (Shazeer, arXiv 2002.05202)."""
+    """SwiGLU or GeGLU feed-forward layer (Shazeer, arXiv 2002.05202)."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch time dim"]) -> Float[Array, "batch time dim"]:
         c = self.config
-        gate = Linear(c.intermediate_size, ("mlp", None), c.mlp_bias, name="gate_proj")(x)
-        up = Linear(c.intermediate_size, ("mlp", None), c.mlp_bias, name="up_proj")(x)
-        return Linear(c.hidden_size, (None, "mlp"), c.mlp_bias, name="down_proj")(nn.silu(gate) * up)
+        if c.is_fused:
+            both = Linear(2 * c.intermediate_size, ("mlp", None), c.mlp_bias, name="gate_up_proj")(x)
+            gate, up = (constrain(part, "rows", None, "mlp") for part in jnp.split(both, 2, axis=-1))
+        else:
+            gate = Linear(c.intermediate_size, ("mlp", None), c.mlp_bias, name="gate_proj")(x)
+            up = Linear(c.intermediate_size, ("mlp", None), c.mlp_bias, name="up_proj")(x)
+        active = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
+        return Linear(c.hidden_size, (None, "mlp"), c.mlp_bias, name="down_proj")(active * up)
 
 
 class Layer(nn.Module):
@@ -323,13 +358,17 @@ class Layer(nn.Module):
     def __call__(
         self, x: Float[Array, "batch time dim"], *attention_inputs: Any
     ) -> tuple[Float[Array, "batch time dim"], tuple[Array, Array]]:
-        epsilon = self.config.rms_norm_eps
-        y, key_value = Attention(self.config, self.order, self.kernel, name="self_attn")(
-            RMSNorm(epsilon, name="input_layernorm")(x), *attention_inputs
-        )
-        x = constrain(x + y, "rows", None, None)
-        y = MLP(self.config, name="mlp")(RMSNorm(epsilon, name="post_attention_layernorm")(x))
-        return constrain(x + y, "rows", None, None), key_value
+        c = self.config
+
+        def norm(name: str | None, x: Float[Array, "batch time dim"]) -> Float[Array, "batch time dim"]:
+            return x if name is None else RMSNorm(c, name=name)(x)
+
+        before_attention, after_attention, before_mlp, after_mlp = c.norms
+        attention = Attention(c, self.order, self.kernel, name="self_attn")
+        y, key_value = attention(norm(before_attention, x), *attention_inputs)
+        x = constrain(x + norm(after_attention, y), "rows", None, None)
+        y = MLP(c, name="mlp")(norm(before_mlp, x))
+        return constrain(x + norm(after_mlp, y), "rows", None, None), key_value
 
 
 class Layers(nn.Module):
@@ -348,37 +387,55 @@ class Layers(nn.Module):
         slots = positions
         if cache is not None:
             slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, context.slot, axis=1)
-        visible, rotations = _visible(positions, slots, context, self.order), rotation(self.config, positions)
+        c = self.config
+        kinds = [c.kind(i) for i in range(c.num_layers)]
+        visible = {
+            window: _visible(positions, slots, context, self.order, window)
+            for window in dict.fromkeys(kind.window for kind in kinds)
+        }
+        rotations = {
+            rope: None if rope is None else rotation(rope, positions)
+            for rope in dict.fromkeys(kind.rope for kind in kinds)
+        }
         keys, values = [], []
         layer = nn.remat(Layer) if self.remat else Layer
-        for i in range(self.config.num_layers):
+        for i, kind in enumerate(kinds):
             memory = Memory(
                 own=None if cache is None else (cache.keys[i], cache.values[i]),
                 slot=context.slot,
                 prefix=None if prefix is None else (prefix.keys[i], prefix.values[i]),
-                visible=visible,
-                rotation=rotations,
+                visible=visible[kind.window],
+                rotation=rotations[kind.rope],
             )
-            x, (k, v) = layer(self.config, self.order, self.kernel, name=str(i))(x, positions, memory)
+            x, (k, v) = layer(c, self.order, self.kernel, name=str(i))(x, positions, memory)
             keys.append(k)
             values.append(v)
         return x, KVCache(tuple(keys), tuple(values), slots)
 
 
 def _visible(
-    positions: Int[Array, "batch time"], slots: Int[Array, "batch slots"], context: Context, order: CacheOrder
+    positions: Int[Array, "batch time"],
+    slots: Int[Array, "batch slots"],
+    context: Context,
+    order: CacheOrder,
+    window: int | None,
 ) -> Bool[Array, "batch time sources"]:
     """Which slots each token attends to: of the prefix, of the cache, and, where this is read as it was before them, of
     the tokens themselves."""
+
+    def near(slots: Int[Array, "batch slots"]) -> Bool[Array, "batch time slots"] | Bool[Array, ""]:
+        return jnp.array(True) if window is None else slots[:, None] > positions[..., None] - window
+
     if context.cache is not None and order.is_read_first:
         nothing = jnp.full_like(positions, -1)
         left = jax.lax.dynamic_update_slice_in_dim(slots, nothing, context.slot, axis=1)
         slots = jnp.concatenate([left, positions], axis=1)
-    visible = (slots[:, None] >= 0) & (slots[:, None] <= positions[..., None])
+    visible = (slots[:, None] >= 0) & (slots[:, None] <= positions[..., None]) & near(slots)
     if context.segments is not None:
         visible &= context.segments[:, :, None] == context.segments[:, None, :]
     if context.prefix is not None:
-        shared = jnp.ones((*positions.shape, context.prefix.positions.shape[1]), bool)
+        before = _repeated(context.prefix.positions, 0, len(positions))
+        shared = jnp.broadcast_to(near(before), (*positions.shape, before.shape[1]))
         visible = jnp.concatenate([shared, visible], axis=-1)
     return visible
 
@@ -394,7 +451,7 @@ class Backbone(nn.Module):
     def setup(self) -> None:
         self.embed_tokens = Embedding(self.config)
         self.layers = Layers(self.config, self.remat, self.order, self.kernel)
-        self.norm = RMSNorm(self.config.rms_norm_eps)
+        self.norm = RMSNorm(self.config)
 
     def __call__(
         self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"], context: Context
@@ -433,7 +490,7 @@ class Decoder(nn.Module):
 
     def head(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
         logits = self.model.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
-        return logits.astype(jnp.float32)
+        return _softcapped(logits.astype(jnp.float32), self.config.logit_softcap)
 
 
 def forward(

@@ -14,8 +14,9 @@ from transformers.tokenization_utils_base import generate_merges
 
 from jaxscape.errors import UserError
 from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, named_leaves
-from jaxscape.models.config import ModelConfig, from_transformers
+from jaxscape.models.config import LayerKind, ModelConfig, Rope
 from jaxscape.models.decoder import parameter_shapes
+from jaxscape.models.families import from_transformers
 
 Q = gguf.GGMLQuantizationType
 TENSOR_TYPES = (Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q4_K, Q.Q6_K)
@@ -115,8 +116,10 @@ def _config(
         return config, declared
     # llama.cpp stores Llama 3's scaling as one divisor for each frequency.
     divisors = tensors["rope_freqs.weight"].data.astype(np.float64)
-    scaled = tuple(float(f / d) for f, d in zip(config.rope_frequencies, divisors, strict=True))
-    return replace(config, rope_frequencies=scaled), declared
+    (kind,) = config.layers
+    assert kind.rope is not None
+    scaled = tuple(float(f / d) for f, d in zip(kind.rope.frequencies, divisors, strict=True))
+    return replace(config, layers=(LayerKind(Rope(scaled)),)), declared
 
 
 def _huggingface_names(config: ModelConfig, found: Any) -> dict[str, str]:

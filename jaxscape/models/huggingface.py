@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from jaxscape.errors import UserError
 from jaxscape.files import write_whole
 from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, Params, named_leaves
-from jaxscape.models.config import from_transformers
+from jaxscape.models.config import ModelConfig
+from jaxscape.models.families import family_of, from_transformers
 
-ARCHITECTURES = ("llama",)
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -49,17 +49,7 @@ def open_directory(path: Path) -> Checkpoint:
     Raises:
         UserError: a file is missing, damaged or pickled, or the architecture is not supported.
     """
-    declared = read_json(path / "config.json")
-    if (model_type := declared.get("model_type")) not in ARCHITECTURES:
-        supported = ", ".join(ARCHITECTURES)
-        raise UserError(f"{path} has the architecture {model_type!r}; supported are: {supported}.")
-    try:
-        transformers_config = AutoConfig.from_pretrained(path)
-        config = from_transformers(transformers_config)
-    except UserError:
-        raise
-    except Exception as error:  # transformers and its validation raise many types for a damaged configuration
-        raise UserError(f"{path / 'config.json'} is not a model's configuration ({_reason(error)}).") from error
+    transformers_config, config = load_config(path / "config.json")
     tokenizer = _tokenizer(path)
     tensors = {file: _tensor_shapes(file) for file in _safetensors_files(path)}
     where: dict[str, Path] = {}
@@ -85,10 +75,26 @@ def open_directory(path: Path) -> Checkpoint:
         shapes={name: shape for name, shape in shapes.items() if name not in redundant},
         read=read,
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(path, declared, tokenizer, config.vocab_size),
+        eos_token_ids=_eos_token_ids(path, tokenizer, config.vocab_size),
         transformers_config=transformers_config,
         files=tuple(tensors),
     )
+
+
+def load_config(path: Path) -> tuple[PreTrainedConfig, ModelConfig]:
+    """A `config.json`, as transformers has it and as the decoder does.
+
+    Raises:
+        UserError: it is missing or damaged, or not of a family, or it has options, that the decoder computes.
+    """
+    family_of(read_json(path).get("model_type"))
+    try:
+        found = AutoConfig.from_pretrained(path)
+        return found, from_transformers(found)
+    except UserError:
+        raise
+    except Exception as error:  # transformers and its validation raise many types for a damaged configuration
+        raise UserError(f"{path} is not a model's configuration ({_reason(error)}).") from error
 
 
 def save_directory(
@@ -115,7 +121,7 @@ def save_directory(
     config = copy.deepcopy(transformers_config)
     if config.pad_token_id is not None and config.pad_token_id < 0:  # old checkpoints say so that they have none
         config.pad_token_id = None
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = [family_of(config.model_type).architecture]
     config.dtype = str(next(iter(leaves.values())).dtype)
     config.eos_token_id = list(eos_token_ids)
     generation = GenerationConfig(
@@ -157,12 +163,10 @@ def _reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _eos_token_ids(
-    path: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> tuple[int, ...]:
+def _eos_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
     """Every end token that the model's files name: chat models end a turn and a text with different ones."""
     generation = path / "generation_config.json"
-    stated = [config.get("eos_token_id"), tokenizer.eos_token_id]
+    stated = [read_json(path / "config.json").get("eos_token_id"), tokenizer.eos_token_id]
     if generation.exists():
         stated.append(read_json(generation).get("eos_token_id"))
     ids = [token for value in stated if value is not None for token in (value if isinstance(value, list) else [value])]

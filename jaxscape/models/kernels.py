@@ -28,7 +28,9 @@ Keys = Float[Array, "batch kv_heads time head_dim"]
 def helps(config: ModelConfig, dtype: str, rows: int, time: int, devices: int) -> bool:
     """Whether the kernel can be used for so many rows of so many tokens, and moves fewer bytes than the plain path."""
     scores = 4 * rows * config.num_heads * time**2 / devices
-    return dtype == "bfloat16" and config.head_dim % LANES == time % LANES == 0 and scores > ON_CHIP
+    is_plain = config.attention_softcap is None and all(kind.window is None for kind in config.layers)
+    fits = dtype == "bfloat16" and config.head_dim % LANES == time % LANES == 0
+    return is_plain and fits and scores > ON_CHIP
 
 
 def attention_flops(config: ModelConfig, rows: int, time: int, passes: int) -> float:
@@ -43,6 +45,7 @@ def attention(q: Queries, k: Keys, v: Keys, real: Bool[Array, "batch time"]) -> 
     """Causal attention (FlashAttention, Dao et al., arXiv 2205.14135), each device computing its rows and heads.
 
     Arguments:
+        q: with the scale of the scores.
         real: which tokens are none of the padding; the outputs at the others mean nothing.
     """
     axes = (("rows", "kv_heads", "group"), ("rows", "kv_heads"), ("rows", "kv_heads"), ("rows",))
@@ -57,7 +60,7 @@ def attention(q: Queries, k: Keys, v: Keys, real: Bool[Array, "batch time"]) -> 
 
 
 def _own(q: Queries, k: Keys, v: Keys, real: Bool[Array, "batch time"]) -> Queries:
-    group, time, head_dim = q.shape[2:]
+    group, time = q.shape[2:4]
     block = _block(time)
     kernel = splash.make_splash_mqa_single_device(
         masks.MultiHeadMask([masks.CausalMask((time, time))] * group),
@@ -76,7 +79,7 @@ def _own(q: Queries, k: Keys, v: Keys, real: Bool[Array, "batch time"]) -> Queri
         text = real.astype(jnp.int32)  # of which a token attends to its own alone
         return jax.vmap(lambda *head: kernel(*head, segment_ids=splash.SegmentIds(text, text)))(q, k, v)
 
-    y: Array = jax.vmap(row)(q * head_dim**-0.5, k, v, real)
+    y: Array = jax.vmap(row)(q, k, v, real)
     return y
 
 
@@ -106,6 +109,7 @@ def difference(device: jax.Device) -> float:
     shapes = [(2, 2, 2, 2 * LANES, LANES), *[(2, 2, 2 * LANES, LANES)] * 2, (2, 2, 2, 2 * LANES, LANES)]
     with jax.default_device(device):
         *inputs, weights = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True))
+        inputs[0] *= LANES**-0.5
         real = jnp.arange(2 * LANES) < jnp.array([[2 * LANES], [LANES + 1]])
         weights *= real[:, None, None, :, None]
 
@@ -119,7 +123,7 @@ def difference(device: jax.Device) -> float:
 
 
 def _defined(q: Queries, k: Keys, v: Keys, real: Bool[Array, "batch time"]) -> Queries:
-    scores = jnp.einsum("bkgqh,bksh->bkgqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("bkgqh,bksh->bkgqs", q, k, preferred_element_type=jnp.float32)
     visible = jnp.tril(jnp.ones((q.shape[-2],) * 2, bool)) & real[:, None]
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     return jnp.einsum("bkgqs,bksh->bkgqh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)

@@ -1,0 +1,208 @@
+"""The model families: how a transformers configuration of each says what the decoder computes.
+
+`docs/families.md` tells how to add one.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from jaxscape.errors import UserError
+from jaxscape.models.config import NORMS_AFTER, NORMS_AROUND, LayerKind, ModelConfig, make_rope
+
+Options = dict[str, Any]
+"""Arguments of `ModelConfig`."""
+
+# What changes nothing that is computed here: training, other programs, and what a configuration is derived from.
+_IRRELEVANT = {
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "max_sequence_length"),
+    *("attention_dropout", "embd_pdrop", "resid_pdrop", "hidden_dropout", "initializer_range", "use_cache"),
+    *("id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states"),
+    *("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "no_rope_layer_interval"),
+    *("cache_implementation", "hybrid_cache", "tokenizer_class", "transformers.js_config", "is_llama_config"),
+    *("unsloth_fixed", "unsloth_version", "chunk_size_feed_forward", "is_encoder_decoder", "task_specific_params"),
+    *("num_labels", "_attn_implementation", "attn_implementation", "default_theta", "layer_type_validation"),
+    *("full_attn_mod", "interpolate_factor"),
+}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+class _Reader:
+    """A configuration that remembers which of its fields were read."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self._config, self.seen = config, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.seen.add(name)
+        return getattr(self._config, name)
+
+    def get(self, name: str) -> Any:
+        """The field, or None if the family has none of that name."""
+        self.seen.add(name)
+        return getattr(self._config, name, None)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that one class of transformers computes.
+
+    Attributes:
+        architecture: the name of that class.
+        options: in what they differ from a Llama without biases.
+    """
+
+    architecture: str
+    options: Callable[[_Reader], Options]
+
+
+def _attention_biases(c: _Reader) -> Options:
+    return {"qkv_bias": c.attention_bias, "o_bias": c.attention_bias}
+
+
+def _llama(c: _Reader) -> Options:
+    if c.pretraining_tp != 1:
+        raise _unsupported({"pretraining_tp": c.pretraining_tp})
+    return _attention_biases(c) | {"mlp_bias": c.mlp_bias}
+
+
+def _mistral(c: _Reader) -> Options:
+    return {"layers": (LayerKind(_rope(c), c.sliding_window),)}
+
+
+def _qwen2(c: _Reader) -> Options:
+    c.get("use_sliding_window")  # without it, transformers takes the window away
+    return {"qkv_bias": True, "layers": _by_type(c)}
+
+
+def _qwen3(c: _Reader) -> Options:
+    return _qwen2(c) | _attention_biases(c) | {"qk_norm": "head"}
+
+
+def _gemma2(c: _Reader) -> Options:
+    c.get("hidden_act")  # of old configurations, where the other counts
+    return _attention_biases(c) | {
+        "layers": _by_type(c),
+        "activation": _activation(c.hidden_activation),
+        "norms": NORMS_AROUND,
+        "norm_offset": 1.0,
+        "norm_in_float32": True,
+        "embedding_scale": c.hidden_size**0.5,
+        "attention_scale": c.query_pre_attn_scalar**-0.5,
+        "attention_softcap": c.attn_logit_softcapping,
+        "logit_softcap": c.final_logit_softcapping,
+    }
+
+
+def _gemma3(c: _Reader) -> Options:
+    return _gemma2(c) | {"qk_norm": "head"}
+
+
+def _phi3(c: _Reader) -> Options:
+    c.get("original_max_position_embeddings")  # stands among RoPE's parameters, too
+    return {"is_fused": True, "layers": (LayerKind(_rope(c, may_be_partial=True), c.sliding_window),)}
+
+
+def _smollm3(c: _Reader) -> Options:
+    window = c.sliding_window if c.use_sliding_window else None
+    kinds = zip(c.no_rope_layers, c.layer_types, strict=False)  # the former may be longer
+    rope, sliding = _rope(c), "sliding_attention"
+    layers = tuple(LayerKind(rope if turns else None, window if kind == sliding else None) for turns, kind in kinds)
+    return _attention_biases(c) | {"mlp_bias": c.mlp_bias, "layers": layers}
+
+
+def _olmo2(c: _Reader) -> Options:
+    return _attention_biases(c) | {"norms": NORMS_AFTER, "qk_norm": "heads", "norm_in_float32": True}
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family("LlamaForCausalLM", _llama),
+    "mistral": Family("MistralForCausalLM", _mistral),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3),
+    "gemma2": Family("Gemma2ForCausalLM", _gemma2),
+    "gemma3_text": Family("Gemma3ForCausalLM", _gemma3),
+    "phi3": Family("Phi3ForCausalLM", _phi3),
+    "smollm3": Family("SmolLM3ForCausalLM", _smollm3),
+    "olmo2": Family("Olmo2ForCausalLM", _olmo2),
+}
+"""By transformers' `model_type`."""
+
+
+def family_of(model_type: Any) -> Family:
+    """Raises a `UserError` if there is none."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(f"The model's architecture is {model_type!r}; supported are {', '.join(FAMILIES)}.")
+    return FAMILIES[model_type]
+
+
+def from_transformers(config: PreTrainedConfig) -> ModelConfig:
+    """The configuration of a transformers model.
+
+    Raises:
+        UserError: the architecture, or an option of it, is not one that the decoder computes.
+    """
+    family, c = family_of(config.model_type), _Reader(config)
+    options = family.options(c)
+    if "layers" not in options:
+        options["layers"] = (LayerKind(_rope(c)),)
+    if "activation" not in options:
+        options["activation"] = _activation(c.hidden_act)
+    found = ModelConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_layers=c.num_hidden_layers,
+        num_heads=c.num_attention_heads,
+        num_kv_heads=c.num_key_value_heads,
+        head_dim=_head_dim(c),
+        max_positions=c.max_position_embeddings,
+        rms_norm_eps=c.rms_norm_eps,
+        tie_word_embeddings=c.tie_word_embeddings,
+        **options,
+    )
+    # What nobody looked at must be as it is by default: an option that is ignored would be computed wrongly.
+    default = type(config)().to_dict()
+    ignored = config.to_dict().keys() - c.seen - _IRRELEVANT
+    changed = {name: value for name in sorted(ignored) if (value := getattr(config, name, None)) != default.get(name)}
+    if unknown := {name: value for name, value in changed.items() if value or name in default}:
+        raise _unsupported(unknown)
+    return found
+
+
+def _unsupported(options: Options) -> UserError:
+    listed = ", ".join(f"{name}={value!r}"[:100] for name, value in options.items())
+    return UserError(f"The model's configuration has options that are not supported: {listed}.")
+
+
+def _activation(name: str) -> str:
+    if name not in _ACTIVATIONS:
+        raise _unsupported({"hidden_act": name})
+    return _ACTIVATIONS[name]
+
+
+def _head_dim(c: _Reader) -> int:
+    size: int = c.get("head_dim") or c.hidden_size // c.num_attention_heads
+    return size
+
+
+def _rope(c: _Reader, of_type: str | None = None, may_be_partial: bool = False) -> Any:
+    """Of all layers, or of those of a type where each has its own."""
+    options = c.rope_parameters
+    if of_type is not None and of_type in options:
+        options = options[of_type]
+    return make_rope(_head_dim(c), options, c.max_position_embeddings, may_be_partial)
+
+
+def _by_type(c: _Reader) -> tuple[LayerKind, ...]:
+    """Local and global layers as the configuration lists them."""
+    kinds = {
+        "full_attention": LayerKind(_rope(c, "full_attention")),
+        "sliding_attention": LayerKind(_rope(c, "sliding_attention"), c.sliding_window),
+    }
+    if unknown := sorted(set(c.layer_types) - kinds.keys()):
+        raise _unsupported({"layer_types": unknown})
+    return tuple(kinds[name] for name in c.layer_types)

@@ -1,0 +1,110 @@
+"""Every model family against transformers, computed by torch: two random configurations of each, and what they do."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import torch_logits
+from safetensors.numpy import load_file
+from test_decode import tokens_of, torch_tokens
+from test_decoder import LLAMA3_ROPE
+
+import jaxscape as js
+from jaxscape.models.decoder import forward
+from jaxscape.models.families import FAMILIES
+
+LOCAL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.1, 1.2],
+    "long_factor": [1.0, 2.0, 4.0],
+    "partial_rotary_factor": 0.75,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-2": ("llama", {"num_key_value_heads": 4}),
+    "llama-3": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "mistral, sliding window": ("mistral", {"sliding_window": 7}),
+    "mistral, no window, wide heads": ("mistral", {"sliding_window": None, "head_dim": 24}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2, sliding window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "num_key_value_heads": 1},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3, biased, yarn": ("qwen3", {"head_dim": 8, "attention_bias": True, "rope_parameters": YARN}),
+    "gemma2": ("gemma2", LOCAL | {"head_dim": 16, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0}),
+    "gemma2, no caps, untied": (
+        "gemma2",
+        LOCAL
+        | {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None}
+        | {"tie_word_embeddings": False},
+    ),
+    "gemma3": ("gemma3_text", LOCAL | {"head_dim": 16, "query_pre_attn_scalar": 16}),
+    "gemma3, scaled rope": (
+        "gemma3_text",
+        {"head_dim": 8, "num_hidden_layers": 3, "sliding_window": 5, "sliding_window_pattern": 3}
+        | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "final_logit_softcapping": 4.0},
+    ),
+    "phi3": ("phi3", {"sliding_window": 7, "num_key_value_heads": 4, "pad_token_id": 0}),
+    "phi3, long rope, partly rotated": (
+        "phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32, "pad_token_id": 0},
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "smollm3, sliding window, biased": (
+        "smollm3",
+        {"use_sliding_window": True, "sliding_window": 7, "no_rope_layers": [0, 1], "pad_token_id": 0}
+        | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2, biased, one key-value head": ("olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
+}
+every_family = pytest.mark.parametrize("name", CONFIGS)
+LENGTHS = (100, 9, 47)  # longer than the windows, and than the contexts before RoPE was scaled
+
+
+def make(make_model: Any, name: str, **options: Any) -> tuple[Path, Any]:
+    family, own = CONFIGS[name]
+    directory, torch_model = make_model(family, **(own | options))
+    return directory, torch_model
+
+
+def mixed_batch() -> tuple[np.ndarray, np.ndarray]:
+    """Texts of several lengths, padded on the left, and their tokens' positions, -1 for the padding."""
+    width = max(LENGTHS)
+    tokens = np.random.default_rng(0).integers(3, 300, (len(LENGTHS), width))
+    positions = np.stack([np.arange(width) - (width - length) for length in LENGTHS])
+    return np.where(positions >= 0, tokens, 0), np.maximum(positions, -1)
+
+
+def torch_mixed(torch_model: Any, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        mask = torch.tensor((positions >= 0).astype(np.int64))
+        where = torch.tensor(np.maximum(positions, 0))
+        return torch_model(torch.tensor(tokens), attention_mask=mask, position_ids=where).logits.float().numpy()
+
+
+def test_every_family_has_two_configurations() -> None:
+    used = [family for family, _ in CONFIGS.values()]
+    assert all(used.count(family) >= 2 for family in FAMILIES)
+
+
+@every_family
+def test_logits_of_a_mixed_batch_are_those_of_transformers(make_model: Any, name: str) -> None:
+    directory, torch_model = make(make_model, name)
+    model = js.load_model(directory, "float32")
+    tokens, positions = mixed_batch()
+    config = model.config.for_length(max(LENGTHS))
+    logits = np.asarray(forward(config, model.params, jnp.asarray(tokens), jnp.asarray(positions))[0])
+    expected, real = torch_mixed(torch_model, tokens, positions), positions >= 0
+    assert np.abs(logits - expected)[real].max() < 1e-4 * np.abs(expected[real]).max()
+    short = tokens[:, -9:]  # within the context before RoPE was scaled
+    expected = torch_logits(torch_model, short)
+    assert np.abs(model(short) - expected).max() < 1e-4 * np.abs(expected).max()
