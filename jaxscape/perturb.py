@@ -96,6 +96,8 @@ class PerturbedWeight:
                 moved = step.scale * one * use(values).astype(jnp.float32)
             else:
                 moved = use(dense(step).astype(self.weight.dtype)).astype(jnp.float32)
+            if c.ndim:  # one for each row, also of what has more dimensions: heads
+                c = c.reshape(c.shape + (1,) * (moved.ndim - c.ndim))
             # At 0 it is the weight to the bit, also where the direction overflows.
             moved = jnp.where(c == 0, 0, c * moved)
             total = (total.astype(jnp.float32) + moved).astype(total.dtype)

@@ -96,7 +96,11 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     tokenizer = tiny_tokenizer()
 
     def make(
-        family: str = "llama", seed: int = 0, save: dict[str, Any] | None = None, **options: Any
+        family: str = "llama",
+        seed: int = 0,
+        save: dict[str, Any] | None = None,
+        dtype: str = "float32",
+        **options: Any,
     ) -> tuple[Path, Any]:
         torch.manual_seed(seed)
         config = transformers.AutoConfig.for_model(family, **(TINY | options))
@@ -104,6 +108,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
         for name, parameter in model.named_parameters():  # norms and biases start as ones and zeros: hide no mistake
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+        model.to(getattr(torch, dtype))
         directory = tmp_path_factory.mktemp("model")
         model.save_pretrained(directory, **(save or {}))
         tokenizer.save_pretrained(directory)

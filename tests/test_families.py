@@ -3,20 +3,24 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import torch_logits
-from safetensors.numpy import load_file
-from test_decode import tokens_of, torch_tokens
+from conftest import spelled, torch_logits
+from safetensors.flax import load_file
+from test_decode import PROMPTS, torch_tokens
 from test_decoder import LLAMA3_ROPE
 
 import jaxscape as js
+from jaxscape.decode import Sampling, tokenize
+from jaxscape.engine import Engine
+from jaxscape.models.checkpoint import named_leaves
 from jaxscape.models.decoder import forward
 from jaxscape.models.families import FAMILIES
+from jaxscape.plan import Work, make_plan
+from jaxscape.sharding import Split
 
 LOCAL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
 LONGROPE = {
@@ -27,6 +31,7 @@ LONGROPE = {
     "partial_rotary_factor": 0.75,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
+ALPHA = 0.1
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-2": ("llama", {"num_key_value_heads": 4}),
     "llama-3": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
@@ -55,7 +60,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {"sliding_window": 7, "num_key_value_heads": 4, "pad_token_id": 0}),
     "phi3, long rope, partly rotated": (
         "phi3",
-        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32, "pad_token_id": 0},
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16, "pad_token_id": 0},
     ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
     "smollm3, sliding window, biased": (
@@ -74,6 +79,10 @@ def make(make_model: Any, name: str, **options: Any) -> tuple[Path, Any]:
     family, own = CONFIGS[name]
     directory, torch_model = make_model(family, **(own | options))
     return directory, torch_model
+
+
+def torch_load(directory: Path, dtype: Any = "auto") -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
 
 
 def mixed_batch() -> tuple[np.ndarray, np.ndarray]:
@@ -108,3 +117,69 @@ def test_logits_of_a_mixed_batch_are_those_of_transformers(make_model: Any, name
     short = tokens[:, -9:]  # within the context before RoPE was scaled
     expected = torch_logits(torch_model, short)
     assert np.abs(model(short) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@every_family
+def test_bfloat16_is_as_near_as_that_of_transformers(make_model: Any, name: str) -> None:
+    directory, torch_model = make(make_model, name, initializer_range=0.1)
+    tokens = np.random.default_rng(1).integers(3, 300, (2, 60))
+    exact = torch_logits(torch_model, tokens)
+    theirs = torch_logits(torch_load(directory, torch.bfloat16), tokens)
+    ours = js.load_model(directory, "bfloat16")(tokens)
+    errors = [np.abs(logits - exact).max() for logits in (ours, theirs)]
+    assert 0 < errors[0] < 1.5 * errors[1] + 1e-3 * np.abs(exact).max()
+
+
+@every_family
+def test_32_greedy_tokens_at_points_are_those_of_transformers(make_model: Any, name: str) -> None:
+    """In both forms, one of them on a mesh: the model itself, and one that is moved along a direction."""
+    directory, torch_model = make(make_model, name)
+    models = [spelled(js.load_model(directory, "float32", split=split)) for split in (Split(), Split(2, 2))]
+    direction = js.random_direction(models[0], seed=0)
+    rows = tokenize(models[0], PROMPTS, "default", 32)
+    sampling, points = Sampling(max_new_tokens=32), [(0.0,), (ALPHA,)]
+    work = Work(rows, sampling, num_points=len(points), line=len(points), ndim=1)
+    found = []
+    for model, form in zip(models, ("materialised", "factorised"), strict=True):
+        options = js.EngineOptions(form=form)  # type: ignore[arg-type]
+        there = js.random_direction(model, seed=0)
+        engine = Engine(model, rows, sampling, make_plan(model, work, options))
+        completed = engine.complete([there], points)
+        found.append([[list(map(int, c.text.split())) for c in point] for point in completed])
+    expected = [torch_tokens(torch_model, models[0], PROMPTS, new=32)]
+    steps = named_leaves(direction)
+    with torch.no_grad():
+        for tensor, parameter in torch_model.named_parameters():
+            parameter += ALPHA * torch.tensor(np.asarray(steps[tensor]))
+    expected.append(torch_tokens(torch_model, models[0], PROMPTS, new=32))
+    assert expected[0] != expected[1]
+    assert max(map(len, expected[0])) == 32
+    assert found == [expected, expected]
+
+
+@every_family
+def test_what_is_loaded_is_written_back_to_the_bit(make_model: Any, name: str, tmp_path: Path) -> None:
+    directory, _ = make(make_model, name, dtype="bfloat16")
+    model = js.load_model(directory, "bfloat16")
+    model.save_pretrained(tmp_path)
+    before, after = (load_file(path / "model.safetensors") for path in (directory, tmp_path))
+    assert before.keys() == after.keys()
+    assert all(before[key].tobytes() == after[key].tobytes() for key in before)
+    tokens = np.random.default_rng(2).integers(3, 300, (2, 40))
+    first, again = torch_load(directory), torch_load(tmp_path)
+    assert type(again) is type(first)
+    assert again.dtype == torch.bfloat16
+    np.testing.assert_array_equal(torch_logits(again, tokens), torch_logits(first, tokens))
+
+
+@every_family
+def test_norms_are_not_perturbed_and_all_else_keeps_its_norm(make_model: Any, name: str) -> None:
+    directory, _ = make(make_model, name)
+    model = js.load_model(directory, "float32")
+    direction = named_leaves(js.random_direction(model, seed=0))
+    for tensor, weight in named_leaves(model.params).items():
+        size = float(jnp.linalg.norm(direction[tensor]))
+        if "norm" in tensor:
+            assert size == 0, tensor
+        else:
+            np.testing.assert_allclose(size, float(jnp.linalg.norm(weight)), rtol=1e-4, err_msg=tensor)
