@@ -141,8 +141,7 @@ def tokenize(model: Model, chats: Sequence[Chat], max_length: int) -> Examples:
     What stands before an assistant's turn has the tokens that it has when the model is to write that turn.
 
     Raises:
-        UserError: the model has no chat template, or one that does not write a chat turn by turn; or nothing to learn
-            is left of a chat.
+        UserError: the model's chat template does not write a chat turn by turn, or nothing to learn is left of a chat.
     """
     if not chats:
         raise UserError("There are no chats to learn from.")
@@ -188,8 +187,6 @@ def _encode(model: Model, text: str) -> list[int]:
 
 def _renderings(model: Model, chat: Chat, number: int) -> Iterator[tuple[str, str, str, bool]]:
     """For each assistant's turn: the text up to the last one, up to this one, and with it; and whether to learn it."""
-    if model.tokenizer.chat_template is None:
-        raise UserError("The model has no chat template, so it cannot be finetuned on chats; give a chat model.")
     messages = [{key: message[key] for key in ("role", "content")} for message in chat]
     written = ""
     for i, message in enumerate(chat):

@@ -95,7 +95,7 @@ class Scan(Machine):
     num_prompts: int | None = None
     """How many of them, from the first on; by default 40, or all if there are fewer."""
     system_prompt: str = "default"
-    """default (the chat template's own), none, or the text of one."""
+    """default (the chat template's own), none, aoa, llama2, safety, or the text of one."""
     ndim: Literal[1, 2] = 1
     """1 for a line, 2 for a plane."""
     steps: int = 20

@@ -187,10 +187,7 @@ def tokenize(model: Model, prompts: Sequence[str], system_prompt: str, max_new_t
     if not prompts:
         raise UserError("There are no prompts.")
     texts = [chat_text(model.tokenizer, prompt, system_prompt) for prompt in prompts]
-    # A chat template spells the special tokens out; where there is none, they are the tokenizer's to add.
-    rows: list[list[int]] = model.tokenizer(texts, add_special_tokens=model.tokenizer.chat_template is None)[
-        "input_ids"
-    ]
+    rows: list[list[int]] = model.tokenizer(texts, add_special_tokens=False)["input_ids"]  # they are spelled out
     for number, row in enumerate(rows, 1):
         if len(row) + max_new_tokens > model.config.max_positions:
             raise UserError(

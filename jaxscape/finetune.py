@@ -21,7 +21,7 @@ from jaxscape.errors import UserError
 from jaxscape.files import checksum
 from jaxscape.models import Model, builtin, check_saveable, huggingface, save_model
 from jaxscape.models.checkpoint import Params, changed_parts, fingerprint, named_leaves, tree_of
-from jaxscape.models.lora import Adapter, Factors, merged, save_adapter
+from jaxscape.models.lora import Adapter, Factors, merged, module_name, save_adapter
 from jaxscape.processes import from_first, is_there_for_all
 from jaxscape.progress import report_to
 from jaxscape.sharding import replicated
@@ -193,7 +193,8 @@ def _result(model: Model, training: Training, trainable: Any, log: list[dict[str
         return Finetuned(replace(model, params=params), None, log)
     is_path = model.name not in builtin.NAMES and Path(model.name).exists()
     base = str(Path(model.name).resolve()) if is_path else model.name  # also found from another working directory
-    adapter = Adapter(base, training.rank, training.alpha, training.targets, jax.device_get(trainable))
+    targets = tuple(sorted(set(map(module_name, trainable))))
+    adapter = Adapter(base, training.rank, training.alpha, targets, jax.device_get(trainable))
     return Finetuned(with_adapter(model, adapter), adapter, log)
 
 

@@ -25,6 +25,7 @@ from jaxscape.perturb import check_direction, placed, random_direction, stored
 from jaxscape.plan import FORMS, EngineOptions, Plan, Work, make_plan
 from jaxscape.processes import from_first
 from jaxscape.progress import report_to
+from jaxscape.prompts import chat_text
 from jaxscape.store import Run, open_run
 
 Direction = Params | int | np.integer
@@ -59,7 +60,7 @@ def scan(
             is made orthogonal to the first.
         steps: intervals along each axis, from −radius to radius; even, so that the model itself is a point.
         axes: one for each direction of a set, in the place of those that steps and radius describe.
-        system_prompt: `default`, `none` or a text, see `jaxscape.prompts.chat_text`.
+        system_prompt: `default`, `none`, a name or a text, see `jaxscape.prompts.chat_text`.
         max_new_tokens, temperature, top_k, top_p, seed: see `jaxscape.decode.Sampling`.
         options: of the engine, see `jaxscape.plan.EngineOptions`. Unless they ask for whole texts, a text ends at its
             first refusal keyword.
@@ -114,7 +115,11 @@ def scan(
         **(describe or {}),
     }
     engine = Engine(model, rows, sampling, plan, decided=None if options.full_text else is_refusal)
-    with open_run(directory, config, axes, len(sets), prompts, overwrite) as run, _report(run, plan, progress) as tell:
+    sent = [chat_text(model.tokenizer, prompt, system_prompt) for prompt in prompts]
+    with (
+        open_run(directory, config, axes, len(sets), prompts, sent, overwrite) as run,
+        _report(run, plan, progress) as tell,
+    ):
         for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
             resolved = None  # the last set's directions, before the next set's are made
             resolved = resolve(sets[index], model, plan.storage)

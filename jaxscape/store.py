@@ -22,7 +22,7 @@ from jaxscape.files import write_whole
 from jaxscape.landscape import Axis, Landscape
 from jaxscape.processes import from_first
 
-GENERATIONS, FIGURE = "generations.jsonl", "landscape.png"
+GENERATIONS, PROMPTS, FIGURE = "generations.jsonl", "prompts.jsonl", "landscape.png"
 SCAN = rundir.Kind(
     "scan",
     state=GENERATIONS,
@@ -131,13 +131,20 @@ def open_run(
     axes: Sequence[Axis],
     num_sets: int,
     prompts: Sequence[str],
+    sent: Sequence[str],
     overwrite: bool = False,
 ) -> Iterator[Run]:
-    """Start a run in a directory, or go on with the one that is there; None keeps it in memory. See `rundir.opened`."""
+    """Start a run in a directory, or go on with the one that is there; None keeps it in memory. See `rundir.opened`.
+
+    `sent` is what the model is given for each prompt.
+    """
     with rundir.opened(directory, config, SCAN, overwrite) as file:
         if directory is None or file is None:
             run = Run(axes, num_sets, prompts)
         else:
+            pairs = ({"prompt": prompt, "sent": text} for prompt, text in zip(prompts, sent, strict=True))
+            lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+            write_whole(directory / PROMPTS, "".join(lines))
             run = Run(axes, num_sets, prompts, (directory, file))
             run.landscape().save(directory)
         run.take(*from_first(run.outcomes))

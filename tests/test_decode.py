@@ -186,9 +186,8 @@ def test_a_tokenizer_of_another_model_is_a_user_error(tiny_dir: Path) -> None:
         js.generate(model, ["two geese"])
 
 
-def test_an_empty_prompt_without_a_template_is_a_user_error(tiny_dir: Path) -> None:
+def test_an_empty_prompt_is_a_user_error(tiny_dir: Path) -> None:
     model = js.load_model(tiny_dir)
-    model.tokenizer.chat_template = None
-    model.tokenizer.bos_token = None
+    model.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     with pytest.raises(js.UserError, match="Prompt 2 is empty"):
         js.generate(model, ["Hi", ""])

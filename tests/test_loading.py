@@ -109,8 +109,8 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "architecture 'gpt2'"),
-        ({"model_type": None}, "architecture None"),
+        ({"model_type": "gpt2"}, "architecture is 'gpt2'; supported are llama, mistral"),
+        ({"model_type": None}, "architecture is None"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"hidden_size": "wide"}, "not a model's configuration"),
         ({"num_key_value_heads": 3}, "not a multiple"),
@@ -122,7 +122,11 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(copy: Path) -> None:
         ),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}}, "not a model's configuration"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "sway": 3}}, "supported: sway"),
+        ({"partial_rotary_factor": 0.5}, "rotates only a part of each head"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ({"num_local_experts": 8, "use_qk_norm": True}, "num_local_experts=8, use_qk_norm=True"),
     ],
 )
 def test_what_the_decoder_does_not_compute_is_refused(copy: Path, edit_json: Any, changes: Any, message: str) -> None:

@@ -11,10 +11,12 @@ import pytest
 from conftest import SHARED, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 import jaxscape as js
 from jaxscape import prompts as prompts_module
-from jaxscape.prompts import chat_text
+from jaxscape.models.checkpoint import with_chat_template
+from jaxscape.prompts import SYSTEM_PROMPTS, chat_text, render
 
 
 def test_built_in_sets_are_matched_and_cover_ten_categories_from_the_first_ten_on() -> None:
@@ -129,6 +131,11 @@ LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}<<SYS>>{{ messages[0]['content'] }}<</SYS>>{% endif %}"
     "[INST]{{ messages[-1]['content'] }}[/INST]"
 )
+SILENT = "[INST]{{ messages[-1]['content'] }}[/INST]"
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LLAMA2
 DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
 
@@ -143,9 +150,13 @@ DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%
         (LLAMA2, "none", "[INST]Hi[/INST]"),
         (LLAMA2, "Be brief.", "<<SYS>>Be brief.<</SYS>>[INST]Hi[/INST]"),
         (NO_SYSTEM, "none", "[INST]Hi[/INST]"),
+        (NO_SYSTEM, "Be brief.", "[INST]Be brief.\n\nHi[/INST]"),
+        (SILENT, "Be brief.", "[INST]Be brief.\n\nHi[/INST]"),
+        (LLAMA2, "aoa", f"<<SYS>>{SYSTEM_PROMPTS['aoa']}<</SYS>>[INST]Hi[/INST]"),
         (DATED, "default", "26 Jul 2024"),
-        ("", "default", "Hi"),
-        ("", "none", "Hi"),
+        ("", "default", f"{VICUNA} USER: Hi ASSISTANT:"),
+        ("", "none", "USER: Hi ASSISTANT:"),
+        ("", "Be brief.", "Be brief. USER: Hi ASSISTANT:"),
         ("{{ 1 / 1 }}", "default", "1.0"),
     ],
 )
@@ -153,15 +164,32 @@ def test_chat_texts(template: str | None, system_prompt: str, expected: str) -> 
     tokenizer = tiny_tokenizer()
     if template is not None:
         tokenizer.chat_template = template or None
+    with_chat_template(tokenizer)
     assert chat_text(tokenizer, "Hi", system_prompt) == expected
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
-    [(NO_SYSTEM, "no system role"), (None, "has no chat template"), ("{{ 1 / 0 }}", "division by zero")],
+    [("{{ 1 / 0 }}", "division by zero"), ("{{ raise_exception('no users') }}", "no users")],
 )
-def test_system_prompts_that_cannot_be_given(template: str | None, message: str) -> None:
+def test_templates_that_fail(template: str, message: str) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(js.UserError, match=message):
-        chat_text(tokenizer, "Hi", "Be brief.")
+    for system_prompt in ("default", "none", "Be brief."):
+        with pytest.raises(js.UserError, match=message):
+            chat_text(tokenizer, "Hi", system_prompt)
+
+
+def test_a_word_that_is_no_name_is_no_system_prompt() -> None:
+    with pytest.raises(js.UserError, match="no system prompt 'lama2': give default, none, aoa, llama2, safety, or"):
+        chat_text(tiny_tokenizer(), "Hi", "lama2")
+
+
+def test_chats_in_vicunas_format() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Why?"), ("assistant", "So.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = render(with_chat_template(tokenizer), messages, add_generation_prompt=False)
+    assert text == f"<s>{VICUNA} USER: Hi ASSISTANT: Hello.</s>USER: Why? ASSISTANT: So.</s>"

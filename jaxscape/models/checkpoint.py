@@ -27,6 +27,27 @@ Params = dict[str, Any]
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
 
 
+# Vicuna's chat format (Zheng et al., arXiv 2306.05685), as FastChat writes it; its tokenizer has none of its own.
+_VICUNA = """\
+{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}
+{%- else %}{% set turns = messages %}{% set system = "A chat between a curious user and an artificial intelligence \
+assistant. The assistant gives helpful, detailed, and polite answers to the user's questions." %}{% endif %}
+{%- if system %}{{ system + ' ' }}{% endif %}
+{%- for turn in turns %}
+{%- if turn['role'] == 'user' %}{{ 'USER: ' + turn['content'] + ' ' }}
+{%- else %}{{ 'ASSISTANT: ' + turn['content'] }}{{ eos_token }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+
+
+def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer; if it has no chat template, with Vicuna's, after the token that it begins texts with, if any."""
+    if tokenizer.chat_template is None:
+        begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = "{{ bos_token }}" * begins + _VICUNA
+    return tokenizer
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: what it holds is known, the tensors themselves are read one by one.

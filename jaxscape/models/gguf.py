@@ -9,11 +9,11 @@ from typing import Any
 import gguf
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from jaxscape.errors import UserError
-from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, named_leaves
+from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, named_leaves, with_chat_template
 from jaxscape.models.config import LayerKind, ModelConfig, Rope
 from jaxscape.models.decoder import parameter_shapes
 from jaxscape.models.families import from_transformers
@@ -155,7 +155,7 @@ def _token_types(fields: Mapping[str, Any]) -> list[int]:
     return fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(fields["tokenizer.ggml.tokens"]))
 
 
-def _tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+def _tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer that the metadata describes: byte-level BPE (`gpt2`) or SentencePiece BPE (`llama`)."""
     tokens = fields["tokenizer.ggml.tokens"]
     match fields["tokenizer.ggml.model"]:
@@ -180,12 +180,13 @@ def _tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
         if f"tokenizer.ggml.{theirs}_token_id" in fields
     }
-    return PreTrainedTokenizerFast(
+    whole = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=fields.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
         **special_tokens,
     )
+    return with_chat_template(whole)
 
 
 def _byte_level(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:

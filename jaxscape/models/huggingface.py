@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from jaxscape.errors import UserError
 from jaxscape.files import write_whole
-from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, Params, named_leaves
+from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, Params, named_leaves, with_chat_template
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.families import family_of, from_transformers
 
@@ -154,7 +154,7 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if settings.exists() and "auto_map" in read_json(settings):
         raise UserError(f"The tokenizer in {path} needs code of its own, which is never run; use a standard one.")
     try:
-        return AutoTokenizer.from_pretrained(path, clean_up_tokenization_spaces=False)
+        return with_chat_template(AutoTokenizer.from_pretrained(path, clean_up_tokenization_spaces=False))
     except Exception as error:  # transformers and tokenizers raise many types for a missing or damaged tokenizer
         raise UserError(f"The tokenizer in {path} cannot be loaded ({_reason(error)}).") from error
 

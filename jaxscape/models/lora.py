@@ -23,6 +23,8 @@ from jaxscape.models.huggingface import read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# The matrices that stand for several in some families.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _PREFIX = "base_model.model."
 
 # PEFT's options that may have any value, those that must have one of a few, and (every other) those that must be off.
@@ -96,15 +98,18 @@ class LoraWeight:
 def init_factors(params: Params, targets: tuple[str, ...], rank: int, key: Array) -> Factors:
     """Float32 factors of an adapter that changes nothing yet, as PEFT starts them: `a` uniform in ±1/√in, `b` zero.
 
+    In a model with fused matrices, a target is the one that it is a part of.
+
     Raises:
         UserError: the rank is not positive, or a target is no linear layer of the model.
     """
     if rank < 1:
         raise UserError(f"The LoRA rank must be at least 1, not {rank}.")
     linear = {name: leaf for name, leaf in named_leaves(params).items() if leaf.ndim == 2 and "embed" not in name}
-    weights = {name: leaf for name, leaf in linear.items() if _module(name) in targets}
-    if missing := sorted(set(targets) - set(map(_module, weights))):
-        choice = ", ".join(sorted(set(map(_module, linear))))
+    meant = {name: {module_name(name), *FUSED.get(module_name(name), ())} for name in linear}
+    weights = {name: leaf for name, leaf in linear.items() if meant[name] & set(targets)}
+    if missing := sorted(set(targets).difference(*(meant[name] for name in weights))):
+        choice = ", ".join(sorted(set(map(module_name, linear))))
         raise UserError(f"The model has no linear layers named {', '.join(missing)}; choose among {choice}.")
     factors = {}
     for number, (name, weight) in enumerate(weights.items()):
@@ -217,7 +222,7 @@ def load_adapter(directory: str | Path) -> Adapter:
     if wrong:
         raise UserError(f"The adapter {directory} says that its rank is {rank}, but that of {wrong[0]} is another.")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Adapter(base, rank, scale * rank, tuple(sorted({_module(name) for name in factors})), factors)
+    return Adapter(base, rank, scale * rank, tuple(sorted({module_name(name) for name in factors})), factors)
 
 
 def is_adapter(directory: Path) -> bool:
@@ -243,5 +248,5 @@ def _read_factors(path: Path) -> Factors:
     return factors
 
 
-def _module(name: str) -> str:
+def module_name(name: str) -> str:
     return name.removesuffix(".weight").rsplit(".", 1)[-1]
