@@ -25,10 +25,12 @@ from jaxscape.decode import decode_chunk, insert
 from jaxscape.evaluate import refusal
 from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
 from jaxscape.perturb import materialise
+from jaxscape.prompts import chat_text
 from jaxscape.store import export_reference
 
 PROMPTS = js.load_prompts("harmful", 3)
 scan_module = importlib.import_module("jaxscape.scan")  # the package's name for it is the function's
+FILES = {"config.json", "prompts.jsonl", "generations.jsonl", "landscape.json"}
 OPTIONS: dict[str, Any] = {"prompts": PROMPTS, "steps": 4, "max_new_tokens": 6, "progress": False}
 
 
@@ -208,7 +210,7 @@ def test_a_killed_process_goes_on_where_it_was(tiny_dir: Path, tmp_path: Path) -
     assert 20 <= lines() < 2 * 41 * 3
     assert start_scan(directory, tiny_dir).wait() == 0
     assert contents(directory) == contents(tmp_path / "unbroken")
-    assert set(contents(directory)) == {"config.json", "generations.jsonl", "landscape.json", "landscape.png"}
+    assert set(contents(directory)) == FILES | {"landscape.png"}
 
 
 @pytest.mark.parametrize(
@@ -314,7 +316,10 @@ def test_overwrite_starts_over(tiny: js.Model, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     js.scan(tiny, [0], out=tmp_path, overwrite=True, **OPTIONS | {"steps": 2})
     assert len(records(tmp_path)) == 9
-    assert set(contents(tmp_path)) == {"config.json", "generations.jsonl", "landscape.json", "notes.txt"}
+    assert set(contents(tmp_path)) == FILES | {"notes.txt"}
+    sent = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert [pair["prompt"] for pair in sent] == OPTIONS["prompts"]
+    assert [pair["sent"] for pair in sent] == [chat_text(tiny.tokenizer, prompt) for prompt in OPTIONS["prompts"]]
 
 
 def test_directories_that_no_run_can_use_are_user_errors(tiny: js.Model, tmp_path: Path) -> None:

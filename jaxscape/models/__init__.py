@@ -25,7 +25,7 @@ from jaxscape.processes import from_first, gathered
 from jaxscape.sharding import Split, default_split, make_mesh, on
 
 DTYPES = ("float32", "bfloat16", "float16")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +88,10 @@ def load_model(
     """Load a model with its tokenizer.
 
     Arguments:
-        source: a built-in name (`smollm2-135m-safe`, `smollm2-135m`), a Hugging Face directory or hub id, or a `.gguf`
-            file. A directory or hub repository may also hold a LoRA adapter in PEFT's format: the model that it names
-            as its base is loaded, and the adapter added to its weights.
+        source: a built-in name (`smollm2-135m-safe`, `smollm2-135m`), a Hugging Face directory, a `.gguf` file, or a
+            hub id, `REPOSITORY` or `REPOSITORY@REVISION` (a branch, a tag or a commit). A directory or hub repository
+            may also hold a LoRA adapter in PEFT's format: the model that it names as its base is loaded, and the
+            adapter added to its weights.
         dtype: of the parameters and activations, `float32`, `bfloat16` or `float16`; by default `float32` on a CPU
             and `bfloat16` on an accelerator.
         on_host: keep the parameters in host memory, as numpy arrays, from where a scan streams each point's to the

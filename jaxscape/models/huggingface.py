@@ -8,7 +8,7 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -20,13 +20,27 @@ from jaxscape.models.config import ModelConfig
 from jaxscape.models.families import family_of, from_transformers
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+LEFT = ["*/*", "consolidated*"]  # other formats of the same weights
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def download(repository: str) -> Path:
-    """The repository's snapshot in the hub's own cache; used from there when there is no network."""
+def download(name: str) -> Path:
+    """The snapshot of `REPOSITORY` or `REPOSITORY@REVISION` in the hub's own cache, from where it is used when there is
+    no network; a download that broke off goes on.
+
+    Raises:
+        UserError: it is neither there nor to be had; the message tells how to get it.
+    """
+    repository, _, revision = name.partition("@")
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=DOWNLOADED))
+        found = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=DOWNLOADED, ignore_patterns=LEFT
+        )
+        return Path(found)
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"{repository} has no revision {revision!r}; give a branch, a tag or a commit of it."
+        ) from error
     except GatedRepoError as error:
         raise UserError(
             f"{repository} is gated: ask for access at https://huggingface.co/{repository}, then log in with "
@@ -38,7 +52,7 @@ def download(repository: str) -> Path:
         ) from error
     except Exception as error:  # of the network, the hub, the disk, or the name: each library has its own
         raise UserError(
-            f"{repository} is not in the cache and the hub cannot be reached ({_reason(error)}); connect to the "
+            f"{name} is not in the cache and the hub cannot be reached ({_reason(error)}); connect to the "
             f"network, or pass a local model directory."
         ) from error
 

@@ -1,0 +1,161 @@
+"""The hub's real client against a server on this machine: what is fetched, resumed, pinned and refused."""
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import pytest
+
+import jaxscape as js
+from jaxscape.models.checkpoint import fingerprint
+
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+
+
+@dataclass
+class Hub:
+    """Repositories by name, and of each the files by revision."""
+
+    repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    breaks: int = 0
+    """How many downloads of weights are still to break off half-way."""
+    fetched: list[tuple[str, int]] = field(default_factory=list)
+    """Of each download the file, and the byte that it began with."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing is printed."""
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _send(self, status: int, body: bytes = b"", with_body: bool = True, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def _answer(self, with_body: bool) -> None:
+        parts = urlparse(self.path).path.strip("/").split("/")
+        is_api = parts[:2] == ["api", "models"]
+        name = "/".join(parts[2:4] if is_api else parts[:2])
+        kind, revision, *rest = parts[4:] if is_api else parts[2:]
+        if name not in self.hub.repositories:
+            return self._send(401, with_body=with_body, X_Error_Code="RepoNotFound")
+        if name in self.hub.gated and not (is_api and kind == "revision"):
+            return self._send(403, with_body=with_body, X_Error_Code="GatedRepo")
+        commit = COMMITS.get(revision, revision)
+        files = self.hub.repositories[name].get(commit)
+        if files is None:
+            return self._send(404, with_body=with_body, X_Error_Code="RevisionNotFound")
+        if is_api:
+            tree = [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in files.items()]
+            siblings = [{"rfilename": path} for path in files]
+            info = {"id": name, "sha": commit, "siblings": siblings} if kind == "revision" else tree
+            return self._send(200, json.dumps(info).encode(), with_body, Content_Type="application/json")
+        path = "/".join(rest)
+        if path not in files:
+            return self._send(404, with_body=with_body, X_Error_Code="EntryNotFound")
+        self._send_file(path, files[path], commit, with_body)
+
+    def _send_file(self, path: str, content: bytes, commit: str, with_body: bool) -> None:
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        headers = {"ETag": f'"{sha256(content).hexdigest()}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
+        if start:
+            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if with_body:
+            self.hub.fetched.append((path, start))
+        if with_body and path.endswith(".safetensors") and self.hub.breaks > 0:
+            self.hub.breaks -= 1
+            self.send_response(206 if start else 200)
+            for name, value in {"Content-Length": str(len(content) - start), **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            self.wfile.write(content[start : (start + len(content)) // 2])
+            self.close_connection = True
+            return
+        self._send(206 if start else 200, content[start:], with_body, **headers)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    files = {path.name: path.read_bytes() for path in tiny_dir.iterdir()}
+    more = {"pytorch_model.bin": b"x", "consolidated.safetensors": b"x", "onnx/model.json": b"{}", "modeling.py": b""}
+    older = files | {"generation_config.json": b'{"eos_token_id": 7}'}
+    found = Hub({"someone/tiny": {COMMITS["main"]: files | more, COMMITS["v1"]: older}})
+    handler = type("TheHandler", (Handler,), {"hub": found})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = f"http://127.0.0.1:{server.server_address[1]}"
+        template = here + "/{repo_id}/resolve/{revision}/{filename}"
+        changes = {"ENDPOINT": here, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": False}
+        for name, value in (changes | {"HUGGINGFACE_CO_URL_TEMPLATE": template}).items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        yield found
+        server.shutdown()
+
+
+def test_only_what_a_model_consists_of_is_fetched(hub: Hub, tiny: js.Model) -> None:
+    model = js.load_model("someone/tiny")
+    fetched = {path for path, _ in hub.fetched}
+    assert "model.safetensors" in fetched
+    assert "tokenizer.json" in fetched
+    assert not fetched & {"pytorch_model.bin", "consolidated.safetensors", "onnx/model.json", "modeling.py"}
+    tokens = np.arange(3, 9)[None]
+    np.testing.assert_array_equal(model(tokens), tiny(tokens))
+
+
+def test_a_revision_is_pinned_and_kept_for_later(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert js.load_model("someone/tiny@v1").eos_token_ids == (2, 7)
+    assert js.load_model("someone/tiny").eos_token_ids == (2,)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.repositories.clear()
+    model = js.load_model("someone/tiny@v1")
+    assert model.eos_token_ids == (2, 7)
+    assert model.name == "someone/tiny@v1"
+    assert js.load_model(f"someone/tiny@{COMMITS['main']}").eos_token_ids == (2,)
+
+
+def test_a_broken_download_goes_on_where_it_broke_off(
+    hub: Hub, tiny: js.Model, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.breaks = 1
+    model = js.load_model("someone/tiny")
+    size = (tiny_dir / "model.safetensors").stat().st_size
+    first, second = [start for path, start in hub.fetched if path == "model.safetensors"]
+    assert first == 0
+    assert 0.4 * size < second <= size // 2
+    assert fingerprint(model.params) == fingerprint(tiny.params)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("someone/tiny@v9", "someone/tiny has no revision 'v9'"),
+        ("someone/other", "The hub has no model someone/other, or it is private"),
+        ("meta/closed", "meta/closed is gated: ask for access at .*meta/closed, then log in"),
+    ],
+)
+def test_what_cannot_be_had_is_said(hub: Hub, name: str, message: str) -> None:
+    hub.repositories["meta/closed"] = {COMMITS["main"]: {"config.json": b"{}"}}
+    hub.gated.add("meta/closed")
+    with pytest.raises(js.UserError, match=message):
+        js.load_model(name)
