@@ -1,5 +1,6 @@
 """Every model family against transformers, computed by torch: two random configurations of each, and what they do."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import spelled, torch_logits
+from conftest import TINY, spelled, torch_logits
 from safetensors.flax import load_file
 from test_decode import PROMPTS, torch_tokens
 from test_decoder import LLAMA3_ROPE
@@ -183,3 +184,25 @@ def test_norms_are_not_perturbed_and_all_else_keeps_its_norm(make_model: Any, na
             assert size == 0, tensor
         else:
             np.testing.assert_allclose(size, float(jnp.linalg.norm(weight)), rtol=1e-4, err_msg=tensor)
+
+
+def test_of_a_multimodal_gemma3_the_text_model_is_taken(tiny_dir: Path, tmp_path: Path) -> None:
+    text = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=TINY | text | LOCAL | {"query_pre_attn_scalar": 8},
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        **{"mm_tokens_per_image": 4, "image_token_index": 299, "boi_token_index": 298, "eoi_token_index": 297},
+    )
+    whole = transformers.Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_dir / file, tmp_path)
+    model = js.load_model(tmp_path, "float32")
+    tokens = np.random.default_rng(3).integers(3, 290, (2, 20))
+    expected = torch_logits(whole, tokens)
+    assert np.abs(model(tokens) - expected).max() < 1e-4 * np.abs(expected).max()
+    model.save_pretrained(tmp_path / "text")
+    again = torch_load(tmp_path / "text")
+    assert type(again) is transformers.Gemma3ForCausalLM
+    np.testing.assert_allclose(torch_logits(again, tokens), expected, atol=1e-5 * np.abs(expected).max())

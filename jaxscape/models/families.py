@@ -130,6 +130,8 @@ FAMILIES: Mapping[str, Family] = {
     "olmo2": Family("Olmo2ForCausalLM", _olmo2),
 }
 """By transformers' `model_type`."""
+TEXT_MODELS = {"gemma3": "language_model."}
+"""Multimodal models of which the text model is taken, and what the names of its tensors begin with there."""
 
 
 def family_of(model_type: Any) -> Family:

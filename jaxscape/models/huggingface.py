@@ -17,7 +17,7 @@ from jaxscape.errors import UserError
 from jaxscape.files import write_whole
 from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, Params, named_leaves, with_chat_template
 from jaxscape.models.config import ModelConfig
-from jaxscape.models.families import family_of, from_transformers
+from jaxscape.models.families import TEXT_MODELS, family_of, from_transformers
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 LEFT = ["*/*", "consolidated*"]  # other formats of the same weights
@@ -71,14 +71,20 @@ def open_directory(path: Path) -> Checkpoint:
         if twice := sorted(where.keys() & found.keys()):
             raise UserError(f"{file} and {where[twice[0]]} both hold {twice[0]}; keep only the model's own files.")
         where |= dict.fromkeys(found, file)
-    shapes = {name: shape for shapes in tensors.values() for name, shape in shapes.items()}
+    prefix = TEXT_MODELS.get(read_json(path / "config.json")["model_type"], "")
+    shapes = {
+        name.removeprefix(prefix): shape
+        for found in tensors.values()
+        for name, shape in found.items()
+        if name.startswith(prefix)
+    }
 
     def read(name: str, index: Any) -> np.ndarray:
         try:
-            with safe_open(where[name], framework="numpy") as file:
-                return np.asarray(file.get_slice(name)[index])
+            with safe_open(where[prefix + name], framework="numpy") as file:
+                return np.asarray(file.get_slice(prefix + name)[index])
         except SafetensorError as error:
-            raise _damaged(where[name], error) from error
+            raise _damaged(where[prefix + name], error) from error
 
     # Old checkpoints hold RoPE's frequencies, and some a copy of a tied head: neither is a parameter.
     redundant = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
@@ -96,14 +102,18 @@ def open_directory(path: Path) -> Checkpoint:
 
 
 def load_config(path: Path) -> tuple[PreTrainedConfig, ModelConfig]:
-    """A `config.json`, as transformers has it and as the decoder does.
+    """A `config.json`, as transformers has it and as the decoder does; of a multimodal model, its text model's.
 
     Raises:
         UserError: it is missing or damaged, or not of a family, or it has options, that the decoder computes.
     """
-    family_of(read_json(path).get("model_type"))
+    model_type = read_json(path).get("model_type")
+    if model_type not in list(TEXT_MODELS):  # it may be anything
+        family_of(model_type)
     try:
         found = AutoConfig.from_pretrained(path)
+        if model_type in TEXT_MODELS:
+            found = found.text_config
         return found, from_transformers(found)
     except UserError:
         raise
