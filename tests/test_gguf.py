@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import torch_logits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import jaxscape as js
 from jaxscape.models.checkpoint import named_leaves
+from jaxscape.models.config import make_rope
+from jaxscape.models.gguf import LLAMA3_FACTORS, LLAMA3_ROPE
 
 Q = gguf.GGMLQuantizationType
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, LAYERS = 256, 4, 2, 64, 512, 2
@@ -159,6 +162,21 @@ def test_llama3_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:
     divisors = np.linspace(1, 8, HEAD_DIM // 2, dtype=np.float32)
     scaled = js.load_model(write_gguf(tmp_path / "scaled.gguf", tensors={"rope_freqs.weight": divisors})).config
     np.testing.assert_allclose(scaled.layers[0].rope.frequencies, np.array(plain) / divisors)
+
+
+@pytest.mark.parametrize("factor", LLAMA3_FACTORS)
+def test_llama3_scaling_that_transformers_knows_can_be_written_back(tmp_path: Path, factor: float) -> None:
+    plain = js.load_model(write_gguf(tmp_path / "plain.gguf")).config.layers[0].rope.frequencies
+    options = LLAMA3_ROPE | {"factor": factor, "rope_theta": 1e4}
+    scaled = make_rope(HEAD_DIM, options, 2**17).frequencies
+    divisors = (np.array(plain) / scaled).astype(np.float32)
+    model = js.load_model(write_gguf(tmp_path / "scaled.gguf", tensors={"rope_freqs.weight": divisors}), "float32")
+    model.save_pretrained(tmp_path / "model")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    assert again.config.rope_parameters["factor"] == factor
+    tokens = np.arange(3, 60)[None]
+    expected = torch_logits(again, tokens)
+    assert np.abs(model(tokens) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(

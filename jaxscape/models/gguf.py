@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,15 @@ _LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITS = {"gpt-2": _GPT2_SPLIT, "smollm": _GPT2_SPLIT, "llama-bpe": _LLAMA3_SPLIT}
+
+# The scaling of Llama 3.1 and of 3.2, which transformers knows by its parameters.
+LLAMA3_FACTORS = (8.0, 32.0)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
@@ -96,7 +105,8 @@ def _config(
     rope = {"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)}
     if (scaling := get("rope.scaling.type", "none")) != "none":
         rope |= {"rope_type": scaling, "factor": get("rope.scaling.factor", 1.0)}
-    declared = LlamaConfig(
+    shape = partial(
+        LlamaConfig,
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
         hidden_size=get("embedding_length"),
         intermediate_size=get("feed_forward_length"),
@@ -106,20 +116,27 @@ def _config(
         head_dim=head_dim,
         max_position_embeddings=get("context_length"),
         rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
-        rope_parameters=rope,
         tie_word_embeddings="output.weight" not in tensors,
         attention_bias="blk.0.attn_q.bias" in tensors,
         mlp_bias="blk.0.ffn_up.bias" in tensors,
     )
+    declared = shape(rope_parameters=rope)
     config = from_transformers(declared)
     if "rope_freqs.weight" not in tensors:
         return config, declared
     # llama.cpp stores Llama 3's scaling as one divisor for each frequency.
     divisors = tensors["rope_freqs.weight"].data.astype(np.float64)
-    (kind,) = config.layers
-    assert kind.rope is not None
-    scaled = tuple(float(f / d) for f, d in zip(kind.rope.frequencies, divisors, strict=True))
+    scaled = tuple(float(f / d) for f, d in zip(_frequencies(config), divisors, strict=True))
+    for factor in LLAMA3_FACTORS:
+        known = shape(rope_parameters=rope | LLAMA3_ROPE | {"factor": factor})
+        if np.allclose(_frequencies(found := from_transformers(known)), scaled, rtol=1e-5, atol=0):
+            return found, known
     return replace(config, layers=(LayerKind(Rope(scaled)),)), declared
+
+
+def _frequencies(config: ModelConfig) -> tuple[float, ...]:
+    rope = config.kind(0).rope
+    return () if rope is None else rope.frequencies
 
 
 def _huggingface_names(config: ModelConfig, found: Any) -> dict[str, str]:
