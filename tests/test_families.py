@@ -1,6 +1,8 @@
 """Every model family against transformers, computed by torch: two random configurations of each, and what they do."""
 
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 every_family = pytest.mark.parametrize("name", CONFIGS)
 LENGTHS = (100, 9, 47)  # longer than the windows, and than the contexts before RoPE was scaled
+COLUMNS = ("float32", "bfloat16", "bfloat16, transformers", "greedy tokens", "round trip")
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[dict[str, dict[str, str]]]:
+    """What the tests find for each configuration; the file that FAMILY_TABLE names gets it."""
+    rows: dict[str, dict[str, str]] = {name: {} for name in CONFIGS}
+    yield rows
+    if path := os.environ.get("FAMILY_TABLE"):
+        lines = [f"| configuration | {' | '.join(COLUMNS)} |", "| --- " * (1 + len(COLUMNS)) + "|"]
+        for name, row in rows.items():
+            lines.append(f"| {name} | {' | '.join(row.get(column, '') for column in COLUMNS)} |")
+        Path(path).write_text("\n".join([*lines, ""]))
 
 
 def make(make_model: Any, name: str, **options: Any) -> tuple[Path, Any]:
@@ -107,32 +122,35 @@ def test_every_family_has_two_configurations() -> None:
 
 
 @every_family
-def test_logits_of_a_mixed_batch_are_those_of_transformers(make_model: Any, name: str) -> None:
+def test_logits_of_a_mixed_batch_are_those_of_transformers(make_model: Any, name: str, table: Any) -> None:
     directory, torch_model = make(make_model, name)
     model = js.load_model(directory, "float32")
     tokens, positions = mixed_batch()
     config = model.config.for_length(max(LENGTHS))
     logits = np.asarray(forward(config, model.params, jnp.asarray(tokens), jnp.asarray(positions))[0])
     expected, real = torch_mixed(torch_model, tokens, positions), positions >= 0
-    assert np.abs(logits - expected)[real].max() < 1e-4 * np.abs(expected[real]).max()
+    difference = np.abs(logits - expected)[real].max() / np.abs(expected[real]).max()
+    table[name]["float32"] = f"{difference:.1e}"
+    assert difference < 1e-4
     short = tokens[:, -9:]  # within the context before RoPE was scaled
     expected = torch_logits(torch_model, short)
     assert np.abs(model(short) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @every_family
-def test_bfloat16_is_as_near_as_that_of_transformers(make_model: Any, name: str) -> None:
+def test_bfloat16_is_as_near_as_that_of_transformers(make_model: Any, name: str, table: Any) -> None:
     directory, torch_model = make(make_model, name, initializer_range=0.1)
     tokens = np.random.default_rng(1).integers(3, 300, (2, 60))
     exact = torch_logits(torch_model, tokens)
     theirs = torch_logits(torch_load(directory, torch.bfloat16), tokens)
     ours = js.load_model(directory, "bfloat16")(tokens)
-    errors = [np.abs(logits - exact).max() for logits in (ours, theirs)]
-    assert 0 < errors[0] < 1.5 * errors[1] + 1e-3 * np.abs(exact).max()
+    errors = [np.abs(logits - exact).max() / np.abs(exact).max() for logits in (ours, theirs)]
+    table[name] |= dict(zip(COLUMNS[1:3], (f"{error:.1e}" for error in errors), strict=True))
+    assert 0 < errors[0] < 1.5 * errors[1] + 1e-3
 
 
 @every_family
-def test_32_greedy_tokens_at_points_are_those_of_transformers(make_model: Any, name: str) -> None:
+def test_32_greedy_tokens_at_points_are_those_of_transformers(make_model: Any, name: str, table: Any) -> None:
     """In both forms, one of them on a mesh: the model itself, and one that is moved along a direction."""
     directory, torch_model = make(make_model, name)
     models = [spelled(js.load_model(directory, "float32", split=split)) for split in (Split(), Split(2, 2))]
@@ -155,11 +173,19 @@ def test_32_greedy_tokens_at_points_are_those_of_transformers(make_model: Any, n
     expected.append(torch_tokens(torch_model, models[0], PROMPTS, new=32))
     assert expected[0] != expected[1]
     assert max(map(len, expected[0])) == 32
+    both = [
+        (ours, theirs)
+        for form in found
+        for pair in zip(form, expected, strict=True)
+        for ours, theirs in zip(*pair, strict=True)
+    ]
+    same = sum(a == b for ours, theirs in both for a, b in zip(ours, theirs, strict=False))
+    table[name]["greedy tokens"] = f"{same} of {sum(len(theirs) for _, theirs in both)}"
     assert found == [expected, expected]
 
 
 @every_family
-def test_what_is_loaded_is_written_back_to_the_bit(make_model: Any, name: str, tmp_path: Path) -> None:
+def test_what_is_loaded_is_written_back_to_the_bit(make_model: Any, name: str, tmp_path: Path, table: Any) -> None:
     directory, _ = make(make_model, name, dtype="bfloat16")
     model = js.load_model(directory, "bfloat16")
     model.save_pretrained(tmp_path)
@@ -171,6 +197,7 @@ def test_what_is_loaded_is_written_back_to_the_bit(make_model: Any, name: str, t
     assert type(again) is type(first)
     assert again.dtype == torch.bfloat16
     np.testing.assert_array_equal(torch_logits(again, tokens), torch_logits(first, tokens))
+    table[name]["round trip"] = f"{sum(x.size for x in before.values())} numbers, to the bit"
 
 
 @every_family
