@@ -1,11 +1,13 @@
 """Every model family against transformers, computed by torch: two random configurations of each, and what they do."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hub_configs
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,8 +22,9 @@ import jaxscape as js
 from jaxscape.decode import Sampling, tokenize
 from jaxscape.engine import Engine
 from jaxscape.models.checkpoint import named_leaves
-from jaxscape.models.decoder import forward
+from jaxscape.models.decoder import forward, parameter_shapes
 from jaxscape.models.families import FAMILIES
+from jaxscape.models.shapes import shape_config
 from jaxscape.plan import Work, make_plan
 from jaxscape.sharding import Split
 
@@ -233,3 +236,12 @@ def test_of_a_multimodal_gemma3_the_text_model_is_taken(tiny_dir: Path, tmp_path
     again = torch_load(tmp_path / "text")
     assert type(again) is transformers.Gemma3ForCausalLM
     np.testing.assert_allclose(torch_logits(again, tokens), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", hub_configs.CONFIGS)
+def test_configurations_of_the_hub_are_understood(name: str, tmp_path: Path) -> None:
+    declared, billions = hub_configs.CONFIGS[name]
+    (tmp_path / "config.json").write_text(json.dumps(declared))
+    config = shape_config(str(tmp_path))
+    size = sum(leaf.size for leaf in named_leaves(parameter_shapes(config)).values())
+    assert size / 1e9 == pytest.approx(billions, rel=0.01)

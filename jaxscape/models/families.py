@@ -25,7 +25,7 @@ _IRRELEVANT = {
     *("cache_implementation", "hybrid_cache", "tokenizer_class", "transformers.js_config", "is_llama_config"),
     *("unsloth_fixed", "unsloth_version", "chunk_size_feed_forward", "is_encoder_decoder", "task_specific_params"),
     *("num_labels", "_attn_implementation", "attn_implementation", "default_theta", "layer_type_validation"),
-    *("full_attn_mod", "interpolate_factor"),
+    *("full_attn_mod", "interpolate_factor", "sliding_window_size", "pretraining_tp"),
 }
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -64,8 +64,6 @@ def _attention_biases(c: _Reader) -> Options:
 
 
 def _llama(c: _Reader) -> Options:
-    if c.pretraining_tp != 1:
-        raise _unsupported({"pretraining_tp": c.pretraining_tp})
     return _attention_biases(c) | {"mlp_bias": c.mlp_bias}
 
 
@@ -102,7 +100,8 @@ def _gemma3(c: _Reader) -> Options:
 
 
 def _phi3(c: _Reader) -> Options:
-    c.get("original_max_position_embeddings")  # stands among RoPE's parameters, too
+    for name in ("original_max_position_embeddings", "partial_rotary_factor"):
+        c.get(name)  # stands among RoPE's parameters, too
     return {"is_fused": True, "layers": (LayerKind(_rope(c, may_be_partial=True), c.sliding_window),)}
 
 
