@@ -245,3 +245,18 @@ def test_configurations_of_the_hub_are_understood(name: str, tmp_path: Path) -> 
     config = shape_config(str(tmp_path))
     size = sum(leaf.size for leaf in named_leaves(parameter_shapes(config)).values())
     assert size / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_options_that_nobody_computes_are_named(family: str, tmp_path: Path) -> None:
+    own = {"attention_sinks": 4}
+    if "use_bidirectional_attention" in transformers.AutoConfig.for_model(family).to_dict():
+        own["use_bidirectional_attention"] = True
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family} | own))
+    with pytest.raises(js.UserError, match="not supported: " + ", ".join(f"{k}={v}" for k, v in own.items())):
+        shape_config(str(tmp_path))
+    kinds = {"layer_types": ["chunked_attention"]}
+    if "layer_types" in transformers.AutoConfig.for_model(family).to_dict():
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "num_hidden_layers": 1} | kinds))
+        with pytest.raises(js.UserError, match="layer_types="):
+            shape_config(str(tmp_path))

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -106,10 +106,9 @@ def _phi3(c: _Reader) -> Options:
 
 
 def _smollm3(c: _Reader) -> Options:
-    window = c.sliding_window if c.use_sliding_window else None
-    kinds = zip(c.no_rope_layers, c.layer_types, strict=False)  # the former may be longer
-    rope, sliding = _rope(c), "sliding_attention"
-    layers = tuple(LayerKind(rope if turns else None, window if kind == sliding else None) for turns, kind in kinds)
+    c.get("use_sliding_window")  # what the types of layers are derived from
+    kinds = zip(c.no_rope_layers, _by_type(c), strict=False)  # the former may be longer
+    layers = tuple(kind if turns else replace(kind, rope=None) for turns, kind in kinds)
     return _attention_biases(c) | {"mlp_bias": c.mlp_bias, "layers": layers}
 
 
