@@ -40,6 +40,17 @@ LLAMA3_ROPE = {
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
+_T = gguf.GGUFValueType
+_WIDTHS = {
+    **dict.fromkeys((_T.UINT8, _T.INT8, _T.BOOL), 1),
+    **dict.fromkeys((_T.UINT16, _T.INT16), 2),
+    **dict.fromkeys((_T.UINT32, _T.INT32, _T.FLOAT32), 4),
+    **dict.fromkeys((_T.UINT64, _T.INT64, _T.FLOAT64), 8),
+}
+_MAX_ELEMENTS = 2**20  # of a list: four times the largest vocabularies; the library needs a kilobyte for each
+_MAX_DIMENSIONS = 4  # ggml's
+_MAX_CHARACTERS = 4096  # of a SentencePiece token: its merges are looked for at each of its places
+
 
 def open_gguf(path: Path) -> Checkpoint:
     """Open a GGUF file of the Llama architecture.
@@ -48,27 +59,29 @@ def open_gguf(path: Path) -> Checkpoint:
         UserError: the file is damaged, or its architecture, a tensor type or its tokenizer is not supported.
     """
     try:
+        _check_header(np.memmap(path, mode="r").data)
         reader = gguf.GGUFReader(path)
+        _check_offsets(reader)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
     except Exception as error:  # the library raises whatever parsing a damaged file runs into
         raise UserError(
-            f"{path} cannot be read as GGUF ({type(error).__name__}: {error}); it is truncated or damaged, "
-            f"so download it again."
+            f"{path} cannot be read as GGUF ({_reason(error)}); it is truncated or damaged, so download it again."
         ) from error
     if (architecture := fields.get("general.architecture")) != "llama":
-        raise UserError(f"{path} has the architecture {architecture!r}, but only 'llama' is supported.")
+        raise UserError(f"{path} has the architecture {architecture!r:.60}, but only 'llama' is supported.")
     if unknown := sorted({t.tensor_type.name for t in tensors.values() if t.tensor_type not in TENSOR_TYPES}):
         supported = ", ".join(kind.name for kind in TENSOR_TYPES)
         raise UserError(f"{path} has tensors of type {', '.join(unknown)}; supported are {supported}.")
     try:
         config, transformers_config = _config(fields, tensors)
+        _check_token_ids(fields)
         tokenizer = _tokenizer(fields)
         eos_token_ids = _eos_token_ids(fields)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{path}: {_reason(error)}") from error
     except Exception as error:  # metadata that is missing, of another type, or of another length
-        raise UserError(f"{path} lacks metadata of a model ({type(error).__name__}: {error}).") from error
+        raise UserError(f"{path} lacks metadata of a model ({_reason(error)}); download it again.") from error
     names = _huggingface_names(config, tensors.keys())
 
     @lru_cache(maxsize=1)  # its parts are read one after another
@@ -92,6 +105,75 @@ def open_gguf(path: Path) -> Checkpoint:
     )
 
 
+def _check_header(data: memoryview) -> None:
+    """Raise a `ValueError` if what the header counts cannot be a model's, or ends beyond the file.
+
+    The library believes every count: it would loop over what is not there, and make lists of it.
+    """
+    at = 0
+
+    def take(length: int) -> memoryview:
+        nonlocal at
+        at += length
+        if at > len(data):
+            raise ValueError("its header goes on where it ends")
+        return data[at - length : at]
+
+    def number(width: int) -> int:
+        return int.from_bytes(take(width), "little")
+
+    if take(4) != b"GGUF":
+        raise ValueError("it does not begin with 'GGUF'")
+    if (version := number(4)) not in (2, 3):  # of a big-endian file, the library would swap no weights
+        raise ValueError(f"its version is {version}, or it is big-endian")
+    num_tensors, num_fields = number(8), number(8)
+    for _ in range(num_fields):
+        take(number(8))
+        kind, count = number(4), 1
+        if kind == _T.ARRAY:
+            kind, count = number(4), number(8)
+        if count > _MAX_ELEMENTS:
+            raise ValueError(f"it has a list of {count} values")
+        if kind in _WIDTHS:
+            take(count * _WIDTHS[kind])
+        elif kind == _T.STRING:
+            for _ in range(count):
+                take(number(8))
+        else:
+            raise ValueError(f"it has values of type {kind}")
+    for _ in range(num_tensors):
+        take(number(8))
+        if (num_dimensions := number(4)) > _MAX_DIMENSIONS:
+            raise ValueError(f"it has a tensor of {num_dimensions} dimensions")
+        take(8 * num_dimensions + 4 + 8)  # and type and offset
+
+
+def _check_offsets(reader: gguf.GGUFReader) -> None:
+    """Raise a `ValueError` unless each tensor begins where the one before it ends, which ggml demands, too."""
+    expected, alignment = reader.data_offset, int(reader.alignment)
+    for tensor in reader.tensors:
+        if tensor.data_offset != expected or not tensor.n_elements:
+            raise ValueError(f"{tensor.name} is empty, or does not begin where the tensor before it ends")
+        expected += -(-tensor.n_bytes // alignment) * alignment
+
+
+def _check_token_ids(fields: Mapping[str, Any]) -> None:
+    """Raise a `UserError` if a special token is not of the vocabulary: where it is looked up, −1 would be the last."""
+    count = len(fields["tokenizer.ggml.tokens"])
+    for name in ("bos", "eos", "eot", "unknown", "padding"):
+        token = fields.get(f"tokenizer.ggml.{name}_token_id", 0)
+        if type(token) is not int or not 0 <= token < count:
+            raise UserError(
+                f"The GGUF file names the {name} token {token!r:.60}, which is not one of its {count} tokens."
+            )
+
+
+def _reason(error: Exception) -> str:
+    """On one line, as long as a sentence."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())[:300]
+
+
 def _config(
     fields: Mapping[str, Any], tensors: Mapping[str, gguf.ReaderTensor]
 ) -> tuple[ModelConfig, PreTrainedConfig]:
@@ -100,6 +182,9 @@ def _config(
 
     heads = get("attention.head_count")
     head_dim = get("attention.key_length", get("embedding_length") // heads)
+    largest = max((int(size) for tensor in tensors.values() for size in tensor.shape), default=0)
+    if get("block_count") > len(tensors) or head_dim > largest:  # what is made for each of them would not end
+        raise UserError("The GGUF file's tensors are too few, or too small, for its blocks and heads; it is damaged.")
     if get("rope.dimension_count", head_dim) != head_dim:
         raise UserError("The GGUF file rotates only a part of each head, which is not supported.")
     rope = {"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)}
@@ -181,12 +266,11 @@ def _tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         case "llama":
             tokenizer = _sentencepiece(tokens, fields)
         case other:
-            raise UserError(f"The GGUF file's tokenizer is of type {other!r}; supported are 'gpt2' and 'llama'.")
-    for token, kind in zip(tokens, _token_types(fields), strict=True):
-        if kind == _CONTROL:
-            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif kind == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=False)])
+            raise UserError(f"The GGUF file's tokenizer is of type {other!r:.60}; supported are 'gpt2' and 'llama'.")
+    kinds = list(zip(tokens, _token_types(fields), strict=True))
+    # All at once: each addition takes as long as there are tokens that were added before.
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in kinds if k == _CONTROL])
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t, k in kinds if k == _USER_DEFINED])
     if fields.get("tokenizer.ggml.add_bos_token", fields["tokenizer.ggml.model"] == "llama"):
         bos = fields["tokenizer.ggml.bos_token_id"]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -197,9 +281,12 @@ def _tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
         if f"tokenizer.ggml.{theirs}_token_id" in fields
     }
+    template = fields.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise UserError("The GGUF file's chat template is not a text.")
     whole = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=fields.get("tokenizer.chat_template"),
+        chat_template=template,
         clean_up_tokenization_spaces=False,
         **special_tokens,
     )
@@ -209,7 +296,7 @@ def _tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 def _byte_level(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
     pre = fields.get("tokenizer.ggml.pre")
     if pre not in SPLITS:
-        raise UserError(f"The GGUF file's pre-tokenizer is {pre!r}; supported are {', '.join(sorted(SPLITS))}.")
+        raise UserError(f"The GGUF file's pre-tokenizer is {pre!r:.60}; supported are {', '.join(sorted(SPLITS))}.")
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
@@ -225,6 +312,8 @@ def _byte_level(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def _sentencepiece(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
+    if (longest := max(map(len, tokens))) > _MAX_CHARACTERS:
+        raise UserError(f"The GGUF file has a token of {longest} characters; it is damaged, so download it again.")
     vocab = {token: index for index, token in enumerate(tokens)}
     scores = dict(zip(tokens, fields["tokenizer.ggml.scores"], strict=True))
     unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]
