@@ -30,7 +30,7 @@ def fails(arguments: list[Any], capfd: pytest.CaptureFixture[str]) -> str:
     return err
 
 
-def test_a_scan_leaves_its_four_files_and_a_summary(
+def test_a_scan_leaves_its_files_and_a_summary(
     tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -38,6 +38,7 @@ def test_a_scan_leaves_its_four_files_and_a_summary(
     run = tmp_path / "runs" / f"{tiny_dir.name}-1d"
     assert {path.name for path in run.iterdir()} == {
         "config.json",
+        "prompts.jsonl",
         "generations.jsonl",
         "landscape.json",
         "landscape.png",
@@ -361,7 +362,7 @@ def test_the_attack_experiment(tiny_dir: Path, tmp_path: Path, advbench_file: Pa
     assert [row["model"] for row in table["rows"]] == names
     assert (tmp_path / "attack" / "figure.png").stat().st_size > 10_000
     before = {path: path.read_bytes() for path in (tmp_path / "attack").rglob("*.jsonl")}
-    assert len(before) == 8 + 5  # scans and finetunings; the logs of these have times in them
+    assert len(before) == 2 * 8 + 5  # scans and finetunings; the logs of these have times in them
     second = subprocess.run(command, capture_output=True, text=True, check=True)
     assert second.stdout == first.stdout
     assert {path: path.read_bytes() for path in before} == before
