@@ -1,5 +1,6 @@
 """GGUF files against transformers' own reading of them (with torch)."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import transformers
 from conftest import torch_logits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_families import LONGROPE
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import jaxscape as js
@@ -121,13 +123,105 @@ def test_tensors_and_logits_are_those_that_transformers_reads(tmp_path: Path, ki
     assert np.abs(model(tokens) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 128}),
+    "gemma2": ("gemma2", {"head_dim": 256, "sliding_window": 7}),
+    "gemma3": ("gemma3_text", {"head_dim": 256, "sliding_window": 7, "num_hidden_layers": 6}),
+    "phi3": ("phi3", {"sliding_window": 7, "pad_token_id": 0}),
+}
+
+
+def convert(model: Any, path: Path, kind: str) -> Path:
+    """A model of transformers as llama.cpp's converter writes it."""
+    c, writer = model.config, gguf.GGUFWriter(path, kind)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    rope = c.rope_parameters.get("full_attention", c.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    head_dim = model.model.layers[0].self_attn.head_dim
+    if kind != "phi3":
+        writer.add_key_length(head_dim)
+    if rope["rope_type"] == "longrope":
+        context = c.original_max_position_embeddings
+        factor = math.log(c.max_position_embeddings / context) / math.log(context)
+        writer.add_rope_dimension_count(int(rope["partial_rotary_factor"] * head_dim))
+        writer.add_rope_scaling_orig_ctx_len(context)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + factor))
+        for name in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
+    if getattr(c, "sliding_window", None):
+        writer.add_sliding_window(c.sliding_window)
+    if kind == "gemma2":
+        writer.add_attn_logit_softcapping(c.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(c.final_logit_softcapping)
+    writer.add_vocab_size(len(BPE))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(BPE)
+    writer.add_token_merges(BPE_MERGES)
+    for name, number in (("unk", 0), ("pad", 0), ("bos", 1), ("eos", 2)):
+        getattr(writer, f"add_{name}_token_id")(number)
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), c.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and c.tie_word_embeddings:
+            continue
+        added = 1 if kind.startswith("gemma") and "norm" in name else 0
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None, name
+        writer.add_tensor(theirs, tensor.numpy() + np.float32(added))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_other_families_are_read_as_transformers_reads_them(make_model: Any, tmp_path: Path, kind: str) -> None:
+    family, options = FAMILIES[kind]
+    _, original = make_model(family, vocab_size=len(BPE), **options)
+    model = js.load_model(convert(original, tmp_path / "tiny.gguf", kind), "float32")
+    tokens = np.arange(3, 60)[None]
+    expected = torch_logits(original, tokens)
+    assert np.abs(model(tokens) - expected).max() < 1e-4 * np.abs(expected).max()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    state = theirs.state_dict()
+    for name, leaf in named_leaves(model.params).items():
+        np.testing.assert_allclose(leaf, state[name].numpy(), rtol=1e-6, atol=1e-6, err_msg=name)
+    model.save_pretrained(tmp_path / "model")
+    assert js.load_model(tmp_path / "model", "float32").config == model.config
+
+
+def test_long_rope_is_read_from_its_factors(make_model: Any, tmp_path: Path) -> None:
+    _, original = make_model(
+        "phi3", vocab_size=len(BPE), rope_parameters=LONGROPE, original_max_position_embeddings=16, pad_token_id=0
+    )
+    path = convert(original, tmp_path / "tiny.gguf", "phi3")
+    model = js.load_model(path, "float32")
+    for length in (12, 60):
+        tokens = np.arange(3, 3 + length)[None]
+        expected = torch_logits(original, tokens)
+        assert np.abs(model(tokens) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
 BPE_TEXTS = ["the thin", " the  in", "in the.\n\nthe", "1234", "it's a né 你", "<|im_start|>the<|im_end|>", "\tthe"]
 SPM_TEXTS = ["the thin", "the  in", "in the.\n\nthe", "1234", "it's a né 你", "the</s>"]  # a leading space: see below
 
 
 @pytest.mark.parametrize(
     ("tokenizer", "pre", "texts"),
-    [("gpt2", "llama-bpe", BPE_TEXTS), ("gpt2", "gpt-2", BPE_TEXTS), ("llama", "", SPM_TEXTS)],
+    [
+        ("gpt2", "llama-bpe", BPE_TEXTS),
+        ("gpt2", "gpt-2", BPE_TEXTS),
+        ("gpt2", "qwen2", BPE_TEXTS),
+        ("llama", "", SPM_TEXTS),
+    ],
 )
 def test_tokenizers_are_those_that_transformers_builds(
     tmp_path: Path, tokenizer: str, pre: str, texts: list[str]

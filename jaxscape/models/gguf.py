@@ -1,7 +1,7 @@
 """GGUF files: configuration, tensors and tokenizer, without torch."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from jaxscape.errors import UserError
@@ -27,7 +27,12 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {"gpt-2": _GPT2_SPLIT, "smollm": _GPT2_SPLIT, "llama-bpe": _LLAMA3_SPLIT}
+SPLITS = {
+    "gpt-2": _GPT2_SPLIT,
+    "smollm": _GPT2_SPLIT,
+    "llama-bpe": _LLAMA3_SPLIT,
+    "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
+}
 
 # The scaling of Llama 3.1 and of 3.2, which transformers knows by its parameters.
 LLAMA3_FACTORS = (8.0, 32.0)
@@ -37,6 +42,74 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+
+Tensors = Mapping[str, gguf.ReaderTensor]
+Options = dict[str, Any]
+"""Fields of a transformers configuration."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp stores a family.
+
+    Attributes:
+        family: transformers' `model_type`.
+        names: the library's table of tensor names.
+        options: what beside sizes and RoPE stands in the metadata or follows from the tensors, or llama.cpp knows by
+            itself; given a look-up into the architecture's metadata, the tensors, and RoPE's parameters.
+        is_interleaved: the two halves of each query and key head are.
+        norm_offset: what is added to the weights of norms.
+    """
+
+    family: str
+    names: gguf.MODEL_ARCH
+    options: Callable[[Callable[..., Any], Tensors, Options], Options] = lambda get, tensors, rope: {}
+    is_interleaved: bool = False
+    norm_offset: float = 0.0
+
+
+def _llama(_: Callable[..., Any], tensors: Tensors, __: Options) -> Options:
+    return {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
+
+
+def _gemma2(get: Callable[..., Any], _: Tensors, __: Options) -> Options:
+    caps = {name: get(name, None) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    largest = get("block_count") in (46, 62)  # the 27B models scale scores by the width of a head that they have not
+    size = get("embedding_length") // get("attention.head_count") if largest else get("attention.key_length")
+    return caps | {"query_pre_attn_scalar": size, "sliding_window": get("attention.sliding_window")}
+
+
+def _gemma3(get: Callable[..., Any], tensors: Tensors, rope: Options) -> Options:
+    local = {"rope_type": "default", "rope_theta": get("rope.freq_base_swa", 10000.0)}
+    both = {"full_attention": rope, "sliding_attention": local}
+    return _gemma2(get, tensors, rope) | {"rope_parameters": both}
+
+
+def _phi3(get: Callable[..., Any], tensors: Tensors, rope: Options) -> Options:
+    options = {"sliding_window": get("attention.sliding_window", None) or None}
+    if ROPE_TENSORS[1] not in tensors:
+        return options
+    short, long = (tensors[name].data.astype(np.float64).tolist() for name in ROPE_TENSORS[1:])
+    original = get("rope.scaling.original_context_length")
+    factors = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+    if (factor := get("rope.scaling.attn_factor", None)) is not None:
+        factors["attention_factor"] = factor
+    whole = {"partial_rotary_factor": 1.0} | rope | factors
+    return options | {"rope_parameters": whole, "original_max_position_embeddings": original}
+
+
+_ARCH = gguf.MODEL_ARCH
+ARCHITECTURES = {
+    "llama": Architecture("llama", _ARCH.LLAMA, _llama, is_interleaved=True),
+    "qwen2": Architecture("qwen2", _ARCH.QWEN2),
+    "qwen3": Architecture("qwen3", _ARCH.QWEN3),
+    "gemma2": Architecture("gemma2", _ARCH.GEMMA2, _gemma2, norm_offset=1.0),
+    "gemma3": Architecture("gemma3_text", _ARCH.GEMMA3, _gemma3, norm_offset=1.0),
+    "phi3": Architecture("phi3", _ARCH.PHI3, _phi3),
+}
+"""By their names in GGUF files."""
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
@@ -53,7 +126,7 @@ _MAX_CHARACTERS = 4096  # of a SentencePiece token: its merges are looked for at
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file of the Llama architecture.
+    """Open a GGUF file of one of `ARCHITECTURES`.
 
     Raises:
         UserError: the file is damaged, or its architecture, a tensor type or its tokenizer is not supported.
@@ -68,8 +141,10 @@ def open_gguf(path: Path) -> Checkpoint:
         raise UserError(
             f"{path} cannot be read as GGUF ({_reason(error)}); it is truncated or damaged, so download it again."
         ) from error
-    if (architecture := fields.get("general.architecture")) != "llama":
-        raise UserError(f"{path} has the architecture {architecture!r:.60}, but only 'llama' is supported.")
+    kind = fields.get("general.architecture")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise UserError(f"{path} has the architecture {kind!r:.60}; supported are {', '.join(ARCHITECTURES)}.")
+    architecture = ARCHITECTURES[kind]
     if unknown := sorted({t.tensor_type.name for t in tensors.values() if t.tensor_type not in TENSOR_TYPES}):
         supported = ", ".join(kind.name for kind in TENSOR_TYPES)
         raise UserError(f"{path} has tensors of type {', '.join(unknown)}; supported are {supported}.")
@@ -82,17 +157,17 @@ def open_gguf(path: Path) -> Checkpoint:
         raise UserError(f"{path}: {_reason(error)}") from error
     except Exception as error:  # metadata that is missing, of another type, or of another length
         raise UserError(f"{path} lacks metadata of a model ({_reason(error)}); download it again.") from error
-    names = _huggingface_names(config, tensors.keys())
+    names = _huggingface_names(config, architecture, tensors.keys())
 
     @lru_cache(maxsize=1)  # its parts are read one after another
     def whole(name: str) -> np.ndarray:
         tensor = tensors[names[name]]
         values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
-        if ".q_proj." in name:
+        if architecture.is_interleaved and ".q_proj." in name:
             return _unpermute(values, config.num_heads)
-        if ".k_proj." in name:
+        if architecture.is_interleaved and ".k_proj." in name:
             return _unpermute(values, config.num_kv_heads)
-        return values
+        return values - architecture.norm_offset if "norm" in name else values
 
     return Checkpoint(
         config=config,
@@ -177,35 +252,39 @@ def _reason(error: Exception) -> str:
 def _config(
     fields: Mapping[str, Any], tensors: Mapping[str, gguf.ReaderTensor]
 ) -> tuple[ModelConfig, PreTrainedConfig]:
+    kind = fields["general.architecture"]
+    architecture = ARCHITECTURES[kind]
+
     def get(key: str, *default: Any) -> Any:
-        return fields.get(f"llama.{key}", *default) if default else fields[f"llama.{key}"]
+        return fields.get(f"{kind}.{key}", *default) if default else fields[f"{kind}.{key}"]
 
     heads = get("attention.head_count")
     head_dim = get("attention.key_length", get("embedding_length") // heads)
     largest = max((int(size) for tensor in tensors.values() for size in tensor.shape), default=0)
     if get("block_count") > len(tensors) or head_dim > largest:  # what is made for each of them would not end
         raise UserError("The GGUF file's tensors are too few, or too small, for its blocks and heads; it is damaged.")
-    if get("rope.dimension_count", head_dim) != head_dim:
-        raise UserError("The GGUF file rotates only a part of each head, which is not supported.")
     rope = {"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)}
+    if (part := get("rope.dimension_count", head_dim) / head_dim) != 1:
+        rope["partial_rotary_factor"] = part
     if (scaling := get("rope.scaling.type", "none")) != "none":
         rope |= {"rope_type": scaling, "factor": get("rope.scaling.factor", 1.0)}
-    shape = partial(
-        LlamaConfig,
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        hidden_size=get("embedding_length"),
-        intermediate_size=get("feed_forward_length"),
-        num_hidden_layers=get("block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=get("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        max_position_embeddings=get("context_length"),
-        rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
-        tie_word_embeddings="output.weight" not in tensors,
-        attention_bias="blk.0.attn_q.bias" in tensors,
-        mlp_bias="blk.0.ffn_up.bias" in tensors,
-    )
-    declared = shape(rope_parameters=rope)
+        if original := get("rope.scaling.original_context_length", None):
+            rope["original_max_position_embeddings"] = original
+    options = {
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "hidden_size": get("embedding_length"),
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_parameters": rope,
+    }
+    shape = partial(AutoConfig.for_model, architecture.family)
+    declared = shape(**options | architecture.options(get, tensors, rope))
     config = from_transformers(declared)
     if "rope_freqs.weight" not in tensors:
         return config, declared
@@ -213,7 +292,8 @@ def _config(
     divisors = tensors["rope_freqs.weight"].data.astype(np.float64)
     scaled = tuple(float(f / d) for f, d in zip(_frequencies(config), divisors, strict=True))
     for factor in LLAMA3_FACTORS:
-        known = shape(rope_parameters=rope | LLAMA3_ROPE | {"factor": factor})
+        scaling = {"rope_parameters": rope | LLAMA3_ROPE | {"factor": factor}}
+        known = shape(**options | architecture.options(get, tensors, rope) | scaling)
         if np.allclose(_frequencies(found := from_transformers(known)), scaled, rtol=1e-5, atol=0):
             return found, known
     return replace(config, layers=(LayerKind(Rope(scaled)),)), declared
@@ -224,15 +304,15 @@ def _frequencies(config: ModelConfig) -> tuple[float, ...]:
     return () if rope is None else rope.frequencies
 
 
-def _huggingface_names(config: ModelConfig, found: Any) -> dict[str, str]:
+def _huggingface_names(config: ModelConfig, architecture: Architecture, found: Any) -> dict[str, str]:
     """From Hugging Face names to this file's; names that the model does not know stay, for one error to list them."""
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+    table = gguf.get_tensor_name_map(architecture.names, config.num_layers)
     ours = {}
     for name in named_leaves(parameter_shapes(config)):
         theirs = table.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs in found:
             ours[name] = theirs
-    known = {*ours.values(), "rope_freqs.weight"}
+    known = {*ours.values(), *ROPE_TENSORS}
     return ours | {name: name for name in found if name not in known}
 
 
@@ -308,6 +388,8 @@ def _byte_level(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
