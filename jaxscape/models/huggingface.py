@@ -22,6 +22,7 @@ from jaxscape.models.families import TEXT_MODELS, family_of, from_transformers
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 LEFT = ["*/*", "consolidated*"]  # other formats of the same weights
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls dtypes whose values are weights as they are
 
 
 def download(name: str) -> Path:
@@ -83,7 +84,7 @@ def open_directory(path: Path) -> Checkpoint:
         try:
             with safe_open(where[prefix + name], framework="numpy") as file:
                 return np.asarray(file.get_slice(prefix + name)[index])
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise _damaged(where[prefix + name], error) from error
 
     # Old checkpoints hold RoPE's frequencies, and some a copy of a tied head: neither is a parameter.
@@ -167,9 +168,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} has no {path.name}; pass a directory that holds a whole model.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from error
+        raise UserError(f"{path} is not valid JSON ({error}); mend it, or download it again.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object.")
+        raise UserError(f"{path} is not a JSON object; mend it, or download it again.")
     return content
 
 
@@ -207,10 +208,12 @@ def _safetensors_files(path: Path) -> list[Path]:
         try:
             names = sorted(set(read_json(index)["weight_map"].values()))
             files = [path / Path(name).name for name in names]  # in this directory, whatever the index says
-        except (KeyError, AttributeError, TypeError) as error:
+            missing = [file.name for file in files if not file.exists()]
+        except (KeyError, AttributeError, TypeError, OSError) as error:  # the last for a name that no file can have
             raise UserError(f"{index} has no table of tensors ('weight_map'); download it again.") from error
-        if missing := [file.name for file in files if not file.exists()]:
-            raise UserError(f"{path} lacks the weight files {', '.join(missing)} that its index names.")
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise UserError(f"{path} lacks the weight files {', '.join(missing[:5])}{more} that its index names.")
         return files
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]  # whatever else lies there, a direction perhaps
@@ -231,10 +234,20 @@ def pickled_message(path: Path) -> str:
 def _tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(file, framework="numpy") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            found = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            dtypes = {name: tensor.get_dtype() for name, tensor in found.items()}
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
+    if others := sorted(name for name, dtype in dtypes.items() if dtype not in FLOATS):
+        raise UserError(
+            f"{file} holds {others[0]} as {dtypes[others[0]]}: quantised weights must be converted to float32, "
+            f"bfloat16 or float16 first."
+        )
+    return shapes
 
 
 def _damaged(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} cannot be read as safetensors ({error}); it is truncated or damaged.")
+    return UserError(
+        f"{file} cannot be read as safetensors ({_reason(error)}); it is truncated or damaged, so download it again."
+    )
