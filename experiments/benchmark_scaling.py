@@ -51,8 +51,8 @@ class Scaling:
     models: tuple[str, ...] = ("llama-2-7b", "llama-2-13b", "llama-3-70b")
     """Known by their shapes."""
     kinds: tuple[str, ...] = tuple(SLICES)
-    chips: tuple[int, ...] = tuple(FLAT)
-    """Where they cannot even hold the weights, nothing is forecast."""
+    chips: tuple[int, ...] = (4, 16, 64)
+    """Where they cannot even hold the weights, nothing is forecast; the smaller are of use to find the smallest."""
     points: int = 21
     """Along each axis."""
     prompts: int = 80
