@@ -153,11 +153,11 @@ def open_gguf(path: Path) -> Checkpoint:
         _check_token_ids(fields)
         tokenizer = _tokenizer(fields)
         eos_token_ids = _eos_token_ids(fields)
+        names = _huggingface_names(config, architecture, tensors.keys())
     except UserError as error:
         raise UserError(f"{path}: {_reason(error)}") from error
     except Exception as error:  # metadata that is missing, of another type, or of another length
         raise UserError(f"{path} lacks metadata of a model ({_reason(error)}); download it again.") from error
-    names = _huggingface_names(config, architecture, tensors.keys())
 
     @lru_cache(maxsize=1)  # its parts are read one after another
     def whole(name: str) -> np.ndarray:
@@ -397,7 +397,7 @@ def _sentencepiece(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
     if (longest := max(map(len, tokens))) > _MAX_CHARACTERS:
         raise UserError(f"The GGUF file has a token of {longest} characters; it is damaged, so download it again.")
     vocab = {token: index for index, token in enumerate(tokens)}
-    scores = dict(zip(tokens, fields["tokenizer.ggml.scores"], strict=True))
+    scores = dict(zip(tokens, map(float, fields["tokenizer.ggml.scores"]), strict=True))
     unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]
     merges = generate_merges(vocab, scores)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
