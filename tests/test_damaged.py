@@ -334,7 +334,7 @@ def damaged_json(directory: Path) -> Iterator[Damage]:
 
 # A process of its own, as a user's: nothing checks annotations there. SIGALRM ends it where a load does not.
 LOAD_ALL = """
-import json, re, resource, signal, sys, time
+import json, re, resource, signal, sys
 import jaxscape as js
 from jaxscape.models.checkpoint import named_leaves
 
@@ -342,14 +342,13 @@ def memory(name):
     return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
 
 def load(path):
-    started = time.process_time()
     signal.alarm(30)
     try:
         leaves = named_leaves(js.load_model(path, "float32").params)
         found = {name: leaf.shape for name, leaf in leaves.items()}
     except js.UserError as error:
         found = str(error)
-    print(json.dumps([path, found, time.process_time() - started, memory("VmHWM")]), flush=True)
+    print(json.dumps([path, found, memory("VmHWM")]), flush=True)
 
 paths = json.load(sys.stdin)
 for path in paths[:2]:
@@ -368,7 +367,6 @@ class Outcome:
     Attributes:
         found: the error, or the shapes.
         expected: the shapes of the undamaged model.
-        seconds: of the processor.
         memory: in MB, the most that the process has had up to then, beyond what the undamaged models take.
     """
 
@@ -376,7 +374,6 @@ class Outcome:
     path: Path
     found: str | Shapes
     expected: Shapes
-    seconds: float
     memory: int
 
 
@@ -409,8 +406,8 @@ def outcomes(small: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Outc
     normal = {path.suffix: line for path, line in zip(paths[:2], lines, strict=False)}
     assert all(isinstance(shapes, dict) for _, shapes, *_ in normal.values()), normal
     return [
-        Outcome(damage, path, found, normal[path.suffix][1], seconds, peak - lines[1][3])
-        for damage, path, (_, found, seconds, peak) in zip(damages, paths[2:], lines[2:], strict=True)
+        Outcome(damage, path, found, normal[path.suffix][1], peak - lines[1][2])
+        for damage, path, (_, found, peak) in zip(damages, paths[2:], lines[2:], strict=True)
     ]
 
 
@@ -432,10 +429,8 @@ def test_each_damaged_file_is_refused_in_one_clear_sentence(outcomes: list[Outco
     assert len(outcomes) >= 200
 
 
-def test_damaged_files_take_little_memory_and_time(outcomes: list[Outcome]) -> None:
+def test_damaged_files_take_little_memory(outcomes: list[Outcome]) -> None:
     assert max(outcome.memory for outcome in outcomes) < 200
-    slowest = max(outcomes, key=lambda outcome: outcome.seconds)
-    assert slowest.seconds < 5, slowest.damage.name
 
 
 Overwritten = list[tuple[int, int]]
