@@ -8,6 +8,12 @@ class UserError(ValueError):
     """
 
 
+def reason(error: Exception) -> str:
+    """What an error says, on one line and no longer than a sentence."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())[:300]
+
+
 def check_seed(seed: int) -> int:
     """The seed, if it is one; a key has 32 bits for it, and what is above them would be dropped in silence."""
     if not 0 <= seed < 2**32:

@@ -282,7 +282,7 @@ def damaged_safetensors(whole: bytes) -> Iterator[Damage]:
         yield damage(f"metadata is {other}", safetensors(header | {"__metadata__": other}, data))
     twice = json.dumps(header).replace(f'"{second}"', f'"{first}"').encode()
     yield damage("a tensor twice", safetensors(twice, data))
-    yield damage("no tensors", safetensors({}, b""), "missing lm_head.weight")
+    yield damage("no tensors", safetensors({}, b""), "only 0 tensors for the 1 layers")
     yield damage(
         "a tensor renamed",
         safetensors({name.replace("lm_head", "lm_tail"): tensor for name, tensor in header.items()}, data),
@@ -320,6 +320,17 @@ def damaged_json(directory: Path) -> Iterator[Damage]:
         whole = (directory / file).read_bytes() if (directory / file).exists() else b'{"weight_map": {}}'
         for cut in range(1, len(whole.rstrip()), max(1, len(whole) // 10)):
             yield Damage(f"{file} ends after {cut} bytes", file, whole[:cut], says)
+    config = json.loads((directory / "config.json").read_text())
+    llama = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    fields = [("llama", name) for name in (*llama, "num_hidden_layers", "head_dim", "max_position_embeddings")]
+    for family in ("qwen2", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2"):
+        fields += [(family, name) for name in ("num_hidden_layers", "head_dim", "sliding_window", "layer_types")]
+    for (family, name), value in product(fields, (-1, 0, "3", [], [1], 1.5, float("nan"), 2**31, 2**62, 10**30)):
+        content = json.dumps(config | {"model_type": family, name: value}).encode()
+        yield Damage(f"config.json {family} {name} {value}", "config.json", content, None)
+    for value in (None, 3, [], {}, "gpt2"):
+        content = json.dumps(config | {"model_type": value}).encode()
+        yield Damage(f"config.json model_type {value}", "config.json", content, r"config\.json: .*architecture")
     tables = ([], "x", 3, None, {"a": None}, {"a": 3}, {"a": []}, {"a": "x" * 300}, {"a": "m.safetensors", "b": 3})
     for table in tables:
         content = json.dumps({"weight_map": table}).encode()

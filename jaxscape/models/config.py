@@ -39,6 +39,8 @@ class LayerKind:
     window: int | None = None
 
 
+MAX_HEAD_DIM = 2**16  # far more than any model has; a damaged configuration may have more than can be made
+
 Norms = tuple[str | None, str | None, str | None, str | None]
 """The names of a layer's norms before attention, after it, before the feed-forward layer, and after it."""
 NORMS_BEFORE: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
@@ -93,13 +95,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
-        wrong = [name for name in (*sizes, "head_dim", "max_positions") if getattr(self, name) < 1]
+        wrong = [name for name in (*sizes, "head_dim") if not 1 <= getattr(self, name) < 2**31]
+        wrong += ["max_positions"] * (self.max_positions < 1)
         if self.head_dim % 2:
             wrong.append("head_dim")
         if not 0 <= self.rms_norm_eps < math.inf:
             wrong.append("rms_norm_eps")
         wrong += [name for name in ("attention_softcap", "logit_softcap") if not (getattr(self, name) or 1) > 0]
-        if any(kind.window is not None and kind.window < 1 for kind in self.layers):
+        if any(kind.window is not None and not 1 <= kind.window < 2**31 for kind in self.layers):
             wrong.append("sliding_window")
         if wrong:
             raise UserError(f"The model's configuration has values that no model can have: {', '.join(wrong)}.")
@@ -153,7 +156,7 @@ def make_rope(head_dim: int, options: Mapping[str, Any], max_positions: int, may
     if part != 1.0 and not may_be_partial:
         raise UserError("The model rotates only a part of each head, which its architecture cannot.")
     size = int(head_dim * part)
-    if size < 2 or size % 2 or size > head_dim:
+    if size < 2 or size % 2 or size > head_dim or size > MAX_HEAD_DIM:
         raise UserError(f"The model rotates {size} of a head's {head_dim} features, which no model can.")
     plain = tuple(base ** (-2 * i / size) for i in range(size // 2))
     match kind:

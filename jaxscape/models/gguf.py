@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from jaxscape.errors import UserError
+from jaxscape.errors import UserError, reason
 from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, named_leaves, with_chat_template
 from jaxscape.models.config import LayerKind, ModelConfig, Rope
 from jaxscape.models.decoder import parameter_shapes
@@ -139,7 +139,7 @@ def open_gguf(path: Path) -> Checkpoint:
         tensors = {tensor.name: tensor for tensor in reader.tensors}
     except Exception as error:  # the library raises whatever parsing a damaged file runs into
         raise UserError(
-            f"{path} cannot be read as GGUF ({_reason(error)}); it is truncated or damaged, so download it again."
+            f"{path} cannot be read as GGUF ({reason(error)}); it is truncated or damaged, so download it again."
         ) from error
     kind = fields.get("general.architecture")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
@@ -155,9 +155,9 @@ def open_gguf(path: Path) -> Checkpoint:
         eos_token_ids = _eos_token_ids(fields)
         names = _huggingface_names(config, architecture, tensors.keys())
     except UserError as error:
-        raise UserError(f"{path}: {_reason(error)}") from error
+        raise UserError(f"{path}: {reason(error)}") from error
     except Exception as error:  # metadata that is missing, of another type, or of another length
-        raise UserError(f"{path} lacks metadata of a model ({_reason(error)}); download it again.") from error
+        raise UserError(f"{path} lacks metadata of a model ({reason(error)}); download it again.") from error
 
     @lru_cache(maxsize=1)  # its parts are read one after another
     def whole(name: str) -> np.ndarray:
@@ -241,12 +241,6 @@ def _check_token_ids(fields: Mapping[str, Any]) -> None:
             raise UserError(
                 f"The GGUF file names the {name} token {token!r:.60}, which is not one of its {count} tokens."
             )
-
-
-def _reason(error: Exception) -> str:
-    """On one line, as long as a sentence."""
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return " ".join(f"{kind}{error}".split())[:300]
 
 
 def _config(

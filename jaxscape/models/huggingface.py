@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from jaxscape.errors import UserError
+from jaxscape.errors import UserError, reason
 from jaxscape.files import write_whole
 from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, Params, named_leaves, with_chat_template
 from jaxscape.models.config import ModelConfig
@@ -22,6 +22,7 @@ from jaxscape.models.families import TEXT_MODELS, family_of, from_transformers
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 LEFT = ["*/*", "consolidated*"]  # other formats of the same weights
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+MAX_LAYERS = 2**16  # transformers makes lists of them before anything can be compared
 FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls dtypes whose values are weights as they are
 
 
@@ -53,7 +54,7 @@ def download(name: str) -> Path:
         ) from error
     except Exception as error:  # of the network, the hub, the disk, or the name: each library has its own
         raise UserError(
-            f"{name} is not in the cache and the hub cannot be reached ({_reason(error)}); connect to the "
+            f"{name} is not in the cache and the hub cannot be reached ({reason(error)}); connect to the "
             f"network, or pass a local model directory."
         ) from error
 
@@ -79,6 +80,12 @@ def open_directory(path: Path) -> Checkpoint:
         for name, shape in found.items()
         if name.startswith(prefix)
     }
+
+    if config.num_layers > len(shapes):  # the decoder's shapes, each layer made for itself, would not end
+        raise UserError(
+            f"{path} has only {len(shapes)} tensors for the {config.num_layers} layers of its config.json; one of "
+            f"them is damaged, so download the model again."
+        )
 
     def read(name: str, index: Any) -> np.ndarray:
         try:
@@ -108,18 +115,22 @@ def load_config(path: Path) -> tuple[PreTrainedConfig, ModelConfig]:
     Raises:
         UserError: it is missing or damaged, or not of a family, or it has options, that the decoder computes.
     """
-    model_type = read_json(path).get("model_type")
-    if model_type not in list(TEXT_MODELS):  # it may be anything
-        family_of(model_type)
+    fields = read_json(path)
+    model_type, text = fields.get("model_type"), fields.get("text_config")
+    layers = (text if isinstance(text, dict) else fields).get("num_hidden_layers")
     try:
+        if model_type not in list(TEXT_MODELS):  # it may be anything
+            family_of(model_type)
+        if isinstance(layers, int) and layers > MAX_LAYERS:
+            raise UserError(f"The model's configuration has values that no model can have: {layers} layers.")
         found = AutoConfig.from_pretrained(path)
         if model_type in TEXT_MODELS:
             found = found.text_config
         return found, from_transformers(found)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except Exception as error:  # transformers and its validation raise many types for a damaged configuration
-        raise UserError(f"{path} is not a model's configuration ({_reason(error)}).") from error
+        raise UserError(f"{path} is not a model's configuration ({reason(error)}).") from error
 
 
 def save_directory(
@@ -181,11 +192,7 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         return with_chat_template(AutoTokenizer.from_pretrained(path, clean_up_tokenization_spaces=False))
     except Exception as error:  # transformers and tokenizers raise many types for a missing or damaged tokenizer
-        raise UserError(f"The tokenizer in {path} cannot be loaded ({_reason(error)}).") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"The tokenizer in {path} cannot be loaded ({reason(error)}).") from error
 
 
 def _eos_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
@@ -249,5 +256,5 @@ def _tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 def _damaged(file: Path, error: Exception) -> UserError:
     return UserError(
-        f"{file} cannot be read as safetensors ({_reason(error)}); it is truncated or damaged, so download it again."
+        f"{file} cannot be read as safetensors ({reason(error)}); it is truncated or damaged, so download it again."
     )
