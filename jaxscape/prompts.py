@@ -40,6 +40,18 @@ SYSTEM_PROMPTS = {
 }
 """By name, those that the safety of models is usually measured with."""
 
+# Some templates write today's date, and a run must be repeatable tomorrow: in all of them it is this one.
+_DATE = {
+    **{"%d": "26", "%-d": "26", "%e": "26", "%m": "07", "%B": "July", "%b": "Jul", "%Y": "2024", "%y": "24"},
+    **{"%A": "Friday", "%a": "Fri", "%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM", "%F": "2024-07-26"},
+}
+# Transformers' function gives way to a macro of its name; the newline is one that its Jinja takes away.
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('{code}', '{value}')" for code, value in _DATE.items())
+    + " }}{% endmacro %}\n"
+)
+
 # Zou et al., arXiv 2307.15043; MIT licence.
 ADVBENCH_URL = (
     "https://raw.githubusercontent.com/llm-attacks/llm-attacks/098262edf85f807224e70ecd87b9d83716bf6b73"
@@ -210,8 +222,8 @@ def render(
 ) -> str:
     """The text of messages in the model's chat format, `add_generation_prompt` with the opening of an answer.
 
-    Where the format has no system role, what the system says opens the user's first turn, as the authors of such models
-    (Gemma, Mistral) advise.
+    The date that a template may write is always the same. Where the format has no system role, what the system says
+    opens the user's first turn, as the authors of such models (Gemma, Mistral) advise.
 
     Raises:
         UserError: the chat template does not accept the messages.
@@ -219,9 +231,9 @@ def render(
 
     def written(messages: Sequence[dict[str, str]]) -> str:
         try:
-            # A fixed date, because some templates write today's, and a run must be repeatable tomorrow.
             return tokenizer.apply_chat_template(
                 list(messages),
+                chat_template=_FIXED_DATE + tokenizer.get_chat_template(),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 date_string="26 Jul 2024",
@@ -239,6 +251,7 @@ def render(
     except UserError:
         if not others:
             raise
-    if system and others:
-        others[0] = others[0] | {"content": f"{system}\n\n{others[0]['content']}"}
+    first = next((i for i, message in enumerate(others) if message["role"] == "user"), None)
+    if system and first is not None:
+        others[first] = others[first] | {"content": f"{system}\n\n{others[first]['content']}"}
     return written(others)

@@ -263,3 +263,39 @@ def test_options_that_nobody_computes_are_named(family: str, tmp_path: Path) -> 
         (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "num_hidden_layers": 1} | kinds))
         with pytest.raises(js.UserError, match="layer_types="):
             shape_config(str(tmp_path))
+
+
+def test_a_head_of_its_own_is_used_also_where_the_configuration_ties_it(make_model: Any, edit_json: Any) -> None:
+    directory, _ = make(make_model, "llama-2")
+    edit_json(directory / "config.json", tie_word_embeddings=True)
+    model, tokens = js.load_model(directory, "float32"), np.arange(3, 40)[None]
+    expected = torch_logits(torch_load(directory), tokens)
+    assert np.abs(model(tokens) - expected).max() < 1e-4 * np.abs(expected).max()
+    model.save_pretrained(directory)
+    np.testing.assert_array_equal(torch_logits(torch_load(directory), tokens), expected)
+
+
+def test_a_tokenizer_without_a_chat_template_is_written_without_one(make_model: Any, tmp_path: Path) -> None:
+    directory, _ = make(make_model, "llama-2")
+    (directory / "chat_template.jinja").unlink()
+    model = js.load_model(directory)
+    assert model.tokenizer.chat_template is not None
+    model.save_pretrained(tmp_path)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template is None
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "named"),
+    [
+        ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping=5.0"),
+        ("smollm3", {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 3}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layers": [], "layer_types": ["full_attention"] * 3}, "no_rope_layers"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "sliding_window=None"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+        ("mistral", {"max_window_layers": 2}, "max_window_layers=2"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(family: str, options: Any, named: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "num_hidden_layers": 3} | options))
+    with pytest.raises(js.UserError, match=named):
+        shape_config(str(tmp_path))

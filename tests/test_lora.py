@@ -78,6 +78,14 @@ def test_peft_reads_our_adapter(tiny: js.Model, tiny_dir: Path, tmp_path: Path, 
     }
 
 
+def test_an_adapter_of_a_pinned_base_says_so_as_peft_does(tiny: js.Model, tmp_path: Path) -> None:
+    adapter = random_adapter(tiny, "someone/tiny@v1")
+    save_adapter(adapter, tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert (config.base_model_name_or_path, config.revision) == ("someone/tiny", "v1")
+    assert load_adapter(tmp_path).base == "someone/tiny@v1"
+
+
 def test_a_trained_adapter_of_fused_matrices_is_one_for_peft(make_model: MakeModel, tmp_path: Path) -> None:
     directory, _ = make_model("phi3", pad_token_id=0)
     training = js.Training(method="lora", rank=2, batch_size=4, learning_rate=0.01)
@@ -132,7 +140,7 @@ def test_bad_adapters(
     fails("not a LoRA configuration", lora_alpha="much")
     fails("says that its rank is 5", r=5)
     options: list[dict[str, Any]] = [{"use_dora": True}, {"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}]
-    options += [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"alora_invocation_tokens": [1]}, {"revision": "v2"}]
+    options += [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"alora_invocation_tokens": [1]}]
     for option in options:
         fails(f"not a plain LoRA.*{next(iter(option))}", **option)
     fails("only one of the two factors", {key: value for key, value in tensors.items() if key != name})

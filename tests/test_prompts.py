@@ -132,11 +132,16 @@ LLAMA2 = (
     "[INST]{{ messages[-1]['content'] }}[/INST]"
 )
 SILENT = "[INST]{{ messages[-1]['content'] }}[/INST]"
+SPOKEN = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ m['role'] }}: {{ m['content'] }}{{ '\n' }}{% endfor %}"
+)
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LLAMA2
+TODAY = "{%- set today = strftime_now('%d %B %Y') -%}On {{ today }}: {{ messages[-1]['content'] }}"
 DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
 
 
@@ -154,6 +159,8 @@ DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%
         (SILENT, "Be brief.", "[INST]Be brief.\n\nHi[/INST]"),
         (LLAMA2, "aoa", f"<<SYS>>{SYSTEM_PROMPTS['aoa']}<</SYS>>[INST]Hi[/INST]"),
         (DATED, "default", "26 Jul 2024"),
+        ("{{ strftime_now('%d %B %Y') }}\n", "default", "26 July 2024"),
+        (TODAY, "default", "On 26 July 2024: Hi"),
         ("", "default", f"{VICUNA} USER: Hi ASSISTANT:"),
         ("", "none", "USER: Hi ASSISTANT:"),
         ("", "Be brief.", "Be brief. USER: Hi ASSISTANT:"),
@@ -183,6 +190,14 @@ def test_templates_that_fail(template: str, message: str) -> None:
 def test_a_word_that_is_no_name_is_no_system_prompt() -> None:
     with pytest.raises(js.UserError, match="no system prompt 'lama2': give default, none, aoa, llama2, safety, or"):
         chat_text(tiny_tokenizer(), "Hi", "lama2")
+
+
+def test_a_system_message_before_the_assistants_opens_the_users_turn() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = SPOKEN
+    turns = [("system", "Be brief."), ("assistant", "Hello."), ("user", "Hi")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert render(tokenizer, messages) == "assistant: Hello.\nuser: Be brief.\n\nHi\n"
 
 
 def test_chats_in_vicunas_format() -> None:

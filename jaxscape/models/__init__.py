@@ -1,7 +1,6 @@
 """Models: configuration, the Flax decoder, and checkpoints from names, directories, the hub and GGUF files."""
 
 import math
-import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,6 @@ from jaxscape.processes import from_first, gathered
 from jaxscape.sharding import Split, default_split, make_mesh, on
 
 DTYPES = ("float32", "bfloat16", "float16")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +177,7 @@ def _open(source: str, dtype: jnp.dtype, adapters: tuple[Path, ...] = ()) -> Che
         return _open_directory(path, dtype, adapters)
     if path.suffix == ".gguf" and path.is_file():
         return open_gguf(path)
-    if path.suffix != ".gguf" and _HUB_ID.fullmatch(source):
+    if path.suffix != ".gguf" and huggingface.HUB_ID.fullmatch(source):
         return _open_directory(huggingface.download(source), dtype, adapters)
     raise UserError(
         f"There is no model {source!r}: give a name ({', '.join(builtin.NAMES)}), a model directory, "

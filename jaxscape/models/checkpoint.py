@@ -1,5 +1,6 @@
 """A checkpoint as the rest of the package sees it, and the step from its tensors to the decoder's parameters."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,10 @@ from jaxscape.sharding import sharding
 Params = dict[str, Any]
 
 # Tokens that end a turn in the usual chat formats; a model's files often name only the one that ends a text.
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
+END_OF_TURN = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"),
+    *("<|end_of_text|>", "<|endoftext|>", "</s>"),
+)
 
 
 # Vicuna's chat format (Zheng et al., arXiv 2306.05685), as FastChat writes it; its tokenizer has none of its own.
@@ -35,7 +39,8 @@ assistant. The assistant gives helpful, detailed, and polite answers to the user
 {%- if system %}{{ system + ' ' }}{% endif %}
 {%- for turn in turns %}
 {%- if turn['role'] == 'user' %}{{ 'USER: ' + turn['content'] + ' ' }}
-{%- else %}{{ 'ASSISTANT: ' + turn['content'] }}{{ eos_token }}{% endif %}
+{%- elif turn['role'] == 'assistant' %}{{ 'ASSISTANT: ' + turn['content'] }}{{ eos_token }}
+{%- else %}{{ raise_exception('only the first message may be the system\\'s') }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 
@@ -46,6 +51,15 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
         begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = "{{ bos_token }}" * begins + _VICUNA
     return tokenizer
+
+
+def without_given_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer as its model has it: without the template of `with_chat_template`."""
+    if not isinstance(tokenizer.chat_template, str) or not tokenizer.chat_template.endswith(_VICUNA):
+        return tokenizer
+    own = copy.copy(tokenizer)
+    own.chat_template = None
+    return own
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,8 @@ class ModelConfig:
         wrong += [name for name in ("attention_softcap", "logit_softcap") if not (getattr(self, name) or 1) > 0]
         if any(kind.window is not None and not 1 <= kind.window < 2**31 for kind in self.layers):
             wrong.append("sliding_window")
+        if not self.layers:
+            wrong.append("layers")
         if wrong:
             raise UserError(f"The model's configuration has values that no model can have: {', '.join(wrong)}.")
         if self.num_heads % self.num_kv_heads:
@@ -145,7 +147,8 @@ def make_rope(head_dim: int, options: Mapping[str, Any], max_positions: int, may
     Raises:
         UserError: the scaling, or a parameter of it, is not one of those.
     """
-    left = {name: value for name, value in options.items() if value is not None}
+    truncate = bool(options.get("truncate", True))
+    left = {name: value for name, value in options.items() if value is not None and name != "truncate"}
     kind = left.pop("rope_type", "default")
     base, part = left.pop("rope_theta"), left.pop("partial_rotary_factor", 1.0)
     # Old configurations say it twice; types without a use for the original context may name it.
@@ -170,7 +173,7 @@ def make_rope(head_dim: int, options: Mapping[str, Any], max_positions: int, may
             factors = [left.pop(name) for name in names]
             rope = Rope(tuple(_llama3_frequency(frequency, context, *factors) for frequency in plain))
         case "yarn":
-            rope = _yarn(plain, base, context, max_positions, left)
+            rope = _yarn(plain, base, context, max_positions, truncate, left)
         case "longrope":
             rope = _longrope(plain, context, max_positions, left)
         case other:
@@ -190,7 +193,9 @@ def _llama3_frequency(frequency: float, context: int, factor: float, low: float,
     return frequency * (kept + (1 - kept) / factor)
 
 
-def _yarn(plain: tuple[float, ...], base: float, context: int, max_positions: int, left: dict[str, Any]) -> Rope:
+def _yarn(
+    plain: tuple[float, ...], base: float, context: int, max_positions: int, truncate: bool, left: dict[str, Any]
+) -> Rope:
     """YaRN (Peng et al., arXiv 2309.00071): as Llama 3.1's, but interpolated over pairs; and sharper attention."""
     factor = left.pop("factor", max_positions / context)
     fast, slow = left.pop("beta_fast", None) or 32, left.pop("beta_slow", None) or 1
@@ -202,7 +207,7 @@ def _yarn(plain: tuple[float, ...], base: float, context: int, max_positions: in
     scale = sharpness(both[0]) / sharpness(both[1]) if all(both) else sharpness()
     scale = left.pop("attention_factor", scale)
     ends = [len(plain) * math.log(context / (turns * 2 * math.pi)) / math.log(base) for turns in (fast, slow)]
-    if left.pop("truncate", True):
+    if truncate:
         ends = [math.floor(ends[0]), math.ceil(ends[1])]
     low, high = max(ends[0], 0), min(ends[1], 2 * len(plain) - 1)
     high += 0.001 if low == high else 0

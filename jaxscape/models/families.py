@@ -21,11 +21,10 @@ _IRRELEVANT = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "max_sequence_length"),
     *("attention_dropout", "embd_pdrop", "resid_pdrop", "hidden_dropout", "initializer_range", "use_cache"),
     *("id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states"),
-    *("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "no_rope_layer_interval"),
     *("cache_implementation", "hybrid_cache", "tokenizer_class", "transformers.js_config", "is_llama_config"),
     *("unsloth_fixed", "unsloth_version", "chunk_size_feed_forward", "is_encoder_decoder", "task_specific_params"),
     *("num_labels", "_attn_implementation", "attn_implementation", "default_theta", "layer_type_validation"),
-    *("full_attn_mod", "interpolate_factor", "sliding_window_size", "pretraining_tp"),
+    *("full_attn_mod", "interpolate_factor", "pretraining_tp"),
 }
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -72,7 +71,8 @@ def _mistral(c: _Reader) -> Options:
 
 
 def _qwen2(c: _Reader) -> Options:
-    c.get("use_sliding_window")  # without it, transformers takes the window away
+    for name in ("use_sliding_window", "max_window_layers"):
+        c.get(name)  # what the window and the types of layers are derived from
     return {"qkv_bias": True, "layers": _by_type(c)}
 
 
@@ -81,10 +81,11 @@ def _qwen3(c: _Reader) -> Options:
 
 
 def _gemma2(c: _Reader) -> Options:
-    c.get("hidden_act")  # of old configurations, where the other counts
+    for name in ("hidden_act", "sliding_window_size"):
+        c.get(name)  # of old configurations, where others count
     return _attention_biases(c) | {
         "layers": _by_type(c),
-        "activation": _activation(c.hidden_activation),
+        "activation": _activation(c, "hidden_activation"),
         "norms": NORMS_AROUND,
         "norm_offset": 1.0,
         "norm_in_float32": True,
@@ -96,6 +97,10 @@ def _gemma2(c: _Reader) -> Options:
 
 
 def _gemma3(c: _Reader) -> Options:
+    for name in ("sliding_window_pattern", "_sliding_window_pattern"):
+        c.get(name)  # what the types of layers are derived from
+    if c.attn_logit_softcapping:  # transformers keeps it, and does not use it
+        raise _unsupported({"attn_logit_softcapping": c.attn_logit_softcapping})
     return _gemma2(c) | {"qk_norm": "head"}
 
 
@@ -106,7 +111,10 @@ def _phi3(c: _Reader) -> Options:
 
 
 def _smollm3(c: _Reader) -> Options:
-    c.get("use_sliding_window")  # what the types of layers are derived from
+    for name in ("use_sliding_window", "max_window_layers", "no_rope_layer_interval"):
+        c.get(name)  # what the types of layers and those without RoPE are derived from
+    if len(c.no_rope_layers) < c.num_hidden_layers:
+        raise _unsupported({"no_rope_layers": c.no_rope_layers})
     kinds = zip(c.no_rope_layers, _by_type(c), strict=False)  # the former may be longer
     layers = tuple(kind if turns else replace(kind, rope=None) for turns, kind in kinds)
     return _attention_biases(c) | {"mlp_bias": c.mlp_bias, "layers": layers}
@@ -150,7 +158,7 @@ def from_transformers(config: PreTrainedConfig) -> ModelConfig:
     if "layers" not in options:
         options["layers"] = (LayerKind(_rope(c)),)
     if "activation" not in options:
-        options["activation"] = _activation(c.hidden_act)
+        options["activation"] = _activation(c, "hidden_act")
     found = ModelConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
@@ -164,12 +172,14 @@ def from_transformers(config: PreTrainedConfig) -> ModelConfig:
         tie_word_embeddings=c.tie_word_embeddings,
         **options,
     )
-    # What nobody looked at must be as it is by default: an option that is ignored would be computed wrongly.
+    # What nobody looked at must be off, or as it is by default: an option that is ignored would be computed wrongly.
     default = type(config)().to_dict()
-    ignored = config.to_dict().keys() - c.seen - _IRRELEVANT
-    changed = {name: value for name in sorted(ignored) if (value := getattr(config, name, None)) != default.get(name)}
-    if unknown := {name: value for name, value in changed.items() if value or name in default}:
-        raise _unsupported(unknown)
+    ignored = {name: getattr(config, name, None) for name in config.to_dict().keys() - c.seen - _IRRELEVANT}
+    changed = {
+        name: ignored[name] for name in sorted(ignored) if (ignored[name] or None) != (default.get(name) or None)
+    }
+    if changed:
+        raise _unsupported(changed)
     return found
 
 
@@ -178,9 +188,10 @@ def _unsupported(options: Options) -> UserError:
     return UserError(f"The model's configuration has options that are not supported: {listed}.")
 
 
-def _activation(name: str) -> str:
+def _activation(c: _Reader, field: str) -> str:
+    name = getattr(c, field)
     if name not in _ACTIVATIONS:
-        raise _unsupported({"hidden_act": name})
+        raise _unsupported({field: name})
     return _ACTIVATIONS[name]
 
 
@@ -191,9 +202,12 @@ def _head_dim(c: _Reader) -> int:
 
 def _rope(c: _Reader, of_type: str | None = None, may_be_partial: bool = False) -> Any:
     """Of all layers, or of those of a type where each has its own."""
+    c.standardize_rope_params()  # as transformers does when it makes the model
     options = c.rope_parameters
     if of_type is not None and of_type in options:
         options = options[of_type]
+        if not options.get("truncate", True):  # which transformers looks for beside the types
+            raise _unsupported({"truncate": options["truncate"]})
     return make_rope(_head_dim(c), options, c.max_position_embeddings, may_be_partial)
 
 
@@ -205,4 +219,6 @@ def _by_type(c: _Reader) -> tuple[LayerKind, ...]:
     }
     if unknown := sorted(set(c.layer_types) - kinds.keys()):
         raise _unsupported({"layer_types": unknown})
+    if "sliding_attention" in c.layer_types and c.sliding_window is None:
+        raise _unsupported({"layer_types": ["sliding_attention"], "sliding_window": None})
     return tuple(kinds[name] for name in c.layer_types)

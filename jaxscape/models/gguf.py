@@ -74,17 +74,27 @@ def _llama(_: Callable[..., Any], tensors: Tensors, __: Options) -> Options:
     return {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
 
 
-def _gemma2(get: Callable[..., Any], _: Tensors, __: Options) -> Options:
-    caps = {name: get(name, None) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+def _gemma2(get: Callable[..., Any], tensors: Tensors, rope: Options) -> Options:
+    caps = {f"{of}_logit_softcapping": get(f"{of}_logit_softcapping", cap) for of, cap in GEMMA2_CAPS.items()}
+    return caps | _gemma(get)
+
+
+def _gemma(get: Callable[..., Any]) -> Options:
     largest = get("block_count") in (46, 62)  # the 27B models scale scores by the width of a head that they have not
     size = get("embedding_length") // get("attention.head_count") if largest else get("attention.key_length")
-    return caps | {"query_pre_attn_scalar": size, "sliding_window": get("attention.sliding_window")}
+    return {"query_pre_attn_scalar": size, "sliding_window": get("attention.sliding_window")}
 
 
 def _gemma3(get: Callable[..., Any], tensors: Tensors, rope: Options) -> Options:
     local = {"rope_type": "default", "rope_theta": get("rope.freq_base_swa", 10000.0)}
     both = {"full_attention": rope, "sliding_attention": local}
-    return _gemma2(get, tensors, rope) | {"rope_parameters": both}
+    options = {"rope_parameters": both, "final_logit_softcapping": get("final_logit_softcapping", None)}
+    pattern = get("attention.sliding_window_pattern", 6)
+    if isinstance(pattern, list):
+        options["layer_types"] = ["sliding_attention" if turns else "full_attention" for turns in pattern]
+    else:
+        options["sliding_window_pattern"] = pattern
+    return options | _gemma(get)
 
 
 def _phi3(get: Callable[..., Any], tensors: Tensors, rope: Options) -> Options:
@@ -96,10 +106,22 @@ def _phi3(get: Callable[..., Any], tensors: Tensors, rope: Options) -> Options:
     factors = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
     if (factor := get("rope.scaling.attn_factor", None)) is not None:
         factors["attention_factor"] = factor
-    whole = {"partial_rotary_factor": 1.0} | rope | factors
+    base = {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0)}
+    whole = base | factors
     return options | {"rope_parameters": whole, "original_max_position_embeddings": original}
 
 
+# Of the scores and of the logits, where a file does not say.
+GEMMA2_CAPS = {"attn": 50.0, "final": 30.0}
+# What changes nothing that is computed here; every other key must be read, or nothing stand there.
+_IRRELEVANT = (
+    "vocab_size",
+    "attention.value_length",
+    "attention.causal",
+    "rope.scaling.finetuned",
+    "tensor_data_layout",
+)
+UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 _ARCH = gguf.MODEL_ARCH
 ARCHITECTURES = {
     "llama": Architecture("llama", _ARCH.LLAMA, _llama, is_interleaved=True),
@@ -249,7 +271,10 @@ def _config(
     kind = fields["general.architecture"]
     architecture = ARCHITECTURES[kind]
 
+    seen = {f"{kind}.{key}" for key in _IRRELEVANT}
+
     def get(key: str, *default: Any) -> Any:
+        seen.add(f"{kind}.{key}")
         return fields.get(f"{kind}.{key}", *default) if default else fields[f"{kind}.{key}"]
 
     heads = get("attention.head_count")
@@ -260,10 +285,15 @@ def _config(
     rope = {"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)}
     if (part := get("rope.dimension_count", head_dim) / head_dim) != 1:
         rope["partial_rotary_factor"] = part
-    if (scaling := get("rope.scaling.type", "none")) != "none":
-        rope |= {"rope_type": scaling, "factor": get("rope.scaling.factor", 1.0)}
-        if original := get("rope.scaling.original_context_length", None):
-            rope["original_max_position_embeddings"] = original
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 0.0)) or 1.0
+    original = get("rope.scaling.original_context_length", None)
+    # llama.cpp's type is linear where none stands.
+    scaling = get("rope.scaling.type", "linear")
+    if scaling not in ("none", "linear") or (scaling == "linear" and factor != 1):
+        rope |= {"rope_type": scaling, "factor": factor}
+    if rope["rope_type"] == "yarn":
+        slow, fast = get("rope.scaling.yarn_beta_slow", None), get("rope.scaling.yarn_beta_fast", None)
+        rope |= {"original_max_position_embeddings": original, "beta_slow": slow, "beta_fast": fast}
     options = {
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "hidden_size": get("embedding_length"),
@@ -280,6 +310,11 @@ def _config(
     shape = partial(AutoConfig.for_model, architecture.family)
     declared = shape(**options | architecture.options(get, tensors, rope))
     config = from_transformers(declared)
+    others = {key for key, value in fields.items() if key.startswith(f"{kind}.") and value}
+    if unknown := sorted(others - seen):
+        raise UserError(f"The GGUF file has options that are not supported: {', '.join(unknown)}.")
+    if get("attention.value_length", head_dim) != head_dim:
+        raise UserError("The GGUF file's values have other sizes than its keys, which is not supported.")
     if "rope_freqs.weight" not in tensors:
         return config, declared
     # llama.cpp stores Llama 3's scaling as one divisor for each frequency.
@@ -342,8 +377,13 @@ def _tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         case other:
             raise UserError(f"The GGUF file's tokenizer is of type {other!r:.60}; supported are 'gpt2' and 'llama'.")
     kinds = list(zip(tokens, _token_types(fields), strict=True))
+    # Phi-3's special tokens take the white space after them, but for some; no file says so.
+    strips = fields["general.architecture"] == "phi3" and fields["tokenizer.ggml.model"] == "llama"
     # All at once: each addition takes as long as there are tokens that were added before.
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in kinds if k == _CONTROL])
+    special = [t for t, kind in kinds if kind == _CONTROL or (strips and t == "</s>")]
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True, rstrip=strips and t not in UNSTRIPPED) for t in special]
+    )
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t, k in kinds if k == _USER_DEFINED])
     if fields.get("tokenizer.ggml.add_bos_token", fields["tokenizer.ggml.model"] == "llama"):
         bos = fields["tokenizer.ggml.bos_token_id"]

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,21 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from jaxscape.errors import UserError, reason
 from jaxscape.files import write_whole
-from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, Params, named_leaves, with_chat_template
+from jaxscape.models.checkpoint import (
+    END_OF_TURN,
+    Checkpoint,
+    Params,
+    named_leaves,
+    with_chat_template,
+    without_given_template,
+)
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.families import TEXT_MODELS, family_of, from_transformers
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 LEFT = ["*/*", "consolidated*"]  # other formats of the same weights
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 MAX_LAYERS = 2**16  # transformers makes lists of them before anything can be compared
 FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls dtypes whose values are weights as they are
@@ -96,8 +107,12 @@ def open_directory(path: Path) -> Checkpoint:
 
     # Old checkpoints hold RoPE's frequencies, and some a copy of a tied head: neither is a parameter.
     redundant = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
-        redundant.add("lm_head.weight")
+    if config.tie_word_embeddings and HEAD in shapes:
+        if shapes[HEAD] == shapes.get(EMBEDDING) and np.array_equal(read(HEAD, ...), read(EMBEDDING, ...)):
+            redundant.add(HEAD)
+        else:  # transformers, too, believes the tensors
+            config = replace(config, tie_word_embeddings=False)
+            transformers_config.tie_word_embeddings = False
     return Checkpoint(
         config=config,
         shapes={name: shape for name, shape in shapes.items() if name not in redundant},
@@ -167,7 +182,7 @@ def save_directory(
         directory.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(directory)
         generation.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        without_given_template(tokenizer).save_pretrained(directory)
         write_whole(directory / "model.safetensors", save(leaves, metadata={"format": "pt"}))
     except (OSError, ValueError) as error:  # transformers checks what it writes
         raise UserError(f"The model cannot be written to {directory} ({error}).") from error
@@ -228,7 +243,7 @@ def _safetensors_files(path: Path) -> list[Path]:
         return files
     if any(file.suffix in PICKLED for file in path.iterdir()):
         raise UserError(pickled_message(path))
-    raise UserError(f"{path} has no .safetensors file; pickled weights must be converted to safetensors first.")
+    raise UserError(f"{path} has no .safetensors file: finish its download, or convert its weights to safetensors.")
 
 
 def pickled_message(path: Path) -> str:

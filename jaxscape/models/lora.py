@@ -19,7 +19,7 @@ from safetensors.flax import save
 from jaxscape.errors import UserError
 from jaxscape.files import write_whole
 from jaxscape.models.checkpoint import Checkpoint, Params, named_leaves, tree_of
-from jaxscape.models.huggingface import read_json
+from jaxscape.models.huggingface import HUB_ID, read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -31,7 +31,6 @@ _PREFIX = "base_model.model."
 _PLAIN = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "revision": ("main",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others change the base model
 }
 _OPTIONS = {
@@ -50,6 +49,7 @@ _OPTIONS = {
     "r",
     "target_modules",
     "task_type",
+    "revision",
     "use_rslora",
 }
 
@@ -171,10 +171,13 @@ def merged(weight: Any, pair: Mapping[str, Any], scale: float, index: Any = ...)
 def save_adapter(adapter: Adapter, directory: str | Path) -> None:
     """Write an adapter as PEFT does, `adapter_config.json` and `adapter_model.safetensors`, in the factors' dtype."""
     directory = Path(directory)
+    is_pinned = HUB_ID.fullmatch(adapter.base) and not Path(adapter.base).exists()
+    base, _, revision = adapter.base.partition("@") if is_pinned else (adapter.base, "", "")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.base,
+        "base_model_name_or_path": base,
+        "revision": revision or None,
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,
@@ -211,6 +214,8 @@ def load_adapter(directory: str | Path) -> Adapter:
         raise UserError(f"The adapter {directory} is not a plain LoRA, the kind that is supported: {options}.")
     try:
         base, rank, alpha = config["base_model_name_or_path"], config["r"], float(config["lora_alpha"])
+        if (revision := config.get("revision")) not in (None, "main"):
+            base = f"{base}@{revision}"
         if not isinstance(base, str) or type(rank) is not int or rank < 1 or not math.isfinite(alpha):
             raise ValueError("its base model, rank or alpha is no such thing")
     except (KeyError, TypeError, ValueError) as error:
