@@ -18,7 +18,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import jaxscape as js
 from jaxscape.models.checkpoint import named_leaves
 from jaxscape.models.config import make_rope
-from jaxscape.models.gguf import LLAMA3_FACTORS, LLAMA3_ROPE
+from jaxscape.models.gguf import LLAMA3_FACTORS, LLAMA3_ROPE, read_tokenizer
 
 Q = gguf.GGMLQuantizationType
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, LAYERS = 256, 4, 2, 64, 512, 2
@@ -68,6 +68,9 @@ def write_gguf(path: Path, kind: Q = Q.F32, tokenizer: str = "gpt2", pre: str = 
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
+    adders = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}
+    for key, value in extra.get("fields", {}).items():
+        adders[type(value)](f"llama.{key}", value)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model(tokenizer)
     writer.add_token_list(tokens)
@@ -127,7 +130,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 128}),
     "gemma2": ("gemma2", {"head_dim": 256, "sliding_window": 7}),
-    "gemma3": ("gemma3_text", {"head_dim": 256, "sliding_window": 7, "num_hidden_layers": 6}),
+    "gemma3": ("gemma3_text", {"head_dim": 256, "sliding_window": 7, "sliding_window_pattern": 2}),
     "phi3": ("phi3", {"sliding_window": 7, "pad_token_id": 0}),
 }
 
@@ -157,9 +160,10 @@ def convert(model: Any, path: Path, kind: str) -> Path:
             writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
     if getattr(c, "sliding_window", None):
         writer.add_sliding_window(c.sliding_window)
-    if kind == "gemma2":
-        writer.add_attn_logit_softcapping(c.attn_logit_softcapping)
+    if kind == "gemma2":  # the scores' cap is llama.cpp's default
         writer.add_final_logit_softcapping(c.final_logit_softcapping)
+    if kind == "gemma3":
+        writer.add_sliding_window_pattern(2)
     writer.add_vocab_size(len(BPE))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
@@ -210,6 +214,21 @@ def test_long_rope_is_read_from_its_factors(make_model: Any, tmp_path: Path) -> 
         assert np.abs(model(tokens) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+def test_phi3s_special_tokens_take_the_space_after_them(tmp_path: Path) -> None:
+    found = []
+    for kind in ("llama", "phi3"):
+        fields = {"general.architecture": kind, "tokenizer.ggml.model": "llama", "tokenizer.ggml.bos_token_id": 1}
+        fields |= {"tokenizer.ggml.tokens": SPM, "tokenizer.ggml.scores": [-float(i) for i in range(len(SPM))]}
+        fields |= {"tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * (len(SPM) - 259)]}
+        tokenizer = read_tokenizer(fields)
+        found.append(
+            tokenizer.convert_ids_to_tokens(tokenizer("</s>\nthe<s> in", add_special_tokens=False)["input_ids"])
+        )
+    assert "<0x0A>" in found[0]
+    assert "<0x0A>" not in found[1]
+    assert found[1][found[1].index("<s>") :] == found[0][found[0].index("<s>") :]
+
+
 BPE_TEXTS = ["the thin", " the  in", "in the.\n\nthe", "1234", "it's a né 你", "<|im_start|>the<|im_end|>", "\tthe"]
 SPM_TEXTS = ["the thin", "the  in", "in the.\n\nthe", "1234", "it's a né 你", "the</s>"]  # a leading space: see below
 
@@ -256,6 +275,33 @@ def test_llama3_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:
     divisors = np.linspace(1, 8, HEAD_DIM // 2, dtype=np.float32)
     scaled = js.load_model(write_gguf(tmp_path / "scaled.gguf", tensors={"rope_freqs.weight": divisors})).config
     np.testing.assert_allclose(scaled.layers[0].rope.frequencies, np.array(plain) / divisors)
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {}),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
+            | {"rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+            | {"beta_fast": 16.0, "beta_slow": 2.0},
+        ),
+    ],
+)
+def test_rope_scalings_are_read_as_llama_cpp_does(tmp_path: Path, fields: Any, options: Any) -> None:
+    model = js.load_model(write_gguf(tmp_path / "tiny.gguf", fields=fields), "float32")
+    expected = make_rope(HEAD_DIM, {"rope_theta": 1e4} | options, 128)
+    np.testing.assert_allclose(model.config.layers[0].rope.frequencies, expected.frequencies)
+    assert model.config.layers[0].rope.scale == pytest.approx(expected.scale)
+
+
+@pytest.mark.parametrize("key", ["expert_count", "rope.scaling.yarn_log_multiplier", "attention.clamp_kqv"])
+def test_keys_that_nobody_reads_are_named(tmp_path: Path, key: str) -> None:
+    with pytest.raises(js.UserError, match=rf"options that are not supported: llama\.{key}"):
+        js.load_model(write_gguf(tmp_path / "tiny.gguf", fields={key: 8}))
 
 
 @pytest.mark.parametrize("factor", LLAMA3_FACTORS)

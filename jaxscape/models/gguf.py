@@ -173,7 +173,7 @@ def open_gguf(path: Path) -> Checkpoint:
     try:
         config, transformers_config = _config(fields, tensors)
         _check_token_ids(fields)
-        tokenizer = _tokenizer(fields)
+        tokenizer = read_tokenizer(fields)
         eos_token_ids = _eos_token_ids(fields)
         names = _huggingface_names(config, architecture, tensors.keys())
     except UserError as error:
@@ -366,7 +366,7 @@ def _token_types(fields: Mapping[str, Any]) -> list[int]:
     return fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(fields["tokenizer.ggml.tokens"]))
 
 
-def _tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def read_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer that the metadata describes: byte-level BPE (`gpt2`) or SentencePiece BPE (`llama`)."""
     tokens = fields["tokenizer.ggml.tokens"]
     match fields["tokenizer.ggml.model"]:
