@@ -52,10 +52,12 @@ class Family:
     Attributes:
         architecture: the name of that class.
         options: in what they differ from a Llama without biases.
+        derived_from: fields that need not be read, because others that are say the same.
     """
 
     architecture: str
     options: Callable[[_Reader], Options]
+    derived_from: tuple[str, ...] = ()
 
 
 def _attention_biases(c: _Reader) -> Options:
@@ -71,8 +73,6 @@ def _mistral(c: _Reader) -> Options:
 
 
 def _qwen2(c: _Reader) -> Options:
-    for name in ("use_sliding_window", "max_window_layers"):
-        c.get(name)  # what the window and the types of layers are derived from
     return {"qkv_bias": True, "layers": _by_type(c)}
 
 
@@ -81,8 +81,6 @@ def _qwen3(c: _Reader) -> Options:
 
 
 def _gemma2(c: _Reader) -> Options:
-    for name in ("hidden_act", "sliding_window_size"):
-        c.get(name)  # of old configurations, where others count
     return _attention_biases(c) | {
         "layers": _by_type(c),
         "activation": _activation(c, "hidden_activation"),
@@ -97,22 +95,16 @@ def _gemma2(c: _Reader) -> Options:
 
 
 def _gemma3(c: _Reader) -> Options:
-    for name in ("sliding_window_pattern", "_sliding_window_pattern"):
-        c.get(name)  # what the types of layers are derived from
     if c.attn_logit_softcapping:  # transformers keeps it, and does not use it
         raise _unsupported({"attn_logit_softcapping": c.attn_logit_softcapping})
     return _gemma2(c) | {"qk_norm": "head"}
 
 
 def _phi3(c: _Reader) -> Options:
-    for name in ("original_max_position_embeddings", "partial_rotary_factor"):
-        c.get(name)  # stands among RoPE's parameters, too
     return {"is_fused": True, "layers": (LayerKind(_rope(c, may_be_partial=True), c.sliding_window),)}
 
 
 def _smollm3(c: _Reader) -> Options:
-    for name in ("use_sliding_window", "max_window_layers", "no_rope_layer_interval"):
-        c.get(name)  # what the types of layers and those without RoPE are derived from
     if len(c.no_rope_layers) < c.num_hidden_layers:
         raise _unsupported({"no_rope_layers": c.no_rope_layers})
     kinds = zip(c.no_rope_layers, _by_type(c), strict=False)  # the former may be longer
@@ -124,15 +116,18 @@ def _olmo2(c: _Reader) -> Options:
     return _attention_biases(c) | {"norms": NORMS_AFTER, "qk_norm": "heads", "norm_in_float32": True}
 
 
+_WINDOWS = ("use_sliding_window", "max_window_layers")
+_GEMMA = ("hidden_act", "sliding_window_size")
+_PATTERNS = ("sliding_window_pattern", "_sliding_window_pattern")
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("LlamaForCausalLM", _llama),
     "mistral": Family("MistralForCausalLM", _mistral),
-    "qwen2": Family("Qwen2ForCausalLM", _qwen2),
-    "qwen3": Family("Qwen3ForCausalLM", _qwen3),
-    "gemma2": Family("Gemma2ForCausalLM", _gemma2),
-    "gemma3_text": Family("Gemma3ForCausalLM", _gemma3),
-    "phi3": Family("Phi3ForCausalLM", _phi3),
-    "smollm3": Family("SmolLM3ForCausalLM", _smollm3),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2, _WINDOWS),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3, _WINDOWS),
+    "gemma2": Family("Gemma2ForCausalLM", _gemma2, _GEMMA),
+    "gemma3_text": Family("Gemma3ForCausalLM", _gemma3, (*_GEMMA, *_PATTERNS)),
+    "phi3": Family("Phi3ForCausalLM", _phi3, ("original_max_position_embeddings", "partial_rotary_factor")),
+    "smollm3": Family("SmolLM3ForCausalLM", _smollm3, (*_WINDOWS, "no_rope_layer_interval")),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2),
 }
 """By transformers' `model_type`."""
@@ -174,7 +169,8 @@ def from_transformers(config: PreTrainedConfig) -> ModelConfig:
     )
     # What nobody looked at must be off, or as it is by default: an option that is ignored would be computed wrongly.
     default = type(config)().to_dict()
-    ignored = {name: getattr(config, name, None) for name in config.to_dict().keys() - c.seen - _IRRELEVANT}
+    known = {*c.seen, *family.derived_from, *_IRRELEVANT}
+    ignored = {name: getattr(config, name, None) for name in config.to_dict().keys() - known}
     changed = {
         name: ignored[name] for name in sorted(ignored) if (ignored[name] or None) != (default.get(name) or None)
     }
