@@ -214,9 +214,8 @@ def test_bytes_are_counted_once(eight: Slice, split: Split) -> None:
 
 
 def test_shapes_are_those_of_the_models(tiny_dir: Path, tiny: js.Model, tmp_path: Path) -> None:
-    billions = {"llama-2-7b": 6.74, "llama-2-70b": 68.98, "llama-3-8b": 8.03, "mistral-7b": 7.24, "qwen2.5-7b": 7.6}
-    billions |= {"llama-3.2-1b": 1.24, "qwen3-8b": 8.19, "gemma-2-27b": 27.2, "gemma-3-27b": 27.0, "phi-4": 14.7}
-    billions |= {"phi-4-mini": 3.84, "smollm3-3b": 3.08, "olmo-2-7b": 7.30}
+    billions = {"llama-2-7b": 6.74, "llama-3-8b": 8.03, "mistral-7b": 7.24, "qwen2.5-7b": 7.6, "qwen3-8b": 8.19}
+    billions |= {"llama-3.2-1b": 1.24, "gemma-2-27b": 27.2, "phi-4": 14.7, "smollm3-3b": 3.08, "olmo-2-7b": 7.30}
     for name, expected in billions.items():
         leaves = jax.tree.leaves(parameter_shapes(shape_config(name)))
         assert sum(leaf.size for leaf in leaves) / 1e9 == pytest.approx(expected, rel=0.01)
