@@ -179,15 +179,19 @@ def make_program(model: Model | ModelShape, rows: Sequence[Sequence[int]], sampl
 
 
 def tokenize(model: Model, prompts: Sequence[str], system_prompt: str, max_new_tokens: int) -> list[list[int]]:
-    """Each prompt's tokens in the model's chat format.
+    """Each prompt's tokens in the model's chat format; see `chat_text` and `encode`."""
+    return encode(model, [chat_text(model.tokenizer, prompt, system_prompt) for prompt in prompts], max_new_tokens)
+
+
+def encode(model: Model, texts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """The tokens of what the model is given for each prompt.
 
     Raises:
         UserError: there are no prompts, or a prompt and its new tokens exceed the model's context.
     """
-    if not prompts:
+    if not texts:
         raise UserError("There are no prompts.")
-    texts = [chat_text(model.tokenizer, prompt, system_prompt) for prompt in prompts]
-    rows: list[list[int]] = model.tokenizer(texts, add_special_tokens=False)["input_ids"]  # they are spelled out
+    rows: list[list[int]] = model.tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # they are spelled out
     for number, row in enumerate(rows, 1):
         if len(row) + max_new_tokens > model.config.max_positions:
             raise UserError(

@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from jaxscape import rundir
 from jaxscape.chats import Chat, tokenize
-from jaxscape.errors import UserError
+from jaxscape.errors import UserError, reason
 from jaxscape.files import checksum
 from jaxscape.models import Model, builtin, check_saveable, huggingface, save_model
 from jaxscape.models.checkpoint import Params, changed_parts, fingerprint, named_leaves, tree_of
@@ -333,7 +333,7 @@ def load_path(directory: str | Path, model: Model) -> Iterator[Params]:
         training.check()
         like = jax.eval_shape(lambda: initial_trainable(model, training))
     except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"{directory / rundir.CONFIG} is damaged ({type(error).__name__}: {error}).") from error
+        raise UserError(f"{directory / rundir.CONFIG} is damaged ({reason(error)}).") from error
     weights = _manager((directory / CHECKPOINTS).absolute(), None)
     if not weights.all_steps():
         raise UserError(f"The finetuning in {directory} has not finished an epoch yet.")

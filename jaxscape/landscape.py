@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxscape.errors import UserError
+from jaxscape.errors import UserError, reason
 from jaxscape.evaluate import wilson_interval
 from jaxscape.files import write_whole
 
@@ -226,4 +226,4 @@ class Landscape:
         except OSError as error:
             raise UserError(f"{directory} holds no landscape: {path} cannot be read ({error}).") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path} is not a landscape file ({type(error).__name__}: {error}).") from error
+            raise UserError(f"{path} is not a landscape file ({reason(error)}).") from error

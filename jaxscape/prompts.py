@@ -236,7 +236,7 @@ def render(
                 chat_template=_FIXED_DATE + tokenizer.get_chat_template(),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                date_string="26 Jul 2024",
+                date_string=" ".join(_DATE[code] for code in ("%d", "%b", "%Y")),
             )
         except Exception as error:  # a template is a program, and may fail like one
             raise UserError(f"The model's chat template does not accept these messages ({error}).") from error

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxscape import rundir
-from jaxscape.decode import Sampling, tokenize
+from jaxscape.decode import Sampling, encode
 from jaxscape.engine import Engine
 from jaxscape.errors import UserError, check_seed
 from jaxscape.evaluate import is_refusal
@@ -82,7 +82,8 @@ def scan(
     if len(axes) != len(sets[0]):
         raise UserError(f"There are {len(axes)} axes, but {len(sets[0])} directions in a set; give as many of both.")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    rows = tokenize(model, prompts, system_prompt, max_new_tokens)
+    sent = [chat_text(model.tokenizer, prompt, system_prompt) for prompt in prompts]
+    rows = encode(model, sent, max_new_tokens)
     work = Work(
         rows,
         sampling,
@@ -115,7 +116,6 @@ def scan(
         **(describe or {}),
     }
     engine = Engine(model, rows, sampling, plan, decided=None if options.full_text else is_refusal)
-    sent = [chat_text(model.tokenizer, prompt, system_prompt) for prompt in prompts]
     with (
         open_run(directory, config, axes, len(sets), prompts, sent, overwrite) as run,
         _report(run, plan, progress) as tell,

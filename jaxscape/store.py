@@ -7,7 +7,7 @@ point is what a killed run left, and is cut off. Every other file is computed fr
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxscape import landscape, rundir, trajectory
 from jaxscape.engine import Completion
-from jaxscape.errors import UserError
+from jaxscape.errors import UserError, reason
 from jaxscape.evaluate import is_refusal
 from jaxscape.files import write_whole
 from jaxscape.landscape import Axis, Landscape
@@ -74,7 +74,7 @@ class Run:
         self._add(records)
         if self._out is not None:
             directory, file = self._out
-            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+            file.write(_json_lines(records).encode())
             file.flush()
             os.fsync(file.fileno())
             self.landscape().save(directory)
@@ -119,7 +119,7 @@ class Run:
                 self._add(records[group * num_prompts : (group + 1) * num_prompts])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f"{directory / GENERATIONS} is damaged ({type(error).__name__}: {error}); start over with --overwrite."
+                f"{directory / GENERATIONS} is damaged ({reason(error)}); start over with --overwrite."
             ) from error
         file.truncate(sum(len(line) + 1 for line in lines[: whole * num_prompts]))
 
@@ -143,12 +143,15 @@ def open_run(
             run = Run(axes, num_sets, prompts)
         else:
             pairs = ({"prompt": prompt, "sent": text} for prompt, text in zip(prompts, sent, strict=True))
-            lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-            write_whole(directory / PROMPTS, "".join(lines))
+            write_whole(directory / PROMPTS, _json_lines(pairs))
             run = Run(axes, num_sets, prompts, (directory, file))
             run.landscape().save(directory)
         run.take(*from_first(run.outcomes))
         yield run
+
+
+def _json_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def export_reference(directory: str | Path) -> list[Path]:
@@ -180,9 +183,9 @@ def export_reference(directory: str | Path) -> list[Path]:
                 {"step": i, "output": [{key: record[key] for key in ("prompt", "generation")} for record in point]}
                 for i, (_, point) in enumerate(points)
             ]
-            write_whole(paths[-1], "".join(json.dumps(step, ensure_ascii=False) + "\n" for step in steps))
+            write_whole(paths[-1], _json_lines(steps))
         return paths
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"The run in {directory} cannot be exported ({type(error).__name__}: {error}).") from error
+        raise UserError(f"The run in {directory} cannot be exported ({reason(error)}).") from error

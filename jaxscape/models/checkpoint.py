@@ -30,7 +30,6 @@ END_OF_TURN = (
     *("<|end_of_text|>", "<|endoftext|>", "</s>"),
 )
 
-
 # Vicuna's chat format (Zheng et al., arXiv 2306.05685), as FastChat writes it; its tokenizer has none of its own.
 _VICUNA = """\
 {%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from jaxscape.errors import UserError
-from jaxscape.models.config import NORMS_AFTER, NORMS_AROUND, LayerKind, ModelConfig, make_rope
+from jaxscape.models.config import NORMS_AFTER, NORMS_AROUND, LayerKind, ModelConfig, Rope, make_rope
 
 Options = dict[str, Any]
 """Arguments of `ModelConfig`."""
@@ -196,7 +196,7 @@ def _head_dim(c: _Reader) -> int:
     return size
 
 
-def _rope(c: _Reader, of_type: str | None = None, may_be_partial: bool = False) -> Any:
+def _rope(c: _Reader, of_type: str | None = None, may_be_partial: bool = False) -> Rope:
     """Of all layers, or of those of a type where each has its own."""
     c.standardize_rope_params()  # as transformers does when it makes the model
     options = c.rope_parameters

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,7 @@ def _phi3(get: Callable[..., Any], tensors: Tensors, rope: Options) -> Options:
     if (factor := get("rope.scaling.attn_factor", None)) is not None:
         factors["attention_factor"] = factor
     base = {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0)}
-    whole = base | factors
-    return options | {"rope_parameters": whole, "original_max_position_embeddings": original}
+    return options | {"rope_parameters": base | factors, "original_max_position_embeddings": original}
 
 
 # Of the scores and of the logits, where a file does not say.
@@ -116,7 +115,6 @@ GEMMA2_CAPS = {"attn": 50.0, "final": 30.0}
 # What changes nothing that is computed here; every other key must be read, or nothing stand there.
 _IRRELEVANT = (
     "vocab_size",
-    "attention.value_length",
     "attention.causal",
     "rope.scaling.finetuned",
     "tensor_data_layout",
@@ -279,6 +277,8 @@ def _config(
 
     heads = get("attention.head_count")
     head_dim = get("attention.key_length", get("embedding_length") // heads)
+    if get("attention.value_length", head_dim) != head_dim:
+        raise UserError("The GGUF file's values have other sizes than its keys, which is not supported.")
     largest = max((int(size) for tensor in tensors.values() for size in tensor.shape), default=0)
     if get("block_count") > len(tensors) or head_dim > largest:  # what is made for each of them would not end
         raise UserError("The GGUF file's tensors are too few, or too small, for its blocks and heads; it is damaged.")
@@ -289,7 +289,7 @@ def _config(
     original = get("rope.scaling.original_context_length", None)
     # llama.cpp's type is linear where none stands.
     scaling = get("rope.scaling.type", "linear")
-    if scaling not in ("none", "linear") or (scaling == "linear" and factor != 1):
+    if scaling != "none" and (scaling, factor) != ("linear", 1.0):
         rope |= {"rope_type": scaling, "factor": factor}
     if rope["rope_type"] == "yarn":
         slow, fast = get("rope.scaling.yarn_beta_slow", None), get("rope.scaling.yarn_beta_fast", None)
@@ -306,15 +306,13 @@ def _config(
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in tensors,
         "rope_parameters": rope,
+        **architecture.options(get, tensors, rope),
     }
-    shape = partial(AutoConfig.for_model, architecture.family)
-    declared = shape(**options | architecture.options(get, tensors, rope))
+    declared = AutoConfig.for_model(architecture.family, **options)
     config = from_transformers(declared)
     others = {key for key, value in fields.items() if key.startswith(f"{kind}.") and value}
     if unknown := sorted(others - seen):
         raise UserError(f"The GGUF file has options that are not supported: {', '.join(unknown)}.")
-    if get("attention.value_length", head_dim) != head_dim:
-        raise UserError("The GGUF file's values have other sizes than its keys, which is not supported.")
     if "rope_freqs.weight" not in tensors:
         return config, declared
     # llama.cpp stores Llama 3's scaling as one divisor for each frequency.
@@ -322,7 +320,7 @@ def _config(
     scaled = tuple(float(f / d) for f, d in zip(_frequencies(config), divisors, strict=True))
     for factor in LLAMA3_FACTORS:
         scaling = {"rope_parameters": rope | LLAMA3_ROPE | {"factor": factor}}
-        known = shape(**options | architecture.options(get, tensors, rope) | scaling)
+        known = AutoConfig.for_model(architecture.family, **options | scaling)
         if np.allclose(_frequencies(found := from_transformers(known)), scaled, rtol=1e-5, atol=0):
             return found, known
     return replace(config, layers=(LayerKind(Rope(scaled)),)), declared

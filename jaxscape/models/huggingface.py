@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ def open_directory(path: Path) -> Checkpoint:
         if twice := sorted(where.keys() & found.keys()):
             raise UserError(f"{file} and {where[twice[0]]} both hold {twice[0]}; keep only the model's own files.")
         where |= dict.fromkeys(found, file)
-    prefix = TEXT_MODELS.get(read_json(path / "config.json")["model_type"], "")
+    declared = read_json(path / "config.json")
+    prefix = TEXT_MODELS.get(declared["model_type"], "")
     shapes = {
         name.removeprefix(prefix): shape
         for found in tensors.values()
@@ -118,7 +119,7 @@ def open_directory(path: Path) -> Checkpoint:
         shapes={name: shape for name, shape in shapes.items() if name not in redundant},
         read=read,
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(path, tokenizer, config.vocab_size),
+        eos_token_ids=_eos_token_ids(path, declared, tokenizer, config.vocab_size),
         transformers_config=transformers_config,
         files=tuple(tensors),
     )
@@ -210,10 +211,12 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"The tokenizer in {path} cannot be loaded ({reason(error)}).") from error
 
 
-def _eos_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
+def _eos_token_ids(
+    path: Path, declared: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> tuple[int, ...]:
     """Every end token that the model's files name: chat models end a turn and a text with different ones."""
     generation = path / "generation_config.json"
-    stated = [read_json(path / "config.json").get("eos_token_id"), tokenizer.eos_token_id]
+    stated = [declared.get("eos_token_id"), tokenizer.eos_token_id]
     if generation.exists():
         stated.append(read_json(generation).get("eos_token_id"))
     ids = [token for value in stated if value is not None for token in (value if isinstance(value, list) else [value])]

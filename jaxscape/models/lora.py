@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
-from jaxscape.errors import UserError
+from jaxscape.errors import UserError, reason
 from jaxscape.files import write_whole
 from jaxscape.models.checkpoint import Checkpoint, Params, named_leaves, tree_of
 from jaxscape.models.huggingface import HUB_ID, read_json
@@ -47,9 +47,9 @@ _OPTIONS = {
     "peft_version",
     "qalora_group_size",
     "r",
+    "revision",
     "target_modules",
     "task_type",
-    "revision",
     "use_rslora",
 }
 
@@ -219,9 +219,7 @@ def load_adapter(directory: str | Path) -> Adapter:
         if not isinstance(base, str) or type(rank) is not int or rank < 1 or not math.isfinite(alpha):
             raise ValueError("its base model, rank or alpha is no such thing")
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{directory / CONFIG} is not a LoRA configuration ({type(error).__name__}: {error})."
-        ) from error
+        raise UserError(f"{directory / CONFIG} is not a LoRA configuration ({reason(error)}).") from error
     factors = _read_factors(directory / TENSORS)
     wrong = [name for name, pair in factors.items() if {pair["a"].shape[0], pair["b"].shape[1]} != {rank}]
     if wrong:
