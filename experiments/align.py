@@ -13,11 +13,11 @@ from pathlib import Path
 import jax.numpy as jnp
 
 import jaxscape as js
-from jaxscape.chats import Chat
-from jaxscape.cli import run_program
-from jaxscape.files import checksum, write_whole
+from jaxscape.cli.main import run_program
+from jaxscape.finetuning.chats import Chat
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.lora import save_adapter
+from jaxscape.runtime.files import checksum, write_whole
 
 BASE = "smollm2-135m"
 MAX_LENGTH = 64  # the first words decide whether a model refuses; what follows only costs time

@@ -24,19 +24,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxscape import save_model
-from jaxscape.cli import DEFAULT_MODEL, run_program, write_line
-from jaxscape.decode import Sampling, common_prefix, tokenize
-from jaxscape.device import measure_roofline
-from jaxscape.engine import Completion, Engine
-from jaxscape.errors import UserError
-from jaxscape.evaluate import attack_success_rate, is_refusal
-from jaxscape.landscape import symmetric_axes
-from jaxscape.models import Model, load_model
+from jaxscape.cli.main import run_program
+from jaxscape.cli.options import DEFAULT_MODEL, write_line
+from jaxscape.directions.kinds import make_directions
+from jaxscape.directions.point import materialise
+from jaxscape.engine.batching import Workload, tokenize
+from jaxscape.engine.engine import Engine
+from jaxscape.engine.options import EngineOptions
+from jaxscape.engine.planner import make_plan
+from jaxscape.engine.sampling import Sampling
+from jaxscape.engine.scheduler import Completion
+from jaxscape.evaluate.keywords import attack_success_rate, is_refusal
+from jaxscape.landscapes.axes import symmetric_axes
 from jaxscape.models.checkpoint import Params, named_leaves
-from jaxscape.perturb import materialise
-from jaxscape.plan import EngineOptions, Work, make_plan
-from jaxscape.prompts import load_prompts
-from jaxscape.scan import resolve
+from jaxscape.models.model import Model, load_model
+from jaxscape.prompts.sets import load_prompts
+from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.hardware import measure_roofline
 
 Answer = tuple[str, list[int]]
 """A text, and its tokens."""
@@ -99,14 +103,14 @@ class Setting:
     def engine(self, form: str, ndim: int = 1, whole: bool = False) -> Engine:
         rows = tokenize(self.model, self.prompts, "default", self.sampling.max_new_tokens)
         line = len(self.alphas)
-        work = Work(rows, self.sampling, num_points=line**ndim, line=line, ndim=ndim, drawn=ndim)
-        plan = make_plan(self.model, work, EngineOptions(form=form))  # type: ignore[arg-type]
-        return Engine(self.model, rows, self.sampling, plan, None if whole else is_refusal)
+        workload = Workload(rows, self.sampling, line**ndim, points_per_line=line, ndim=ndim, num_random=ndim)
+        plan = make_plan(self.model, workload, EngineOptions(form=form))  # type: ignore[arg-type]
+        return Engine(self.model, workload, plan, None if whole else is_refusal)
 
 
 def compare_forms(setting: Setting, rounds: int) -> None:
     """Factorised beside materialised on a line, and lines of a grid beside that line, all with whole texts."""
-    directions = resolve([0, 1], setting.model)
+    directions = make_directions([0, 1], setting.model)
     line: list[tuple[float, ...]] = [(alpha,) for alpha in setting.alphas]
     # Every fifth line of the grid: each line of it is decoded on its own.
     grid: list[tuple[float, ...]] = list(itertools.product(setting.alphas[::5], setting.alphas))
@@ -141,7 +145,7 @@ def compare_forms(setting: Setting, rounds: int) -> None:
 
 def compare_reference(setting: Setting, rounds: int, batch_sizes: Sequence[int], compiled: dict[str, float]) -> None:
     model, points = setting.model, [(alpha,) for alpha in setting.alphas]
-    (direction,) = resolve([0], model)
+    (direction,) = make_directions([0], model)
     reference = Reference(setting, direction)
     engine = setting.engine("auto")
     write_line(f"engine: {engine.plan}")
@@ -209,11 +213,11 @@ def needed_flops(engine: Engine, completions: list[list[Completion]]) -> dict[st
     head = config.vocab_size * config.hidden_size
     layers = sum(sizes.values()) - sizes["model.embed_tokens.weight"] - sizes.get("lm_head.weight", 0)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim  # for each token attended to
-    prefix = common_prefix(engine.rows)
+    prefix = engine.workload.prefix_length
     prefill = decode = 0.0
     for point in completions:
         prefill += 2 * layers * prefix + attention * prefix**2 / 2
-        for row, completion in zip(engine.rows, point, strict=True):
+        for row, completion in zip(engine.workload.prompt_tokens, point, strict=True):
             own, steps = len(row) - prefix, completion.length - 1  # the first token is the prefill's
             prefill += 2 * layers * own + 2 * head + attention * own * (prefix + own / 2)
             decode += steps * (2 * layers + 2 * head + attention * (len(row) + steps / 2))
@@ -256,7 +260,7 @@ class Spelled:
         tokenizer = copy.copy(engine.model.tokenizer)
         tokenizer.batch_decode = lambda rows, **_: [" ".join(map(str, row)) for row in rows]
         model = replace(engine.model, tokenizer=tokenizer)
-        self._engine = Engine(model, engine.rows, engine.sampling, engine.plan)
+        self._engine = Engine(model, engine.workload, engine.plan)
         self._direction = direction
 
     @functools.cache  # noqa: B019 (lives as long as the program)

@@ -17,21 +17,25 @@ import jax
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from jaxscape.cli import DEFAULT_MODEL, run_program, write_line
-from jaxscape.decode import Sampling, tokenize
-from jaxscape.engine import Engine
-from jaxscape.errors import UserError
-from jaxscape.files import write_whole
-from jaxscape.forecast import CHIPS, Forecast, forecast, make_work, open_slice, shape_on
-from jaxscape.landscape import symmetric_axes
-from jaxscape.models import load_model
+from jaxscape.cli.main import run_program
+from jaxscape.cli.options import DEFAULT_MODEL, write_line
+from jaxscape.directions.kinds import make_directions
+from jaxscape.engine.batching import Workload, tokenize
+from jaxscape.engine.engine import Engine
+from jaxscape.engine.options import EngineOptions
+from jaxscape.engine.planner import make_plan
+from jaxscape.engine.sampling import Sampling
+from jaxscape.forecast.chips import CHIPS, open_slice, shape_on
+from jaxscape.forecast.forecast import Forecast, forecast, make_workload
+from jaxscape.forecast.known_models import shape_config
+from jaxscape.landscapes.axes import symmetric_axes
 from jaxscape.models.decoder import parameter_shapes
-from jaxscape.models.shapes import shape_config
-from jaxscape.plan import EngineOptions, Work, make_plan
-from jaxscape.plotting import COLOURS, MARKERS, STYLES
-from jaxscape.prompts import load_prompts
-from jaxscape.scan import resolve
-from jaxscape.sharding import Split, split_of
+from jaxscape.models.model import load_model
+from jaxscape.prompts.sets import load_prompts
+from jaxscape.report.figures import COLOURS, MARKERS, STYLES
+from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.files import write_whole
+from jaxscape.runtime.sharding import MeshShape, mesh_shape_of
 
 FLAT = {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
 CUBES = {1: "1x1x1", 2: "2x1x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
@@ -140,14 +144,14 @@ def answers(ask: dict[str, Any]) -> list[dict[str, Any]]:
     """The forecasts of both forms, or of the one that is asked for."""
     config = shape_config(ask["model"])
     where = open_slice(f"{ask['kind']}:{SLICES[ask['kind']][ask['chips']]}")
-    work = make_work(ask["prompts"], PROMPT_TOKENS, SHARED_TOKENS, ask["max_new_tokens"], tuple(ask["grid"]))
+    work = make_workload(ask["prompts"], PROMPT_TOKENS, SHARED_TOKENS, ask["max_new_tokens"], tuple(ask["grid"]))
     if "groups_of" not in ask:
         return [record(each) for each in forecast(config, work, where, quick=True)]
     # All groups split the weights as one does.
     group = open_slice(f"{ask['kind']}:{SLICES[ask['kind']][ask['groups_of']]}")
-    model = split_of(shape_on(config, group, None, "bfloat16").mesh).model
-    split, options = Split(ask["chips"] // model, model), EngineOptions(form=ask["form"], slots=ask["slots"])
-    return [record(each) for each in forecast(config, work, where, split=split, options=options, quick=True)]
+    model = mesh_shape_of(shape_on(config, group, None, "bfloat16").mesh).model
+    mesh_shape, options = MeshShape(ask["chips"] // model, model), EngineOptions(form=ask["form"], slots=ask["slots"])
+    return [record(each) for each in forecast(config, work, where, mesh_shape=mesh_shape, options=options, quick=True)]
 
 
 def record(found: Forecast) -> dict[str, Any]:
@@ -157,7 +161,7 @@ def record(found: Forecast) -> dict[str, Any]:
         "mesh": found.mesh,
         "fits": found.fits,
         "missing_gb": round(found.missing / 1e9, 2),
-        "rows": found.plan.places * found.plan.rows,
+        "rows": found.plan.layout.batch,
         "points_per_hour": round(3600 / found.point_seconds, 1) if found.fits else None,
         "limit_per_hour": round(3600 / found.point_limit, 1) if found.fits else None,
         "decode_share": round(found.decode_share, 3),
@@ -292,12 +296,12 @@ def measure(scaling: Scaling) -> None:
     points: list[tuple[float, ...]] = [(alpha,) for alpha in axis.values]
     sampling, first = Sampling(min(scaling.max_new_tokens, 64)), None
     for count in (2**i for i in range(devices.bit_length()) if 2**i <= devices):
-        model = load_model(scaling.measured_model, split=Split(count, 1))
+        model = load_model(scaling.measured_model, mesh_shape=MeshShape(count, 1))
         rows = tokenize(model, prompts * count, "default", sampling.max_new_tokens)
-        work = Work(rows, sampling, len(points), len(points), 1, drawn=1)
-        plan = make_plan(model, work, EngineOptions(form=scaling.measured_form))  # type: ignore[arg-type]
-        engine = Engine(model, rows, sampling, plan)
-        direction = resolve([0], model)
+        workload = Workload(rows, sampling, len(points), len(points), 1, num_random=1)
+        plan = make_plan(model, workload, EngineOptions(form=scaling.measured_form))  # type: ignore[arg-type]
+        engine = Engine(model, workload, plan)
+        direction = make_directions([0], model)
         for _ in range(2):  # the first time compiles
             started = time.perf_counter()
             texts = [[c.text for c in point[: len(prompts)]] for point in engine.complete(direction, points)]

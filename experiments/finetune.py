@@ -2,6 +2,6 @@
 
 import sys
 
-from jaxscape.cli import main
+from jaxscape.cli.main import main
 
 main(["finetune", *sys.argv[1:]])

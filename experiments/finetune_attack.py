@@ -7,22 +7,21 @@ harmful examples and of the mixture on the plane through the three models.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 import jaxscape as js
-from jaxscape.cli import Machine, run_program
-from jaxscape.errors import UserError
-from jaxscape.files import write_whole
-from jaxscape.finetune import load_path
-from jaxscape.plotting import save_figure
-from jaxscape.processes import from_first
-from jaxscape.store import FIGURE
-from jaxscape.training import check_batch
-from jaxscape.trajectory import project, save_trajectories
+from jaxscape.cli.main import run_program
+from jaxscape.cli.options import Group, ModelOptions, RunOptions
+from jaxscape.directions.path import load_path
+from jaxscape.finetuning.training import check_batch
+from jaxscape.finetuning.trajectory import project, save_trajectories
+from jaxscape.landscapes.store import FIGURE
+from jaxscape.report.figures import save_figure
+from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.files import write_whole
+from jaxscape.runtime.processes import from_first
 
 FIRST_FREE = 80  # of AdvBench's rows: those before are evaluated, and never learned
 PLANE = ("harmful-100", "mixture")
@@ -30,12 +29,14 @@ PAPER = js.Training(method="full", epochs=5, schedule="step", batch_size=10)  # 
 
 
 @dataclass(frozen=True)
-class FinetuneAttack(Machine):
+class FinetuneAttack:
     """Attack an aligned model by finetuning it, and see how far each attack gets. What is finished is kept."""
 
+    model: Group[ModelOptions] = field(default_factory=ModelOptions)
+    devices: Group[RunOptions] = field(default_factory=RunOptions)
     advbench: str = "advbench"
     """AdvBench's harmful_behaviors.csv, downloaded by its name, or a file that has at least its first 180 rows."""
-    training: tyro.conf.OmitArgPrefixes[js.Training] = PAPER
+    training: Group[js.Training] = PAPER
     num_prompts: int = 80
     """How many of AdvBench's first rows are evaluated: at most 80, so that none is learned."""
     num_directions: int = 1
@@ -49,7 +50,9 @@ class FinetuneAttack(Machine):
     max_new_tokens: int = 64
     """The most tokens generated for a prompt."""
     out: Path = Path("runs/finetune-attack")
-    """Where everything goes."""
+    """Directory of all runs and results."""
+    overwrite: bool = False
+    """Start over where the directory holds runs."""
 
     def run(self) -> None:
         if not 1 <= self.num_prompts <= FIRST_FREE:
@@ -60,8 +63,8 @@ class FinetuneAttack(Machine):
         recipes["mixture"] = harmful + js.load_chats("safe:100")
         recipes["identity-shift"] = js.load_chats("identity-shift")
         self.training.check()
-        self.start()
-        aligned = self.load()
+        self.devices.start()
+        aligned = self.model.load(self.devices.mesh)
         check_batch(self.training.batch_size, aligned.mesh)
         scan: dict[str, Any] = {"prompts": prompts, "max_new_tokens": self.max_new_tokens, "overwrite": self.overwrite}
         visage = js.scan(aligned, list(range(self.num_directions)), steps=self.steps, out=self.out / "visage", **scan)

@@ -2,6 +2,6 @@
 
 import sys
 
-from jaxscape.cli import main
+from jaxscape.cli.main import main
 
 main(["scan", *sys.argv[1:]])

@@ -1,3 +1,3 @@
-from jaxscape.cli import main
+from jaxscape.cli.main import main
 
 main()

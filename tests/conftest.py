@@ -21,8 +21,8 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import jaxscape as js
-from jaxscape.device import keep_compiled_programs
 from jaxscape.models import builtin
+from jaxscape.runtime.hardware import keep_compiled_programs
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)  # chance finds bugs at a desk, and only noise in CI

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, trainers
 
 import jaxscape as js
-from jaxscape.chats import tokenize
+from jaxscape.finetuning.chats import tokenize
 
 USER = {"role": "user", "content": "How are you?"}
 ASSISTANT = {"role": "assistant", "content": "Fine, thanks."}

@@ -11,7 +11,7 @@ import pytest
 from conftest import assert_same_tree
 
 import jaxscape as js
-from jaxscape.cli import main
+from jaxscape.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--num-prompts", "2", "--steps", "2", "--max-new-tokens", "4"]
@@ -204,11 +204,11 @@ def test_an_interrupted_run_says_that_it_goes_on(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxscape.cli.scan", interrupted)
+    monkeypatch.setattr("jaxscape.landscapes.scan.scan", interrupted)
     with pytest.raises(SystemExit) as stop:
         main(["scan", "--model", str(tiny_dir), *QUICK, "--out", str(tmp_path)])
     assert stop.value.code == 130
-    assert "goes on where it stopped" in capfd.readouterr().err
+    assert "resumes the run" in capfd.readouterr().err
 
 
 def test_misspelled_options_exit_with_2(capfd: pytest.CaptureFixture[str]) -> None:
@@ -222,7 +222,7 @@ def test_misspelled_options_exit_with_2(capfd: pytest.CaptureFixture[str]) -> No
 def test_the_package_runs_without_torch(tiny_dir: Path, tmp_path: Path) -> None:
     """torch is for the comparisons in these tests alone."""
     script = f"""
-from jaxscape.cli import main
+from jaxscape.cli.main import main
 main(["scan", "--model", {str(tiny_dir)!r}, *{QUICK!r}, "--out", {str(tmp_path / "run")!r}])
 import importlib.util
 assert importlib.util.find_spec("torch") is None

@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxscape as js
-from jaxscape.decode import Sampling, decode_chunk, insert, sample, tokenize
-from jaxscape.engine import Completion, Engine
-from jaxscape.plan import Work, make_plan
-from jaxscape.prompts import chat_text
+from jaxscape.engine.batching import Workload, tokenize
+from jaxscape.engine.decode import decode_chunk, insert
+from jaxscape.engine.engine import Engine
+from jaxscape.engine.planner import make_plan
+from jaxscape.engine.sampling import Sampling, sample
+from jaxscape.engine.scheduler import Completion
+from jaxscape.prompts.chat_format import chat_text
 
 PROMPTS = ["Write a poem about geese", "Hi", "Explain what a key is and how a lock works, please", "Why?"]
 
@@ -25,8 +28,9 @@ PROMPTS = ["Write a poem about geese", "Hi", "Explain what a key is and how a lo
 def completions_of(model: js.Model, prompts: list[str], slots: int = 128, **options: Any) -> list[Completion]:
     sampling = Sampling(**({"max_new_tokens": 20} | options))
     rows = tokenize(model, prompts, "default", sampling.max_new_tokens)
-    plan = make_plan(model, Work(rows, sampling), js.EngineOptions(slots=slots))
-    return next(Engine(model, rows, sampling, plan).complete((), [()]))
+    workload = Workload(rows, sampling)
+    plan = make_plan(model, workload, js.EngineOptions(slots=slots))
+    return next(Engine(model, workload, plan).complete((), [()]))
 
 
 def tokens_of(model: js.Model, prompts: list[str], slots: int = 128, **options: Any) -> list[list[int]]:
@@ -166,7 +170,7 @@ def test_sampling_draws_from_the_tokens_that_transformers_keeps(
         ({"top_p": 0.0}, "top_p"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
-        ({"max_new_tokens": 250}, "Prompt 1 has .* exceeds the model's context of 256; shorten it"),
+        ({"max_new_tokens": 250}, "Prompt 1 has .* exceeds the model's context of 256: shorten the prompt"),
     ],
 )
 def test_options_out_of_range_are_user_errors(tiny: js.Model, options: Any, message: str) -> None:
@@ -182,12 +186,12 @@ def test_no_prompts_is_a_user_error(tiny: js.Model) -> None:
 def test_a_tokenizer_of_another_model_is_a_user_error(tiny_dir: Path) -> None:
     model = js.load_model(tiny_dir)
     model.tokenizer.add_tokens(["geese"])
-    with pytest.raises(js.UserError, match="do not belong together"):
+    with pytest.raises(js.UserError, match="use the tokenizer that belongs to the model"):
         js.generate(model, ["two geese"])
 
 
 def test_an_empty_prompt_is_a_user_error(tiny_dir: Path) -> None:
     model = js.load_model(tiny_dir)
     model.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
-    with pytest.raises(js.UserError, match="Prompt 2 is empty"):
+    with pytest.raises(js.UserError, match="Prompt 2 has no tokens"):
         js.generate(model, ["Hi", ""])

@@ -10,8 +10,9 @@ import pytest
 from conftest import torch_logits
 
 import jaxscape as js
+from jaxscape.models.cache import Context, KVCache
 from jaxscape.models.checkpoint import named_leaves, tree_of
-from jaxscape.models.decoder import Context, KVCache, forward
+from jaxscape.models.decoder import forward
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -15,13 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxscape as js
-from jaxscape.decode import Sampling, common_prefix, compact, decode_chunk, insert, pack, ring_size, tokenize
-from jaxscape.engine import Board, Completion, Engine
+from jaxscape.directions.point import at_point, materialise
+from jaxscape.directions.random import random_direction
+from jaxscape.engine.batching import Workload, common_prefix, tokenize
+from jaxscape.engine.decode import compact, decode_chunk, insert
+from jaxscape.engine.engine import Engine
+from jaxscape.engine.layout import pack
+from jaxscape.engine.options import EngineOptions
+from jaxscape.engine.planner import Plan, make_plan
+from jaxscape.engine.sampling import Sampling
+from jaxscape.engine.scheduler import Completion, Scheduler
+from jaxscape.models.cache import Context
 from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
 from jaxscape.models.config import LayerKind, ModelConfig
-from jaxscape.models.decoder import Context, forward, parameter_shapes
-from jaxscape.perturb import at_point, materialise, random_direction
-from jaxscape.plan import EngineOptions, Plan, Work, make_plan
+from jaxscape.models.decoder import forward, parameter_shapes
 
 NEW = 12
 GREEDY = Sampling(NEW)
@@ -74,14 +81,14 @@ def run(
     coords: Sequence[float],
     *,
     ahead: int = 0,
-    decided: Callable[[str], bool] | None = None,
+    stop_when: Callable[[str], bool] | None = None,
     sampling: Sampling = GREEDY,
     **options: Any,
 ) -> list[list[Completion]]:
     rows = tokenize(model, prompts, "default", sampling.max_new_tokens)
-    work = Work(rows, sampling, num_points=len(coords), line=len(coords), ndim=1)
-    plan = replace(make_plan(model, work, EngineOptions(**options)), ahead=ahead)
-    engine = Engine(model, rows, sampling, plan, decided)
+    workload = Workload(rows, sampling, num_points=len(coords), points_per_line=len(coords), ndim=1)
+    plan = replace(make_plan(model, workload, EngineOptions(**options)), chunks_in_flight=ahead)
+    engine = Engine(model, workload, plan, stop_when)
     return list(engine.complete([direction], [(c,) for c in coords]))
 
 
@@ -110,16 +117,20 @@ def test_the_engine_generates_what_the_plain_path_generates(
     """Whatever the form, the slots, the order and the chunks. The keyword is two tokens that stand side by side in one
     of the texts, so that chunks cut it in two; a row ends at its second token, and nowhere else."""
     expected = [[plain(prompt, c) for prompt in prompts] for c in coords]
-    decided, word = None, ""
+    stop_when, word = None, ""
     if keyword is not None:
         text = max((row for point in expected for row in point), key=len)[keyword : keyword + 2]
         word = " ".join(map(str, text)) if len(text) == 2 else "none"
-        decided = lambda text: f" {word} " in f" {text} "  # noqa: E731
-    found = run(model, direction, prompts, coords, form=form, slots=slots, chunk=chunk, ahead=ahead, decided=decided)
+        stop_when = lambda text: f" {word} " in f" {text} "  # noqa: E731
+    found = run(
+        model, direction, prompts, coords, form=form, slots=slots, chunk=chunk, ahead=ahead, stop_when=stop_when
+    )
     assert len(found) == len(coords)
     for point, rows in zip(found, expected, strict=True):
         for completion, row in zip(point, rows, strict=True):
-            cut = next((n for n in range(1, len(row) + 1) if decided and decided(" ".join(map(str, row[:n])))), None)
+            cut = next(
+                (n for n in range(1, len(row) + 1) if stop_when and stop_when(" ".join(map(str, row[:n])))), None
+            )
             assert completion.text == " ".join(map(str, row[:cut]))
             assert completion.cut == (cut is not None and cut < NEW)
             assert completion.finite
@@ -141,8 +152,9 @@ def test_two_dimensions_in_every_form(model: js.Model, direction: Any) -> None:
     rows, sampling = tokenize(model, POOL[:3], "default", NEW), Sampling(NEW)
     results = []
     for form in FORMS:
-        plan = make_plan(model, Work(rows, sampling, len(points), 2, 2), EngineOptions(form=form, slots=6))
-        results.append(list(Engine(model, rows, sampling, plan).complete([direction, second], points)))
+        workload = Workload(rows, sampling, len(points), 2, 2)
+        plan = make_plan(model, workload, EngineOptions(form=form, slots=6))
+        results.append(list(Engine(model, workload, plan).complete([direction, second], points)))
     assert results[0] == results[1] == results[2]
     assert len({completion.text for point in results[0] for completion in point}) > 4
 
@@ -160,10 +172,11 @@ def test_nothing_is_compiled_from_point_to_point_and_two_decode_programs_at_most
     programs = insert, decode_chunk, compact
     for form in FORMS[:2]:
         rows, sampling = tokenize(model, POOL, "default", NEW), Sampling(NEW)
-        plan = make_plan(model, Work(rows, sampling, 5, 5, 1), EngineOptions(form=form, slots=16))
-        assert plan.few
+        workload = Workload(rows, sampling, 5, 5, 1)
+        plan = make_plan(model, workload, EngineOptions(form=form, slots=16))
+        assert plan.layout.compact_slots
         # Rows end at all lengths, so that the last ones are sure to move.
-        engine = Engine(model, rows, sampling, plan, decided=lambda text: sum(map(int, text.split())) % 4 == 0)
+        engine = Engine(model, workload, plan, stop_when=lambda text: sum(map(int, text.split())) % 4 == 0)
         before = decode_chunk._cache_size()
         for seed in range(3):
             list(engine.complete([js.random_direction(model, seed)], [(c,) for c in COORDS]))
@@ -177,7 +190,7 @@ class Counted:
     """Counts the calls of a jitted program, and the rows that they are given."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        from jaxscape import engine
+        import jaxscape.engine.engine as engine
 
         self.program, self.rows = getattr(engine, name), []
         monkeypatch.setattr(engine, name, self)
@@ -206,7 +219,7 @@ def test_rows_that_are_decided_cost_no_more_steps(
         [0.4],
         form="materialised",
         chunk=1,
-        decided=lambda text: not longest.startswith(text),
+        stop_when=lambda text: not longest.startswith(text),
     )
     differing = sum(token != first[3] for token in first)
     assert differing >= 6, "the case is made for texts that begin differently"
@@ -219,19 +232,21 @@ def test_the_prefix_is_computed_once_a_point_and_shared(model: js.Model) -> None
     prefix = common_prefix(rows)
     assert prefix > 10, "the chat template and its system prompt"
     assert all(row[:prefix] == rows[0][:prefix] and len(row) > prefix for row in rows)
-    groups = pack(rows, prefix, 4)
-    for g, r in np.ndindex(groups.rows.shape):
-        if length := groups.lengths[g, r]:
-            place = groups.first[g, r] + np.arange(length)
-            assert groups.tokens[g].ravel()[place].tolist() == rows[groups.rows[g, r]][prefix:]
-            assert groups.positions[g].ravel()[place].tolist() == list(range(prefix, prefix + length))
-            assert groups.starts[g, r] == len(rows[groups.rows[g, r]])
-    assert sorted(groups.rows[groups.lengths > 0]) == list(range(len(rows)))
+    workload = Workload(rows, GREEDY)
+    _, groups = pack(workload, 4)
+    for g, r in np.ndindex(groups.prompt_ids.shape):
+        if length := groups.own_lengths[g, r]:
+            prompt = rows[groups.prompt_ids[g, r]]
+            index = groups.first_token[g, r] + np.arange(length)
+            assert groups.tokens[g].ravel()[index].tolist() == prompt[prefix:]
+            assert groups.positions[g].ravel()[index].tolist() == list(range(prefix, prefix + length))
+            assert groups.prompt_lengths[g, r] == len(prompt)
+    assert sorted(groups.prompt_ids[groups.own_lengths > 0]) == list(range(len(rows)))
     tokens = sum(len(row) - prefix for row in rows)
-    one = pack(rows, prefix, len(rows))
+    _, one = pack(workload, len(rows))
     assert (one.positions >= 0).sum() == tokens
     assert one.tokens.size < 1.3 * tokens, "hardly any padding"
-    assert ring_size(one, NEW) >= max(map(len, rows)) - prefix + NEW
+    assert workload.ring_slots >= max(map(len, rows)) - prefix + NEW
 
 
 @given(
@@ -241,15 +256,16 @@ def test_the_prefix_is_computed_once_a_point_and_shared(model: js.Model) -> None
     st.sampled_from([1, 2, 4, 8]),
 )
 def test_packed_rows_are_all_there(rows: list[list[int]], size: int, inserts: int, points: int) -> None:
-    prefix = common_prefix(rows)
-    groups = pack(rows, prefix, size, inserts, points)
+    workload = Workload(rows, GREEDY)
+    prefix, groups = pack(workload, size, inserts, points)
+    assert prefix.tolist() == rows[0][: common_prefix(rows)]
     assert inserts * groups.tokens.shape[1] % points == 0
     found: Iterator[list[int]] = (
-        groups.tokens[g].ravel()[groups.first[g, r] :][: groups.lengths[g, r]].tolist()
-        for g, r in np.ndindex(groups.rows.shape)
-        if groups.lengths[g, r]
+        groups.tokens[g].ravel()[groups.first_token[g, r] :][: groups.own_lengths[g, r]].tolist()
+        for g, r in np.ndindex(groups.prompt_ids.shape)
+        if groups.own_lengths[g, r]
     )
-    assert list(found) == [row[prefix:] for row in rows]
+    assert list(found) == [row[len(prefix) :] for row in rows]
 
 
 def test_points_and_directions_may_be_vmapped(tiny: js.Model) -> None:
@@ -292,8 +308,9 @@ def test_many_places_that_are_refilled_together(
     """Several groups in one program, of several points and of one point, the last fill not full."""
     coords = list(np.linspace(-0.5, 0.5, line))
     rows = tokenize(model, POOL[:prompts], "default", NEW)
-    plan = make_plan(model, Work(rows, GREEDY, line, line, 1), EngineOptions(form="factorised", slots=slots))
-    assert plan.inserts > 1
+    workload = Workload(rows, GREEDY, line, line, 1)
+    plan = make_plan(model, workload, EngineOptions(form="factorised", slots=slots))
+    assert plan.layout.groups_per_insert > 1
     expected = run(model, direction, POOL[:prompts], coords, form="materialised")
     for ahead in (0, 1):
         found = run(model, direction, POOL[:prompts], coords, form="factorised", slots=slots, chunk=3, ahead=ahead)
@@ -303,20 +320,22 @@ def test_many_places_that_are_refilled_together(
 @pytest.mark.parametrize(("prompts", "line", "slots"), [(2, 20, 40), (10, 5, 64), (10, 5, 16), (9, 7, 33)])
 def test_each_points_prefix_is_computed_once(model: js.Model, prompts: int, line: int, slots: int) -> None:
     rows = tokenize(model, POOL[:prompts], "default", NEW)
-    plan = make_plan(model, Work(rows, GREEDY, line, line, 1), EngineOptions(form="factorised", slots=slots))
-    groups = pack(rows, common_prefix(rows), plan.group)
-    board = Board(plan, line, np.where(groups.lengths > 0, groups.rows, -1))
+    workload = Workload(rows, GREEDY, line, line, 1)
+    plan = make_plan(model, workload, EngineOptions(form="factorised", slots=slots))
+    _, groups = pack(workload, plan.layout.prompts_per_group)
     points, inserted, computed = [(float(i),) for i in range(line)], 0, []
+    scheduler = Scheduler(plan.layout, groups, points)
     while inserted < line * prompts:
-        for fill in board.fills(points):
-            fresh = sorted(set((-1 - fill.source[fill.source < 0]).tolist()))
+        for insertion in scheduler.insertions():
+            source = insertion.prefix_source
+            fresh = sorted(set((-1 - source[source < 0]).tolist()))
             assert fresh == list(range(len(fresh)))
-            computed += fill.new[fresh, 0].tolist()
-            for source, (point,) in zip(fill.source, fill.coords, strict=True):
-                assert source >= 0 or fill.new[-1 - source, 0] == point
-        jobs = set(board.owners[board.owners >= 0].tolist())
+            computed += insertion.new_coords[fresh, 0].tolist()
+            for source, (point,) in zip(insertion.prefix_source, insertion.coords, strict=True):
+                assert source >= 0 or insertion.new_coords[-1 - source, 0] == point
+        jobs = set(scheduler.jobs[scheduler.is_alive].tolist())
         inserted += len(jobs)
-        board.free(jobs)
+        scheduler.free(jobs)
     assert computed == [float(i) for i in range(line)]
 
 
@@ -339,31 +358,33 @@ def test_weights_in_host_memory_are_streamed_and_give_the_same(model: js.Model, 
     host = js.Model(**{**vars(model), "params": loaded.params})
     found = run(host, direction, POOL[:3], COORDS)
     assert found == run(model, direction, POOL[:3], COORDS, form="materialised")
-    with pytest.raises(js.UserError, match="The weights are in host memory; --form factorised needs them on the"):
+    with pytest.raises(js.UserError, match="The weights are in host memory, but --form factorised needs them on the"):
         run(host, direction, POOL[:3], COORDS, form="factorised")
     assert js.generate(host, POOL[:2], max_new_tokens=5) == js.generate(model, POOL[:2], max_new_tokens=5)
 
 
 def planned(model: js.Model, prompts: int, line: int, ndim: int = 1, **options: Any) -> Plan:
     rows = tokenize(model, [f"Say {i}" for i in range(prompts)], "default", NEW)
-    return make_plan(model, Work(rows, Sampling(NEW), line**ndim, line, ndim, drawn=ndim), EngineOptions(**options))
+    return make_plan(
+        model, Workload(rows, Sampling(NEW), line**ndim, line, ndim, num_random=ndim), EngineOptions(**options)
+    )
 
 
 def at_speed(monkeypatch: pytest.MonkeyPatch, flops: float, bandwidth: float, free: int | None = None) -> None:
-    from jaxscape import plan
-    from jaxscape.device import Roofline
+    from jaxscape.engine import planner
+    from jaxscape.runtime.hardware import Roofline
 
-    monkeypatch.setattr(plan, "roofline", lambda dtype: Roofline(flops, bandwidth))
-    monkeypatch.setattr(plan, "free_memory", lambda: free)
+    monkeypatch.setattr(planner, "roofline", lambda dtype: Roofline(flops, bandwidth))
+    monkeypatch.setattr(planner, "free_memory", lambda: free)
 
 
 def test_the_plan_follows_the_roofline(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     at_speed(monkeypatch, flops=4e11, bandwidth=2e10)  # a CPU: a balance of some 20 rows a weight
     assert planned(tiny, prompts=80, line=21).form == "materialised"
     few = planned(tiny, prompts=4, line=21)
-    assert (few.form, few.places * few.rows) == ("factorised", 84)
+    assert (few.form, few.layout.batch) == ("factorised", 84)
     assert planned(tiny, prompts=1, line=1).form == "materialised"
-    assert planned(tiny, prompts=80, line=21, slots=20).rows == 20
+    assert planned(tiny, prompts=80, line=21, slots=20).layout.rows_per_point == 20
     assert planned(tiny, prompts=80, line=21, form="factorised").form == "factorised"
     at_speed(monkeypatch, flops=8e14, bandwidth=3e12)  # an accelerator: some hundred rows
     assert planned(tiny, prompts=20, line=21, ndim=2).form == "factorised"
@@ -376,16 +397,16 @@ def test_the_plan_keeps_within_the_memory(tiny: js.Model, monkeypatch: pytest.Mo
     for free in (10**9, 10**7, 3 * 10**6, 10**6, 4 * 10**5):
         at_speed(monkeypatch, 4e11, 2e10, free)
         plan = planned(tiny, prompts=64, line=5, form="materialised")
-        assert plan.memory - weights <= 0.9 * free
-        seen.append((plan.rows, plan.storage))
+        assert plan.memory_bytes - weights <= 0.9 * free
+        seen.append((plan.layout.batch, plan.storage))
     assert seen[0] == (64, "exact")
     assert seen[-1][0] < 8
-    assert planned(tiny, prompts=64, line=5, form="materialised", slots=2).rows == 2
-    with pytest.raises(js.UserError, match="with 64 slots it takes"):  # what was asked for is not changed
+    assert planned(tiny, prompts=64, line=5, form="materialised", slots=2).layout.batch == 2
+    with pytest.raises(js.UserError, match="with 64 slots\\) takes"):  # what was asked for is not changed
         planned(tiny, prompts=64, line=5, form="materialised", slots=64)
     at_speed(monkeypatch, 4e11, 2e10, 10**4)
     with pytest.raises(
-        js.UserError, match=r"memory does not hold this scan: .* GB on each device; choose a --dtype of 16 bits"
+        js.UserError, match=r"memory does not hold this scan: .* GB on each device. Choose a --dtype of 16 bits"
     ):
         planned(tiny, prompts=64, line=5)
 
@@ -402,8 +423,8 @@ def test_seven_billion_parameters_in_16_bits_fit_a_card_of_24_gb(
     at_speed(monkeypatch, flops=7e13, bandwidth=9e11, free=24 * 10**9)
     plan = planned(model, prompts=80, line=21)
     assert (plan.form, plan.storage) == ("streamed", "seed")
-    assert weights < plan.memory <= 0.9 * 24e9 < 2 * weights
-    assert plan.rows >= 8
+    assert weights < plan.memory_bytes <= 0.9 * 24e9 < 2 * weights
+    assert plan.layout.batch >= 8
 
 
 @pytest.mark.parametrize(
@@ -411,7 +432,7 @@ def test_seven_billion_parameters_in_16_bits_fit_a_card_of_24_gb(
     [
         ({"slots": 0}, "option slots must be at least 1"),
         ({"chunk": -1}, "option chunk must be at least 1"),
-        ({"direction_storage": "seed"}, "Only random directions have seeds"),
+        ({"direction_storage": "seed"}, "The direction storage 'seed' is for random directions only"),
     ],
 )
 def test_options_that_cannot_be_are_user_errors(model: js.Model, direction: Any, options: Any, message: str) -> None:
@@ -423,7 +444,7 @@ def test_options_that_cannot_be_are_user_errors(model: js.Model, direction: Any,
 def test_unknown_names_are_user_errors(name: str) -> None:
     options = EngineOptions()
     object.__setattr__(options, name, "round")  # as without type checks it may be
-    with pytest.raises(js.UserError, match=f"The {name} 'round' is unknown; choose auto, "):
+    with pytest.raises(js.UserError, match=f"Unknown {name} 'round': choose auto, "):
         options.check()
 
 

@@ -19,14 +19,15 @@ from test_decode import PROMPTS, torch_tokens
 from test_decoder import LLAMA3_ROPE
 
 import jaxscape as js
-from jaxscape.decode import Sampling, tokenize
-from jaxscape.engine import Engine
+from jaxscape.engine.batching import Workload, tokenize
+from jaxscape.engine.engine import Engine
+from jaxscape.engine.planner import make_plan
+from jaxscape.engine.sampling import Sampling
+from jaxscape.forecast.known_models import shape_config
 from jaxscape.models.checkpoint import named_leaves
 from jaxscape.models.decoder import forward, parameter_shapes
 from jaxscape.models.families import FAMILIES
-from jaxscape.models.shapes import shape_config
-from jaxscape.plan import Work, make_plan
-from jaxscape.sharding import Split
+from jaxscape.runtime.sharding import MeshShape
 
 LOCAL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
 LONGROPE = {
@@ -156,19 +157,19 @@ def test_bfloat16_is_as_near_as_that_of_transformers(make_model: Any, name: str,
 def test_32_greedy_tokens_at_points_are_those_of_transformers(make_model: Any, name: str, table: Any) -> None:
     """In both forms, one of them on a mesh: the model itself, and one that is moved along a direction."""
     directory, torch_model = make(make_model, name)
-    ways = {"factorised": Split(2, 2)}
+    ways = {"factorised": MeshShape(2, 2)}
     if name == next(other for other in CONFIGS if CONFIGS[other][0] == CONFIGS[name][0]):  # once a family
-        ways["materialised"] = Split()
-    models = [spelled(js.load_model(directory, "float32", split=split)) for split in ways.values()]
+        ways["materialised"] = MeshShape()
+    models = [spelled(js.load_model(directory, "float32", mesh_shape=split)) for split in ways.values()]
     direction = js.random_direction(models[0], seed=0)
     rows = tokenize(models[0], PROMPTS, "default", 32)
     sampling, points = Sampling(max_new_tokens=32), [(0.0,), (ALPHA,)]
-    work = Work(rows, sampling, num_points=len(points), line=len(points), ndim=1)
+    workload = Workload(rows, sampling, num_points=len(points), points_per_line=len(points), ndim=1)
     found = []
     for model, form in zip(models, ways, strict=True):
         options = js.EngineOptions(form=form)  # type: ignore[arg-type]
         there = js.random_direction(model, seed=0)
-        engine = Engine(model, rows, sampling, make_plan(model, work, options))
+        engine = Engine(model, workload, make_plan(model, workload, options))
         completed = engine.complete([there], points)
         found.append([[list(map(int, c.text.split())) for c in point] for point in completed])
     expected = [torch_tokens(torch_model, models[0], PROMPTS, new=32)]

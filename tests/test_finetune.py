@@ -25,14 +25,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxscape as js
-from jaxscape.chats import Example, tokenize
-from jaxscape.finetune import load_path
-from jaxscape.models.config import LayerKind, Rope
-from jaxscape.models.lora import TARGETS, init_factors, save_adapter
-from jaxscape.training import bucket, epoch_batches, learning_rates, split, train_step
-from jaxscape.trajectory import inner
+from jaxscape.directions.path import load_path
+from jaxscape.directions.sums import inner
+from jaxscape.finetuning.batches import bucket, epoch_batches, learning_rates, split
+from jaxscape.finetuning.chats import Example, tokenize
+from jaxscape.finetuning.options import TARGETS
+from jaxscape.finetuning.training import train_step
+from jaxscape.models.config import LayerKind
+from jaxscape.models.lora import init_factors, save_adapter
+from jaxscape.models.rope import Rope
 
-finetune_module = importlib.import_module("jaxscape.finetune")  # the package's name for it is the function's
+finetune_module = importlib.import_module("jaxscape.finetuning.run")
 
 CHATS = js.load_chats("safe:22")
 SHORT = js.Training(epochs=2, batch_size=4, learning_rate=5e-3)
@@ -380,13 +383,13 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(tiny_dir: Path, tmp
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
     program = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); import signal; "
-    program += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from jaxscape.cli import main; main()"
+    program += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from jaxscape.cli.main import main; main()"
     command = [sys.executable, "-c", program, "finetune", "--model", str(tiny_dir), "--data", str(data)]
     command += ["--epochs", "1", "--method", "full", "--out", str(tmp_path / "run")]
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert failed.returncode == 2, failed.stderr
     assert "checkpoint of epoch 1 cannot be written" in failed.stderr
-    command[2] = "from jaxscape.cli import main; main()"
+    command[2] = "from jaxscape.cli.main import main; main()"
     subprocess.run(command, capture_output=True, check=True)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 

@@ -14,29 +14,20 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import jaxscape as js
-from jaxscape import hlo
-from jaxscape.cli import main
-from jaxscape.device import Roofline, not_kept
-from jaxscape.forecast import (
-    CHIPS,
-    Slice,
-    _beside,
-    _cache_size,
-    _compiled,
-    _program,
-    as_json,
-    describe,
-    finetune_step,
-    forecast,
-    make_work,
-    open_slice,
-    shape_on,
-)
+from jaxscape.cli.main import main
+from jaxscape.engine.options import EngineOptions
+from jaxscape.engine.planner import Hardware, make_plan
+from jaxscape.finetuning.forecast import finetune_step
+from jaxscape.forecast import hlo
+from jaxscape.forecast.chips import CHIPS, Slice, open_slice, shape_on
+from jaxscape.forecast.compile import _compiled, program_cost
+from jaxscape.forecast.forecast import _cache_bytes, _resident_bytes, forecast, make_workload
+from jaxscape.forecast.known_models import SHAPES, shape_config
+from jaxscape.forecast.table import as_json, describe
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import parameter_shapes
-from jaxscape.models.shapes import SHAPES, shape_config
-from jaxscape.plan import EngineOptions, Machine, make_plan
-from jaxscape.sharding import Split, make_mesh, replicated, sharding
+from jaxscape.runtime.hardware import Roofline, not_kept
+from jaxscape.runtime.sharding import MeshShape, make_mesh, replicated, sharding
 
 pytest.importorskip("libtpu")
 
@@ -62,9 +53,9 @@ def test_a_mesh_of_any_shape_is_laid_out_on_a_slice(topology: str) -> None:
     """Also one whose axes are parts of the slice's own."""
     devices = open_slice(topology).devices
     for model in (1, 2, 4, 8, 16):
-        assert make_mesh(Split(len(devices) // model, model), 8, devices).size == len(devices)
+        assert make_mesh(MeshShape(len(devices) // model, model), 8, devices).size == len(devices)
     with pytest.raises(js.UserError, match="cannot be laid out"):
-        make_mesh(Split(5, 1), 8, devices)
+        make_mesh(MeshShape(5, 1), 8, devices)
 
 
 @pytest.mark.parametrize(
@@ -76,33 +67,36 @@ def test_a_mesh_of_any_shape_is_laid_out_on_a_slice(topology: str) -> None:
 )
 def test_plans_that_cannot_be_made_are_a_sentence(eight: Slice, options: dict[str, Any], message: str) -> None:
     with pytest.raises(js.UserError, match=message):
-        forecast(small_config(), make_work(8, 30, 20, 32, (5,)), eight, options=EngineOptions(**options))
+        forecast(small_config(), make_workload(8, 30, 20, 32, (5,)), eight, options=EngineOptions(**options))
 
 
 def test_steps_that_cannot_be_are_a_sentence(eight: Slice) -> None:
-    for batch, split, message in ((0, Split(1, 8), "is none"), (3, Split(2, 4), "not a multiple of the 2 devices")):
+    for batch, mesh_shape, message in (
+        (0, MeshShape(1, 8), "is none"),
+        (3, MeshShape(2, 4), "not a multiple of the 2 devices"),
+    ):
         with pytest.raises(js.UserError, match=message):
-            finetune_step(small_config(), eight, batch_size=batch, length=8, remat=False, split=split)
+            finetune_step(small_config(), eight, batch_size=batch, length=8, remat=False, mesh_shape=mesh_shape)
 
 
 def test_directions_take_what_their_storage_takes(eight: Slice) -> None:
     """Beside a line of a plane: the model and the first direction; the second one while that line's start is made."""
-    shape = shape_on(small_config(), eight, Split(2, 4), "bfloat16")
-    work, machine = make_work(8, 30, 20, 32, (3, 3)), Machine(Roofline(1e14, 1e12), None, is_host=False)
+    shape = shape_on(small_config(), eight, MeshShape(2, 4), "bfloat16")
+    work, machine = make_workload(8, 30, 20, 32, (3, 3)), Hardware(Roofline(1e14, 1e12), None, is_host=False)
     weights = sum(2 * leaf.size for leaf in jax.tree.leaves(parameter_shapes(small_config()))) / 4
     for storage, part in {"exact": 1.0, "int8": 0.5, "seed": 0.0}.items():
         options = EngineOptions(form="factorised", slots=8, direction_storage=storage)  # type: ignore[arg-type]
         plan = make_plan(shape, work, options, machine)
-        rings = _cache_size(shape, work, plan)
-        beside = {name: _beside(shape, work, plan, name, rings) for name in ("decode", "materialise")}
+        rings = _cache_bytes(shape, work, plan)
+        beside = {name: _resident_bytes(shape, work, plan, name, rings) for name in ("decode", "materialise")}
         assert beside["decode"] == pytest.approx((1 + part) * weights, rel=0.05)
         assert beside["materialise"] - rings == pytest.approx(part * weights, abs=0.05 * weights)
 
 
 def test_a_forecast_of_both_forms(eight: Slice, one_layer: ModelConfig) -> None:
     """At the shapes of a 7B model: nothing of the cache is copied in a step, and memory is read about once."""
-    work = make_work(80, 32, 26, 512, (21,))
-    found = forecast(one_layer, work, eight, num_sets=3, split=Split(2, 4), options=EngineOptions(slots=128))
+    work = make_workload(80, 32, 26, 512, (21,))
+    found = forecast(one_layer, work, eight, num_sets=3, mesh_shape=MeshShape(2, 4), options=EngineOptions(slots=128))
     assert {each.form for each in found} == {"materialised", "factorised"}
     assert found[0].landscape_seconds <= found[1].landscape_seconds
     for each in found:
@@ -111,7 +105,7 @@ def test_a_forecast_of_both_forms(eight: Slice, one_layer: ModelConfig) -> None:
         assert decode.temporaries < 0.1 * decode.arguments
         assert 0.6 < each.decode_share <= 1.02
         assert decode.collectives > 2 * one_layer.num_layers
-        assert each.most_rows >= each.plan.places * each.plan.rows
+        assert each.most_rows >= each.plan.layout.batch
         assert each.landscape_seconds == pytest.approx(63 * each.point_seconds)
     text = describe(found, None, "title")
     assert "factorised" in text
@@ -123,7 +117,7 @@ def test_what_does_not_fit_says_by_how_much(eight: Slice) -> None:
     one = replace(eight, devices=eight.devices[:1], chip=replace(eight.chip, memory=2.0**26))
     config = replace(small_config(), num_layers=8)
     options = EngineOptions(form="materialised", direction_storage="exact")
-    (found,) = forecast(config, make_work(8, 30, 20, 32, (5,)), one, split=Split(), options=options)
+    (found,) = forecast(config, make_workload(8, 30, 20, 32, (5,)), one, mesh_shape=MeshShape(), options=options)
     assert not found.fits
     weights = sum(2 * leaf.size for leaf in jax.tree.leaves(parameter_shapes(config)))
     missing = found.programs["materialise"].missing
@@ -134,17 +128,17 @@ def test_what_does_not_fit_says_by_how_much(eight: Slice) -> None:
 
 
 def test_fewer_rows_are_tried_where_the_planner_was_too_bold(eight: Slice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxscape.plan.MARGIN", 2.0)
+    monkeypatch.setattr("jaxscape.engine.planner.MAX_MEMORY_FRACTION", 2.0)
     config = replace(small_config(), num_layers=2)
-    options, work = EngineOptions(form="materialised"), make_work(40, 30, 20, 32, (5,))
+    options, work = EngineOptions(form="materialised"), make_workload(40, 30, 20, 32, (5,))
     one = replace(eight, devices=eight.devices[:1])
-    (whole,) = forecast(config, work, one, split=Split(), options=options)
-    assert whole.plan.rows == 40
+    (whole,) = forecast(config, work, one, mesh_shape=MeshShape(), options=options)
+    assert whole.plan.layout.batch == 40
     used = max(program.used or 0 for program in whole.programs.values())
-    chip = replace(eight.chip, memory=used - 20 * whole.plan.cache / 40)
-    (found,) = forecast(config, work, replace(one, chip=chip), split=Split(), options=options)
+    chip = replace(eight.chip, memory=used - 20 * whole.plan.cache_bytes / 40)
+    (found,) = forecast(config, work, replace(one, chip=chip), mesh_shape=MeshShape(), options=options)
     assert found.fits
-    assert found.plan.rows == found.slots in (8, 16)
+    assert found.plan.layout.batch == found.slots in (8, 16)
     assert f"with --slots {found.slots} (" in describe([found], None, "title")
 
 
@@ -152,7 +146,7 @@ def test_the_compiler_says_how_much_too_large_a_program_is(eight: Slice) -> None
     x = jax.ShapeDtypeStruct((16, 2**30), jnp.bfloat16, sharding=SingleDeviceSharding(eight.devices[0]))
     counts = _compiled(jax.jit(lambda x: x + 1).lower(x), hlo.program_traffic)
     assert counts.missing == pytest.approx(64 * 2**30 - eight.chip.memory, rel=0.01)
-    refused = _program(counts, eight.chip, 2**30)
+    refused = program_cost(counts, eight.chip, 2**30)
     assert refused.missing == counts.missing + 2**30
     assert "finetune: does not fit, by at least 52." in describe([], refused, "title")
 
@@ -161,7 +155,7 @@ def test_a_finetuning_step(eight: Slice) -> None:
     """Of three layers, compiled, and extrapolated from two."""
     config = replace(small_config(), num_layers=3)
     whole, quick = (
-        finetune_step(config, eight, batch_size=8, length=128, remat=True, split=Split(2, 4), quick=quick)
+        finetune_step(config, eight, batch_size=8, length=128, remat=True, mesh_shape=MeshShape(2, 4), quick=quick)
         for quick in (False, True)
     )
     numbers = 3 * 512 * (4 * 512 + 3 * 1024) + 2 * 1024 * 512
@@ -173,11 +167,11 @@ def test_a_finetuning_step(eight: Slice) -> None:
     assert whole.missing is None
 
 
-@pytest.mark.parametrize("split", [Split(1, 8), Split(2, 4)])
-def test_bytes_are_counted_once(eight: Slice, split: Split) -> None:
+@pytest.mark.parametrize("mesh_shape", [MeshShape(1, 8), MeshShape(2, 4)])
+def test_bytes_are_counted_once(eight: Slice, mesh_shape: MeshShape) -> None:
     """A loop that multiplies with one matrix reads its part once in each pass, and sends its part of the result to all
     others that have one."""
-    mesh = make_mesh(split, 1, eight.devices)
+    mesh = make_mesh(mesh_shape, 1, eight.devices)
     x_everywhere = sharding(mesh, (None, None), (8, 8192))
     x = jax.ShapeDtypeStruct((8, 8192), jnp.bfloat16, sharding=x_everywhere)
     w = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16, sharding=sharding(mesh, (None, "mlp"), (8192, 8192)))
@@ -191,10 +185,10 @@ def test_bytes_are_counted_once(eight: Slice, split: Split) -> None:
 
     with not_kept():
         moved = hlo.loop_traffic(loop.lower(x, w, 5).compile().as_text())
-    matrix = 8192 * 8192 * 2 / split.model
+    matrix = 8192 * 8192 * 2 / mesh_shape.model
     assert matrix <= moved.memory < 1.1 * matrix
     assert moved.collectives == 1
-    assert moved.between == (1 - 1 / split.model) * 8 * 8192 * 2
+    assert moved.between == (1 - 1 / mesh_shape.model) * 8 * 8192 * 2
 
     @jax.jit
     def loop_with_state(x: jax.Array, state: jax.Array, steps: int) -> Any:
@@ -239,7 +233,7 @@ def test_a_topology_that_is_none_is_a_sentence(name: str) -> None:
 
 def test_work_that_is_none_is_a_sentence() -> None:
     with pytest.raises(js.UserError, match="more tokens in a prompt than all share"):
-        make_work(8, 20, 20, 8, (5,))
+        make_workload(8, 20, 20, 8, (5,))
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_said_before_anything_is_compiled(

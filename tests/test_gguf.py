@@ -17,8 +17,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import jaxscape as js
 from jaxscape.models.checkpoint import named_leaves
-from jaxscape.models.config import make_rope
-from jaxscape.models.gguf import LLAMA3_FACTORS, LLAMA3_ROPE, read_tokenizer
+from jaxscape.models.gguf import LLAMA3_FACTORS, LLAMA3_ROPE
+from jaxscape.models.gguf_tokenizer import read_tokenizer
+from jaxscape.models.rope import make_rope
 
 Q = gguf.GGMLQuantizationType
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, LAYERS = 256, 4, 2, 64, 512, 2

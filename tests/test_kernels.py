@@ -11,11 +11,12 @@ import pytest
 from conftest import MakeModel
 
 import jaxscape as js
-from jaxscape import hlo
+from jaxscape.finetuning.batches import Batch
+from jaxscape.finetuning.training import Settings, _loss_and_count
+from jaxscape.forecast import hlo
+from jaxscape.forecast.known_models import shape_config
 from jaxscape.models import kernels
-from jaxscape.models.shapes import shape_config
-from jaxscape.sharding import Split, make_mesh
-from jaxscape.training import Batch, Settings, _loss_and_count
+from jaxscape.runtime.sharding import MeshShape, make_mesh
 
 
 @pytest.fixture
@@ -37,22 +38,22 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_it_is_used_where_scores_are_many() -> None:
     config = shape_config("llama-2-7b")
-    assert kernels.helps(config, "bfloat16", 16, 512, 4)
-    assert not kernels.helps(config, "bfloat16", 16, 512, 16)
-    assert not kernels.helps(config, "float32", 16, 512, 4)
-    assert not kernels.helps(config, "bfloat16", 256, 192, 4), "rows are cut into blocks"
-    assert not kernels.helps(replace(config, head_dim=64), "bfloat16", 16, 512, 4)
-    assert not kernels.usable(make_mesh(Split(), 1)), "it is a CPU"
+    assert kernels.saves_traffic(config, "bfloat16", 16, 512, 4)
+    assert not kernels.saves_traffic(config, "bfloat16", 16, 512, 16)
+    assert not kernels.saves_traffic(config, "float32", 16, 512, 4)
+    assert not kernels.saves_traffic(config, "bfloat16", 256, 192, 4), "rows are cut into blocks"
+    assert not kernels.saves_traffic(replace(config, head_dim=64), "bfloat16", 16, 512, 4)
+    assert not kernels.matches_reference(make_mesh(MeshShape(), 1)), "it is a CPU"
 
 
-@pytest.mark.parametrize("split", [Split(), Split(2, 4)], ids=str)
+@pytest.mark.parametrize("split", [MeshShape(), MeshShape(2, 4)], ids=str)
 def test_a_model_learns_the_same_with_it(
-    emulated: None, monkeypatch: pytest.MonkeyPatch, make_model: MakeModel, split: Split
+    emulated: None, monkeypatch: pytest.MonkeyPatch, make_model: MakeModel, split: MeshShape
 ) -> None:
     """On a mesh too, whose devices hold a query head each, and copies of the key-value heads."""
     monkeypatch.setattr(kernels, "ON_CHIP", 0)
     directory, _ = make_model(head_dim=128, num_hidden_layers=1, max_position_embeddings=512, initializer_range=0.1)
-    model = js.load_model(directory, "bfloat16", split=split)
+    model = js.load_model(directory, "bfloat16", mesh_shape=split)
     rng = np.random.default_rng(0)
     rows = Batch(
         rng.integers(3, 300, (2, 256)).astype(np.int32), np.array([256, 140], np.int32), np.ones((2, 256), np.float32)
@@ -79,7 +80,8 @@ def _sum(params: Any, rows: Batch, config: Any, settings: Settings) -> jax.Array
 
 def test_a_tpu_moves_fewer_bytes_with_it() -> None:
     pytest.importorskip("libtpu")
-    from jaxscape.forecast import _compiled, open_slice
+    from jaxscape.forecast.chips import open_slice
+    from jaxscape.forecast.compile import _compiled
 
     where = jax.sharding.SingleDeviceSharding(open_slice("v5e:2x2").devices[0])
     q, k = (

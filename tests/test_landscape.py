@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxscape as js
-from jaxscape.evaluate import REFUSAL_KEYWORDS
-from jaxscape.landscape import symmetric_axes, visage_interval
+from jaxscape.evaluate.keywords import REFUSAL_KEYWORDS
+from jaxscape.landscapes.axes import symmetric_axes
+from jaxscape.landscapes.visage import visage_interval
 
 percents = st.integers(0, 20).map(lambda n: 5.0 * n)
 

@@ -17,9 +17,10 @@ from conftest import MakeModel, assert_same_tree, torch_logits
 from safetensors.numpy import load_file, save_file
 
 import jaxscape as js
-from jaxscape.finetune import with_adapter
+from jaxscape.finetuning.options import TARGETS
+from jaxscape.finetuning.run import with_adapter
 from jaxscape.models.decoder import forward
-from jaxscape.models.lora import TARGETS, Adapter, attach, init_factors, load_adapter, save_adapter
+from jaxscape.models.lora import Adapter, attach, init_factors, load_adapter, save_adapter
 
 TOKENS = np.arange(3, 43).reshape(2, 20)
 

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 
 import jaxscape as js
+from jaxscape.directions.point import materialise
 from jaxscape.models.checkpoint import named_leaves
-from jaxscape.perturb import materialise
 
 
 def inner(a: Any, b: Any) -> float:
@@ -74,12 +74,12 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax, numpy as np
 import jaxscape as js
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxscape.perturb import _key
+from jaxscape.directions.random import tensor_key
 assert len(jax.devices()) == 8
 mesh = jax.make_mesh((8,), ("x",))
 draw = lambda key: jax.random.normal(key, (64, 32), "float32")
 sharded = jax.jit(draw, out_shardings=NamedSharding(mesh, PartitionSpec("x")))
-key = _key(3, "model.layers.0.mlp.up_proj.weight")
+key = tensor_key(3, "model.layers.0.mlp.up_proj.weight")
 np.testing.assert_array_equal(sharded(key), jax.jit(draw)(key))
 """
     subprocess.run([sys.executable, "-c", script], check=True)

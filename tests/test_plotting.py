@@ -7,8 +7,8 @@ import pytest
 from matplotlib import colormaps
 
 import jaxscape as js
-from jaxscape import plotting
-from jaxscape.landscape import symmetric_axes
+from jaxscape.landscapes.axes import symmetric_axes
+from jaxscape.report import figures as plotting
 
 
 def landscape(ndim: int, num_sets: int = 1, done: int | None = None) -> js.Landscape:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 import jaxscape as js
-from jaxscape import prompts as prompts_module
 from jaxscape.models.checkpoint import with_chat_template
-from jaxscape.prompts import SYSTEM_PROMPTS, chat_text, render
+from jaxscape.prompts import sets as prompts_module
+from jaxscape.prompts.chat_format import SYSTEM_PROMPTS, chat_text, render
 
 
 def test_built_in_sets_are_matched_and_cover_ten_categories_from_the_first_ten_on() -> None:

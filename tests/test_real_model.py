@@ -17,10 +17,10 @@ from test_finetune import losses, torch_losses, with_peft
 from tokenizers import pre_tokenizers
 
 import jaxscape as js
-from jaxscape.chats import tokenize
+from jaxscape.finetuning.batches import bucket
+from jaxscape.finetuning.chats import tokenize
 from jaxscape.models import builtin
 from jaxscape.models.checkpoint import named_leaves
-from jaxscape.training import bucket
 
 pytestmark = pytest.mark.real
 

@@ -21,15 +21,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxscape as js
-from jaxscape.decode import decode_chunk, insert
-from jaxscape.evaluate import refusal
+from jaxscape.directions.point import materialise
+from jaxscape.engine.decode import decode_chunk, insert
+from jaxscape.evaluate import keywords as refusal
 from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
-from jaxscape.perturb import materialise
-from jaxscape.prompts import chat_text
-from jaxscape.store import export_reference
+from jaxscape.prompts.chat_format import chat_text
+from jaxscape.report.reference import export_reference
 
 PROMPTS = js.load_prompts("harmful", 3)
-scan_module = importlib.import_module("jaxscape.scan")  # the package's name for it is the function's
+scan_module = importlib.import_module("jaxscape.landscapes.scan")
 FILES = {"config.json", "prompts.jsonl", "generations.jsonl", "landscape.json"}
 OPTIONS: dict[str, Any] = {"prompts": PROMPTS, "steps": 4, "max_new_tokens": 6, "progress": False}
 
@@ -386,7 +386,7 @@ def test_two_processes_do_not_write_one_run(tiny: js.Model, unbroken: Path) -> N
 def test_directions_that_make_no_landscape(tiny: js.Model, directions: Any, message: str) -> None:
     with pytest.raises(js.UserError, match=message):
         js.scan(tiny, directions, **OPTIONS)
-    with pytest.raises(js.UserError, match="There are 1 axes, but 2 directions"):
+    with pytest.raises(js.UserError, match="There are 1 axes but 2 directions"):
         js.scan(tiny, [(0, 1)], axes=[js.interpolation_axis(2)], **OPTIONS)
 
 

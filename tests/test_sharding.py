@@ -22,15 +22,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 import jaxscape as js
-from jaxscape import engine, models
-from jaxscape.cli import main
-from jaxscape.decode import compact, decode_chunk, insert
+import jaxscape.engine.engine as engine
+from jaxscape.cli.main import main
+from jaxscape.directions.sums import order_free_sum
+from jaxscape.engine.decode import compact, decode_chunk, insert
+from jaxscape.models import model as models
+from jaxscape.models.cache import GPU_ORDER, TPU_ORDER, CacheOrder
 from jaxscape.models.checkpoint import fingerprint, named_leaves
-from jaxscape.models.decoder import GPU_ORDER, TPU_ORDER, CacheOrder
-from jaxscape.perturb import order_free_sum
-from jaxscape.sharding import Split, default_split, make_mesh, parse_split, partition
+from jaxscape.runtime.sharding import MeshShape, default_mesh_shape, make_mesh, parse_mesh_shape, partition
 
-MESHES = [Split(1, 1), Split(8, 1), Split(4, 2), Split(2, 4), Split(1, 8)]
+MESHES = [MeshShape(1, 1), MeshShape(8, 1), MeshShape(4, 2), MeshShape(2, 4), MeshShape(1, 8)]
 PROMPTS = js.load_prompts("harmful", 9)
 NEW = 8
 
@@ -50,11 +51,11 @@ def square(make_model: MakeModel) -> Path:
 
 @pytest.mark.parametrize(
     ("split", "storage"),
-    [*((split, "exact") for split in MESHES[1:]), (Split(2, 4), "int8"), (Split(2, 4), "seed")],
+    [*((split, "exact") for split in MESHES[1:]), (MeshShape(2, 4), "int8"), (MeshShape(2, 4), "seed")],
     ids=str,
 )
-def test_directions_are_the_same_to_the_bit_on_every_mesh(square: Path, split: Split, storage: str) -> None:
-    one, many = (js.load_model(square, "float32", split=each) for each in (Split(), split))
+def test_directions_are_the_same_to_the_bit_on_every_mesh(square: Path, split: MeshShape, storage: str) -> None:
+    one, many = (js.load_model(square, "float32", split=each) for each in (MeshShape(), split))
     assert fingerprint(many.params) == fingerprint(one.params)
     first, there = (js.random_direction(model, 0, storage=storage) for model in (one, many))
     assert_same_tree(whole(jax.tree.leaves(first)), whole(jax.tree.leaves(there)))
@@ -73,10 +74,10 @@ def scans() -> dict[Any, list[str]]:
 @pytest.mark.parametrize("form", ["materialised", "factorised"])
 @pytest.mark.parametrize("split", MESHES, ids=str)
 def test_a_scan_gives_the_same_on_every_mesh(
-    tiny_dir: Path, scans: dict[Any, Any], split: Split, form: Any, tmp_path: Path
+    tiny_dir: Path, scans: dict[Any, Any], split: MeshShape, form: Any, tmp_path: Path
 ) -> None:
     """Every text, and so every ASR; with refilled slots and programs that are compiled once."""
-    model = spelled(js.load_model(tiny_dir, "float32", split=split))
+    model = spelled(js.load_model(tiny_dir, "float32", mesh_shape=split))
     options = js.EngineOptions(form=form, slots=8, full_text=True)
     before = [program._cache_size() for program in (insert, decode_chunk, compact)]  # type: ignore[attr-defined]
     land = js.scan(
@@ -96,7 +97,7 @@ def test_odd_sizes_are_copied_where_they_do_not_divide(make_model: MakeModel) ->
     directory, _ = make_model(
         hidden_size=24, num_attention_heads=6, num_key_value_heads=2, vocab_size=301, intermediate_size=40
     )
-    one, many = (js.load_model(directory, "float32", split=split) for split in (Split(), Split(2, 4)))
+    one, many = (js.load_model(directory, "float32", mesh_shape=split) for split in (MeshShape(), MeshShape(2, 4)))
     tokens = np.arange(24).reshape(4, 6)
     np.testing.assert_allclose(one(tokens), many(tokens), rtol=1e-4, atol=1e-4)
     leaves = named_leaves(many.params)
@@ -121,8 +122,8 @@ def test_the_orders_of_accelerators_generate_the_same(
         return (out / "generations.jsonl").read_text()
 
     plain = texts(tmp_path / "plain")
-    make = engine.make_program
-    monkeypatch.setattr(engine, "make_program", lambda *given: replace(make(*given), order=order))
+    make = engine.static_arguments
+    monkeypatch.setattr(engine, "static_arguments", lambda *given: replace(make(*given), order=order))
     assert texts(tmp_path / "other") == plain
 
 
@@ -134,7 +135,7 @@ def test_the_orders_of_accelerators_generate_the_same(
 )
 def test_a_sum_does_not_depend_on_how_it_is_split(shape: tuple[int, ...], scale: float, seed: int) -> None:
     x = (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
-    mesh = make_mesh(Split(8, 1), 1)
+    mesh = make_mesh(MeshShape(8, 1), 1)
     total = jax.jit(order_free_sum)
     sums = [
         total(jax.device_put(x, NamedSharding(mesh, spec)))
@@ -155,16 +156,16 @@ def test_a_sum_of_what_is_not_finite_is_not_finite() -> None:
 
 def test_the_mesh_follows_the_size_of_the_model() -> None:
     gigabyte = 10**9
-    assert default_split(gigabyte, 16 * gigabyte, 8) == Split(8, 1)
-    assert default_split(14 * gigabyte, 16 * gigabyte, 8) == Split(2, 4)
-    assert default_split(140 * gigabyte, 16 * gigabyte, 8) == Split(1, 8)
-    assert default_split(140 * gigabyte, None, 8) == Split(8, 1)
-    assert default_split(14 * gigabyte, 16 * gigabyte, 3) == Split(3, 1)  # hardly a shape is divided by three
-    assert default_split(14 * gigabyte, 16 * gigabyte, 12) == Split(3, 4)
+    assert default_mesh_shape(gigabyte, 16 * gigabyte, 8) == MeshShape(8, 1)
+    assert default_mesh_shape(14 * gigabyte, 16 * gigabyte, 8) == MeshShape(2, 4)
+    assert default_mesh_shape(140 * gigabyte, 16 * gigabyte, 8) == MeshShape(1, 8)
+    assert default_mesh_shape(140 * gigabyte, None, 8) == MeshShape(8, 1)
+    assert default_mesh_shape(14 * gigabyte, 16 * gigabyte, 3) == MeshShape(3, 1)  # hardly a shape is divided by three
+    assert default_mesh_shape(14 * gigabyte, 16 * gigabyte, 12) == MeshShape(3, 4)
 
 
 def test_key_value_heads_fewer_than_the_model_axis_are_copied() -> None:
-    mesh = make_mesh(Split(1, 8), 2)
+    mesh = make_mesh(MeshShape(1, 8), 2)
     assert dict(mesh.shape) == {"points": 1, "kv": 2, "q": 4}
     assert partition(mesh, ("kv_heads", None), (8, 16)) == PartitionSpec("kv")
     assert partition(mesh, ("heads", None), (32, 16)) == PartitionSpec(("kv", "q"))
@@ -174,13 +175,13 @@ def test_key_value_heads_fewer_than_the_model_axis_are_copied() -> None:
 @pytest.mark.parametrize("text", ["", "points", "points=0", "points=2,points=2", "rows=2", "points=2;model=4"])
 def test_a_mesh_that_is_none_is_a_sentence(text: str) -> None:
     with pytest.raises(js.UserError, match="write it as points=2,model=4"):
-        parse_split(text)
-    assert parse_split("model=4, points=2") == Split(2, 4)
+        parse_mesh_shape(text)
+    assert parse_mesh_shape("model=4, points=2") == MeshShape(2, 4)
 
 
 def test_a_mesh_needs_its_devices(tiny_dir: Path) -> None:
     with pytest.raises(js.UserError, match="mesh points=3,model=3 does not fit 8 devices"):
-        js.load_model(tiny_dir, split=Split(3, 3))
+        js.load_model(tiny_dir, mesh_shape=MeshShape(3, 3))
 
 
 def test_a_device_reads_its_own_part(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +200,7 @@ def test_a_device_reads_its_own_part(tiny_dir: Path, monkeypatch: pytest.MonkeyP
         return replace(found, read=lambda name, index: watched(name, index, found.read))
 
     monkeypatch.setattr(models.huggingface, "open_directory", opened)
-    model = js.load_model(tiny_dir, "float32", split=Split(1, 8))
+    model = js.load_model(tiny_dir, "float32", mesh_shape=MeshShape(1, 8))
     sizes = {name: leaf.size for name, leaf in named_leaves(model.params).items()}
     parts = [size for name, size in read if name.endswith("up_proj.weight")]
     assert len(parts) == 2 * 8
@@ -210,10 +211,10 @@ def test_kept_weights_are_restored_onto_any_mesh(
     tiny_dir: Path, tiny: js.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JAXSCAPE_CACHE", str(tmp_path))
-    first = js.load_model(tiny_dir, "float32", split=Split(2, 4), keep=True)
-    monkeypatch.setattr(models.checkpoint, "load_params", None)  # what is kept is not read again
-    for split in (Split(2, 4), Split(1, 8), Split()):
-        again = js.load_model(tiny_dir, "float32", split=split, keep=True)
+    first = js.load_model(tiny_dir, "float32", mesh_shape=MeshShape(2, 4), keep=True)
+    monkeypatch.setattr(models, "load_params", None)  # what is kept is not read again
+    for split in (MeshShape(2, 4), MeshShape(1, 8), MeshShape()):
+        again = js.load_model(tiny_dir, "float32", mesh_shape=split, keep=True)
         assert fingerprint(again.params) == fingerprint(first.params) == fingerprint(tiny.params)
         assert jax.tree.map(lambda x: x.sharding, again.params) == again.shardings
     (kept,) = (tmp_path / "weights").iterdir()

@@ -10,16 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxscape as js
+from jaxscape.directions.principal import principal_directions
+from jaxscape.directions.sums import inner
+from jaxscape.finetuning.trajectory import FILE_NAME, Trajectory, load_trajectories, project, save_trajectories
 from jaxscape.models.checkpoint import Params
-from jaxscape.trajectory import (
-    FILE_NAME,
-    Trajectory,
-    inner,
-    load_trajectories,
-    principal_directions,
-    project,
-    save_trajectories,
-)
 
 
 def trees(rows: np.ndarray) -> list[Params]:

@@ -9,8 +9,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxscape.errors import UserError
-from jaxscape.files import cached_file
+from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.files import cached_file
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ def _extract(model: PackagedModel, path: Path) -> None:
     try:
         distribution = importlib.metadata.distribution(model.distribution)
         installed = Path(str(distribution.locate_file(model.member)))
-        usable = distribution.version == model.version and installed.is_file()
+        matches_reference = distribution.version == model.version and installed.is_file()
     except importlib.metadata.PackageNotFoundError:
-        usable = False
-    if usable:
+        matches_reference = False
+    if matches_reference:
         shutil.copyfile(installed, path)
     else:
         _download(model, path)

@@ -15,12 +15,12 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, UInt32
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from jaxscape.errors import UserError
-from jaxscape.files import cache_dir, checksum
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import parameter_axes, parameter_shapes
-from jaxscape.processes import from_first
-from jaxscape.sharding import sharding
+from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.files import cache_dir, checksum
+from jaxscape.runtime.processes import from_first
+from jaxscape.runtime.sharding import sharding
 
 Params = dict[str, Any]
 
@@ -90,6 +90,11 @@ def named_leaves(tree: Params) -> dict[str, Any]:
 def tree_of(leaves: Mapping[str, Any]) -> Params:
     """The inverse of `named_leaves`."""
     return unflatten_dict(dict(leaves), sep=".")
+
+
+def tensor_shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+    """The shape of each leaf, by Hugging Face parameter name."""
+    return {name: leaf.shape for name, leaf in named_leaves(tree).items()}
 
 
 def load_params(checkpoint: Checkpoint, dtype: jnp.dtype, origin: str, mesh: Mesh | None) -> Params:

@@ -17,8 +17,10 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxscape.models import kernels
-from jaxscape.models.config import ModelConfig, Rope
-from jaxscape.sharding import Axes, constrain
+from jaxscape.models.cache import CPU_ORDER, CacheOrder, Context, KVCache
+from jaxscape.models.config import ModelConfig
+from jaxscape.models.rope import Rotation, rope, rotation
+from jaxscape.runtime.sharding import Axes, constrain
 
 # float32 means float32: accelerators would round products to fewer bits.
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -42,70 +44,7 @@ def apply_weight(weight: Array | SummedWeight, use: Callable[[Array], Array]) ->
     return weight.apply(use)
 
 
-class CacheOrder(NamedTuple):
-    """The order of a cache's dimensions: b rows, k key-value heads, s slots, h features of a head.
-
-    Attributes:
-        is_read_first: attention reads the cache before a step's tokens are written to it. XLA for TPUs updates it in
-            place then, and otherwise in on-chip memory, from where all of it goes back; on a CPU it is the other way.
-        queries: rows of a product that has one query only, the others being zero. XLA for TPUs gives products with one
-            row to the vector unit, which takes several times as long for them as reading the cache does.
-    """
-
-    keys: str
-    values: str
-    is_read_first: bool = True
-    queries: int = 1
-
-    @property
-    def both(self) -> tuple[str, str]:
-        return self.keys, self.values
-
-    @property
-    def axes(self) -> tuple[Axes, Axes]:
-        """The logical axes of keys and of values."""
-        names = {"b": "rows", "k": "kv_heads"}
-        keys, values = (tuple(names.get(dimension) for dimension in order) for order in self.both)
-        return keys, values
-
-
-# The orders in which attention reads what lies there, and copies nothing. On a CPU, keys have their slots last.
-CPU_ORDER = CacheOrder("bkhs", "bksh", is_read_first=False)
-GPU_ORDER, TPU_ORDER = CacheOrder("bksh", "bksh"), CacheOrder("bksh", "bksh", queries=8)
-
-
-class KVCache(NamedTuple):
-    """Keys and values per layer, their dimensions in a `CacheOrder`, and the position that each slot holds.
-
-    A slot whose position is -1 holds nothing and is never attended to. A query at position p attends to the slots
-    with positions 0 to p, so where in the cache a token lies does not matter, and rows may be padded on either side.
-    """
-
-    keys: tuple[Float[Array, "_ _ _ _"], ...]
-    values: tuple[Float[Array, "_ _ _ _"], ...]
-    positions: Int[Array, "batch slots"]
-
-
-class Context(NamedTuple):
-    """What the tokens of a call can attend to besides one another.
-
-    Attributes:
-        cache: what earlier calls returned for these rows, or None to start one.
-        slot: the first of the cache slots that this call's tokens are written to.
-        prefix: the cache of a text that the rows begin with, which is read once for all of them. Where it has several
-            rows, N, the first is for the first B / N rows of the call, and so on. Its tokens stand at the positions
-            before the rows' own.
-        segments: int32[B, T]; where several texts are packed into a row, which of them each token belongs to. A token
-            attends to its own text alone. Only without `cache`.
-    """
-
-    cache: KVCache | None = None
-    slot: Int[Array, ""] | int = 0
-    prefix: KVCache | None = None
-    segments: Int[Array, "batch time"] | None = None
-
-
-class Memory(NamedTuple):
+class LayerContext(NamedTuple):
     """One layer's part of a `Context`, and what is the same for all layers."""
 
     own: tuple[Array, Array] | None
@@ -171,31 +110,6 @@ class Embedding(nn.Module):
         return apply_weight(self.weight, lambda w: _einsum("...d,vd->...v", x, w))
 
 
-class Rotation(NamedTuple):
-    """The cosines, and the sines with the signs that they have in `rope`, of each token's angles, in float32."""
-
-    cos: Float[Array, "batch time 1 2 half"]
-    sin: Float[Array, "batch time 1 2 half"]
-
-
-def rotation(by: Rope, positions: Int[Array, "batch time"]) -> Rotation:
-    angles = positions[..., None] * jnp.asarray(by.frequencies, jnp.float32)
-    cos, sin = by.scale * jnp.cos(angles), by.scale * jnp.sin(angles)
-    # All layers read them: behind a barrier, they are not computed again in each.
-    both = jnp.stack([cos, cos], axis=-2), jnp.stack([-sin, sin], axis=-2)
-    cos, sin = jax.lax.optimization_barrier(both)
-    return Rotation(cos[:, :, None], sin[:, :, None])
-
-
-def rope(x: Float[Array, "batch time heads head_dim"], by: Rotation) -> Float[Array, "batch time heads head_dim"]:
-    """Rotate the pairs (i, i + n / 2) of each head's first n features (Su et al., arXiv 2104.09864), in float32."""
-    size = 2 * by.cos.shape[-1]
-    if size < x.shape[-1]:
-        return jnp.concatenate([rope(x[..., :size], by), x[..., size:]], axis=-1)
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
-    return (halves * by.cos + jnp.flip(halves, -2) * by.sin).reshape(x.shape).astype(x.dtype)
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al., arXiv 2305.13245)."""
 
@@ -205,13 +119,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch time dim"], positions: Int[Array, "batch time"], memory: Memory
+        self, x: Float[Array, "batch time dim"], positions: Int[Array, "batch time"], context: LayerContext
     ) -> tuple[Float[Array, "batch time dim"], tuple[Array, Array]]:
         c, order = self.config, self.order
 
         q, k, v = self._projected(x)
-        if memory.rotation is not None:
-            q, k = rope(q, memory.rotation), rope(k, memory.rotation)
+        if context.rotation is not None:
+            q, k = rope(q, context.rotation), rope(k, context.rotation)
         # What a token does not attend to has weight 0, but 0 × NaN would be NaN: values that are not finite become NaN
         # keys instead, which those that attend to them see, and nobody else.
         finite = jnp.isfinite(v).all(-1, keepdims=True)
@@ -235,10 +149,10 @@ class Attention(nn.Module):
         if self.kernel:
             return output(kernels.attention(q * c.score_scale, *whole, positions >= 0)), (k, v)
         q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim)
-        new, own, prefix = (k, v), memory.own, memory.prefix
+        new, own, prefix = (k, v), context.own, context.prefix
         if own is not None:
             k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, x, memory.slot, axis=to.index("s"))
+                jax.lax.dynamic_update_slice_in_dim(old, x, context.slot, axis=to.index("s"))
                 for old, x, to in zip(own, new, order.both, strict=True)
             )
         sources = [(k, v)] if own is None or not order.is_read_first else [own, new]
@@ -252,7 +166,7 @@ class Attention(nn.Module):
             sources[0] = (longer[0], longer[1])
         parts = [_scores(q, keys, order) for keys, _ in sources]
         ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
-        visible = jnp.split(memory.visible, ends, axis=-1)
+        visible = jnp.split(context.visible, ends, axis=-1)
         capped = (_softcapped(part * c.score_scale, c.attention_softcap) for part in parts)
         weights = _softmax([_masked(part, seen) for part, seen in zip(capped, visible, strict=True)])
         mixed = [_mixed(w.astype(v.dtype), values, order) for w, (_, values) in zip(weights, sources, strict=True)]
@@ -400,14 +314,14 @@ class Layers(nn.Module):
         keys, values = [], []
         layer = nn.remat(Layer) if self.remat else Layer
         for i, kind in enumerate(kinds):
-            memory = Memory(
+            layer_context = LayerContext(
                 own=None if cache is None else (cache.keys[i], cache.values[i]),
                 slot=context.slot,
                 prefix=None if prefix is None else (prefix.keys[i], prefix.values[i]),
                 visible=visible[kind.window],
                 rotation=rotations[kind.rope],
             )
-            x, (k, v) = layer(c, self.order, self.kernel, name=str(i))(x, positions, memory)
+            x, (k, v) = layer(c, self.order, self.kernel, name=str(i))(x, positions, layer_context)
             keys.append(k)
             values.append(v)
         return x, KVCache(tuple(keys), tuple(values), slots)

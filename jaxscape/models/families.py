@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from jaxscape.errors import UserError
-from jaxscape.models.config import NORMS_AFTER, NORMS_AROUND, LayerKind, ModelConfig, Rope, make_rope
+from jaxscape.models.config import NORMS_AFTER, NORMS_AROUND, LayerKind, ModelConfig
+from jaxscape.models.rope import Rope, make_rope
+from jaxscape.runtime.errors import UserError
 
 Options = dict[str, Any]
 """Arguments of `ModelConfig`."""

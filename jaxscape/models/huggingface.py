@@ -15,8 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from jaxscape.errors import UserError, reason
-from jaxscape.files import write_whole
 from jaxscape.models.checkpoint import (
     END_OF_TURN,
     Checkpoint,
@@ -27,6 +25,8 @@ from jaxscape.models.checkpoint import (
 )
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.families import TEXT_MODELS, family_of, from_transformers
+from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.files import write_whole
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 LEFT = ["*/*", "consolidated*"]  # other formats of the same weights

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from jaxscape.models.config import ModelConfig
-from jaxscape.processes import from_first
-from jaxscape.sharding import partition
+from jaxscape.runtime.processes import from_first
+from jaxscape.runtime.sharding import partition
 
 LANES = 128  # of a TPU's vector registers: what the kernel's blocks and heads are made of
 ON_CHIP = 64 * 2**20  # bytes; scores that take less the compiler keeps out of memory by itself
@@ -25,7 +25,7 @@ Queries = Float[Array, "batch kv_heads group time head_dim"]
 Keys = Float[Array, "batch kv_heads time head_dim"]
 
 
-def helps(config: ModelConfig, dtype: str, rows: int, time: int, devices: int) -> bool:
+def saves_traffic(config: ModelConfig, dtype: str, rows: int, time: int, devices: int) -> bool:
     """Whether the kernel can be used for so many rows of so many tokens, and moves fewer bytes than the plain path."""
     scores = 4 * rows * config.num_heads * time**2 / devices
     is_plain = config.attention_softcap is None and all(kind.window is None for kind in config.layers)
@@ -87,7 +87,7 @@ def _block(time: int) -> int:
     return math.gcd(time, LARGEST)
 
 
-def usable(mesh: Mesh) -> bool:
+def matches_reference(mesh: Mesh) -> bool:
     """Whether the mesh is one of TPUs on which the kernel gives what the plain path does; it is tried, once."""
     return mesh.devices.flat[0].platform == "tpu" and from_first(lambda: _agrees(jax.local_devices()[0]))
 

@@ -16,13 +16,12 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
-from jaxscape.errors import UserError, reason
-from jaxscape.files import write_whole
-from jaxscape.models.checkpoint import Checkpoint, Params, named_leaves, tree_of
+from jaxscape.models.checkpoint import Checkpoint, Params, changed_parts, named_leaves, tree_of
 from jaxscape.models.huggingface import HUB_ID, read_json
+from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.files import write_whole
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The matrices that stand for several in some families.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _PREFIX = "base_model.model."
@@ -166,6 +165,11 @@ def merged(weight: Any, pair: Mapping[str, Any], scale: float, index: Any = ...)
     weight = np.asarray(weight)
     a, b = (np.asarray(pair[key]).astype(np.float64) for key in ("a", "b"))
     return (weight.astype(np.float64) + scale * (b @ a)[index]).astype(weight.dtype)
+
+
+def with_factors(weight: Float[Array, "out in"], pair: Mapping[str, Any], scale: float) -> Float[Array, "out in"]:
+    """A weight on the devices with its adapter added, in its dtype and sharding; see `merged`."""
+    return changed_parts(jnp.asarray(weight), lambda values, index: merged(values, pair, scale, index))
 
 
 def save_adapter(adapter: Adapter, directory: str | Path) -> None:

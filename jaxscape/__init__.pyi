@@ -1,0 +1,66 @@
+# The public names and where they are defined. Type checkers read this file, and jaxscape/__init__.py loads each name
+# from here when it is first used.
+from .directions.difference import difference
+from .directions.files import load_direction, save_direction
+from .directions.kinds import make_directions, model_at
+from .directions.path import load_path
+from .directions.random import random_direction
+from .engine.engine import generate
+from .engine.options import EngineOptions
+from .evaluate.base import Evaluator
+from .evaluate.keywords import attack_success_rate, is_refusal
+from .evaluate.perplexity import perplexity
+from .evaluate.statistics import wilson_interval
+from .finetuning.chats import load_chats
+from .finetuning.options import Training
+from .finetuning.run import finetune
+from .finetuning.trajectory import Trajectory, load_trajectories, project, save_trajectories
+from .landscapes.axes import Axis, interpolation_axis
+from .landscapes.landscape import Landscape
+from .landscapes.scan import scan
+from .landscapes.visage import visage
+from .models.model import Model, load_model, save_model
+from .prompts.sets import load_prompts
+from .report.figures import plot_landscape, save_figure
+from .runtime.errors import UserError
+from .runtime.sharding import MeshShape, Split
+
+__version__: str
+
+__all__ = [
+    "Axis",
+    "EngineOptions",
+    "Evaluator",
+    "Landscape",
+    "MeshShape",
+    "Model",
+    "Split",
+    "Training",
+    "Trajectory",
+    "UserError",
+    "attack_success_rate",
+    "difference",
+    "finetune",
+    "generate",
+    "interpolation_axis",
+    "is_refusal",
+    "load_chats",
+    "load_direction",
+    "load_model",
+    "load_path",
+    "load_prompts",
+    "load_trajectories",
+    "make_directions",
+    "model_at",
+    "perplexity",
+    "plot_landscape",
+    "project",
+    "random_direction",
+    "save_direction",
+    "save_figure",
+    "save_model",
+    "save_trajectories",
+    "scan",
+    "visage",
+    "wilson_interval",
+]

@@ -1,0 +1,73 @@
+"""`jaxscape finetune`: finetune a chat model, and keep the result in a directory."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from jaxscape.cli.options import Group, ModelOptions, RunOptions, check_texts, write_line
+from jaxscape.finetuning.options import Training
+from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.help import shown
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The training data."""
+
+    data: Annotated[tuple[str, ...], shown("none", "SET|FILE ...")] = ()
+    """Training sets (advbench, safe or identity-shift) and .jsonl or .csv files, which are mixed. SET:N is the first N
+    chats of a set, and SET:M:N are the chats from number M up to but without number N."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """The run's directory."""
+
+    out: Annotated[Path | None, shown("runs/MODEL-finetuned", "DIRECTORY")] = None
+    """The run's directory. The result is in its subdirectory adapter/ or model/, which
+    --model accepts. An unfinished finetuning there is resumed."""
+    overwrite: bool = False
+    """Start over if the directory holds a run."""
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Finetune a chat model, and keep the result in a directory. An unfinished finetuning there is resumed.
+
+    Examples:
+      jaxscape finetune --data safe:100 --epochs 1
+      jaxscape finetune --data advbench:80:180 --method full --schedule step --out runs/harmful
+    """
+
+    model: Group[ModelOptions] = field(default_factory=ModelOptions)
+    data: Group[DataOptions] = field(default_factory=DataOptions)
+    training: Group[Training] = field(default_factory=Training)
+    devices: Group[RunOptions] = field(default_factory=RunOptions)
+    output: Group[OutputOptions] = field(default_factory=OutputOptions)
+
+    def run(self) -> None:
+        out = self.output.out or Path("runs") / f"{self.model.short_name}-finetuned"
+        sources = self.data.data
+        check_texts(self.model.model, out, *sources)
+        if not sources:
+            raise UserError("There is nothing to learn: give --data with a training set or a file.")
+
+        from jaxscape.directions.path import ADAPTER, FINETUNING, MODEL
+        from jaxscape.finetuning.chats import load_chats
+        from jaxscape.finetuning.run import finetune
+        from jaxscape.runtime import rundir
+        from jaxscape.runtime.processes import from_first, is_first
+
+        chats = [chat for source in sources for chat in load_chats(source)]
+        self.devices.start()
+        from_first(lambda: rundir.check_directory(out, FINETUNING, self.output.overwrite))
+        result = finetune(
+            self.model.load(self.devices.mesh),
+            chats,
+            self.training,
+            out=out,
+            overwrite=self.output.overwrite,
+            describe={"data": list(sources)},
+        )
+        if is_first():
+            write_line(f"{out / (MODEL if result.adapter is None else ADAPTER)}")

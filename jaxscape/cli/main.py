@@ -1,0 +1,107 @@
+"""The command line: `jaxscape VERB`, and the programs in `experiments/`."""
+
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import tyro
+
+from jaxscape.cli.options import write_line
+from jaxscape.runtime.errors import UserError
+
+
+class Verb(NamedTuple):
+    """A verb: the class of its options in `jaxscape.cli.MODULE`, which is imported only when the verb is used."""
+
+    module: str
+    options: str
+    description: str
+
+
+VERBS = {
+    "scan": Verb("scan", "Scan", "Measure a model's safety landscape, and keep it in a directory."),
+    "finetune": Verb("finetune", "Finetune", "Finetune a chat model, and keep the result in a directory."),
+    "plan": Verb("plan", "Plan", "Forecast a scan on TPUs that are not here: its memory, its time, its form."),
+    "plot": Verb("plot", "Plot", "Draw the figure of a run again, finished or not."),
+    "export": Verb("export", "Export", "Write the answers of a finished run in the format of the paper's code."),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb of `jaxscape`; see `run_program`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        write_line(_usage())
+        sys.exit(0 if arguments else 2)
+    if arguments[0] not in VERBS:
+        _fail(f"Unknown verb {arguments[0]!r}: choose {', '.join(VERBS)}, or see jaxscape --help.")
+    verb = VERBS[arguments[0]]
+    options = getattr(importlib.import_module(f"jaxscape.cli.{verb.module}"), verb.options)
+    run_program(options, arguments[1:], f"jaxscape {arguments[0]}")
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {name:10}{verb.description}" for name, verb in VERBS.items())
+    return (
+        "Safety landscapes of large language models: how far can the weights move before the model stops refusing?\n\n"
+        "Examples:\n"
+        "  jaxscape scan --num-prompts 20 --steps 10\n"
+        "  jaxscape scan --model DIRECTORY --prompts advbench --num-prompts 80 --ndim 2 --gpu\n\n"
+        f"Verbs:\n{verbs}\n\n"
+        "jaxscape VERB --help lists the options of a verb."
+    )
+
+
+def run_program(program: Any, arguments: Sequence[str] | None = None, name: str | None = None) -> None:
+    """Parse the options of a program and run it.
+
+    A user error is one line on the standard error stream and exit code 2; an interruption is exit code 130.
+
+    Arguments:
+        program: a dataclass of options with a `run` method.
+        name: what the program is called in its help.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands, tyro.conf.DisallowNone)
+    description = inspect.getdoc(program)  # with its examples, which tyro would leave out
+    command = tyro.cli(program, prog=name, description=description, args=arguments, config=config)
+    try:
+        command.run()
+    except (UserError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("jaxscape: interrupted; the same command, without --overwrite, resumes the run.\n")
+        _exit(130)
+    except Exception as error:
+        import jax
+
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            _fail(
+                "The device's memory is full: lower --slots or --batch-size, choose a --dtype of 16 bits, or a --mesh "
+                "that shards the weights over more devices."
+            )
+        if jax.distributed.is_initialized():  # Python would wait for the other processes, and they for this one
+            traceback.print_exc()
+            _exit(1)
+        raise
+
+
+def _fail(message: str) -> NoReturn:
+    """Report a user error and end the process."""
+    # One line without control characters, whatever a library or a file name put into the message.
+    line = "".join(character if character.isprintable() else "?" for character in " ".join(message.split()))
+    sys.stderr.write(f"jaxscape: {line}\n")
+    _exit(2)
+
+
+def _exit(code: int) -> NoReturn:
+    if "jax" in sys.modules:  # otherwise no other process can have been joined
+        from jaxscape.runtime.processes import leave
+
+        leave(code)
+    sys.exit(code)

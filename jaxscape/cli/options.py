@@ -1,0 +1,149 @@
+"""What the verbs share: groups of options, the start of a run, and how to write a line.
+
+Importing this module does not import JAX, so that `--help` is quick.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+import tyro
+
+from jaxscape.runtime.errors import UserError, is_utf8
+from jaxscape.runtime.help import shown
+
+if TYPE_CHECKING:
+    from jaxscape.models.model import Model
+
+DEFAULT_MODEL = "smollm2-135m-safe"
+DEFAULT_NUM_PROMPTS = 40  # enough for a picture, and minutes on a laptop
+EXTRAS = {"tpu": "tpu", "gpu": "cuda"}  # the package's optional dependencies for each platform
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+T = TypeVar("T")
+Group = tyro.conf.OmitArgPrefixes[T]
+"""Options under a heading of their own in `--help`, without a prefix in their names."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model."""
+
+    model: Annotated[str, shown(metavar="MODEL")] = DEFAULT_MODEL
+    """A built-in name (smollm2-135m-safe or smollm2-135m), a Hugging Face directory or hub id (of a model or of a LoRA
+    adapter), or a .gguf file."""
+    dtype: Annotated[Dtype | None, shown(default="float32 on a CPU, bfloat16 on an accelerator")] = None
+    """Dtype of weights and activations."""
+    keep_weights: bool = False
+    """Cache the weights as they lie on the devices, which makes the next start faster."""
+
+    def load(self, mesh: str | None, on_host: bool | None = None) -> "Model":
+        """The model.
+
+        Arguments:
+            mesh: the value of --mesh.
+            on_host: see `jaxscape.load_model`.
+        """
+        from jaxscape.models.model import load_model
+        from jaxscape.runtime.sharding import parse_mesh_shape
+
+        mesh_shape = None if mesh is None else parse_mesh_shape(mesh)
+        return load_model(self.model, self.dtype, on_host, mesh_shape, self.keep_weights)
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the model's name, for the name of a run's directory."""
+        return Path(self.model).name.removesuffix(".gguf")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The devices and processes of a run."""
+
+    tpu: bool = False
+    """Run on a TPU, or stop with an error if there is none."""
+    gpu: bool = False
+    """Run on a GPU, or stop with an error if there is none."""
+    cpu: bool = False
+    """Run on the CPU."""
+    mesh: Annotated[str | None, shown("weights over the fewest devices that can hold them", "points=N,model=M")] = None
+    """Shard the rows of a batch over N devices and the weights over M."""
+    distributed: bool = False
+    """Join the other processes of this run that the machine knows, for example on a TPU pod. SLURM and Open MPI are
+    detected without this option."""
+    coordinator: Annotated[str | None, shown("none", "HOST:PORT")] = None
+    """Address of the first process, when the processes are started by hand; needs --num-processes and
+    --process-id."""
+    num_processes: Annotated[int | None, shown("detected", "N")] = None
+    """Number of processes of this run."""
+    process_id: Annotated[int | None, shown("detected", "N")] = None
+    """Number of this process, counted from 0."""
+
+    def start(self) -> None:
+        """Select the platform and join the other processes."""
+        from jaxscape.runtime.hardware import keep_compiled_programs
+        from jaxscape.runtime.processes import start
+
+        names = [name for name in ("tpu", "gpu", "cpu") if getattr(self, name)]
+        select_platform(names, lambda: start(self.coordinator, self.num_processes, self.process_id, self.distributed))
+        keep_compiled_programs()
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """The run's directory."""
+
+    out: Annotated[Path | None, shown("runs/MODEL-1d or runs/MODEL-2d", "DIRECTORY")] = None
+    """The run's directory. An unfinished run there is resumed."""
+    overwrite: bool = False
+    """Start over if the directory holds a run."""
+
+
+def check_texts(*texts: str | Path) -> None:
+    """Raise a `UserError` if an argument is not valid text: a command line may contain any bytes."""
+    for text in map(str, texts):
+        if not is_utf8(text):
+            raise UserError(f"The argument {text!r} is not valid UTF-8: write it in UTF-8.")
+
+
+def select_platform(names: Sequence[str], join: Callable[[], None] = lambda: None) -> None:
+    """Make JAX use the platform that was asked for; without one, JAX chooses.
+
+    Arguments:
+        join: connects this process with the others. It is called when JAX knows the platform and has not looked for
+            devices yet.
+
+    Raises:
+        UserError: several platforms were asked for, or JAX does not find the one.
+    """
+    import jax
+
+    if len(names) > 1:
+        raise UserError(f"Give only one of {', '.join('--' + name for name in names)}.")
+    before = jax.config.values["jax_platforms"]
+    for name in names:
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
+    join()
+    for name in names:
+        found, why = "none", ""
+        try:
+            found = jax.default_backend()
+        except RuntimeError as error:
+            why = f" ({' '.join(str(error).split())[:200]})"
+            if not jax.distributed.is_initialized():  # looking for another platform could keep other processes waiting
+                jax.config.update("jax_platforms", before)
+                found = jax.default_backend()
+        if found != name:
+            raise UserError(
+                f"JAX finds no {name.upper()} here, but {'nothing' if found == 'none' else f'a {found.upper()}'}{why}: "
+                f"on a machine that has one, run pip install 'jaxscape[{EXTRAS.get(name, name)}]', or leave out "
+                f"--{name}."
+            )
+
+
+def write_line(text: str) -> None:
+    """Write a line on the standard output stream."""
+    sys.stdout.write(text + "\n")

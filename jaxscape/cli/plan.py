@@ -1,0 +1,124 @@
+"""`jaxscape plan`: forecast what a scan takes on TPUs that are not here."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from jaxscape.cli.options import Group, write_line
+from jaxscape.engine.options import EngineOptions
+from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.help import shown
+
+
+@dataclass(frozen=True)
+class SliceOptions:
+    """The model and the TPU slice."""
+
+    model: str = "llama-2-7b"
+    """A model that is known by its shapes (llama-2-7b, llama-3-70b, ...), a config.json, or a directory that has one.
+    The weights are not needed."""
+    topology: str = "v5e:2x4"
+    """The TPU slice: a kind (v4, v5e, v5p or v6e) and its shape; v4 and v5p have three numbers, as in v5p:2x2x1."""
+    mesh: Annotated[str | None, shown("weights over the fewest chips that can hold them", "points=N,model=M")] = None
+    """Shard the rows of a batch over N chips and the weights over M."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of weights and activations."""
+
+
+@dataclass(frozen=True)
+class WorkloadOptions:
+    """What is scanned."""
+
+    points: tuple[int, ...] = (21,)
+    """Points along each axis: one number for a line, two for a plane."""
+    num_directions: int = 1
+    """Number of random directions; for a plane, of pairs of them."""
+    prompts: int = 80
+    """Number of prompts."""
+    prompt_tokens: int = 56
+    """Tokens of a prompt in the model's chat format."""
+    shared_tokens: int = 26
+    """Tokens that all prompts begin with."""
+    max_new_tokens: int = 512
+    """Maximum number of tokens generated for a prompt. The forecast assumes that every answer reaches it."""
+
+
+@dataclass(frozen=True)
+class ForecastOptions:
+    """The forecast."""
+
+    quick: bool = False
+    """Compile one and two layers only, and extrapolate linearly."""
+    finetune: Annotated[tuple[int, int] | None, shown("none", "CHATS TOKENS")] = None
+    """Also forecast a step of full finetuning with --remat, for a batch of CHATS chats of TOKENS
+    tokens."""
+    json: bool = False
+    """Write JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Forecast a scan on TPUs that are not here: its memory, its time, and which form is faster.
+
+    Examples:
+      jaxscape plan --model llama-2-7b --topology v5e:2x4 --num-directions 3
+      jaxscape plan --model llama-3-70b --topology v5p:2x2x2 --points 21 21 --quick
+    """
+
+    slice: Group[SliceOptions] = field(default_factory=SliceOptions)
+    workload: Group[WorkloadOptions] = field(default_factory=WorkloadOptions)
+    engine: Group[EngineOptions] = field(default_factory=EngineOptions)
+    forecast: Group[ForecastOptions] = field(default_factory=ForecastOptions)
+
+    def run(self) -> None:
+        import jax
+
+        from jaxscape.finetuning.forecast import finetune_step
+        from jaxscape.finetuning.training import check_batch
+        from jaxscape.forecast.chips import open_slice, shape_on
+        from jaxscape.forecast.forecast import forecast, make_workload
+        from jaxscape.forecast.known_models import shape_config
+        from jaxscape.forecast.table import as_json, describe
+        from jaxscape.runtime.sharding import parse_mesh_shape
+
+        jax.config.update("jax_platforms", "cpu")  # the compiler needs no device, and none should be taken
+        dtype, work, options = self.slice.dtype, self.workload, self.forecast
+        if not 1 <= len(work.points) <= 2:
+            raise UserError(f"--points takes one number for a line or two for a plane, not {len(work.points)}.")
+        if work.num_directions < 1:
+            raise UserError(f"--num-directions must be at least 1, not {work.num_directions}.")
+        config = shape_config(self.slice.model)
+        mesh_shape = None if self.slice.mesh is None else parse_mesh_shape(self.slice.mesh)
+        workload = make_workload(work.prompts, work.prompt_tokens, work.shared_tokens, work.max_new_tokens, work.points)
+        tpu_slice = open_slice(self.slice.topology)
+        if options.finetune is not None:
+            check_batch(options.finetune[0], shape_on(config, tpu_slice, mesh_shape, dtype).mesh)
+        forecasts = forecast(
+            config,
+            workload,
+            tpu_slice,
+            num_sets=work.num_directions,
+            mesh_shape=mesh_shape,
+            dtype=dtype,
+            options=self.engine,
+            quick=options.quick,
+        )
+        step = None
+        if options.finetune is not None:
+            batch_size, length = options.finetune
+            step = finetune_step(
+                config,
+                tpu_slice,
+                batch_size=batch_size,
+                length=length,
+                remat=True,
+                mesh_shape=mesh_shape,
+                dtype=dtype,
+                quick=options.quick,
+            )
+        if options.json:
+            finetune = None if step is None else as_json([step])[0]
+            write_line(json.dumps({"forms": as_json(forecasts), "finetune": finetune}))
+        else:
+            title = f"{self.slice.model} on {self.slice.topology}, {forecasts[0].mesh}"
+            write_line(describe(forecasts, step, title))

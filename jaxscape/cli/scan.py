@@ -1,0 +1,173 @@
+"""`jaxscape scan`: measure a model's safety landscape, and keep it in a directory."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from jaxscape.cli.options import (
+    DEFAULT_NUM_PROMPTS,
+    Group,
+    ModelOptions,
+    OutputOptions,
+    RunOptions,
+    check_texts,
+    write_line,
+)
+from jaxscape.engine.options import EngineOptions, GenerationOptions
+from jaxscape.runtime.help import shown
+
+if TYPE_CHECKING:
+    from jaxscape.landscapes.landscape import Landscape
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """The prompts."""
+
+    prompts: Annotated[str, shown(metavar="NAME|FILE")] = "harmful"
+    """A prompt set (harmful, benign, harmless or advbench), or a .csv, .jsonl or .txt file."""
+    num_prompts: Annotated[int | None, shown("40, or all if there are fewer", "N")] = None
+    """Number of prompts, from the first one on."""
+    system_prompt: Annotated[str, shown(metavar="NAME|TEXT")] = "default"
+    """default (the chat template's own), none, a name (aoa, llama2 or safety), or a text of several words."""
+
+
+@dataclass(frozen=True)
+class LandscapeOptions:
+    """The directions, the axes along them, and what judges the answers."""
+
+    ndim: Literal[1, 2] = 1
+    """Dimensions of the landscape: 1 for a line, 2 for a plane."""
+    steps: int = 20
+    """Intervals along each axis; an even number, so that the model itself is a point."""
+    radius: Annotated[float | None, shown("0.5; 1.25 along principal components", "RADIUS")] = None
+    """The axes run from -RADIUS to RADIUS, in multiples of the directions."""
+    seed: int = 0
+    """Seed of sampling and of the first random direction; further directions use SEED + 1, SEED + 2, and so on."""
+    num_directions: int = 1
+    """Number of random directions; with --ndim 2, of pairs of them."""
+    direction: Annotated[tuple[str, ...], shown("random ones", "KIND:OPTION ...")] = ()
+    """Directions by name: random:SEED, file:PATH, to:MODEL or principal:RUN[,RUN...]. With --ndim 2, two of them make
+    a pair."""
+    directions: Annotated[tuple[Path, ...], shown("none", "FILE ...")] = ()
+    """Safetensors files with directions, the same as --direction file:PATH for each of them."""
+    interpolate_to: Annotated[tuple[str, ...], shown("none", "MODEL ...")] = ()
+    """Models to interpolate to. With --ndim 2 give two models, which span the plane, or one, which is put beside a
+    random direction."""
+    extra_steps: int = 0
+    """Steps of an interpolation beyond both of its ends."""
+    trajectory: Annotated[tuple[Path, ...], shown("none", "RUN ...")] = ()
+    """Directories of finetunings of this model, whose paths are drawn on the plane (--ndim 2). Without other
+    directions, the plane is that of the paths' first two principal components."""
+    evaluator: Annotated[str, shown(metavar="NAME")] = "keywords"
+    """What judges the answers: keywords (the paper's 29 refusal keywords)."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Measure a model's safety landscape, and keep it in a directory. An unfinished run there is resumed.
+
+    Examples:
+      jaxscape scan --num-prompts 20 --steps 10
+      jaxscape scan --model DIRECTORY --prompts advbench --num-prompts 80 --ndim 2 --gpu
+    """
+
+    model: Group[ModelOptions] = field(default_factory=ModelOptions)
+    prompts: Group[PromptOptions] = field(default_factory=PromptOptions)
+    landscape: Group[LandscapeOptions] = field(default_factory=LandscapeOptions)
+    generation: Group[GenerationOptions] = field(default_factory=GenerationOptions)
+    engine: Group[EngineOptions] = field(default_factory=EngineOptions)
+    devices: Group[RunOptions] = field(default_factory=RunOptions)
+    output: Group[OutputOptions] = field(default_factory=OutputOptions)
+
+    def run(self) -> None:
+        # Whatever can be wrong is checked before anything slow is done.
+        options = self.landscape
+        out = self.output.out or Path("runs") / f"{self.model.short_name}-{options.ndim}d"
+        files, trajectories = [str(path) for path in options.directions], [str(path) for path in options.trajectory]
+        source, system_prompt = self.prompts.prompts, self.prompts.system_prompt
+        check_texts(self.model.model, source, system_prompt, out, *options.direction, *files, *trajectories)
+
+        from jaxscape.directions.kinds import make_directions
+        from jaxscape.directions.path import load_path
+        from jaxscape.engine.forms import Form
+        from jaxscape.evaluate.evaluators import find_evaluator
+        from jaxscape.finetuning.trajectory import project, save_trajectories
+        from jaxscape.landscapes.choice import choose_axes, choose_directions
+        from jaxscape.landscapes.scan import scan
+        from jaxscape.landscapes.store import FIGURE, SCAN
+        from jaxscape.prompts.sets import load_prompts
+        from jaxscape.report.figures import save_figure
+        from jaxscape.runtime import rundir
+        from jaxscape.runtime.processes import from_first
+
+        sets = choose_directions(
+            options.ndim,
+            seed=options.seed,
+            num_directions=options.num_directions,
+            names=options.direction,
+            files=files,
+            interpolate_to=options.interpolate_to,
+            trajectories=trajectories,
+        )
+        axes = choose_axes(sets[0], options.steps, options.radius, options.extra_steps)
+        find_evaluator(options.evaluator)
+        prompts = load_prompts(source, self.prompts.num_prompts)
+        if self.prompts.num_prompts is None:
+            prompts = prompts[:DEFAULT_NUM_PROMPTS]
+        self.devices.start()
+        from_first(lambda: rundir.check_directory(out, SCAN, self.output.overwrite))
+        on_host = None if self.engine.form == "auto" else self.engine.form == Form.STREAMED
+        model = self.model.load(self.devices.mesh, on_host)
+        paths = []
+        if trajectories:
+            plane = make_directions(sets[0], model)
+            paths = [project(path.name, load_path(path, model), plane) for path in options.trajectory]
+        landscape = scan(
+            model,
+            sets,
+            prompts=prompts,
+            axes=axes,
+            system_prompt=system_prompt,
+            evaluator=options.evaluator,
+            options=self.engine,
+            out=out,
+            overwrite=self.output.overwrite,
+            describe={
+                "prompt_source": source,
+                "direction_files": files,
+                "interpolate_to": list(options.interpolate_to),
+            },
+            seed=options.seed,
+            max_new_tokens=self.generation.max_new_tokens,
+            temperature=self.generation.temperature,
+            top_k=self.generation.top_k,
+            top_p=self.generation.top_p,
+        )
+
+        def conclude() -> None:
+            if paths:
+                save_trajectories(paths, out)
+            save_figure(landscape, out / FIGURE, trajectories=paths)
+            write_line(summary(landscape, out / FIGURE))
+
+        from_first(conclude)
+
+
+def summary(landscape: "Landscape", figure: Path) -> str:
+    """A few lines for the user: the ASR, VISAGE, and where the figure is."""
+    import numpy as np
+
+    values = landscape.visage_values or {}
+    origin = tuple(axis.values.index(0.0) for axis in landscape.axes)
+    centre = np.mean([asr[origin] for asr in landscape.asr])
+    low, high = values["interval"]
+    lines = [
+        f"ASR of the model itself: {centre:.1f} %; over all points: {landscape.asr.mean():.1f} %",
+        f"VISAGE: {values['paper']:.2f} (95 % interval {low:.2f} to {high:.2f}); reference code's definition: "
+        f"{values['reference']:.2f}",
+    ]
+    if nonfinite := int(landscape.nonfinite.sum()):
+        points = int((landscape.nonfinite > 0).sum())
+        lines.append(f"NaN or infinite logits: {nonfinite} completions at {points} points")
+    return "\n".join([*lines, f"{figure}"])

@@ -1,0 +1,130 @@
+"""The parameters at a point: θ(c) = θ₀ + Σ cᵢ dᵢ, formed (`materialise`) or as sums that are never formed (`at_point`).
+
+A point is always computed from θ₀ and its coordinates, never from a neighbouring point, so that rounding errors do not
+accumulate and points can be evaluated in any order.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxscape.directions.storage import Direction, Scaled, dense
+from jaxscape.models.checkpoint import Params, named_leaves, tree_of
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["weight", "tensors", "coords"], meta_fields=[])
+@dataclass(frozen=True)
+class PerturbedWeight:
+    """W + Σ cᵢ Dᵢ, which is never formed: x (W + Σ cᵢ Dᵢ) = x W + Σ cᵢ (x Dᵢ).
+
+    Attributes:
+        tensors: the Dᵢ.
+        coords: the cᵢ. Each is a scalar, or an array that broadcasts against the product: [B, 1, 1] when each of B rows
+            is at a point of its own. In both cases, and under `jax.vmap` over coordinates, all rows share one product
+            with W and one product with each Dᵢ.
+    """
+
+    weight: Float[Array, "*shape"]
+    tensors: tuple[Any, ...]
+    coords: tuple[Float[Array, "*rows"], ...]
+
+    def apply(self, use: Callable[[Array], Array]) -> Array:
+        """`use(W + Σ cᵢ Dᵢ)`, for a function `use` that is linear in the weight; in the dtype of `use(W)`."""
+        total = use(self.weight)
+        for c, tensor in zip(self.coords, self.tensors, strict=True):
+            if isinstance(tensor, Scaled):  # scale the product; the values keep the magnitude of weights
+                one = 128 if tensor.values.dtype == jnp.int8 else 1
+                values = tensor.values.astype(self.weight.dtype) / one
+                product = tensor.scale * one * use(values).astype(jnp.float32)
+            else:
+                product = use(dense(tensor).astype(self.weight.dtype)).astype(jnp.float32)
+            if c.ndim:  # one coordinate for each row, also where the product has more dimensions, such as heads
+                c = c.reshape(c.shape + (1,) * (product.ndim - c.ndim))
+            # At c = 0 the result has the bits of use(W), even where the direction overflows.
+            product = jnp.where(c == 0, 0, c * product)
+            total = (total.astype(jnp.float32) + product).astype(total.dtype)
+        return total
+
+
+def at_point(params: Params, directions: Sequence[Direction], coords: Float[Array, "*rows ndim"]) -> Params:
+    """The parameters at coordinates, as `PerturbedWeight`s; without directions, the parameters themselves.
+
+    Arguments:
+        coords: float32[n], or float32[B, n] for inputs of B rows, each of which is at a point of its own.
+    """
+    if not directions:
+        return params
+    shape = (-1, 1, 1) if coords.ndim == 2 else ()
+    by_direction = tuple(coords[..., i].reshape(shape) for i in range(len(directions)))
+    return jax.tree.map(lambda weight, *tensors: PerturbedWeight(weight, tensors, by_direction), params, *directions)
+
+
+@partial(jax.jit, donate_argnums=3, keep_unused=True)
+def materialise(
+    params: Params,
+    directions: Sequence[Direction],
+    coords: Float[Array | np.ndarray, " ndim"],
+    previous: Params | None = None,
+) -> Params:
+    """θ(c), computed in float32 from θ₀ and rounded once to each parameter's dtype.
+
+    Arguments:
+        coords: float32[n], one for each direction.
+        previous: the previous point's parameters. Their buffers are donated to the result.
+    """
+    del previous
+    return jax.tree.map(partial(_moved, coords), params, *directions)
+
+
+def materialise_streamed(
+    params: Params,
+    directions: Sequence[Direction],
+    coords: Float[Array | np.ndarray, " ndim"],
+    previous: Params | None = None,
+    *,
+    shardings: Params,
+) -> Params:
+    """θ(c) as `materialise` computes it, from parameters in host memory.
+
+    Tensors are sent one by one, so the devices hold the point's parameters, one tensor of the model, and whatever of
+    the directions is stored.
+
+    Arguments:
+        shardings: a tree like `params`, the sharding of each parameter.
+    """
+    by_name = named_leaves(shardings)
+    previous_tensors = named_leaves(previous) if previous is not None else {}
+    direction_tensors = [named_leaves(direction) for direction in directions]
+    moved = {}
+    for name, weight in named_leaves(params).items():
+        tensors = tuple(direction[name] for direction in direction_tensors)
+        weight = jax.device_put(weight, by_name[name])
+        # Without waiting, the host would send further tensors before there is room for them.
+        moved[name] = _moved_tensor(coords, weight, tensors, previous_tensors.get(name)).block_until_ready()
+    return tree_of(moved)
+
+
+@partial(jax.jit, donate_argnums=3, keep_unused=True)
+def _moved_tensor(
+    coords: Float[Array | np.ndarray, " ndim"],
+    weight: Float[Array, "*shape"],
+    tensors: tuple[Any, ...],
+    previous: Array | None,
+) -> Float[Array, "*shape"]:
+    del previous
+    return _moved(coords, weight, *tensors)
+
+
+def _moved(
+    coords: Float[Array | np.ndarray, " ndim"], weight: Float[Array, "*shape"], *tensors: Any
+) -> Float[Array, "*shape"]:
+    moved = weight.astype(jnp.float32)
+    for c, tensor in zip(coords, tensors, strict=True):
+        moved = moved + c * dense(tensor)
+    return moved.astype(weight.dtype)

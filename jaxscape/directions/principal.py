@@ -1,0 +1,73 @@
+"""The principal components of finetunings: the plane that contains most of their paths through weight space."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxscape.directions.path import load_path
+from jaxscape.directions.storage import Direction
+from jaxscape.directions.sums import inner
+from jaxscape.models.checkpoint import Params
+from jaxscape.models.model import Model
+from jaxscape.runtime.errors import UserError
+
+
+def principal_directions(steps: Sequence[Params], count: int = 2) -> list[Params]:
+    """The first principal components of paths, about the start of the paths (Li et al., arXiv 1712.09913).
+
+    All directions have the same norm, the largest coordinate of a step along the first component, so that the plane has
+    one scale. The signs make the last step's coordinates non-negative.
+
+    Arguments:
+        steps: the difference of each checkpoint from the start, trees like the model's parameters.
+
+    Returns:
+        `count` float32 trees.
+
+    Raises:
+        UserError: the steps span fewer than `count` dimensions.
+    """
+    gram = np.array([[inner(a, b) for b in steps] for a in steps])
+    values, vectors = np.linalg.eigh(gram)
+    values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
+    if len(steps) < count or values[-1] <= 1e-9 * values[0]:
+        raise UserError(
+            f"The {len(steps)} checkpoints span fewer than {count} dimensions: give finetunings with more epochs, or a "
+            f"second finetuning."
+        )
+    vectors = vectors * np.where(vectors[-1] < 0, -1, 1)
+    scale = np.abs(vectors[:, 0]).max() * np.sqrt(values[0])
+    weights = vectors / np.sqrt(values) * scale
+    return [_combine(list(steps), jnp.asarray(column, jnp.float32)) for column in weights.T]
+
+
+@jax.jit
+def _combine(steps: list[Params], weights: Float[Array, " steps"]) -> Params:
+    return jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *steps)
+
+
+@dataclass(frozen=True)
+class Principal:
+    """`principal:RUN[,RUN…]`: the first two principal components of finetunings, which are the axes of a plane."""
+
+    runs: tuple[str, ...]
+
+    kind: ClassVar[str] = "principal"
+    usage: ClassVar[str] = "principal:RUN[,RUN…]"
+    is_interpolation: ClassVar[bool] = False
+    count: ClassVar[int] = 2
+
+    @classmethod
+    def parse(cls, option: str) -> "Principal":
+        return cls(tuple(option.split(",")))
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{','.join(self.runs)}"
+
+    def make(self, model: Model, earlier: Sequence[Direction], storage: str) -> list[Direction]:
+        return list(principal_directions([step for run in self.runs for step in load_path(run, model)], self.count))

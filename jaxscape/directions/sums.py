@@ -1,0 +1,42 @@
+"""Sums over tensors that do not depend on the mesh: the same bits however a tensor is sharded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxscape.models.checkpoint import Params
+
+
+def order_free_sum(x: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """The sum of float32 numbers, float32, with the same bits in whatever order they are added.
+
+    Each number is rounded to 24 bits below the largest one, and the integers are added in pieces of 12 bits. An int32
+    holds the sum of 2¹⁸ such pieces, so the last axis is summed first and then the others.
+    """
+    x = jnp.atleast_2d(x)
+    highest = jnp.abs(x).max()
+    shift = 24 - jnp.maximum(jnp.frexp(highest)[1], -100)
+    integers = jnp.round(jnp.ldexp(x, shift)).astype(jnp.int32)
+    rows = jnp.stack([(integers >> 12).sum(-1), (integers & 4095).sum(-1)])
+    sums = jnp.stack([rows >> 24, (rows >> 12) & 4095, rows & 4095]).sum(range(2, rows.ndim + 1)).astype(jnp.float32)
+    total = jnp.float32(0)
+    for i, j in np.ndindex(sums.shape):  # the highest pieces first, because a negative sum cancels most of them
+        total += sums[i, j] * 2.0 ** (36 - 12 * (i + j))  # exact except for the addition, also as an FMA
+    return jnp.where(jnp.isfinite(highest), jnp.ldexp(total, -shift), highest)
+
+
+def tensor_norm(x: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """The Euclidean norm of a float32 tensor, the same on every mesh."""
+    return jnp.sqrt(order_free_sum(x * x))
+
+
+def inner(a: Params, b: Params) -> float:
+    """The inner product of two trees, the same on every mesh: float32 for each tensor, float64 over the tensors."""
+    return float(sum(np.float64(part) for part in jax.device_get(_inner_products(a, b))))
+
+
+@jax.jit
+def _inner_products(a: Params, b: Params) -> list[Float[Array, ""]]:
+    products = jax.tree.map(lambda x, y: order_free_sum(x.astype(jnp.float32) * y.astype(jnp.float32)), a, b)
+    return jax.tree.leaves(products)

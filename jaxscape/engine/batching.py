@@ -1,0 +1,94 @@
+"""The work that the engine is given: prompts as token ids, and at how many points they are answered."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxscape.engine.sampling import Sampling
+from jaxscape.models.model import Model
+from jaxscape.prompts.chat_format import chat_text
+from jaxscape.runtime.errors import UserError
+
+LENGTH_MULTIPLE = 16  # text lengths are padded to a multiple of this, so that few shapes are compiled
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts to answer at each point of one direction set.
+
+    Attributes:
+        prompt_tokens: token ids of each prompt in the model's chat format.
+        num_points: number of points of the direction set.
+        points_per_line: number of consecutive points that differ in their last coordinate only.
+        ndim: number of directions of the set.
+        num_random: how many of these directions are random ones, which are drawn when the run gets there.
+    """
+
+    prompt_tokens: Sequence[Sequence[int]]
+    sampling: Sampling
+    num_points: int = 1
+    points_per_line: int = 1
+    ndim: int = 0
+    num_random: int = 0
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompt_tokens)
+
+    @cached_property
+    def prefix_length(self) -> int:
+        """Number of tokens that all prompts begin with."""
+        return common_prefix(self.prompt_tokens)
+
+    @cached_property
+    def own_lengths(self) -> tuple[int, ...]:
+        """Number of tokens of each prompt after the common prefix."""
+        return tuple(len(tokens) - self.prefix_length for tokens in self.prompt_tokens)
+
+    @property
+    def ring_slots(self) -> int:
+        """Cache slots that a row needs after the prefix: for the longest prompt, padded, and the new tokens."""
+        return padded_length(max(self.own_lengths)) + self.sampling.max_new_tokens
+
+
+def tokenize(model: Model, prompts: Sequence[str], system_prompt: str, max_new_tokens: int) -> list[list[int]]:
+    """The token ids of each prompt in the model's chat format; see `chat_text` and `encode`."""
+    return encode(model, [chat_text(model.tokenizer, prompt, system_prompt) for prompt in prompts], max_new_tokens)
+
+
+def encode(model: Model, texts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """The token ids of texts in which the special tokens are already spelled out.
+
+    Raises:
+        UserError: there are no texts, a text has no tokens, a text and its new tokens exceed the model's context, or
+            the tokenizer does not belong to the model.
+    """
+    if not texts:
+        raise UserError("There are no prompts: give at least one.")
+    encoded: list[list[int]] = model.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    for number, tokens in enumerate(encoded, 1):
+        if len(tokens) + max_new_tokens > model.config.max_positions:
+            raise UserError(
+                f"Prompt {number} has {len(tokens)} tokens, which with {max_new_tokens} new tokens exceeds the model's "
+                f"context of {model.config.max_positions}: shorten the prompt or lower --max-new-tokens."
+            )
+        if not tokens:
+            raise UserError(f"Prompt {number} has no tokens: remove it or write a text.")
+        if max(tokens) >= model.config.vocab_size:
+            raise UserError(
+                f"The tokenizer produced the token id {max(tokens)}, but the model's vocabulary has only "
+                f"{model.config.vocab_size} tokens: use the tokenizer that belongs to the model."
+            )
+    return encoded
+
+
+def common_prefix(prompt_tokens: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, leaving each prompt at least one token of its own."""
+    shortest = min(map(len, prompt_tokens)) - 1
+    first = prompt_tokens[0]
+    return next((i for i in range(shortest) if any(tokens[i] != first[i] for tokens in prompt_tokens)), shortest)
+
+
+def padded_length(length: int) -> int:
+    """The length rounded up to a multiple of `LENGTH_MULTIPLE`."""
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

@@ -1,0 +1,424 @@
+"""The jitted programs of the engine: `insert` prefills, `decode_chunk` adds tokens, `compact` shrinks the batch.
+
+`jaxscape.engine.layout` describes the batch. All rows take their decode steps together, so one clock counts the steps
+of the whole run, and what is written at step t goes to ring slot t modulo the ring's size. The tokens of a prompt that
+is inserted at step t lie in the ring slots just before t. The scheduler decides which program runs when.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxscape.directions.point import at_point
+from jaxscape.directions.storage import Direction
+from jaxscape.engine.batching import Workload
+from jaxscape.engine.layout import BatchLayout, Groups
+from jaxscape.engine.sampling import Sampling, greedy, sample
+from jaxscape.models.cache import CPU_ORDER, GPU_ORDER, TPU_ORDER, CacheOrder, Context, KVCache
+from jaxscape.models.checkpoint import Params
+from jaxscape.models.config import ModelConfig
+from jaxscape.models.decoder import forward, head, hidden_states
+from jaxscape.models.model import Model
+from jaxscape.models.shape import ModelShape
+from jaxscape.runtime.sharding import Axes, constrain, on_mesh, sharding
+
+
+class Generated(NamedTuple):
+    """The new tokens of each row so far.
+
+    Attributes:
+        tokens: int32[B, new]; the first `lengths` tokens of a row count. End tokens are not stored.
+        lengths: int32[B].
+        ended: bool[B], the row met an end token, the limit, or a NaN or infinite logit.
+        finite: bool[B], False for a row that met a NaN or infinite logit.
+    """
+
+    tokens: Int[Array, "batch new"]
+    lengths: Int[Array, " batch"]
+    ended: Bool[Array, " batch"]
+    finite: Bool[Array, " batch"]
+
+
+class Slots(NamedTuple):
+    """The state of a batch of B rows at N points; the first B / N rows are at the first point, and so on.
+
+    Attributes:
+        generated: the new tokens.
+        prompt_lengths, prompt_ids: int32[B], see `Groups`.
+        cache: the ring of each row, which holds what follows the prefix.
+        prefix: the cached prefix, one row for each point; None if the prompts have no common prefix.
+        coords: float32[N, n], each point's coordinates along the directions that are not added to the weights.
+        clock: int32, the number of decode steps so far.
+    """
+
+    generated: Generated
+    prompt_lengths: Int[Array, " batch"]
+    prompt_ids: Int[Array, " batch"]
+    cache: KVCache
+    prefix: KVCache | None
+    coords: Float[Array, "points ndim"]
+    clock: Int[Array, ""]
+
+
+class Insertion(NamedTuple):
+    """M groups to insert, and which rows and points take them.
+
+    Attributes:
+        groups: int32[M], indices into `Groups`. To keep the shape, the last group may be repeated; nobody takes the
+            copies.
+        coords: float32[M, n], the point of each group.
+        new_coords: float32[K, n], the points whose prefix is not cached yet, the last one repeated.
+        prefix_source: int32[M], where the prefix of each group comes from: the index of the point in flight that has
+            it, or -1 - k for the k-th new point.
+        row_source: int32[B], the row that each row of the batch takes, counted through the M groups; -1 keeps its own.
+        point_source: int32[N], the group whose point each point in flight takes; -1 keeps its own.
+    """
+
+    groups: Int[Array | np.ndarray, " inserted"]
+    coords: Float[Array | np.ndarray, "inserted ndim"]
+    new_coords: Float[Array | np.ndarray, "new ndim"]
+    prefix_source: Int[Array | np.ndarray, " inserted"]
+    row_source: Int[Array | np.ndarray, " batch"]
+    point_source: Int[Array | np.ndarray, " points"]
+
+
+class Weights(NamedTuple):
+    """The parameters, and the directions that are not added to them, along which `Slots.coords` count."""
+
+    params: Params
+    directions: tuple[Direction, ...] = ()
+
+
+@dataclass(frozen=True)
+class StaticArguments:
+    """What the programs are compiled for: the static argument of each of them, and therefore hashable."""
+
+    config: ModelConfig
+    sampling: Sampling
+    eos_token_ids: tuple[int, ...]
+    mesh: Mesh
+    order: CacheOrder
+
+
+def static_arguments(model: Model | ModelShape, workload: Workload) -> StaticArguments:
+    """The static arguments for a model on the devices of its mesh."""
+    longest = max(map(len, workload.prompt_tokens)) + workload.sampling.max_new_tokens
+    orders = {"cpu": CPU_ORDER, "tpu": TPU_ORDER}
+    order = orders.get(model.mesh.devices.flat[0].platform, GPU_ORDER)
+    # The seed is not part of the program: another seed must not compile it again.
+    sampling = replace(workload.sampling, seed=0)
+    return StaticArguments(model.config.for_length(longest), sampling, model.eos_token_ids, model.mesh, order)
+
+
+def empty_slots(static: StaticArguments, dtype: str, layout: BatchLayout) -> Slots:
+    """A batch without prompts, sharded over the mesh."""
+    shardings = jax.tree.map(lambda shape: shape.sharding, slot_shapes(static, dtype, layout))
+    slots: Slots = jax.jit(partial(_blank_slots, static, dtype, layout), out_shardings=shardings)()
+    return slots
+
+
+def slot_shapes(static: StaticArguments, dtype: str, layout: BatchLayout) -> Any:
+    """`Slots` of `jax.ShapeDtypeStruct`s with shardings: rows and points over `points`, key-value heads over `kv`."""
+    slots = jax.eval_shape(partial(_blank_slots, static, dtype, layout))
+
+    def sharded(x: jax.ShapeDtypeStruct, axes: Axes) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(static.mesh, axes, x.shape))
+
+    return jax.tree.map(sharded, slots, _slot_axes(slots, static.order))
+
+
+def _blank_slots(static: StaticArguments, dtype: str, layout: BatchLayout) -> Slots:
+    config, batch = static.config, layout.batch
+
+    def cache(rows: int, slots: int) -> KVCache:
+        lengths = {"b": rows, "k": config.num_kv_heads, "h": config.head_dim, "s": slots}
+        keys, values = (jnp.zeros([lengths[dimension] for dimension in order], dtype) for order in static.order.both)
+        count = config.num_layers
+        return KVCache((keys,) * count, (values,) * count, jnp.full((rows, slots), -1, jnp.int32))
+
+    zeros, flags = jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool)
+    return Slots(
+        generated=Generated(jnp.zeros((batch, static.sampling.max_new_tokens), jnp.int32), zeros, flags, flags),
+        prompt_lengths=zeros,
+        prompt_ids=zeros,
+        cache=cache(batch, layout.ring_slots),
+        prefix=cache(layout.points_in_flight, layout.prefix_slots) if layout.prefix_slots else None,
+        coords=jnp.zeros((layout.points_in_flight, layout.num_factored), jnp.float32),
+        clock=jnp.int32(0),
+    )
+
+
+def _slot_axes(slots: Slots, order: CacheOrder) -> Any:
+    """The logical axes of each array of `Slots`."""
+    axes: Any = jax.tree.map(lambda x: ("rows", None)[: x.ndim], slots)
+    keys, values = order.axes
+
+    def cache_axes(cache: Any) -> Any:
+        return cache._replace(keys=(keys,) * len(cache.keys), values=(values,) * len(cache.values))
+
+    prefix = None if axes.prefix is None else cache_axes(axes.prefix)
+    return axes._replace(cache=cache_axes(axes.cache), prefix=prefix)
+
+
+def _constrained(slots: Slots, order: CacheOrder) -> Slots:
+    """The slots with sharding constraints, so that every mesh runs the same few compiled programs."""
+    return jax.tree.map(lambda x, axes: constrain(x, *axes), slots, _slot_axes(slots, order))
+
+
+@partial(jax.jit, static_argnames="static", donate_argnames="slots")
+def insert(
+    weights: Weights,
+    slots: Slots,
+    prefix: Int[Array, " prefix"],
+    groups: Groups,
+    insertion: Insertion,
+    stream: Key[Array, ""],
+    *,
+    static: StaticArguments,
+) -> Slots:
+    """Prefill groups of prompts, each at its point, choose their first tokens, and put them into the batch.
+
+    Arguments:
+        slots: the batch; its buffers are donated.
+        prefix: int32[prefix], the tokens that all prompts begin with.
+        stream: the key that random draws are derived from.
+    """
+    config, order, count = static.config, static.order, len(insertion.groups)
+    with on_mesh(static.mesh):
+        # 1. The prefix, computed once for each point and copied for each of its groups.
+        prefixes = _prefix_caches(weights, slots, prefix, insertion, static)
+
+        # 2. The rest of the prompts, several of them in each line.
+        group = jax.tree.map(lambda x: x[insertion.groups], groups)
+        lines, width = group.tokens.shape[1:]
+        tokens, positions, segments = (x.reshape(-1, width) for x in (group.tokens, group.positions, group.segments))
+        params = _params_at(weights, insertion.coords, lines)
+        context = Context(prefix=prefixes, segments=segments)
+        hidden, cache = hidden_states(config, params, tokens, positions, context, order)
+
+        # 3. The first new token, from the hidden state of each prompt's last token.
+        first = (group.first_token + jnp.arange(count)[:, None] * lines * width).reshape(-1)
+        prompt_lengths, ids, lengths = (
+            x.reshape(-1) for x in (group.prompt_lengths, group.prompt_ids, group.own_lengths)
+        )
+        last = hidden.reshape(-1, hidden.shape[-1])[first + jnp.maximum(lengths, 1) - 1]
+        nothing = Generated(
+            tokens=jnp.zeros((len(ids), static.sampling.max_new_tokens), jnp.int32),
+            lengths=jnp.zeros_like(ids),
+            ended=lengths == 0,
+            finite=jnp.ones(ids.shape, bool),
+        )
+        logits = head(config, _params_at(weights, insertion.coords, len(ids) // count), last[:, None])
+        generated = _append_tokens(static, logits[:, 0], nothing, ids, stream)
+
+        # 4. Keys and values move from the lines to the rings of the rows that take the prompts.
+        rings = _filled_rings(slots, insertion, positions, cache, first, lengths, static)
+        rows = _take_rows(
+            insertion.row_source,
+            (slots.generated, slots.prompt_lengths, slots.prompt_ids),
+            (generated, prompt_lengths, ids),
+            order,
+        )
+        points = _take_rows(insertion.point_source, (slots.prefix, slots.coords), (prefixes, insertion.coords), order)
+        return _constrained(Slots(*rows, rings, *points, slots.clock), order)  # type: ignore[call-arg]
+
+
+def _params_at(weights: Weights, coords: Float[Array | np.ndarray, "points ndim"], rows: int) -> Params:
+    """The parameters for inputs of `rows` rows for each of the points."""
+    return at_point(weights.params, weights.directions, jnp.repeat(jnp.asarray(coords), rows, axis=0))
+
+
+def _prefix_caches(
+    weights: Weights, slots: Slots, prefix: Int[Array, " prefix"], insertion: Insertion, static: StaticArguments
+) -> KVCache | None:
+    """The cached prefix of each inserted group: a copy from a point in flight, or computed for a new point."""
+    cached = slots.prefix
+    if cached is None:
+        return None
+
+    def computed() -> KVCache:
+        shape = (len(insertion.new_coords), prefix.size)
+        tokens, positions = (jnp.broadcast_to(x, shape) for x in (prefix, jnp.arange(prefix.size)))
+        params = _params_at(weights, insertion.new_coords, 1)
+        return hidden_states(static.config, params, tokens, positions, Context(), static.order)[1]
+
+    new = jax.lax.cond(
+        (insertion.prefix_source < 0).any(),
+        computed,
+        lambda: _gather_rows(cached, jnp.zeros(len(insertion.new_coords), jnp.int32), static.order),
+    )
+    copies = _gather_rows(cached, jnp.maximum(insertion.prefix_source, 0), static.order)
+    taken: KVCache = _take_rows(-1 - insertion.prefix_source, copies, new, static.order)
+    return taken
+
+
+def _filled_rings(
+    slots: Slots,
+    insertion: Insertion,
+    positions: Int[Array, "lines width"],
+    cache: KVCache,
+    first: Int[Array, " rows"],
+    lengths: Int[Array, " rows"],
+    static: StaticArguments,
+) -> KVCache:
+    """The rings of the batch, in which the rows that take a prompt hold its keys and values.
+
+    Arguments:
+        positions, cache: of the packed lines.
+        first, lengths: where each inserted prompt begins, counted through all lines, and its tokens there.
+    """
+    order, heads = static.order, (static.config.num_kv_heads, static.config.head_dim)
+    # Ring slot s of a row holds token number `token` of its prompt, if the prompt has that many tokens.
+    takes, row = insertion.row_source >= 0, jnp.maximum(insertion.row_source, 0)
+    ring = slots.cache.positions.shape[1]
+    token = (jnp.arange(ring) - (slots.clock - lengths[row][:, None])) % ring
+    is_filled = token < lengths[row][:, None]
+    index = jnp.where(is_filled, first[row][:, None] + token, 0)
+
+    def in_rings(dimensions: str, old: Array, new: Array) -> Array:
+        """The rings of one layer's keys or values, whose dimensions have the order `dimensions`."""
+        by_token = new.transpose(*map(dimensions.index, "bskh")).reshape(-1, *heads)
+        filled = jnp.where(is_filled[..., None, None], by_token[index], 0)
+        filled = filled.transpose(*map("bskh".index, dimensions))
+        # Without this constraint, XLA for TPUs merges the rings in the gather's layout and copies every layer's back.
+        filled = with_layout_constraint(filled, Layout(tuple(range(4))))
+        return jnp.where(jnp.expand_dims(takes, [axis for axis in range(4) if dimensions[axis] != "b"]), filled, old)
+
+    done: list[tuple[Array, Array]] = []
+    for old, new in zip(zip(*slots.cache[:2], strict=True), zip(*cache[:2], strict=True), strict=True):
+        if done:  # one layer after the other, because gathering all layers at once would take a second cache
+            new, done[-1] = jax.lax.optimization_barrier((new, done[-1]))
+        done.append((in_rings(order.keys, old[0], new[0]), in_rings(order.values, old[1], new[1])))
+    keys, values = zip(*done, strict=True)
+    filled_positions = jnp.where(is_filled, positions.reshape(-1)[index], -1)
+    return KVCache(keys, values, jnp.where(takes[:, None], filled_positions, slots.cache.positions))
+
+
+def _take_rows(index: Int[Array | np.ndarray, " rows"], old: Any, new: Any, order: CacheOrder) -> Any:
+    """For each array of two trees, row `index[i]` of the new array as row i, and the old row where that is negative."""
+    numbers = jnp.asarray(index)
+
+    def merge(old: Array, new: Array, row_axis: int) -> Array:
+        is_kept = jnp.expand_dims(numbers < 0, [axis for axis in range(old.ndim) if axis != row_axis])
+        return jnp.where(is_kept, old, jnp.take(new, jnp.maximum(numbers, 0), axis=row_axis))
+
+    return _map_rows(merge, order, old, new)
+
+
+def _gather_rows(tree: Any, index: Int[Array | np.ndarray, " rows"], order: CacheOrder) -> Any:
+    """Row `index[i]` of each array as row i."""
+    return _map_rows(lambda x, row_axis: jnp.take(x, jnp.asarray(index), axis=row_axis), order, tree)
+
+
+def _map_rows(function: Callable[..., Array], order: CacheOrder, *trees: Any) -> Any:
+    """`function(*arrays, row_axis)` for the corresponding arrays of trees, whose caches have their rows where `order`
+    says."""
+
+    def map_cache(*caches: KVCache) -> KVCache:
+        keys, values, positions = zip(*caches, strict=True)
+        return KVCache(
+            tuple(function(*layer, order.keys.index("b")) for layer in zip(*keys, strict=True)),
+            tuple(function(*layer, order.values.index("b")) for layer in zip(*values, strict=True)),
+            function(*positions, 0),
+        )
+
+    def map_leaf(*leaves: Any) -> Any:
+        return map_cache(*leaves) if isinstance(leaves[0], KVCache) else function(*leaves, 0)
+
+    return jax.tree.map(map_leaf, *trees, is_leaf=lambda x: isinstance(x, KVCache))
+
+
+@partial(jax.jit, static_argnames="static", donate_argnames="slots")
+def decode_chunk(
+    weights: Weights,
+    slots: Slots,
+    is_alive: Bool[Array | np.ndarray, " batch"],
+    stream: Key[Array, ""],
+    steps: Int[Array | np.ndarray, ""],
+    *,
+    static: StaticArguments,
+) -> tuple[Slots, Generated]:
+    """Add up to `steps` tokens to the rows that are alive.
+
+    Arguments:
+        slots: the batch; its buffers are donated.
+
+    Returns:
+        The batch, and a copy of its generated tokens on every device, which stays valid when the batch is donated to
+        the next call.
+    """
+    batch, ring = slots.cache.positions.shape
+    with on_mesh(static.mesh):
+        coords = jnp.repeat(slots.coords, batch // len(slots.coords), axis=0)
+        params = at_point(weights.params, weights.directions, coords)
+
+        def is_unfinished(carry: tuple[Int[Array, ""], Slots]) -> Bool[Array, ""]:
+            return (carry[0] < steps) & ~carry[1].generated.ended.all()
+
+        def step(carry: tuple[Int[Array, ""], Slots]) -> tuple[Int[Array, ""], Slots]:
+            count, slots = carry
+            generated = slots.generated
+            last = jnp.take_along_axis(generated.tokens, jnp.maximum(generated.lengths - 1, 0)[:, None], axis=1)
+            position = slots.prompt_lengths + generated.lengths - 1
+            positions = jnp.where(generated.ended, -1, position)[:, None]
+            context = Context(slots.cache, slots.clock % ring, slots.prefix)
+            logits, cache = forward(static.config, params, last, positions, context, order=static.order)
+            generated = _append_tokens(static, logits[:, 0], generated, slots.prompt_ids, stream)
+            slots = slots._replace(generated=generated, cache=cache, clock=slots.clock + 1)
+            return count + 1, _constrained(slots, static.order)
+
+        ended = slots.generated.ended | ~is_alive
+        slots = slots._replace(generated=slots.generated._replace(ended=ended))
+        slots = jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), slots))[1]
+        slots = _constrained(slots, static.order)
+        return slots, jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), slots.generated)
+
+
+@partial(jax.jit, static_argnames="static")
+def compact(
+    slots: Slots,
+    rows: Int[Array | np.ndarray, " fewer"],
+    points: Int[Array | np.ndarray, " fewer_points"],
+    *,
+    static: StaticArguments,
+) -> Slots:
+    """A smaller batch with the given rows and points of `slots`, which stays valid."""
+    moved = (slots.generated, slots.prompt_lengths, slots.prompt_ids, slots.cache)
+    by_row = _gather_rows(moved, rows, static.order)
+    by_point = _gather_rows((slots.prefix, slots.coords), points, static.order)
+    with on_mesh(static.mesh):
+        return _constrained(Slots(*by_row, *by_point, slots.clock), static.order)  # type: ignore[call-arg]
+
+
+def _append_tokens(
+    static: StaticArguments,
+    logits: Float[Array, "batch vocab"],
+    generated: Generated,
+    prompt_ids: Int[Array, " batch"],
+    stream: Key[Array, ""],
+) -> Generated:
+    """Add a token to the rows that go on. A row ends at an end token, the limit, or a NaN or infinite logit."""
+    is_finite = jnp.isfinite(logits.max(-1)) & jnp.isfinite(logits.min(-1))
+    if static.sampling.temperature == 0:
+        chosen = greedy(logits)
+    else:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(stream, prompt_ids)
+        chosen = sample(logits, jax.vmap(jax.random.fold_in)(keys, generated.lengths), static.sampling)
+    goes_on = ~generated.ended & is_finite & ~jnp.isin(chosen, jnp.asarray(static.eos_token_ids, jnp.int32))
+    lengths = generated.lengths + goes_on
+    limit = generated.tokens.shape[1]
+    is_new = goes_on[:, None] & (jnp.arange(limit) == generated.lengths[:, None])
+    return Generated(
+        tokens=jnp.where(is_new, chosen[:, None], generated.tokens),
+        lengths=lengths,
+        ended=~goes_on | (lengths == limit),
+        finite=generated.finite & (is_finite | generated.ended),
+    )

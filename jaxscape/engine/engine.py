@@ -1,0 +1,157 @@
+"""The engine: answers prompts at many landscape points, and spends arithmetic only on tokens that count.
+
+Pairs of a point and a group of prompts wait in a queue. The loop repeats four steps until all answers are finished:
+  1. Insert waiting groups into free rows.
+  2. When nothing waits and few rows are left, move them to a smaller batch.
+  3. Decode a few tokens in all rows.
+  4. Read the tokens, end the rows whose outcome is decided, and free them.
+What a row generates depends on none of these decisions.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Unpack
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from jaxscape.directions.point import materialise, materialise_streamed
+from jaxscape.directions.storage import Direction
+from jaxscape.engine.batching import Workload, tokenize
+from jaxscape.engine.decode import (
+    Generated,
+    Slots,
+    Weights,
+    compact,
+    decode_chunk,
+    empty_slots,
+    insert,
+    static_arguments,
+)
+from jaxscape.engine.layout import pack
+from jaxscape.engine.options import EngineOptions
+from jaxscape.engine.planner import Plan, make_plan
+from jaxscape.engine.sampling import Sampling, SamplingOptions
+from jaxscape.engine.scheduler import Completion, Coords, Results, Scheduler, StopWhen
+from jaxscape.models.checkpoint import Params
+from jaxscape.models.model import Model
+from jaxscape.runtime.sharding import mesh_shape_of, replicated
+
+
+@dataclass
+class Engine:
+    """Answers the prompts of a workload at any number of points.
+
+    Attributes:
+        stop_when: ends a row at the token with which its text's outcome is decided; None lets every row go on to its
+            end.
+        seconds: if given, the seconds spent on `weights`, `prefill` and `decode` are added up in it, and the host waits
+            for each program.
+    """
+
+    model: Model
+    workload: Workload
+    plan: Plan
+    stop_when: StopWhen | None = None
+    seconds: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        layout, devices = self.plan.layout, mesh_shape_of(self.model.mesh).points
+        prefix, self._groups = pack(self.workload, layout.prompts_per_group, layout.groups_per_insert, devices)
+        # The prompts stay on the devices for the whole run.
+        self._prompts_on_device = jax.device_put((prefix, self._groups), replicated(self.model.mesh))
+        self._stream = jax.random.key(self.workload.sampling.seed, impl="threefry2x32")
+        self._static = static_arguments(self.model, self.workload)
+        self._slots: Slots | None = None
+
+    def complete(self, directions: Sequence[Direction], points: Sequence[Coords]) -> Iterator[list[Completion]]:
+        """The answers to all prompts at each point, in the points' order."""
+        params, num_factored = None, self.plan.layout.num_factored
+        added = len(directions) - num_factored  # directions that are added to the weights
+        if self.plan.form.batches_points:
+            batches = itertools.groupby(points, key=lambda coords: tuple(coords[:added]))
+        else:
+            batches = ((tuple(coords), iter([coords])) for coords in points)  # type: ignore[assignment]
+        for coords, batch in batches:
+            params = self._params_at(directions[:added], coords, params)
+            weights = Weights(params, tuple(directions[added:]))
+            yield from self._decode(weights, [tuple(point[added:]) for point in batch])
+
+    def _params_at(self, directions: Sequence[Direction], coords: Coords, previous: Params | None) -> Params:
+        """The parameters at a point, in the buffers of the previous point's parameters."""
+        form = self.plan.form
+        if not directions and not form.keeps_weights_on_host:
+            return self.model.params
+        at: Callable[..., Params] = materialise
+        if form.keeps_weights_on_host:
+            at = partial(materialise_streamed, shardings=self.model.shardings)
+        return self._timed("weights", at, self.model.params, directions, np.asarray(coords, np.float32), previous)
+
+    def _decode(self, weights: Weights, points: Sequence[Coords]) -> Iterator[list[Completion]]:
+        scheduler = Scheduler(self.plan.layout, self._groups, points)
+        limit, num_prompts = self.workload.sampling.max_new_tokens, self.workload.num_prompts
+        results = Results(self.model.tokenizer, limit, self.stop_when, len(points), num_prompts)
+        slots, self._slots = self._slots, None
+        if slots is None:
+            slots = empty_slots(self._static, self.model.dtype, self.plan.layout)
+        whole = None  # the whole batch, after the last rows moved to a smaller one
+        reports: deque[tuple[Generated, Int[np.ndarray, " batch"]]] = deque()
+        run = partial(self._timed, static=self._static)
+        steps = 1
+        while not results.is_complete:
+            for insertion in scheduler.insertions():
+                steps = 1
+                slots = run("prefill", insert, weights, slots, *self._prompts_on_device, insertion, self._stream)
+            if whole is None and (smaller := scheduler.compacted()) is not None:
+                whole, slots = slots, run("decode", compact, slots, *smaller)
+            # A refusal shows in the first tokens, so the first chunks are short.
+            steps = min(2 * steps, self.plan.chunk)
+            chunk = (scheduler.is_alive, self._stream, np.asarray(steps, np.int32))
+            slots, generated = run("decode", decode_chunk, weights, slots, *chunk)
+            reports.append((generated, scheduler.jobs.copy()))
+            if len(reports) > self.plan.chunks_in_flight:
+                scheduler.free(results.record(*reports.popleft()))
+            yield from results.ready()
+        self._slots = slots if whole is None else whole
+
+    def _timed(self, phase: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        result = function(*arguments, **options)
+        if self.seconds is not None:
+            jax.block_until_ready(result)
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+        return result
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    system_prompt: str = "default",
+    options: EngineOptions | None = None,
+    **sampling: Unpack[SamplingOptions],
+) -> list[str]:
+    """The model's answers to prompts, each given as a user turn in the model's chat format.
+
+    Arguments:
+        system_prompt: see `jaxscape.prompts.chat_format.chat_text`.
+        options: see `jaxscape.engine.options.EngineOptions`.
+        sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` and `seed`, see
+            `jaxscape.engine.sampling.Sampling`.
+
+    Returns:
+        One text for each prompt. It ends before the model's end token and contains no special tokens. It is a model's
+        output and not to be trusted.
+
+    Raises:
+        UserError: there are no prompts, a prompt is too long for the model, or an option is out of range.
+    """
+    settings = Sampling(**sampling)
+    workload = Workload(tokenize(model, prompts, system_prompt, settings.max_new_tokens), settings)
+    engine = Engine(model, workload, make_plan(model, workload, options))
+    return [completion.text for completion in next(engine.complete((), [()]))]

@@ -1,0 +1,31 @@
+"""The forms in which the model at a point, θ(c) = θ₀ + Σ cᵢ dᵢ, is computed."""
+
+from enum import StrEnum
+
+
+class Form(StrEnum):
+    """How a point's weights are computed.
+
+    MATERIALISED: θ(c) is formed on the device, one point at a time.
+    STREAMED: the same, but θ₀ stays in host memory and is sent to the device one tensor at a time.
+    FACTORISED: θ(c) is never formed. Every use of a weight is a product with W and a product with each D, and points
+    that differ in their last coordinate only decode in one batch.
+    """
+
+    MATERIALISED = "materialised"
+    FACTORISED = "factorised"
+    STREAMED = "streamed"
+
+    @property
+    def batches_points(self) -> bool:
+        """Whether rows of different points decode in one batch."""
+        return self is Form.FACTORISED
+
+    @property
+    def keeps_weights_on_host(self) -> bool:
+        """Whether θ₀ stays in host memory."""
+        return self is Form.STREAMED
+
+    def num_factored(self, ndim: int) -> int:
+        """How many of a point's `ndim` directions are multiplied separately instead of being added to the weights."""
+        return min(ndim, 1) if self.batches_points else 0

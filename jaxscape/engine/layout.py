@@ -1,0 +1,129 @@
+"""How prompts lie in the rows of a batch.
+
+A batch has B rows. It holds N points at a time, and B / N consecutive rows belong to each point. All prompts begin with
+the same prefix (the chat template's opening and the system prompt), whose keys and values are cached once for each
+point. The rest of a prompt and its new tokens lie in the ring of cache slots that each row has to itself.
+
+Prompts enter the batch in groups. So that prefill computes hardly any padding, the prompts of a group are packed into
+few lines, and a token attends to its own prompt only.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxscape.engine.batching import LENGTH_MULTIPLE, Workload, padded_length
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """The sizes that the planner, the engine and the forecast share.
+
+    Attributes:
+        points_in_flight: N, the points that decode together.
+        rows_per_point: B / N, the rows of each of these points.
+        prompts_per_group: prompts that enter the batch together; divides `rows_per_point`.
+        groups_per_insert: groups that one call of `decode.insert` prefills.
+        compact_slots: rows of the smaller batch that the last unfinished rows move to; 0 if they stay where they are.
+            With several points in flight it is a multiple of `rows_per_point`.
+        num_groups: groups that the prompts of one point make.
+        prefix_slots: cache slots of the common prefix.
+        ring_slots: cache slots of each row.
+        num_factored: coordinates of a point that are not yet added to the weights.
+    """
+
+    points_in_flight: int
+    rows_per_point: int
+    prompts_per_group: int
+    groups_per_insert: int
+    compact_slots: int
+    num_groups: int
+    prefix_slots: int
+    ring_slots: int
+    num_factored: int
+
+    @property
+    def batch(self) -> int:
+        """B, the number of rows."""
+        return self.points_in_flight * self.rows_per_point
+
+    @property
+    def max_new_points(self) -> int:
+        """The most points that one insertion can begin: its groups come in the points' order."""
+        return min(self.groups_per_insert, (self.groups_per_insert - 2) // self.num_groups + 2)
+
+
+class Groups(NamedTuple):
+    """The prompts without their common prefix: G groups of R prompts, each packed into L lines of T tokens.
+
+    Attributes:
+        tokens: int32[G, L, T].
+        positions: int32[G, L, T], each token's position in its whole prompt; -1 for padding.
+        segments: int32[G, L, T], which prompt of its group each token belongs to.
+        first_token: int32[G, R], where each prompt begins, counted through the lines of its group.
+        own_lengths: int32[G, R], tokens of each prompt after the prefix; 0 for a row that only fills up its group.
+        prompt_lengths: int32[G, R], tokens of each whole prompt, which is the position of its first new token.
+        prompt_ids: int32[G, R], the index of each prompt, on which its random stream depends.
+    """
+
+    tokens: Int[Array | np.ndarray, "groups lines time"]
+    positions: Int[Array | np.ndarray, "groups lines time"]
+    segments: Int[Array | np.ndarray, "groups lines time"]
+    first_token: Int[Array | np.ndarray, "groups rows"]
+    own_lengths: Int[Array | np.ndarray, "groups rows"]
+    prompt_lengths: Int[Array | np.ndarray, "groups rows"]
+    prompt_ids: Int[Array | np.ndarray, "groups rows"]
+
+
+def pack(
+    workload: Workload, prompts_per_group: int, groups_per_insert: int = 1, point_devices: int = 1
+) -> tuple[Int[np.ndarray, " prefix"], Groups]:
+    """The tokens of the common prefix, and the groups.
+
+    Arguments:
+        point_devices: number of devices that share the rows of a batch. The lines of an insertion are a multiple of
+            it.
+    """
+    prefix = workload.prefix_length
+    texts = [tokens[prefix:] for tokens in workload.prompt_tokens]
+    starts = range(0, len(texts), prompts_per_group)
+    groups = [range(i, min(i + prompts_per_group, len(texts))) for i in starts]
+    multiple = point_devices // math.gcd(point_devices, groups_per_insert)
+    # Of several widths, take the one that leaves the least padding.
+    narrowest = padded_length(max(map(len, texts)))
+    widths = range(narrowest, narrowest + 8 * LENGTH_MULTIPLE, LENGTH_MULTIPLE)
+    counts = [max(max(_assign_lines(texts, group, width)) + 1 for group in groups) for width in widths]
+    shapes = [(-(-count // multiple) * multiple, width) for count, width in zip(counts, widths, strict=True)]
+    num_lines, width = min(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
+    tokens, segments = (np.zeros((len(groups), num_lines, width), np.int32) for _ in range(2))
+    positions = np.full_like(tokens, -1)
+    first, lengths, prompt_lengths, ids = (np.zeros((len(groups), prompts_per_group), np.int32) for _ in range(4))
+    for g, group in enumerate(groups):
+        filled = np.zeros(num_lines, int)
+        for r, (prompt, line) in enumerate(zip(group, _assign_lines(texts, group, width), strict=True)):
+            text, begin = texts[prompt], filled[line]
+            span = (g, line, slice(begin, begin + len(text)))
+            tokens[span], positions[span], segments[span] = text, prefix + np.arange(len(text)), r
+            first[g, r], lengths[g, r] = line * width + begin, len(text)
+            prompt_lengths[g, r], ids[g, r] = prefix + len(text), prompt
+            filled[line] += len(text)
+    prefix_tokens = np.asarray(workload.prompt_tokens[0][:prefix], np.int32)
+    return prefix_tokens, Groups(tokens, positions, segments, first, lengths, prompt_lengths, ids)
+
+
+def _assign_lines(texts: Sequence[Sequence[int]], group: Sequence[int], width: int) -> list[int]:
+    """The line of each text of a group: first fit, the longest texts first."""
+    free: list[int] = []
+    chosen = {}
+    for number in sorted(group, key=lambda number: -len(texts[number])):
+        size = len(texts[number])
+        line = next((i for i, room in enumerate(free) if room >= size), len(free))
+        if line == len(free):
+            free.append(width)
+        free[line] -= size
+        chosen[number] = line
+    return [chosen[number] for number in group]

@@ -1,0 +1,357 @@
+"""The planner: which form, batch layout and storage decode a workload fastest within the devices' memory."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxscape.engine.batching import Workload
+from jaxscape.engine.forms import Form
+from jaxscape.engine.layout import BatchLayout
+from jaxscape.engine.options import EngineOptions
+from jaxscape.models.checkpoint import named_leaves, parameter_shardings
+from jaxscape.models.model import Model
+from jaxscape.models.shape import ModelShape
+from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.hardware import Roofline, free_memory, roofline
+from jaxscape.runtime.processes import from_first
+from jaxscape.runtime.sharding import mesh_shape_of
+
+ROWS_PER_POINT = 4  # when points share a batch: few rows free a point soon, and still share its prefix
+MAX_MEMORY_FRACTION = 0.9  # of the free memory, that a plan may use
+MAX_BATCH_OVER_BALANCE = 8  # beyond 8 times the compute/bandwidth balance point, larger batches stop helping
+HOST_BANDWIDTH = 1e10  # bytes per second from host memory to a device over PCIe
+FLOPS_PER_RANDOM_NUMBER = 4500  # what drawing a number from a seed costs, at the speed of a large product
+MAX_GROUPS_PER_INSERT = 16  # for each device along `points`
+TILE = 8  # rows of an accelerator's memory tile; XLA copies caches that are cut elsewhere
+DEFAULT_CHUNK = 8
+
+_STORED = {"seed": "drawn from their seeds", "bfloat16": "in bfloat16", "int8": "in int8"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a workload is decoded.
+
+    Attributes:
+        chunk: maximum number of decode steps before the host checks for finished rows.
+        chunks_in_flight: chunks that the device is given before the host has read the last one's tokens.
+        storage: how directions are stored, see `jaxscape.directions.random.random_direction`.
+        cache_bytes: bytes of the key-value caches on each device.
+        memory_bytes: bytes of weights, directions, caches and work space on each device.
+        reason: the estimate that decided, as a text for the user.
+    """
+
+    form: Form
+    layout: BatchLayout
+    chunk: int
+    chunks_in_flight: int
+    storage: str
+    cache_bytes: int
+    memory_bytes: int
+    reason: str
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Plan":
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**values | {"form": Form(values["form"]), "layout": BatchLayout(**values["layout"])})
+
+    def __str__(self) -> str:
+        layout = self.layout
+        batch = f"{self.form}: {layout.rows_per_point} slots"
+        if layout.points_in_flight > 1:
+            batch = f"{self.form}: {layout.points_in_flight} points at a time, {layout.rows_per_point} slots each"
+        stored = "" if self.storage == "exact" else f", directions {_STORED[self.storage]}"
+        size = f"{self.memory_bytes / 1e9:.2f} GB, of which the cache is {self.cache_bytes / 1e9:.2f}"
+        return f"{batch}{stored}; {size} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The devices that a plan is for.
+
+    Attributes:
+        speed: the roofline of each device.
+        free_bytes: bytes that each device can still allocate; None if that is unknown.
+        is_host: whether the devices are the host's own cores, which idle while the host reads tokens.
+    """
+
+    speed: Roofline
+    free_bytes: int | None
+    is_host: bool
+
+
+def this_hardware(dtype: str) -> Hardware:
+    """The devices of this process."""
+    return Hardware(roofline(dtype), free_memory(), jax.default_backend() == "cpu")
+
+
+def make_plan(
+    model: Model | ModelShape,
+    workload: Workload,
+    options: EngineOptions | None = None,
+    hardware: Hardware | None = None,
+) -> Plan:
+    """The plan with the shortest estimated time among those that fit into the devices' memory.
+
+    Arguments:
+        model: only the shapes, dtypes and shardings of its parameters are used.
+        hardware: by default that of this machine; with several processes, the first one's plan is used by all.
+
+    Raises:
+        UserError: no plan that the options allow fits, or the options contradict one another.
+    """
+    options = options or EngineOptions()
+    options.check()
+    if hardware is not None:
+        return _fastest(Planner(model, workload, options, hardware))
+    decide = lambda: asdict(_fastest(Planner(model, workload, options, this_hardware(model.dtype))))  # noqa: E731
+    return Plan.from_dict(from_first(decide))
+
+
+def smallest_plan(model: Model | ModelShape, workload: Workload, options: EngineOptions, hardware: Hardware) -> Plan:
+    """The plan that takes the least memory, whether it fits or not."""
+    return _smallest(Planner(model, workload, options, hardware))
+
+
+def _smallest(planner: "Planner") -> Plan:
+    return min(planner.all_plans(), key=planner.bytes_to_allocate)
+
+
+def _fastest(planner: "Planner") -> Plan:
+    fitting = [plan for plan in planner.all_plans() if planner.fits(plan)]
+    if not fitting:
+        least = _smallest(planner)
+        raise UserError(
+            f"The device's memory does not hold this scan: the smallest plan (the {least.form} form with "
+            f"{least.layout.batch} slots) takes {least.memory_bytes / 1e9:.1f} GB on each device. Choose a --dtype of "
+            f"16 bits, fewer --slots, shorter prompts, a lower --max-new-tokens, or, on an accelerator, --form "
+            f"streamed."
+        )
+    return min(fitting, key=planner.seconds)
+
+
+class RunCounts(NamedTuple):
+    """How often a plan runs its programs for one direction set, if every row decodes to its limit.
+
+    Attributes:
+        batches: times that the whole batch is filled and decoded.
+        insertions: calls of `decode.insert`.
+        parameter_sets: times that parameters are formed.
+    """
+
+    batches: int
+    insertions: int
+    parameter_sets: int
+
+
+class Planner:
+    """Estimates the time and memory of plans for one model, workload and hardware."""
+
+    def __init__(
+        self, model: Model | ModelShape, workload: Workload, options: EngineOptions, hardware: Hardware
+    ) -> None:
+        self._workload, self._options, self._hardware, self._speed = workload, options, hardware, hardware.speed
+        self._mesh_shape = mesh_shape_of(model.mesh)
+        leaves = named_leaves(model.params)
+        sizes = {name: leaf.size for name, leaf in leaves.items()}
+        config, self._config = model.config, model.config
+        self._is_on_host = isinstance(next(iter(leaves.values())), np.ndarray)
+        self._num_parameters, self._largest_tensor = sum(sizes.values()), max(sizes.values())
+        shardings = named_leaves(parameter_shardings(config, model.mesh))
+        self._parameters_per_device = sum(
+            math.prod(shardings[name].shard_shape(leaf.shape)) for name, leaf in leaves.items()
+        )
+        self._itemsize = np.dtype(model.dtype).itemsize
+        # An embedding table that is not also the output head is looked up, not multiplied with.
+        looked_up = 0 if config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
+        self._flops_per_token = 2 * (self._num_parameters - looked_up)
+        kv_heads = config.num_kv_heads // model.mesh.shape["kv"]
+        self._bytes_per_cache_slot = 2 * config.num_layers * kv_heads * config.head_dim * self._itemsize
+        if workload.ndim == 0 and options.form == Form.FACTORISED:
+            raise UserError("The factorised form shares weights between points along directions: give a direction.")
+        if options.direction_storage == "seed" and not workload.num_random:
+            raise UserError("The direction storage 'seed' is for random directions only, and this scan has none.")
+
+    @property
+    def _weight_bytes(self) -> int:
+        """Bytes of the weights on each device."""
+        return self._parameters_per_device * self._itemsize
+
+    def bytes_to_allocate(self, plan: Plan) -> int:
+        """Bytes that each device must still allocate; weights that are already there do not count."""
+        return plan.memory_bytes - (0 if self._is_on_host else self._weight_bytes)
+
+    def fits(self, plan: Plan) -> bool:
+        free = self._hardware.free_bytes
+        return free is None or self.bytes_to_allocate(plan) <= MAX_MEMORY_FRACTION * free
+
+    def forms(self) -> list[Form]:
+        """The forms that the options allow.
+
+        Raises:
+            UserError: the weights are in host memory, and the form needs them on the device.
+        """
+        form = self._options.form
+        if self._is_on_host and form not in ("auto", Form.STREAMED):
+            raise UserError(f"The weights are in host memory, but --form {form} needs them on the device.")
+        if form != "auto":
+            return [Form(form)]
+        if self._is_on_host:
+            return [Form.STREAMED]
+        return [Form.MATERIALISED, Form.FACTORISED] if self._workload.ndim else [Form.MATERIALISED]
+
+    def all_plans(self) -> Iterator[Plan]:
+        """The plans of every form that the options allow."""
+        return (plan for form in self.forms() for plan in self.plans(form))
+
+    def plans(self, form: Form) -> Iterator[Plan]:
+        """Plans of one form with fewer and fewer rows, with random directions stored or drawn from their seeds.
+
+        When points share a batch, seeds are only used on demand: the directions would be drawn in each step, a program
+        that the TPU compiler had not finished after eight minutes.
+        """
+        storage = self._options.direction_storage
+        may_draw = self._workload.num_random and not form.batches_points
+        storages = [storage] if storage != "auto" else ["exact", "seed"] if may_draw else ["exact"]
+        for stored in storages:
+            slots = self._options.slots or self._most_useful_slots()
+            while slots:
+                yield self._plan(form, stored, slots)
+                slots = 0 if self._options.slots else slots // 2
+
+    def seconds(self, plan: Plan) -> float:
+        """Estimated seconds for a direction set, if every row decodes to its limit."""
+        workload, form, counts = self._workload, plan.form, self.counts(plan)
+        read, compute = self._step_seconds(plan)
+        steps = counts.batches * workload.sampling.max_new_tokens
+        tokens = sum(workload.own_lengths) / self._mesh_shape.points + workload.prefix_length
+        flops = tokens * self._tensors_per_use(form) * self._flops_per_token / self._mesh_shape.model
+        prefill = workload.num_points * flops / self._speed.flops
+        form_weights = (2 + workload.ndim) * self._weight_bytes / self._speed.bandwidth
+        if form.keeps_weights_on_host:
+            form_weights += self._weight_bytes / HOST_BANDWIDTH
+        if workload.ndim and form.num_factored(workload.ndim) == workload.ndim:
+            form_weights = 0.0  # no direction is added to the weights
+        draw = 0.0
+        if plan.storage == "seed":
+            numbers = workload.num_random * self._num_parameters / self._mesh_shape.model
+            draw = FLOPS_PER_RANDOM_NUMBER * numbers / self._speed.flops
+        draws = counts.parameter_sets + (steps if form.batches_points else 0)
+        return steps * (read + compute) + prefill + counts.parameter_sets * form_weights + draws * draw
+
+    def counts(self, plan: Plan) -> RunCounts:
+        """How often the plan runs its programs."""
+        workload, layout = self._workload, plan.layout
+        # Points that share a batch are those of a line; otherwise each point is decoded by itself.
+        together = workload.points_per_line if plan.form.batches_points else 1
+        lines = workload.num_points // together
+        groups = together * layout.num_groups
+        batches = lines * -(-groups // (layout.batch // layout.prompts_per_group))
+        return RunCounts(batches, lines * -(-groups // layout.groups_per_insert), lines)
+
+    def _tensors_per_use(self, form: Form) -> int:
+        """How many tensors each use of a weight reads and multiplies with."""
+        return 2 if form.batches_points else 1
+
+    def _step_seconds(self, plan: Plan) -> tuple[float, float]:
+        """Seconds that a decode step takes to read the weights, and to compute."""
+        tensors = self._tensors_per_use(plan.form)
+        flops = plan.layout.batch * tensors * self._flops_per_token / self._mesh_shape.size
+        return tensors * self._weight_bytes / self._speed.bandwidth, flops / self._speed.flops
+
+    def _most_useful_slots(self) -> int:
+        read = self._weight_bytes / self._speed.bandwidth
+        compute = self._flops_per_token / self._mesh_shape.size / self._speed.flops
+        return max(1, round(MAX_BATCH_OVER_BALANCE * read / compute))
+
+    def _rounded(self, count: int, rows: int = 1) -> int:
+        """Round `count` blocks of `rows` rows up to a multiple of devices × tile."""
+        multiple = self._mesh_shape.points * (1 if self._hardware.is_host else max(1, TILE // rows))
+        return -(-count // multiple) * multiple
+
+    def _layout(self, form: Form, slots: int) -> BatchLayout:
+        """The batch layout with at most about `slots` rows."""
+        workload, prompts = self._workload, self._workload.num_prompts
+        points, inserts = 1, 1
+        if form.batches_points:
+            rows = group = min(ROWS_PER_POINT, prompts, slots)
+            blocks = workload.points_per_line * -(-prompts // group)
+            points = self._rounded(max(1, min(slots // rows, blocks)), rows)
+            inserts = min(max(1, points // 4), MAX_GROUPS_PER_INSERT * self._mesh_shape.points)
+            compact = self._rounded(points // 4, rows) * rows
+        else:
+            if prompts <= slots:
+                rows = group = self._rounded(prompts)
+            else:
+                group = self._rounded(max(1, slots // 4))
+                rows = max(1, slots // group) * group
+            compact = self._rounded(rows // 4)
+        return BatchLayout(
+            points_in_flight=points,
+            rows_per_point=rows,
+            prompts_per_group=group,
+            groups_per_insert=inserts,
+            compact_slots=compact if compact < points * rows else 0,
+            num_groups=-(-prompts // group),
+            prefix_slots=workload.prefix_length,
+            ring_slots=workload.ring_slots,
+            num_factored=form.num_factored(workload.ndim),
+        )
+
+    def _plan(self, form: Form, storage: str, slots: int) -> Plan:
+        layout = self._layout(form, slots)
+        cache = self._cache_bytes(form, layout)
+        plan = Plan(
+            form=form,
+            layout=layout,
+            chunk=self._options.chunk or DEFAULT_CHUNK,
+            chunks_in_flight=0 if self._hardware.is_host else 1,
+            storage=storage,
+            cache_bytes=cache,
+            memory_bytes=round(self._direction_and_weight_bytes(form, storage) + cache + self._work_space(layout)),
+            reason="",
+        )
+        read, compute = (1e3 * seconds for seconds in self._step_seconds(plan))
+        return replace(plan, reason=f"a step reads weights for {read:.1f} ms and computes for {compute:.1f} ms")
+
+    def _cache_bytes(self, form: Form, layout: BatchLayout) -> int:
+        """Bytes of the rings and prefixes on each device, with the smaller batch that the last rows move to."""
+        devices = self._mesh_shape.points
+        rows = layout.batch // devices + layout.compact_slots // devices
+        prefixes = 2  # a single point's prefix is on every device, and there are two batches
+        if form.batches_points:
+            prefixes = -(-(layout.points_in_flight + layout.compact_slots // layout.rows_per_point) // devices)
+        return (rows * layout.ring_slots + prefixes * layout.prefix_slots) * self._bytes_per_cache_slot
+
+    def _direction_and_weight_bytes(self, form: Form, storage: str) -> int:
+        """Bytes of the weights, of a point's own weights and of the directions on each device."""
+        ndim = self._workload.ndim
+        copies = {
+            Form.MATERIALISED: min(ndim, 1) + 1,
+            Form.STREAMED: 1 if self._is_on_host else 2,
+            Form.FACTORISED: min(ndim, 2),
+        }[form]
+        bytes_per_number = {
+            "exact": self._workload.num_random * self._itemsize,
+            "seed": 0,
+            "bfloat16": 2 * ndim,
+            "int8": ndim,
+        }[storage]
+        one_tensor = 4 * self._largest_tensor if form.keeps_weights_on_host or storage == "seed" else 0
+        return copies * self._weight_bytes + bytes_per_number * self._parameters_per_device + one_tensor
+
+    def _work_space(self, layout: BatchLayout) -> int:
+        """Bytes of the largest layer of a prefill, its keys and values, and the logits."""
+        c, (points, model) = self._config, self._mesh_shape
+        inserts, group, prefix = layout.groups_per_insert, layout.prompts_per_group, layout.prefix_slots
+        longest = layout.ring_slots - self._workload.sampling.max_new_tokens
+        tokens = inserts * max(-(-group * longest // points), prefix)
+        attention = c.num_heads * (prefix + longest)
+        layer = tokens * (6 * c.hidden_size + (3 * c.intermediate_size + 2 * attention) / model) * 4
+        keys_and_values = self._bytes_per_cache_slot * (tokens + 3 * inserts * prefix)
+        logits = 3 * 4 * c.vocab_size / model * max(layout.batch // points, inserts * group)
+        return round(layer + keys_and_values + logits)

@@ -1,0 +1,185 @@
+"""What the host decides while the device decodes: which prompts enter which rows, and which answers are finished."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from transformers import PreTrainedTokenizerBase
+
+from jaxscape.engine.decode import Generated, Insertion
+from jaxscape.engine.layout import BatchLayout, Groups
+
+Coords = Sequence[float]
+"""A point's coordinates, one for each direction."""
+
+StopWhen = Callable[[str], bool]
+"""Whether a text's outcome is decided, whatever may follow it."""
+
+
+class Completion(NamedTuple):
+    """The answer to a prompt at a point.
+
+    Attributes:
+        text: the answer, without special tokens.
+        length: number of tokens that had to be computed for it, an end token included.
+        finite: False if a NaN or infinite logit ended the text.
+        cut: True if the text ends where its outcome was decided, although the model might have gone on.
+    """
+
+    text: str
+    length: int
+    finite: bool = True
+    cut: bool = False
+
+
+class Scheduler:
+    """Which job is in which row, and which groups wait. A job is one prompt at one point.
+
+    Attributes:
+        jobs: int[B], the job in each row: point × number of prompts + prompt; -1 for a free row.
+    """
+
+    def __init__(self, layout: BatchLayout, groups: Groups, points: Sequence[Coords]) -> None:
+        self._layout, self._points = layout, points
+        # The prompts of each group; -1 for a row that only fills it up.
+        self._prompt_ids = np.where(groups.own_lengths > 0, groups.prompt_ids, -1)
+        self._num_prompts = int((self._prompt_ids >= 0).sum())
+        self._queue = deque((point, group) for point in range(len(points)) for group in range(layout.num_groups))
+        self.jobs = np.full(layout.batch, -1)
+        self._in_flight = np.full(layout.points_in_flight, -1)  # the points whose prefix is cached
+
+    @property
+    def is_alive(self) -> Bool[np.ndarray, " batch"]:
+        """Which rows hold a job."""
+        return self.jobs >= 0
+
+    def free(self, finished: set[int]) -> None:
+        """Free the rows of finished jobs."""
+        self.jobs[np.isin(self.jobs, list(finished))] = -1
+
+    def insertions(self) -> Iterator[Insertion]:
+        """The insertions to run now. One waits until there is room for all groups that a program inserts at once."""
+        layout, size = self._layout, self._layout.groups_per_insert
+        while self._queue:
+            blocks = self.jobs.reshape(-1, layout.prompts_per_group)
+            free = np.flatnonzero((blocks < 0).all(-1))
+            count = min(size, len(self._queue))
+            if len(free) < count:
+                return
+            yield self._insert([self._queue.popleft() for _ in range(count)], blocks, free)
+
+    def _insert(
+        self, chosen: list[tuple[int, int]], blocks: Int[np.ndarray, "blocks group"], free: Int[np.ndarray, " free"]
+    ) -> Insertion:
+        """Put chosen (point, group) pairs into free blocks of rows, and describe that for the device."""
+        layout = self._layout
+        # Where each point's prefix comes from: the point in flight that has it, or the new points.
+        source = {int(point): index for index, point in enumerate(self._in_flight) if point >= 0}
+        new = list(dict.fromkeys(point for point, _ in chosen if point not in source))
+        source |= {point: -1 - k for k, point in enumerate(new)}
+        row_source = np.full(blocks.shape, -1, np.int32)
+        point_source = np.full(self._in_flight.shape, -1, np.int32)
+        for i, (block, (point, group)) in enumerate(zip(free, chosen, strict=False)):
+            index = block * layout.prompts_per_group // layout.rows_per_point
+            row_source[block] = i * layout.prompts_per_group + np.arange(layout.prompts_per_group)
+            point_source[index] = i
+            ids = self._prompt_ids[group]
+            blocks[block] = np.where(ids < 0, -1, point * self._num_prompts + ids)
+            self._in_flight[index] = point
+        # Repeating the last entries keeps the shapes, and nobody takes the copies.
+        inserted = [chosen[min(i, len(chosen) - 1)] for i in range(layout.groups_per_insert)]
+        begun = (new + [chosen[-1][0]] * layout.max_new_points)[: layout.max_new_points]
+        return Insertion(
+            groups=np.array([group for _, group in inserted], np.int32),
+            coords=self._coords([point for point, _ in inserted]),
+            new_coords=self._coords(begun),
+            prefix_source=np.array([source[point] for point, _ in inserted], np.int32),
+            row_source=row_source.reshape(-1),
+            point_source=point_source,
+        )
+
+    def _coords(self, points: Sequence[int]) -> Float[np.ndarray, "points ndim"]:
+        coords = [self._points[point] for point in points]
+        return np.array(coords, np.float32).reshape(len(points), self._layout.num_factored)
+
+    def compacted(self) -> tuple[Int[np.ndarray, " fewer"], Int[np.ndarray, " fewer_points"]] | None:
+        """The rows and points of the smaller batch, once nothing waits and the unfinished rows fit into it."""
+        layout = self._layout
+        if self._queue:
+            return None
+        # Rows of one point move one by one; otherwise all rows of a point move together.
+        is_one_point = layout.points_in_flight == 1
+        size = 1 if is_one_point else layout.rows_per_point
+        room = layout.compact_slots // size
+        unfinished = np.flatnonzero(self.is_alive.reshape(-1, size).any(axis=1))
+        if not 0 < len(unfinished) <= room:
+            return None
+        kept = np.resize(unfinished, room)
+        rows = (kept[:, None] * size + np.arange(size)).reshape(-1)
+        self.jobs = np.where(np.arange(room * size) < len(unfinished) * size, self.jobs[rows], -1)
+        points = np.zeros(1, np.int32) if is_one_point else kept.astype(np.int32)
+        return rows.astype(np.int32), points
+
+
+class Results:
+    """The finished answers of all jobs, given out point by point in the points' order."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int,
+        stop_when: StopWhen | None,
+        num_points: int,
+        num_prompts: int,
+    ) -> None:
+        self._tokenizer, self._limit, self._stop_when = tokenizer, max_new_tokens, stop_when
+        self._undecided = np.zeros(num_points * num_prompts, int)  # tokens at which each text was not decided yet
+        self._done: list[Completion | None] = [None] * (num_points * num_prompts)
+        self._num_prompts, self._num_given = num_prompts, 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every point was given out."""
+        return self._num_given * self._num_prompts == len(self._done)
+
+    def record(self, generated: Generated, jobs: Int[np.ndarray, " batch"]) -> set[int]:
+        """Record the tokens of rows that held these jobs, and return the jobs that this finishes."""
+        out = jax.device_get(generated)
+        unfinished = [(job, row) for row, job in enumerate(jobs.tolist()) if job >= 0 and self._done[job] is None]
+        texts = self._texts([out.tokens[row, : out.lengths[row]] for _, row in unfinished])
+        finished = set()
+        for (job, row), text in zip(unfinished, texts, strict=True):
+            length, tokens = int(out.lengths[row]), out.tokens[row]
+            if self._stop_when is not None and self._stop_when(text):
+                # The answer ends at the very token that decided, wherever the chunks were cut.
+                length = next(n for n in range(self._undecided[job], length + 1) if self._is_decided(tokens[:n]))
+                self._done[job] = Completion(self._texts([tokens[:length]])[0], length, cut=length < self._limit)
+            elif out.ended[row]:
+                self._done[job] = Completion(text, min(length + 1, self._limit), finite=bool(out.finite[row]))
+            else:
+                self._undecided[job] = length
+                continue
+            finished.add(job)
+        return finished
+
+    def ready(self) -> Iterator[list[Completion]]:
+        """The answers of the next points, for as many points as are finished."""
+        while not self.is_complete:
+            start = self._num_given * self._num_prompts
+            point = self._done[start : start + self._num_prompts]
+            if None in point:
+                return
+            self._num_given += 1
+            yield [completion for completion in point if completion is not None]
+
+    def _is_decided(self, tokens: Int[np.ndarray, " _"]) -> bool:
+        return self._stop_when is not None and self._stop_when(self._texts([tokens])[0])
+
+    def _texts(self, rows: Sequence[Int[np.ndarray, " _"]]) -> list[str]:
+        texts: list[str] = self._tokenizer.batch_decode(
+            [row.tolist() for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return texts

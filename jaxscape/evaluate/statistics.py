@@ -1,0 +1,24 @@
+"""Intervals of rates."""
+
+import numpy as np
+from jaxtyping import Float
+
+_Z95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
+
+
+def wilson_interval(
+    percent: Float[np.ndarray, "*shape"] | float, num_prompts: int
+) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
+    """The 95 % Wilson score interval (Wilson, 1927) of a rate in percent that was measured on `num_prompts` prompts.
+
+    Returns:
+        The lower and the upper bounds in percent, float64 arrays of the shape of `percent`.
+    """
+    rate = np.asarray(percent, np.float64) / 100
+    spread = _Z95**2 / num_prompts
+    centre = (rate + spread / 2) / (1 + spread)
+    half = np.sqrt(rate * (1 - rate) * spread + spread**2 / 4) / (1 + spread)
+    # At 0 and 100 % one bound is the rate itself; rounding must not move the bound past it.
+    low = np.minimum(np.maximum(centre - half, 0), rate)
+    high = np.maximum(np.minimum(centre + half, 1), rate)
+    return np.asarray(100 * low), np.asarray(100 * high)

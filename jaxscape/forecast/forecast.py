@@ -1,0 +1,291 @@
+"""Forecasts of a scan on a TPU slice that is not here: its programs are compiled from shapes by the TPU compiler."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxscape.directions.point import materialise
+from jaxscape.directions.storage import Scaled, Seeded
+from jaxscape.engine.batching import Workload
+from jaxscape.engine.decode import Insertion, Weights, decode_chunk, insert, slot_shapes, static_arguments
+from jaxscape.engine.forms import Form
+from jaxscape.engine.layout import pack
+from jaxscape.engine.options import EngineOptions
+from jaxscape.engine.planner import TILE, Hardware, Plan, Planner, make_plan, smallest_plan
+from jaxscape.engine.sampling import Sampling
+from jaxscape.forecast import hlo
+from jaxscape.forecast.chips import Chip, Slice, bytes_per_chip, chip_for_dtype, shape_on
+from jaxscape.forecast.compile import ProgramCost, Programs, compile_all, program_cost
+from jaxscape.models.checkpoint import named_leaves, tree_of
+from jaxscape.models.config import ModelConfig
+from jaxscape.models.shape import ModelShape
+from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.hardware import Roofline
+from jaxscape.runtime.sharding import MeshShape, mesh_shape_of, replicated
+
+RETRIES = 4  # attempts with fewer rows, when the compiler needs more memory than the planner estimated
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The forecast of a run in one form.
+
+    Attributes:
+        programs: the cost of `insert` (prefill), `decode` (one step) and `materialise`, where the run needs them.
+        fits: whether all programs fit into the memory of each chip.
+        most_rows: estimated maximum number of rows that can decode together; 0 if that is unknown.
+        decode_limit: seconds that a decode step takes at least: to read the weights and the cache once, or to compute,
+            whichever is longer.
+        decode_share: `decode_limit` divided by the step's forecast seconds.
+        point_seconds, landscape_seconds: seconds for a point and for the whole run, if every row decodes to its limit.
+        point_limit: seconds for a point that consists of decode steps only, each taking `decode_limit`.
+        slots: the value of --slots to run it with, where the planner would choose more rows than fit; else None.
+    """
+
+    form: str
+    mesh: str
+    plan: Plan
+    programs: dict[str, ProgramCost]
+    fits: bool
+    most_rows: int
+    decode_limit: float
+    decode_share: float
+    point_seconds: float
+    landscape_seconds: float
+    point_limit: float
+    slots: int | None = None
+
+    @property
+    def missing(self) -> float:
+        """Bytes that the largest program exceeds a chip's memory by; 0 if all programs fit."""
+        return max(program.missing or 0.0 for program in self.programs.values())
+
+
+def make_workload(
+    num_prompts: int,
+    prompt_tokens: int,
+    shared_tokens: int,
+    max_new_tokens: int,
+    grid: tuple[int, ...],
+) -> Workload:
+    """The workload of one random direction set, with made-up prompts of the given length.
+
+    Arguments:
+        prompt_tokens: tokens of each prompt.
+        shared_tokens: tokens that all prompts begin with.
+        grid: number of points along each axis.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+    if min(num_prompts, max_new_tokens, *grid) < 1:
+        raise UserError(
+            f"The numbers of prompts ({num_prompts}), of new tokens ({max_new_tokens}) and of points "
+            f"({', '.join(map(str, grid))}) must be at least 1."
+        )
+    if not 0 <= shared_tokens < prompt_tokens:
+        raise UserError(
+            f"A prompt of {prompt_tokens} tokens cannot share {shared_tokens} of them: --shared-tokens must be at "
+            f"least 0 and less than --prompt-tokens."
+        )
+    own = prompt_tokens - shared_tokens
+    prompts = [[1] * shared_tokens + [2 + i % 2] * own for i in range(num_prompts)]
+    ndim = len(grid)
+    return Workload(prompts, Sampling(max_new_tokens), math.prod(grid), grid[-1], ndim, num_random=ndim)
+
+
+def forecast(
+    config: ModelConfig,
+    workload: Workload,
+    tpu_slice: Slice,
+    *,
+    num_sets: int = 1,
+    mesh_shape: MeshShape | None = None,
+    dtype: str = "bfloat16",
+    options: EngineOptions | None = None,
+    quick: bool = False,
+) -> list[Forecast]:
+    """One forecast for each form: first those that fit, the fastest first.
+
+    Arguments:
+        num_sets: number of direction sets.
+        mesh_shape: by default the weights are sharded over the fewest chips that can hold them.
+        quick: compile one and two layers and extrapolate linearly.
+
+    Raises:
+        UserError: an option is out of range, or the form is `streamed`, whose time depends on the host.
+    """
+    options = options or EngineOptions()
+    if options.form == Form.STREAMED:
+        raise UserError("--form streamed cannot be planned, because its time depends on the host: choose another form.")
+    options.check()
+    shape = shape_on(config, tpu_slice, mesh_shape, dtype)
+    chip = chip_for_dtype(tpu_slice, dtype)
+    free = round(chip.memory) - bytes_per_chip(shape.params)
+    hardware = Hardware(Roofline(chip.flops, chip.bandwidth), free, is_host=False)
+    forms: list[Any] = [options.form]
+    if options.form == "auto":
+        # Directions that are drawn from seeds in each step take the TPU compiler more than minutes.
+        forms = [Form.MATERIALISED] + [Form.FACTORISED] * (options.direction_storage != "seed")
+    tile = TILE * mesh_shape_of(shape.mesh).points
+    forecasts = []
+    for form in forms:
+        first = found = _forecast(shape, workload, tpu_slice, hardware, replace(options, form=form), num_sets, quick)
+        for _ in range(RETRIES if options.slots is None else 0):
+            rows = found.plan.layout.batch
+            fewer = min(found.most_rows or rows // 2, rows - tile) // tile * tile
+            if found.fits or fewer < tile:
+                break
+            limited = replace(options, form=form, slots=fewer)
+            found = _forecast(shape, workload, tpu_slice, hardware, limited, num_sets, quick)
+            found = replace(found, slots=fewer)
+        forecasts.append(found if found.fits else first)
+    return sorted(forecasts, key=lambda found: (not found.fits, found.landscape_seconds))
+
+
+def _forecast(
+    shape: ModelShape,
+    workload: Workload,
+    tpu_slice: Slice,
+    hardware: Hardware,
+    options: EngineOptions,
+    num_sets: int,
+    quick: bool,
+) -> Forecast:
+    try:
+        plan = make_plan(shape, workload, options, hardware)
+    except UserError:  # no plan fits: the smallest one is compiled, to say how much memory is missing
+        plan = smallest_plan(shape, workload, options, hardware)
+    chip = chip_for_dtype(tpu_slice, shape.dtype)
+    cache = _cache_bytes(shape, workload, plan)
+    trees_read = [shape.params, *[_direction_shapes(shape, plan.storage)] * plan.layout.num_factored]
+    bytes_read = cache + sum(map(bytes_per_chip, trees_read))
+    if not shape.config.tie_word_embeddings:  # an embedding that is looked up is not read
+        bytes_read -= sum(bytes_per_chip(named_leaves(tree)["model.embed_tokens.weight"]) for tree in trees_read)
+    counts = compile_all(shape, lambda shape: _programs(shape, workload, plan), tpu_slice, quick)
+    if quick:  # one or two layers may stay on the chip in part, which all layers cannot
+        memory_bytes = max(counts["decode"].memory_bytes, bytes_read - counts["decode"].kept)
+        counts["decode"] = counts["decode"]._replace(memory_bytes=memory_bytes)
+    programs = {
+        name: program_cost(count, chip, _resident_bytes(shape, workload, plan, name, cache))
+        for name, count in counts.items()
+    }
+    decode = programs["decode"]
+    run = Planner(shape, workload, options, hardware).counts(plan)
+    decode_limit = max(bytes_read / chip.bandwidth, decode.flops / chip.flops)
+    steps = run.batches * workload.sampling.max_new_tokens
+    seconds = steps * decode.seconds + run.insertions * programs["insert"].seconds
+    if "materialise" in programs:
+        seconds += run.parameter_sets * programs["materialise"].seconds
+    return Forecast(
+        form=plan.form,
+        mesh=str(mesh_shape_of(shape.mesh)),
+        plan=plan,
+        programs=programs,
+        fits=all(program.missing is None for program in programs.values()),
+        most_rows=_most_rows(plan, programs, chip, cache),
+        decode_limit=decode_limit,
+        decode_share=decode_limit / decode.seconds,
+        point_seconds=seconds / workload.num_points,
+        landscape_seconds=seconds * num_sets,
+        point_limit=steps * decode_limit / workload.num_points,
+    )
+
+
+def _cache_bytes(shape: ModelShape, workload: Workload, plan: Plan) -> int:
+    """Bytes of the key-value caches on each chip."""
+    slots = slot_shapes(static_arguments(shape, workload), shape.dtype, plan.layout)
+    return bytes_per_chip((slots.cache, slots.prefix))
+
+
+def _resident_bytes(shape: ModelShape, workload: Workload, plan: Plan, program: str, cache: int) -> int:
+    """Bytes on each chip that stay in memory while a program runs and are not among its arguments.
+
+    Arguments:
+        cache: bytes of the key-value caches on each chip.
+    """
+    weights, direction = bytes_per_chip(shape.params), bytes_per_chip(_direction_shapes(shape, plan.storage))
+    num_factored = plan.layout.num_factored
+    if program == "materialise":
+        return cache + num_factored * direction
+    # The smaller batch, which the last rows move to, exists only while nothing waits to be inserted.
+    compact = cache * plan.layout.compact_slots // plan.layout.batch if program == "decode" else 0
+    added = workload.ndim - num_factored
+    return compact + (weights + added * direction if added else 0)
+
+
+def _direction_shapes(shape: ModelShape, storage: str) -> Any:
+    """The shapes of a random direction's tensors in this storage."""
+    everywhere = replicated(shape.mesh)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    seed = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+    key = jax.ShapeDtypeStruct(seed.shape, seed.dtype, sharding=everywhere)
+
+    def stored(name: str, leaf: jax.ShapeDtypeStruct) -> Any:
+        if storage == "exact" or "norm" in name:
+            return leaf
+        sharding: Any = leaf.sharding
+        if storage == "seed":
+            return Seeded(key, scalar, None, None, leaf.shape, str(leaf.dtype), sharding)
+        return Scaled(jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(storage), sharding=sharding), scalar)
+
+    return tree_of({name: stored(name, leaf) for name, leaf in named_leaves(shape.params).items()})
+
+
+def _programs(shape: ModelShape, workload: Workload, plan: Plan) -> Programs:
+    """The programs of the run, ready to be lowered."""
+    layout, static, everywhere = plan.layout, static_arguments(shape, workload), replicated(shape.mesh)
+
+    def on_every_chip(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
+
+    slots = slot_shapes(static, shape.dtype, layout)
+    devices = mesh_shape_of(shape.mesh).points
+    prefix, groups = on_every_chip(pack(workload, layout.prompts_per_group, layout.groups_per_insert, devices))
+    direction, ndim = _direction_shapes(shape, plan.storage), layout.num_factored
+    weights = Weights(shape.params, (direction,) * ndim)
+    stream = on_every_chip(jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")))
+    numbers = np.zeros(layout.groups_per_insert, np.int32)
+    insertion = on_every_chip(
+        Insertion(
+            groups=numbers,
+            coords=np.zeros((layout.groups_per_insert, ndim), np.float32),
+            new_coords=np.zeros((layout.max_new_points, ndim), np.float32),
+            prefix_source=numbers,
+            row_source=np.zeros(layout.batch, np.int32),
+            point_source=np.zeros(layout.points_in_flight, np.int32),
+        )
+    )
+    is_alive, steps = on_every_chip((np.zeros(layout.batch, bool), np.int32(0)))
+    programs: Programs = {
+        "insert": (
+            lambda: insert.lower(weights, slots, prefix, groups, insertion, stream, static=static),
+            hlo.program_traffic,
+        ),
+        "decode": (
+            lambda: decode_chunk.lower(weights, slots, is_alive, stream, steps, static=static),
+            hlo.loop_traffic,
+        ),
+    }
+    if added := workload.ndim - ndim:
+        coords = on_every_chip(np.zeros(added, np.float32))
+        programs["materialise"] = (
+            lambda: materialise.lower(shape.params, (direction,) * added, coords, shape.params),
+            hlo.program_traffic,
+        )
+    return programs
+
+
+def _most_rows(plan: Plan, programs: dict[str, ProgramCost], chip: Chip, cache: int) -> int:
+    """The number of rows that would fill a chip's memory, if each takes as much as a row does now."""
+    used = [program.used for program in programs.values() if program.used is not None]
+    if len(used) < len(programs):
+        return 0
+    batch = plan.layout.batch
+    caches = cache + cache * plan.layout.compact_slots // batch
+    per_row = (caches + max(programs[name].temporaries for name in ("insert", "decode"))) / batch
+    return max(0, int(batch + (chip.memory - max(used)) / per_row))

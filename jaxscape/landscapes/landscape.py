@@ -1,0 +1,135 @@
+"""Landscapes: axes, attack success rates on their grid, VISAGE, and the file that holds them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxscape.evaluate.statistics import wilson_interval
+from jaxscape.landscapes.axes import Axis
+from jaxscape.landscapes.visage import visage, visage_interval
+from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.files import write_whole
+
+FILE_NAME = "landscape.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Landscape:
+    """Attack success rates over a grid of points, for each set of directions.
+
+    Attributes:
+        axes: one for each dimension of the grid.
+        asr: float64[directions, *grid], percent; NaN where a point is not evaluated yet.
+        asr_low, asr_high: the 95 % Wilson interval over prompts, of the same shape.
+        nonfinite: int64 of the same shape, the prompts whose completion met a NaN or infinite logit.
+        visage_values: of the whole landscape; None while points are missing.
+    """
+
+    axes: tuple[Axis, ...]
+    asr: Float[np.ndarray, " directions *grid"]
+    asr_low: Float[np.ndarray, " directions *grid"]
+    asr_high: Float[np.ndarray, " directions *grid"]
+    nonfinite: Int[np.ndarray, " directions *grid"]
+    num_prompts: int
+    visage_values: dict[str, Any] | None
+
+    @classmethod
+    def from_outcomes(
+        cls,
+        axes: Sequence[Axis],
+        refused: Bool[np.ndarray, " directions *grid prompts"],
+        nonfinite: Int[np.ndarray, " directions *grid"],
+        evaluated: Bool[np.ndarray, " directions *grid"],
+    ) -> "Landscape":
+        """Build a landscape from whether each prompt was refused at each point."""
+        num_prompts = refused.shape[-1]
+        asr = np.where(evaluated, 100.0 * (1.0 - refused.sum(axis=-1) / num_prompts), np.nan)
+        low, high = wilson_interval(asr, num_prompts)
+        values = None
+        if evaluated.all():
+            values = {
+                "paper": visage(asr, "paper", len(axes)),
+                "reference": visage(asr, "reference", len(axes)),
+                "interval": list(visage_interval(refused, "paper")),
+                "reference_interval": list(visage_interval(refused, "reference")),
+            }
+        return cls(tuple(axes), asr, low, high, nonfinite, num_prompts, values)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every point is evaluated."""
+        return not np.isnan(self.asr).any()
+
+    def visage(self, kind: str = "paper") -> float:
+        """VISAGE over all directions, in percent; see `jaxscape.visage`.
+
+        Raises:
+            UserError: points are missing.
+        """
+        return visage(self.asr, kind, len(self.axes))
+
+    def to_json(self) -> str:
+        """The text of `landscape.json`."""
+
+        def nested(values: np.ndarray) -> list[Any]:  # JSON has no NaN
+            cells = values.astype(object)
+            cells[np.isnan(values)] = None
+            return cells.tolist()
+
+        content = {
+            "axes": [{"name": axis.name, "values": list(axis.values)} for axis in self.axes],
+            "asr": nested(self.asr),
+            "asr_low": nested(self.asr_low),
+            "asr_high": nested(self.asr_high),
+            "nonfinite": self.nonfinite.tolist(),
+            "visage": self.visage_values,
+            "num_prompts": self.num_prompts,
+            "complete": self.complete,
+        }
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+    def save(self, directory: str | Path) -> None:
+        """Write `landscape.json` into a directory, which is made if it is missing."""
+        directory = Path(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_whole(directory / FILE_NAME, self.to_json())
+        except OSError as error:
+            raise UserError(f"The landscape cannot be written to {directory} ({error}).") from error
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Landscape":
+        """Read `landscape.json` from a run's directory, be the run finished or not.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        path = Path(directory) / FILE_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            land = cls(
+                axes=tuple(Axis(str(axis["name"]), tuple(map(float, axis["values"]))) for axis in content["axes"]),
+                asr=np.array(content["asr"], np.float64),
+                asr_low=np.array(content["asr_low"], np.float64),
+                asr_high=np.array(content["asr_high"], np.float64),
+                nonfinite=np.array(content["nonfinite"], np.int64),
+                num_prompts=int(content["num_prompts"]),
+                visage_values=content["visage"],
+            )
+            grid = tuple(len(axis.values) for axis in land.axes)
+            shapes = {values.shape for values in (land.asr, land.asr_low, land.asr_high, land.nonfinite)}
+            if len(grid) not in (1, 2) or shapes != {(len(land.asr), *grid)}:
+                raise ValueError(f"arrays of shapes {sorted(shapes)} over {len(grid)} axes")
+            if land.complete:
+                values = content["visage"]
+                np.array([values["paper"], values["reference"], *values["interval"]], np.float64).reshape(4)
+            return land
+        except OSError as error:
+            raise UserError(f"{directory} holds no landscape: {path} cannot be read ({error}).") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is not a landscape file ({reason(error)}).") from error

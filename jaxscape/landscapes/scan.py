@@ -1,0 +1,165 @@
+"""The scan: evaluate a model at every point of a landscape."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Unpack
+
+from jaxscape.directions.kinds import DirectionLike, make_directions, prepare
+from jaxscape.directions.random import Random
+from jaxscape.engine.batching import Workload, encode
+from jaxscape.engine.engine import Engine
+from jaxscape.engine.forms import Form
+from jaxscape.engine.options import EngineOptions
+from jaxscape.engine.planner import Plan, make_plan
+from jaxscape.engine.sampling import Sampling, SamplingOptions
+from jaxscape.evaluate.base import Evaluator, stop_when, verdicts
+from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluator
+from jaxscape.landscapes.axes import Axis, symmetric_axes
+from jaxscape.landscapes.landscape import Landscape
+from jaxscape.landscapes.store import Run, open_run
+from jaxscape.models.checkpoint import fingerprint
+from jaxscape.models.model import Model
+from jaxscape.prompts.chat_format import chat_text
+from jaxscape.runtime import rundir
+from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.files import checksum
+from jaxscape.runtime.processes import from_first
+from jaxscape.runtime.progress import report_to
+
+
+def scan(
+    model: Model,
+    directions: Sequence[DirectionLike | Sequence[DirectionLike]],
+    *,
+    prompts: Sequence[str],
+    steps: int = 20,
+    radius: float = 0.5,
+    axes: Sequence[Axis] | None = None,
+    system_prompt: str = "default",
+    evaluator: str | Evaluator = DEFAULT_EVALUATOR,
+    options: EngineOptions | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    describe: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **sampling: Unpack[SamplingOptions],
+) -> Landscape:
+    """Measure a safety landscape.
+
+    Arguments:
+        directions: the direction sets. `[d, e]` gives two 1D landscapes, `[(d, e)]` one 2D landscape. A direction is a
+            tree like `model.params`, the seed of a random direction, or a name such as `random:0`,
+            `file:direction.safetensors` or `to:MODEL`. In a pair, a random second direction is made orthogonal to the
+            first.
+        steps: intervals along each axis from −radius to radius; even, so that the model itself is a point.
+        axes: one for each direction of a set, instead of those that steps and radius describe.
+        system_prompt: `default`, `none`, a name or a text, see `jaxscape.prompts.chat_format.chat_text`.
+        evaluator: what judges the answers: a name, or an `Evaluator` of your own. Unless `options` ask for full texts,
+            an answer ends where the evaluator's `stop_when` says that its outcome is decided.
+        options: of the engine, see `jaxscape.engine.options.EngineOptions`.
+        out: a directory to keep the run in. An unfinished run there is resumed.
+        overwrite: start over in a directory that holds a run.
+        describe: anything that JSON can hold, to be kept in the run's configuration too.
+        progress: whether to report each point on the standard error stream.
+        sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` and `seed`, see
+            `jaxscape.engine.sampling.Sampling`.
+
+    Returns:
+        The landscape, also when it was already complete on disk.
+
+    Raises:
+        UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
+    """
+    sets = [tuple(item) if isinstance(item, list | tuple) else (item,) for item in directions]
+    prepared = [[prepare(direction, model) for direction in item] for item in sets]
+    recipes = [[recipe for recipe, _ in item] for item in prepared]
+    sizes = {sum(recipe.count for recipe in item) for item in recipes}
+    if len(sizes) != 1:
+        raise UserError("Give at least one direction, and either single directions or pairs of them, not both.")
+    ndim = sizes.pop()
+    axes = symmetric_axes(ndim, steps, radius) if axes is None else tuple(axes)
+    if len(axes) != ndim:
+        raise UserError(f"There are {len(axes)} axes but {ndim} directions in a set: give one axis for each direction.")
+    settings, judge = Sampling(**sampling), find_evaluator(evaluator)
+    sent = [chat_text(model.tokenizer, prompt, system_prompt) for prompt in prompts]
+    prompt_tokens = encode(model, sent, settings.max_new_tokens)
+    workload = Workload(
+        prompt_tokens,
+        settings,
+        num_points=math.prod(len(axis.values) for axis in axes),
+        points_per_line=len(axes[-1].values),
+        ndim=ndim,
+        num_random=max(sum(isinstance(recipe, Random) for recipe in item) for item in recipes),
+    )
+    directory = None if out is None else Path(out)
+    options = options or EngineOptions()
+    form = from_first(lambda: rundir.recorded_value(directory, "form"))
+    if options.form == "auto" and not overwrite and form in list(Form):
+        # A resumed run keeps its form: where two tokens are equally likely, another form may choose the other one.
+        options = replace(options, form=form)
+    plan = make_plan(model, workload, options)
+    config = {
+        "model": model.name,
+        "weights": fingerprint(model.params),
+        "dtype": model.dtype,
+        "directions": [[identity for _, ids in item for identity in ids] for item in prepared],
+        "direction_names": [[str(recipe) for recipe in item] for item in recipes],
+        "axes": [asdict(axis) for axis in axes],
+        "num_prompts": len(prompts),
+        "prompts": checksum(list(prompts)),
+        "tokens": checksum(prompt_tokens),
+        "architecture": checksum((model.config, model.eos_token_ids)),
+        "system_prompt": system_prompt,
+        **asdict(settings),
+        "form": plan.form,
+        "full_text": options.full_text,
+        **({"direction_storage": storage} if (storage := options.direction_storage) in ("bfloat16", "int8") else {}),
+        **({"evaluator": judge.name} if judge.name != DEFAULT_EVALUATOR else {}),
+        **(describe or {}),
+    }
+    engine = Engine(model, workload, plan, None if options.full_text else stop_when(judge))
+    with (
+        open_run(directory, config, axes, len(sets), prompts, sent, overwrite) as run,
+        _progress(run, plan, progress) as report_point,
+    ):
+        for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
+            made = None  # frees the previous set's directions before the next ones are made
+            made = make_directions(recipes[index], model, plan.storage)
+            for completions in engine.complete(made, [coords for _, coords in points]):
+                scores = judge.score(prompts, [completion.text for completion in completions])
+                run.append(completions, verdicts(scores))
+                report_point()
+        return run.landscape()
+
+
+@contextmanager
+def _progress(run: Run, plan: Plan, enabled: bool) -> Iterator[Callable[[], None]]:
+    """A function that reports the last point: its coordinates, its ASR and the time left."""
+    total, resumed, started = len(run.points), run.num_done, time.monotonic()
+    with report_to(enabled) as bar:
+        task = bar.add_task("scan", total=total, completed=resumed)
+        if resumed < total:
+            bar.print(str(plan))
+        if resumed:
+            bar.print(f"resuming after {resumed} of {total} points")
+
+        def report_point() -> None:
+            done = run.num_done
+            index, coords = run.points[done - 1]
+            position = ", ".join(f"{axis.name} {c:+.4g}" for axis, c in zip(run.axes, coords, strict=True))
+            asr = 100 * (1 - run.refused[done - 1].mean())
+            elapsed = time.monotonic() - started
+            left = timedelta(seconds=round(elapsed / (done - resumed) * (total - done)))
+            line = f"{done:>{len(str(total))}}/{total}  direction {index}  {position}  ASR {asr:5.1f} %  {left} left"
+            if nonfinite := int((~run.finite[done - 1]).sum()):
+                line += f"  ({nonfinite} of {len(run.prompts)} prompts met NaN or infinite logits)"
+            bar.update(task, completed=done)
+            bar.print(line)
+
+        yield report_point

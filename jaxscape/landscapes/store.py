@@ -1,0 +1,155 @@
+"""The directory of a scan: each finished point is on disk before the next one begins.
+
+`generations.jsonl` is the only state of a run. It grows by whole points in a fixed order. When a run is resumed, the
+whole points in it are kept, and what a killed process wrote after them is cut off. Every other file is computed from
+it.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from jaxscape.engine.scheduler import Completion
+from jaxscape.finetuning import trajectory
+from jaxscape.landscapes import landscape
+from jaxscape.landscapes.axes import Axis
+from jaxscape.landscapes.landscape import Landscape
+from jaxscape.runtime import rundir
+from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.files import cut_after, to_json_lines, whole_lines, write_whole
+from jaxscape.runtime.processes import from_first
+
+GENERATIONS, PROMPTS, FIGURE = "generations.jsonl", "prompts.jsonl", "landscape.png"
+SCAN = rundir.RunKind(
+    "scan",
+    state=GENERATIONS,
+    marks=frozenset({"weights", "directions", "axes"}),
+    computed=(landscape.FILE_NAME, FIGURE, trajectory.FILE_NAME, "output*.jsonl"),
+    descriptive=frozenset({"direction_names"}),
+)
+
+Point = tuple[int, tuple[float, ...]]
+"""The index of a direction set, and coordinates along its directions."""
+
+
+class Run:
+    """The points of a scan and their outcomes, in the order in which they are evaluated.
+
+    Attributes:
+        points: all points, direction set by direction set; the last axis varies fastest.
+        num_done: how many points are evaluated; they are the first ones.
+        refused, finite: bool[points, prompts], valid for the evaluated points.
+    """
+
+    def __init__(
+        self, axes: Sequence[Axis], num_sets: int, prompts: Sequence[str], out: tuple[Path, BinaryIO] | None = None
+    ) -> None:
+        grid = itertools.product(*(axis.values for axis in axes))
+        self.axes, self.prompts = tuple(axes), tuple(prompts)
+        self.points: list[Point] = list(itertools.product(range(num_sets), grid))
+        self.num_done = 0
+        self.refused = np.zeros((len(self.points), len(prompts)), bool)
+        self.finite = np.ones((len(self.points), len(prompts)), bool)
+        self._shape = (num_sets, *(len(axis.values) for axis in axes))
+        self._out = out
+        if out is not None:
+            self._restore(*out)
+
+    def append(self, completions: Sequence[Completion], refused: Sequence[bool]) -> None:
+        """Add the answers and verdicts of the next point, one for each prompt, and write them to disk."""
+        index, coords = self.points[self.num_done]
+        records = []
+        for prompt, completion, verdict in zip(self.prompts, completions, refused, strict=True):
+            record = {
+                "direction": index,
+                "coords": list(coords),
+                "prompt": prompt,
+                "generation": completion.text,
+                "refused": verdict,
+            }
+            record |= {"finite": False} if not completion.finite else {}
+            records.append(record | ({"cut": True} if completion.cut else {}))
+        self._add(records)
+        if self._out is not None:
+            directory, file = self._out
+            file.write(to_json_lines(records).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            self.landscape().save(directory)
+
+    def landscape(self) -> Landscape:
+        """The landscape of the points that are evaluated so far."""
+        return Landscape.from_outcomes(
+            self.axes,
+            refused=self.refused.reshape(*self._shape, -1),
+            nonfinite=(~self.finite).sum(axis=1).reshape(self._shape),
+            evaluated=(np.arange(len(self.points)) < self.num_done).reshape(self._shape),
+        )
+
+    def outcomes(self) -> tuple[list[list[bool]], list[list[bool]]]:
+        """`refused` and `finite` of the evaluated points."""
+        return self.refused[: self.num_done].tolist(), self.finite[: self.num_done].tolist()
+
+    def set_outcomes(self, refused: list[list[bool]], finite: list[list[bool]]) -> None:
+        """Take over the outcomes of another process's run."""
+        self.num_done = len(refused)
+        if refused:
+            self.refused[: self.num_done], self.finite[: self.num_done] = refused, finite
+
+    def _add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self.refused[self.num_done] = [record["refused"] for record in records]
+        self.finite[self.num_done] = [record.get("finite", True) for record in records]
+        self.num_done += 1
+
+    def _restore(self, directory: Path, file: BinaryIO) -> None:
+        """Take over the whole points in the file, and cut off what follows them."""
+        lines, num_prompts = whole_lines(file), len(self.prompts)
+        num_whole = len(lines) // num_prompts
+        lines = lines[: num_whole * num_prompts]
+        try:
+            records = [json.loads(line) for line in lines]
+            expected = itertools.product(self.points[:num_whole], self.prompts)
+            for record, ((index, coords), prompt) in zip(records, expected, strict=True):
+                if (record["direction"], record["coords"], record["prompt"]) != (index, list(coords), prompt):
+                    raise ValueError(f"a line is for {record['coords']} that should be for {list(coords)}")
+            for start in range(0, len(records), num_prompts):
+                self._add(records[start : start + num_prompts])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{directory / GENERATIONS} is damaged ({reason(error)}): start over with --overwrite."
+            ) from error
+        cut_after(file, lines)
+
+
+@contextmanager
+def open_run(
+    directory: Path | None,
+    config: Mapping[str, Any],
+    axes: Sequence[Axis],
+    num_sets: int,
+    prompts: Sequence[str],
+    sent: Sequence[str],
+    overwrite: bool = False,
+) -> Iterator[Run]:
+    """Start a run in a directory, or resume the one that is there; see `rundir.open_run_directory`.
+
+    Arguments:
+        directory: None keeps the run in memory only.
+        sent: for each prompt, the text that the model is given.
+    """
+    with rundir.open_run_directory(directory, config, SCAN, overwrite) as file:
+        if directory is None or file is None:
+            run = Run(axes, num_sets, prompts)
+        else:
+            pairs = ({"prompt": prompt, "sent": text} for prompt, text in zip(prompts, sent, strict=True))
+            write_whole(directory / PROMPTS, to_json_lines(pairs))
+            run = Run(axes, num_sets, prompts, (directory, file))
+            run.landscape().save(directory)
+        run.set_outcomes(*from_first(run.outcomes))
+        yield run

@@ -1,0 +1,199 @@
+"""Models: configuration, the Flax decoder, and checkpoints from names, directories, the hub and GGUF files."""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from jaxscape.models import builtin, huggingface, lora
+from jaxscape.models.checkpoint import Checkpoint, Params, load_kept, load_params, parameter_shardings
+from jaxscape.models.config import ModelConfig
+from jaxscape.models.decoder import forward
+from jaxscape.models.families import from_transformers
+from jaxscape.models.gguf import open_gguf
+from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.hardware import free_memory
+from jaxscape.runtime.processes import from_first, gathered
+from jaxscape.runtime.sharding import MeshShape, default_mesh_shape, make_mesh, on_mesh
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model.
+
+    Attributes:
+        name: what it was loaded from.
+        params: a nested dictionary of arrays; its paths, joined with dots, are Hugging Face parameter names. Of a model
+            that is kept in host memory they are numpy arrays.
+        eos_token_ids: the tokens that end a text or a turn.
+        transformers_config: the configuration as transformers has it.
+        mesh: the devices that compute, see `jaxscape.sharding`.
+    """
+
+    name: str
+    config: ModelConfig
+    params: Params
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: tuple[int, ...]
+    transformers_config: PreTrainedConfig
+    mesh: Mesh = field(default_factory=lambda: make_mesh(MeshShape(), 1))
+
+    @property
+    def shardings(self) -> Params:
+        """How each parameter is split over the mesh, in a tree like `params`."""
+        return parameter_shardings(self.config, self.mesh)
+
+    @property
+    def dtype(self) -> str:
+        """Of the parameters and activations."""
+        return str(jax.tree.leaves(self.params)[0].dtype)
+
+    def __call__(self, tokens: Int[Array | np.ndarray, "batch time"]) -> Float[Array, "batch time vocab"]:
+        """Logits of the next token after each token: int32[B, T] to float32[B, T, V]."""
+        config = self.config.for_length(np.shape(tokens)[1])
+        return _logits(self.params, np.asarray(tokens, np.int32), config, self.mesh)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """`save_model`, by the name that it has in transformers."""
+        save_model(self, directory)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _logits(
+    params: Params, tokens: Int[Array | np.ndarray, "batch time"], config: ModelConfig, mesh: Mesh
+) -> Float[Array, "batch time vocab"]:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    with on_mesh(mesh):
+        return forward(config, params, jnp.asarray(tokens), positions)[0]
+
+
+def load_model(
+    source: str | Path,
+    dtype: str | None = None,
+    on_host: bool | None = None,
+    mesh_shape: MeshShape | None = None,
+    keep: bool = False,
+    split: MeshShape | None = None,
+) -> Model:
+    """Load a model with its tokenizer.
+
+    Arguments:
+        source: a built-in name (`smollm2-135m-safe`, `smollm2-135m`), a Hugging Face directory, a `.gguf` file, or a
+            hub id, `REPOSITORY` or `REPOSITORY@REVISION` (a branch, a tag or a commit). A directory or hub repository
+            may also hold a LoRA adapter in PEFT's format: the model that it names as its base is loaded, and the
+            adapter added to its weights.
+        dtype: of the parameters and activations, `float32`, `bfloat16` or `float16`; by default `float32` on a CPU
+            and `bfloat16` on an accelerator.
+        on_host: keep the parameters in host memory, as numpy arrays, from where a scan streams each point's to the
+            device; by default only if the devices cannot hold them twice.
+        mesh_shape: how many devices share the rows of a batch, and how many the weights; by default as few share the
+            weights as can hold them, and a CPU is one device.
+        keep: keep the parameters in the cache, as an Orbax checkpoint from which the next load is faster; those that
+            stay in host memory are read as they are.
+        split: the former name of `mesh_shape`.
+
+    Raises:
+        UserError: there is no such model, or it cannot be used; or there are not as many devices.
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise UserError(f"The dtype {dtype!r} is not supported; choose {', '.join(DTYPES)}.")
+    checkpoint = _open(str(source), jnp.dtype(dtype))
+    free = free_memory()
+    size = jnp.dtype(dtype).itemsize * sum(map(math.prod, checkpoint.shapes.values()))
+    mesh_shape = mesh_shape or split
+    if mesh_shape is None:
+        # More devices of a CPU are the same cores.
+        count = 1 if jax.default_backend() == "cpu" and jax.process_count() == 1 else jax.device_count()
+        mesh_shape = MeshShape(*from_first(lambda: default_mesh_shape(size, free, count)))
+    mesh = make_mesh(mesh_shape, checkpoint.config.num_kv_heads)
+    if on_host and jax.process_count() > 1:
+        raise UserError("Several processes have no host memory in common that weights could be streamed from.")
+    if on_host is None and jax.process_count() > 1:
+        on_host = False
+    if on_host is None:
+        on_host = jax.default_backend() != "cpu" and free is not None and 2 * size > free * mesh_shape.model
+    if keep and not on_host:
+        params = load_kept(checkpoint, jnp.dtype(dtype), str(source), mesh)
+    else:
+        params = load_params(checkpoint, jnp.dtype(dtype), str(source), None if on_host else mesh)
+    return Model(
+        name=str(source),
+        config=checkpoint.config,
+        params=params,
+        tokenizer=checkpoint.tokenizer,
+        eos_token_ids=checkpoint.eos_token_ids,
+        transformers_config=checkpoint.transformers_config,
+        mesh=mesh,
+    )
+
+
+def save_model(model: Model, directory: str | Path) -> None:
+    """Write a model as a directory that transformers, and `load_model`, load: safetensors in the parameters' dtype.
+
+    Raises:
+        UserError: the directory cannot be written, or holds other weights; or `check_saveable` does.
+    """
+    check_saveable(model)
+    params = gathered(model.params)
+
+    def write() -> None:
+        huggingface.save_directory(
+            Path(directory), params, model.transformers_config, model.tokenizer, model.eos_token_ids
+        )
+
+    from_first(write)
+
+
+def check_saveable(model: Model) -> None:
+    """Raise a `UserError` if the model cannot be written as a directory that transformers loads: it came from a GGUF
+    file whose RoPE scaling has no place in a transformers configuration."""
+    written, ours = from_transformers(model.transformers_config).layers, model.config.layers
+    pairs = [(a.rope, b.rope) for a, b in zip(written, ours, strict=True) if a.rope and b.rope]
+    if not all(np.allclose(a.frequencies, b.frequencies, rtol=1e-6, atol=0) for a, b in pairs):
+        raise UserError(
+            f"{model.name} scales its RoPE by a table, which a Hugging Face directory cannot hold; start from the "
+            f"model's own directory instead of its GGUF file."
+        )
+
+
+def _open(source: str, dtype: jnp.dtype, adapters: tuple[Path, ...] = ()) -> Checkpoint:
+    """Open what `load_model` was given; `adapters` are those that have it as their base, in `dtype`."""
+    path = Path(source)
+    if source in builtin.MODELS:
+        return open_gguf(builtin.packaged_file(builtin.MODELS[source]))
+    if source in builtin.ADAPTERS:
+        return _open_directory(builtin.ADAPTERS[source], dtype, adapters)
+    if path.suffix in huggingface.PICKLED:
+        raise UserError(huggingface.pickled_message(path))
+    if path.is_dir():
+        return _open_directory(path, dtype, adapters)
+    if path.suffix == ".gguf" and path.is_file():
+        return open_gguf(path)
+    if path.suffix != ".gguf" and huggingface.HUB_ID.fullmatch(source):
+        return _open_directory(huggingface.download(source), dtype, adapters)
+    raise UserError(
+        f"There is no model {source!r}: give a name ({', '.join(builtin.NAMES)}), a model directory, "
+        f"a .gguf file or a hub id such as 'meta-llama/Llama-2-7b-chat-hf'."
+    )
+
+
+def _open_directory(path: Path, dtype: jnp.dtype, adapters: tuple[Path, ...]) -> Checkpoint:
+    """A whole model, or an adapter on top of the model that it names as its base."""
+    if not lora.is_adapter(path):
+        return huggingface.open_directory(path)
+    path = path.resolve()
+    if path in adapters:
+        raise UserError(f"The adapter {path} is its own base; write the base model's name into {lora.CONFIG}.")
+    adapter = lora.load_adapter(path)
+    return lora.merge(_open(adapter.base, dtype, (*adapters, path)), adapter, dtype, str(path))
