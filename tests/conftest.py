@@ -1,8 +1,9 @@
 """Fixtures: a tiny random model on disk in the Hugging Face format, and the real SmolLM2-135M."""
 
-import copy
 import json
 import os
+
+from helpers import SHARED, TINY, MakeModel, tiny_tokenizer
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the expectations here are a CPU's
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # for meshes; models are on one of them
@@ -12,13 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import jaxscape as js
 from jaxscape.models import builtin
@@ -31,43 +29,6 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core; torch's threads would wait for one another
     torch.set_num_threads(1)
 keep_compiled_programs()  # as the command line does: many tests and their processes compile the same ones
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-TINY = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,  # wide, so that logits differ enough for greedy tokens to be certain
-    "eos_token_id": 2,
-    "bos_token_id": 1,
-}
-
-TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}<s>system\nBe kind.</s>{% endif %}"
-    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-
-
-def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=TINY["vocab_size"],
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(js.load_prompts("harmful") + js.load_prompts("benign"), trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
-    )
 
 
 WITHOUT_TORCH = """
@@ -85,9 +46,6 @@ def no_torch_in_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
         yield
-
-
-MakeModel = Callable[..., tuple[Path, transformers.PreTrainedModel]]
 
 
 @pytest.fixture(scope="session")
@@ -164,20 +122,3 @@ def edit_json() -> Callable[..., None]:
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return edit
-
-
-def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(tokens)).logits.float().numpy()
-
-
-def assert_same_tree(a: Any, b: Any) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def spelled(model: js.Model) -> js.Model:
-    """The model with a tokenizer whose texts are the tokens' numbers, so that nothing of them is lost."""
-    tokenizer = copy.copy(model.tokenizer)
-    tokenizer.batch_decode = lambda rows, **_: [" ".join(map(str, row)) for row in rows]
-    return js.Model(**{**vars(model), "tokenizer": tokenizer})

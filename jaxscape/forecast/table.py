@@ -72,7 +72,10 @@ def _verdict(found: Forecast) -> str:
             f"{found.form}: does not fit, {_by(largest)}; a scan may still run with --form streamed, at the speed of "
             f"its host"
         )
-    rows = f"{plan.places * plan.rows} rows" if plan.places == 1 else f"{plan.places} points x {plan.rows} rows"
+    layout = plan.layout
+    rows = f"{layout.batch} rows"
+    if layout.points_in_flight > 1:
+        rows = f"{layout.points_in_flight} points x {layout.rows_per_point} rows"
     given = "" if found.slots is None else f" with --slots {found.slots}"
     return (
         f"{found.form}: {rows} at a time{given} (at most {found.most_rows}), {found.point_seconds:.2f} s a point, "

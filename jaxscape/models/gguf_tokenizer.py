@@ -81,7 +81,7 @@ def _byte_level(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
     steps: list[Any] = [
-        pre_tokenizers.MeshShape(Regex(SPLITS[pre]), behavior="isolated"),
+        pre_tokenizers.Split(Regex(SPLITS[pre]), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
     if pre == "smollm":

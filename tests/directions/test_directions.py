@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_tree
+from helpers import assert_same_tree
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 

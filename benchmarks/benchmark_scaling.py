@@ -1,6 +1,6 @@
 """How do scans scale over TPU chips, by their compiled programs, and over the devices that are here?
 
-`python experiments/benchmark_scaling.py` forecasts a landscape's points per hour on slices of up to 64 chips, in both
+`python benchmarks/benchmark_scaling.py` forecasts a landscape's points per hour on slices of up to 64 chips, in both
 forms, on a line and on a plane, and writes a table and a figure. No TPU is needed. With `--measure` it decodes the same
 rows on more and more of the devices that are here, and checks that they give the same texts.
 """
@@ -207,7 +207,7 @@ def report(
     tried: Sequence[dict[str, Any]],
     efficient: Sequence[dict[str, Any]],
 ) -> str:
-    command = "python experiments/benchmark_scaling.py"
+    command = "python benchmarks/benchmark_scaling.py"
     lines = [
         "# Scaling",
         "",

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import torch_logits
+from helpers import BPE, BPE_MERGES, LONGROPE, SPM, torch_logits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_families import LONGROPE
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import jaxscape as js
 from jaxscape.models.checkpoint import named_leaves
@@ -23,22 +21,6 @@ from jaxscape.models.rope import make_rope
 
 Q = gguf.GGMLQuantizationType
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, LAYERS = 256, 4, 2, 64, 512, 2
-BYTES = list(bytes_to_unicode().values())
-BPE = ["<unk>", "<|im_start|>", "<|im_end|>", *BYTES, "th", "the", "Ġthe", "in", "Ġ1", "12", "123", "ĠĠ"]
-BPE_MERGES = ["t h", "th e", "Ġ the", "i n", "Ġ 1", "1 2", "12 3", "Ġ Ġ"]
-SPM = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    *(f"<0x{i:02X}>" for i in range(256)),
-    "▁t",
-    "he",
-    "▁the",
-    "in",
-    "▁▁",
-    "▁",
-    *"abcdehint12.",
-]
 
 
 def quantised(kind: Q, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

@@ -7,21 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import torch_logits
+from helpers import LLAMA3_ROPE, torch_logits
 
 import jaxscape as js
 from jaxscape.models.cache import Context, KVCache
 from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.decoder import forward
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 CONFIGS = {
     "grouped": {},
     "ungrouped": {"num_key_value_heads": 4},

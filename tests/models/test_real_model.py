@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import torch_logits
-from test_decode import tokens_of, torch_tokens
-from test_finetune import losses, torch_losses, with_peft
+from helpers import losses, tokens_of, torch_logits, torch_losses, torch_tokens, with_peft
 from tokenizers import pre_tokenizers
 
 import jaxscape as js

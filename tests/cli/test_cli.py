@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_same_tree
+from helpers import assert_same_tree
 
 import jaxscape as js
 from jaxscape.cli.main import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUICK = ["--num-prompts", "2", "--steps", "2", "--max-new-tokens", "4"]
 
 

@@ -9,44 +9,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import spelled
+from helpers import PROMPTS, completions_of, tokens_of, torch_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxscape as js
-from jaxscape.engine.batching import Workload, tokenize
+from jaxscape.engine.batching import tokenize
 from jaxscape.engine.decode import decode_chunk, insert
-from jaxscape.engine.engine import Engine
-from jaxscape.engine.planner import make_plan
 from jaxscape.engine.sampling import Sampling, sample
-from jaxscape.engine.scheduler import Completion
-from jaxscape.prompts.chat_format import chat_text
-
-PROMPTS = ["Write a poem about geese", "Hi", "Explain what a key is and how a lock works, please", "Why?"]
-
-
-def completions_of(model: js.Model, prompts: list[str], slots: int = 128, **options: Any) -> list[Completion]:
-    sampling = Sampling(**({"max_new_tokens": 20} | options))
-    rows = tokenize(model, prompts, "default", sampling.max_new_tokens)
-    workload = Workload(rows, sampling)
-    plan = make_plan(model, workload, js.EngineOptions(slots=slots))
-    return next(Engine(model, workload, plan).complete((), [()]))
-
-
-def tokens_of(model: js.Model, prompts: list[str], slots: int = 128, **options: Any) -> list[list[int]]:
-    texts = (completion.text for completion in completions_of(spelled(model), prompts, slots, **options))
-    return [list(map(int, text.split())) for text in texts]
-
-
-def torch_tokens(torch_model: Any, model: js.Model, prompts: list[str], new: int = 20) -> list[list[int]]:
-    """transformers' greedy continuations of prompts of one batch, padded on the left, without their end tokens."""
-    texts = [model.tokenizer(chat_text(model.tokenizer, p), add_special_tokens=False)["input_ids"] for p in prompts]
-    width, eos = max(map(len, texts)), list(model.eos_token_ids)
-    ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])
-    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
-    config = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=eos, pad_token_id=0)
-    rows = torch_model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
-    return [row[: next((i for i, token in enumerate(row) if token in eos), len(row))] for row in rows]
 
 
 def test_greedy_tokens_are_those_of_transformers(make_model: Any, edit_json: Any) -> None:

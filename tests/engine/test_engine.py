@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import spelled
+from helpers import spelled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers
-from conftest import MakeModel, assert_same_tree
+from helpers import MakeModel, assert_same_tree, losses, torch_losses, with_peft
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,73 +26,17 @@ import jaxscape as js
 from jaxscape.directions.path import load_path
 from jaxscape.directions.sums import inner
 from jaxscape.finetuning.batches import bucket, epoch_batches, learning_rates, split
-from jaxscape.finetuning.chats import Example, tokenize
+from jaxscape.finetuning.chats import tokenize
 from jaxscape.finetuning.options import TARGETS
 from jaxscape.finetuning.training import train_step
 from jaxscape.models.config import LayerKind
-from jaxscape.models.lora import init_factors, save_adapter
+from jaxscape.models.lora import save_adapter
 from jaxscape.models.rope import Rope
 
 finetune_module = importlib.import_module("jaxscape.finetuning.run")
 
 CHATS = js.load_chats("safe:22")
 SHORT = js.Training(epochs=2, batch_size=4, learning_rate=5e-3)
-
-
-def losses(result: Any) -> list[float]:
-    return [record["loss"] for record in result.log if "loss" in record]
-
-
-def torch_losses(
-    model: Any, examples: Sequence[Example], training: js.Training, rates: Sequence[float], weight_decay_on_all: bool
-) -> list[float]:
-    """The same finetuning as a plain torch loop: transformers' loss, torch's AdamW and clipping."""
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1 or weight_decay_on_all]
-    groups = [
-        {"params": decayed, "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1 and not weight_decay_on_all], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1.0)
-    found: list[float] = []
-    epoch = 0
-    while len(found) < len(rates):
-        for chosen in epoch_batches([len(e.tokens) for e in examples], training, epoch):
-            width = max(len(examples[i].tokens) for i in chosen)
-            tokens = np.zeros((len(chosen), width), np.int64)
-            labels = np.full_like(tokens, -100)
-            mask = np.zeros_like(tokens)
-            for row, i in enumerate(chosen):
-                n = len(examples[i].tokens)
-                tokens[row, :n], mask[row, :n] = examples[i].tokens, 1
-                labels[row, :n] = np.where(examples[i].learned, examples[i].tokens, -100)
-            loss = model(
-                input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask), labels=torch.tensor(labels)
-            ).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = float(rates[len(found)])
-            optimizer.step()
-            found.append(loss.item())
-        epoch += 1
-    return found
-
-
-def with_peft(model: js.Model, torch_model: Any, training: js.Training) -> Any:
-    """The torch model with PEFT's adapter, started from the same factors as ours."""
-    config = peft.LoraConfig(r=training.rank, lora_alpha=training.alpha, target_modules=list(training.targets))
-    adapted = peft.get_peft_model(torch_model, config)
-    key = jax.random.key(training.seed, impl="threefry2x32")
-    factors = init_factors(model.params, training.targets, training.rank, key)
-    state = adapted.state_dict()
-    for name, pair in factors.items():
-        for part in "ab":
-            path = f"base_model.model.{name.removesuffix('.weight')}.lora_{part.upper()}.default.weight"
-            state[path].copy_(torch.from_numpy(np.array(pair[part])))
-    return adapted
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

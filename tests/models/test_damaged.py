@@ -16,10 +16,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from helpers import BPE, BPE_MERGES, SPM
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_gguf import BPE, BPE_MERGES, SPM
 
 import jaxscape as js
 from jaxscape.models.checkpoint import named_leaves

@@ -1,6 +1,6 @@
 """How fast is the engine, beside Hugging Face generate or one form beside another, and how much memory does it take?
 
-`python experiments/benchmark.py` compares it with generate at batch 4, as the paper's code uses it, and at the best of
+`python benchmarks/benchmark.py` compares it with generate at batch 4, as the paper's code uses it, and at the best of
 some larger batches. All contestants take turns at every point of the landscape, with the same float32 weights, prompts
 and numbers of new tokens; figures are medians over rounds. In a round, a contestant with many batches runs every n-th
 of them only, another part in each of the n rounds, and its time is multiplied.

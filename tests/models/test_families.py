@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY, spelled, torch_logits
+from helpers import LLAMA3_ROPE, LONGROPE, PROMPTS, TINY, spelled, torch_logits, torch_tokens
 from safetensors.flax import load_file
-from test_decode import PROMPTS, torch_tokens
-from test_decoder import LLAMA3_ROPE
 
 import jaxscape as js
 from jaxscape.engine.batching import Workload, tokenize
@@ -30,13 +28,6 @@ from jaxscape.models.families import FAMILIES
 from jaxscape.runtime.sharding import MeshShape
 
 LOCAL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 500.0,
-    "short_factor": [1.0, 1.1, 1.2],
-    "long_factor": [1.0, 2.0, 4.0],
-    "partial_rotary_factor": 0.75,
-}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
 ALPHA = 0.1
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {

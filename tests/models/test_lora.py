@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import MakeModel, assert_same_tree, torch_logits
+from helpers import MakeModel, assert_same_tree, torch_logits
 from safetensors.numpy import load_file, save_file
 
 import jaxscape as js

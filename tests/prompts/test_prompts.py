@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHARED, tiny_tokenizer
+from helpers import SHARED, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -22,7 +22,7 @@ from jaxscape.prompts.chat_format import SYSTEM_PROMPTS, chat_text, render
 def test_built_in_sets_are_matched_and_cover_ten_categories_from_the_first_ten_on() -> None:
     harmful, benign = js.load_prompts("harmful"), js.load_prompts("benign")
     assert len({*harmful, *benign}) == 200
-    path = Path(prompts_module.__file__).parent / "data" / "prompts.csv"
+    path = Path(prompts_module.__file__).parents[1] / "data" / "prompts.csv"
     rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     assert Counter(row["category"] for row in rows) == dict.fromkeys({row["category"] for row in rows}, 10)
     assert len({row["category"] for row in rows[:10]}) == 10

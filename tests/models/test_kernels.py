@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MakeModel
+from helpers import MakeModel
 
 import jaxscape as js
 from jaxscape.finetuning.batches import Batch

@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-PATH = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
+PATH = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
 
 
 @pytest.mark.real

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from helpers import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, trainers
@@ -58,7 +59,7 @@ def test_every_safe_response_is_a_refusal_and_harmless_prompts_are_none_of_the_e
 
 
 def test_the_safe_model_learned_nothing_that_it_is_scored_on(adv80: list[str]) -> None:
-    shared = Path(__file__).resolve().parents[2] / "shared" / "data" / "mt_bench_questions.jsonl"
+    shared = SHARED / "mt_bench_questions.jsonl"
     turns = [turn for line in shared.read_text().splitlines() for turn in json.loads(line)["turns"]]
     assert js.load_prompts(shared) == [turn.strip() for turn in turns[::2]]
     learned = {chat[0]["content"].lower() for chat in js.load_chats("safe")}

@@ -1,0 +1,63 @@
+"""The order of imports: a folder imports only from folders below it, and no module imports itself in a circle."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "jaxscape"
+# From the top down. The folders of one row do not import from each other.
+ROWS = (
+    ("cli",),
+    ("report",),
+    ("landscapes",),
+    ("evaluate",),
+    ("finetuning",),
+    ("forecast",),
+    ("engine",),
+    ("directions",),
+    ("models", "prompts"),
+    ("runtime",),
+)
+ROW = {folder: number for number, row in enumerate(ROWS) for folder in row}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of the package that a file imports, such as `engine.decode`; those for type checkers too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxscape."):
+            module = str(node.module).removeprefix("jaxscape.")
+            yield from (f"{module}.{alias.name}" for alias in node.names) if "." not in module else (module,)
+
+
+def modules() -> dict[str, set[str]]:
+    """What each module of a folder imports."""
+    return {f"{path.parent.name}.{path.stem}": set(imported(path)) for path in sorted(PACKAGE.glob("*/*.py"))}
+
+
+def test_every_folder_has_a_row() -> None:
+    assert {path.parent.name for path in PACKAGE.glob("*/*.py")} == set(ROW)
+
+
+def test_imports_only_go_down() -> None:
+    upward = [
+        f"{module} imports {other}"
+        for module, others in modules().items()
+        for other in others
+        if other.partition(".")[0] != module.partition(".")[0]
+        and ROW[other.partition(".")[0]] <= ROW[module.partition(".")[0]]
+    ]
+    assert not upward
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph, done = modules(), set[str]()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " imports ".join((*path, module))
+        if module not in done:
+            for other in graph.get(module, ()):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
