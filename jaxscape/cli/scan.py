@@ -88,7 +88,7 @@ class Scan:
         source, system_prompt = self.prompts.prompts, self.prompts.system_prompt
         check_texts(self.model.model, source, system_prompt, out, *options.direction, *files, *trajectories)
 
-        from jaxscape.directions.kinds import make_directions
+        from jaxscape.directions.kinds import make_directions, prepare
         from jaxscape.directions.path import load_path
         from jaxscape.engine.forms import Form
         from jaxscape.evaluate.evaluators import find_evaluator
@@ -119,13 +119,14 @@ class Scan:
         from_first(lambda: rundir.check_directory(out, SCAN, self.output.overwrite))
         on_host = None if self.engine.form == "auto" else self.engine.form == Form.STREAMED
         model = self.model.load(self.devices.mesh, on_host)
+        directions = [[prepare(recipe, model)[0] for recipe in item] for item in sets]
         paths = []
         if trajectories:
-            plane = make_directions(sets[0], model)
+            plane = make_directions(directions[0], model)
             paths = [project(path.name, load_path(path, model), plane) for path in options.trajectory]
         landscape = scan(
             model,
-            sets,
+            directions,
             prompts=prompts,
             axes=axes,
             system_prompt=system_prompt,

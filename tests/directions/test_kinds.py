@@ -1,0 +1,113 @@
+"""Recipes: one way to name a direction, and the model at a point along it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import MakeModel, assert_same_tree
+
+import jaxscape as js
+from jaxscape.directions import kinds
+from jaxscape.directions.base import Recipe
+from jaxscape.directions.kinds import KINDS, parse_direction, prepare
+from jaxscape.directions.point import materialise
+from jaxscape.directions.random import Random
+from jaxscape.models.checkpoint import fingerprint
+
+
+@pytest.mark.parametrize("name", ["random:0", "random:4294967295", "file:a/b.safetensors", "to:org/model@main"])
+def test_a_recipe_has_the_name_that_it_was_made_from(name: str) -> None:
+    assert str(parse_direction(name)) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("random", "Unknown direction 'random': write one of random:SEED, file:PATH, to:MODEL, principal:RUN"),
+        ("random:", "Unknown direction 'random:'"),
+        ("random:one", "The direction 'random:one' has no seed: write random:SEED"),
+        ("random:-1", "The direction 'random:-1' has no seed"),
+        ("random:4294967296", "seed"),
+        ("gradient:harmful", "Unknown direction 'gradient:harmful'"),
+        ("", "Unknown direction ''"),
+    ],
+)
+def test_names_that_are_none(name: str, message: str) -> None:
+    with pytest.raises(js.UserError, match=message):
+        parse_direction(name)
+
+
+def test_every_kind_keeps_the_protocol() -> None:
+    assert len({kind.kind for kind in KINDS}) == len(KINDS)
+    for kind in KINDS:
+        assert kind.usage.startswith(f"{kind.kind}:")
+        assert isinstance(kind.parse("0"), Recipe)
+
+
+def test_names_seeds_trees_and_recipes_make_the_same_direction(tiny: js.Model, tmp_path: Path) -> None:
+    tree = js.random_direction(tiny, 3)
+    js.save_direction(tree, tmp_path / "d.safetensors", tiny)
+    for direction in (3, np.int64(3), "random:3", Random(3), tree, f"file:{tmp_path / 'd.safetensors'}"):
+        (made,) = js.make_directions([direction], tiny)
+        assert_same_tree(made, tree)
+
+
+def test_a_random_direction_is_orthogonal_to_the_one_before_it(tiny: js.Model) -> None:
+    first, second = js.make_directions(["random:0", "random:1"], tiny)
+    assert_same_tree(second, js.random_direction(tiny, 1, orthogonal_to=first))
+    given, third = js.make_directions([first, 1], tiny)
+    assert_same_tree(third, second)
+    assert_same_tree(given, first)
+
+
+def test_what_identifies_a_direction_in_a_run(tiny: js.Model) -> None:
+    recipe, ids = prepare("random:7", tiny)
+    assert (recipe, ids) == (Random(7), [7]), "a random direction is made when it is needed"
+    tree = js.random_direction(tiny, 7)
+    recipe, ids = prepare(tree, tiny)
+    assert ids == [fingerprint(tree)]
+
+
+def test_the_model_at_a_point(tiny: js.Model, make_model: MakeModel) -> None:
+    directions = js.make_directions([0, 1], tiny)
+    moved = js.model_at(tiny, [0, 1], [0.25, -0.5])
+    assert_same_tree(moved.params, materialise(tiny.params, directions, jnp.array([0.25, -0.5], jnp.float32)))
+    assert moved.tokenizer is tiny.tokenizer
+    assert_same_tree(js.model_at(tiny, [], []).params, tiny.params)
+    directory, _ = make_model(seed=5)
+    other = js.load_model(directory, "float32")
+    end = js.model_at(tiny, [f"to:{directory}"], [1.0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), end.params, other.params)
+    with pytest.raises(js.UserError, match="There are 2 directions, but 1 coordinates"):
+        js.model_at(tiny, [0, 1], [0.5])
+    with pytest.raises(js.UserError, match=r"missing lm_head\.weight"):
+        js.model_at(tiny, [{"model": {"norm": {"weight": np.zeros(32)}}}], [0.5])
+
+
+class Zero:
+    """A kind of direction that a contributor adds."""
+
+    kind = "zero"
+    usage = "zero:ANYTHING"
+    is_interpolation = False
+    count = 1
+
+    @classmethod
+    def parse(cls, option: str) -> "Zero":
+        return cls()
+
+    def __str__(self) -> str:
+        return "zero:0"
+
+    def make(self, model: js.Model, earlier: Sequence[Any], storage: str) -> list[Any]:
+        return [jax.tree.map(jnp.zeros_like, model.params)]
+
+
+def test_a_new_kind_is_one_class_in_the_registry(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "KINDS", (*KINDS, Zero))
+    land = js.scan(tiny, ["zero:0"], prompts=["Hi", "Why?"], steps=2, max_new_tokens=4, progress=False)
+    assert len(set(land.asr.ravel().tolist())) == 1
