@@ -1,6 +1,6 @@
 """`jaxscape scan`: measure a model's safety landscape, and keep it in a directory."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -140,10 +140,7 @@ class Scan:
                 "interpolate_to": list(options.interpolate_to),
             },
             seed=options.seed,
-            max_new_tokens=self.generation.max_new_tokens,
-            temperature=self.generation.temperature,
-            top_k=self.generation.top_k,
-            top_p=self.generation.top_p,
+            **asdict(self.generation),
         )
 
         def conclude() -> None:
