@@ -80,11 +80,13 @@ def run_program(program: Any, arguments: Sequence[str] | None = None, name: str 
     except Exception as error:
         import jax
 
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-            _fail(
-                "The device's memory is full: lower --slots or --batch-size, choose a --dtype of 16 bits, or a --mesh "
-                "that shards the weights over more devices."
-            )
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            if "RESOURCE_EXHAUSTED" in str(error):
+                _fail(
+                    "The device's memory is full: lower --slots or --batch-size, choose a --dtype of 16 bits, or a "
+                    "--mesh that shards the weights over more devices."
+                )
+            raise  # perhaps another process has died: JAX then ends this one, and its supervisor says so
         if jax.distributed.is_initialized():  # Python would wait for the other processes, and they for this one
             traceback.print_exc()
             _exit(1)

@@ -255,7 +255,7 @@ def test_the_path_of_a_finetuning_is_read_from_its_checkpoints(tiny: js.Model, t
         lengths = [inner(step, step) for step in path]
         assert lengths == sorted(lengths)
     other = js.Model(**{**vars(tiny), "params": jax.tree.map(lambda x: 2 * x, tiny.params)})
-    with pytest.raises(js.UserError, match="started from other weights"):
+    with pytest.raises(js.UserError, match="did not start from the weights of"):
         next(load_path(tmp_path / "full", other))
     with pytest.raises(js.UserError, match=r"has no config\.json"):
         next(load_path(tmp_path, tiny))
@@ -346,19 +346,19 @@ def test_a_path_is_read_in_the_dtype_it_was_made_in(tiny_dir: Path, tiny: js.Mod
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "prefix"}, "The method 'prefix' is unknown"),
-        ({"schedule": "linear"}, "The schedule 'linear' is unknown"),
+        ({"method": "prefix"}, "Unknown method 'prefix': choose lora, full"),
+        ({"schedule": "linear"}, "Unknown schedule 'linear': choose cosine, step, constant"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"accumulation": -1}, "accumulation must be at least 1"),
         ({"rank": 0}, "rank must be at least 1"),
-        ({"warmup": 1.0}, "warmup must be a part"),
-        ({"validation": -0.5}, "validation must be a part"),
-        ({"weight_decay": float("nan")}, "weight_decay must be a number"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm must be a number"),
+        ({"warmup": 1.0}, "warmup must be at least 0 and below 1, not"),
+        ({"validation": -0.5}, "validation must be at least 0 and below 1, not"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a finite number of at least 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be a finite number of at least 0"),
         ({"learning_rate": 0.0}, "must be positive numbers"),
         ({"alpha": float("inf")}, "must be positive numbers"),
-        ({"targets": ()}, "Name at least one"),
+        ({"targets": ()}, "A LoRA training needs --targets: name at least one"),
         ({"seed": -1}, "A seed is a number"),
     ],
 )

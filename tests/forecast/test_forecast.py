@@ -61,7 +61,7 @@ def test_a_mesh_of_any_shape_is_laid_out_on_a_slice(topology: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "streamed"}, "how fast a host sends weights"),
+        ({"form": "streamed"}, "--form streamed cannot be planned, because its time depends on the host"),
         ({"slots": 0}, "slots must be at least 1"),
     ],
 )
@@ -232,7 +232,7 @@ def test_a_topology_that_is_none_is_a_sentence(name: str) -> None:
 
 
 def test_work_that_is_none_is_a_sentence() -> None:
-    with pytest.raises(js.UserError, match="more tokens in a prompt than all share"):
+    with pytest.raises(js.UserError, match="cannot share 20 of them: --shared-tokens must be at least 0 and less"):
         make_workload(8, 20, 20, 8, (5,))
 
 

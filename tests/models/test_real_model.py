@@ -19,6 +19,7 @@ from jaxscape.finetuning.batches import bucket
 from jaxscape.finetuning.chats import tokenize
 from jaxscape.models import builtin
 from jaxscape.models.checkpoint import named_leaves
+from jaxscape.prompts.chat_format import chat_text
 
 pytestmark = pytest.mark.real
 
@@ -71,7 +72,7 @@ def test_transformers_loads_smollm2_saved_from_its_gguf_file(smollm2: js.Model, 
     js.save_model(smollm2, tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    text = js.prompts.chat_text(smollm2.tokenizer, "Who are you?")
+    text = chat_text(smollm2.tokenizer, "Who are you?")
     tokens = tokenizer(text, return_tensors="np")["input_ids"]
     np.testing.assert_array_equal(tokens[0], smollm2.tokenizer(text)["input_ids"])
     np.testing.assert_allclose(smollm2(tokens), torch_logits(loaded, tokens), atol=2e-2)
