@@ -37,7 +37,7 @@ def principal_directions(steps: Sequence[Params], count: int = 2) -> list[Params
     values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
     if len(steps) < count or values[-1] <= 1e-9 * values[0]:
         raise UserError(
-            f"The {len(steps)} checkpoints span fewer than {count} dimensions: give finetunings with more epochs, or a "
+            f"The given checkpoints ({len(steps)}) span fewer than {count} dimensions: give finetunings with more epochs, or a "
             f"second finetuning."
         )
     vectors = vectors * np.where(vectors[-1] < 0, -1, 1)
