@@ -154,7 +154,7 @@ def _txt_prompts(text: str, source: str) -> list[str]:
 
 
 def _checked_prompt(value: Any, source: str, line: int) -> str:
-    """The value without spaces around it. Raises a `UserError` unless it is a text with a character other than spaces."""
+    """The value without spaces around it. Raises a `UserError` if it is no text, or only spaces."""
     if not isinstance(value, str) or not value.strip():
         raise UserError(
             f"{source}, line {line}: no prompt found; give a text, or an object with a 'goal', 'prompt' or 'turns'."

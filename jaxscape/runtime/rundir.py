@@ -58,7 +58,7 @@ def open_run_directory(
         yield None
         return
     directory = Path(directory)
-    check_directory(directory, kind, overwrite)
+    check_directory(directory, kind)
     text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
     if not overwrite:
         _check_config(directory / CONFIG, json.loads(text), kind)
@@ -79,7 +79,7 @@ def open_run_directory(
         yield file
 
 
-def check_directory(directory: Path, kind: RunKind, overwrite: bool = False) -> None:
+def check_directory(directory: Path, kind: RunKind) -> None:
     """Raise a `UserError` if the directory cannot hold a run of this kind: it is a file, cannot be written, holds a run
     of another kind, or has other files in it. Nothing on disk is changed."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
