@@ -20,7 +20,7 @@ from hypothesis import settings
 
 import jaxscape as js
 from jaxscape.models import builtin
-from jaxscape.runtime.hardware import keep_compiled_programs
+from jaxscape.runtime.hardware import enable_compilation_cache
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)  # chance finds bugs at a desk, and only noise in CI
@@ -28,7 +28,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core; torch's threads would wait for one another
     torch.set_num_threads(1)
-keep_compiled_programs()  # as the command line does: many tests and their processes compile the same ones
+enable_compilation_cache()  # as the command line does: many tests and their processes compile the same ones
 
 
 WITHOUT_TORCH = """

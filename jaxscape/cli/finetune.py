@@ -60,7 +60,7 @@ class Finetune:
 
         chats = [chat for source in sources for chat in load_chats(source)]
         self.devices.start()
-        from_first(lambda: rundir.check_directory(out, FINETUNING, self.output.overwrite))
+        from_first(lambda: rundir.check_directory(out, FINETUNING))
         result = finetune(
             self.model.load(self.devices.mesh),
             chats,

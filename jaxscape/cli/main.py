@@ -103,7 +103,7 @@ def _fail(message: str) -> NoReturn:
 
 def _exit(code: int) -> NoReturn:
     if "jax" in sys.modules:  # otherwise no other process can have been joined
-        from jaxscape.runtime.processes import leave
+        from jaxscape.runtime.processes import exit_if_joined
 
-        leave(code)
+        exit_if_joined(code)
     sys.exit(code)

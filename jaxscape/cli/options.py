@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
-from jaxscape.runtime.errors import UserError, is_utf8
+from jaxscape.runtime.errors import UserError, is_utf8, reason
 from jaxscape.runtime.help import shown
 
 if TYPE_CHECKING:
@@ -84,12 +84,13 @@ class RunOptions:
 
     def start(self) -> None:
         """Select the platform and join the other processes."""
-        from jaxscape.runtime.hardware import keep_compiled_programs
-        from jaxscape.runtime.processes import start
+        from jaxscape.runtime.hardware import enable_compilation_cache
+        from jaxscape.runtime.processes import join_processes
 
         names = [name for name in ("tpu", "gpu", "cpu") if getattr(self, name)]
-        select_platform(names, lambda: start(self.coordinator, self.num_processes, self.process_id, self.distributed))
-        keep_compiled_programs()
+        processes = (self.coordinator, self.num_processes, self.process_id, self.distributed)
+        select_platform(names, lambda: join_processes(*processes))
+        enable_compilation_cache()
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def select_platform(names: Sequence[str], join: Callable[[], None] = lambda: Non
         try:
             found = jax.default_backend()
         except RuntimeError as error:
-            why = f" ({' '.join(str(error).split())[:200]})"
+            why = f" ({reason(error)})"
             if not jax.distributed.is_initialized():  # looking for another platform could keep other processes waiting
                 jax.config.update("jax_platforms", before)
                 found = jax.default_backend()

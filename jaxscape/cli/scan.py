@@ -116,7 +116,7 @@ class Scan:
         if self.prompts.num_prompts is None:
             prompts = prompts[:DEFAULT_NUM_PROMPTS]
         self.devices.start()
-        from_first(lambda: rundir.check_directory(out, SCAN, self.output.overwrite))
+        from_first(lambda: rundir.check_directory(out, SCAN))
         on_host = None if self.engine.form == "auto" else self.engine.form == Form.STREAMED
         model = self.model.load(self.devices.mesh, on_host)
         directions = [[prepare(recipe, model)[0] for recipe in item] for item in sets]

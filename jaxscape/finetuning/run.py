@@ -27,8 +27,8 @@ from jaxscape.models.model import Model, check_saveable, save_model
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.files import checksum, cut_after, whole_lines
-from jaxscape.runtime.processes import from_first, is_there_for_all
-from jaxscape.runtime.progress import report_to
+from jaxscape.runtime.processes import from_first, is_visible_to_all
+from jaxscape.runtime.progress import progress_display
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +105,8 @@ def finetune(
         "start": None if start is None else fingerprint(start.factors),
         **(describe or {}),
     }
-    with rundir.open_run_directory(out, config, FINETUNING, overwrite) as file, report_to(progress) as bar:
-        if out is not None and not is_there_for_all(Path(out) / rundir.CONFIG):
+    with rundir.open_run_directory(out, config, FINETUNING, overwrite) as file, progress_display(progress) as bar:
+        if out is not None and not is_visible_to_all(Path(out) / rundir.CONFIG):
             raise UserError(f"Each process keeps its part of the checkpoints: all must see the same --out ({out}).")
         keeper = None if out is None else _Keeper(Path(out).absolute())
         state, epoch = (state, 0) if keeper is None else keeper.restore(state, training.epochs)

@@ -11,7 +11,7 @@ import jax
 from jaxscape.forecast import hlo
 from jaxscape.forecast.chips import Chip, ProgramCounts, Slice
 from jaxscape.models.shape import ModelShape, model_shape
-from jaxscape.runtime.hardware import not_kept
+from jaxscape.runtime.hardware import without_compilation_cache
 
 UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}  # bytes, as the compiler writes them
 LATENCY = 2e-6  # seconds that a collective operation takes besides its bytes
@@ -91,7 +91,7 @@ def _once(where: Slice, lower: Callable[[], Any], traffic: Callable[[str], hlo.T
 
 def _compiled(lowered: Any, traffic: Callable[[str], hlo.Traffic]) -> ProgramCounts:
     try:
-        with not_kept():
+        with without_compilation_cache():
             compiled = lowered.compile(compiler_options=READABLE)
     except jax.errors.JaxRuntimeError as error:
         # It says how much it would take, and then how much there is.

@@ -1,4 +1,4 @@
-"""Landscapes: axes, attack success rates on their grid, VISAGE, and the file that holds them."""
+"""The axes of a landscape: symmetric around the model, or from the model to another."""
 
 import math
 from dataclasses import dataclass
@@ -8,34 +8,41 @@ from jaxscape.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Axis:
-    """One coordinate of a landscape, in multiples of its direction."""
+    """One axis of a landscape.
+
+    Attributes:
+        values: the coordinates of the grid along this axis, as multiples of the direction.
+    """
 
     name: str
     values: tuple[float, ...]
 
 
 def symmetric_axes(ndim: int, steps: int, radius: float) -> tuple[Axis, ...]:
-    """`ndim` axes of `steps + 1` equidistant values from −radius to radius, zero among them.
+    """`ndim` axes with `steps + 1` equidistant values each, from −radius to radius; the middle one is exactly 0.
 
     Raises:
-        UserError: `steps` is odd, so that the centre would be missed, or anything is out of range.
+        UserError: `steps` is odd, so that no value would be 0, or an argument is out of range.
     """
     if ndim not in (1, 2):
         raise UserError(f"A landscape has 1 or 2 dimensions, not {ndim}.")
     if steps < 2 or steps % 2:
-        raise UserError(f"The number of steps must be even and at least 2, so that the centre is a point; not {steps}.")
+        raise UserError(
+            f"The number of steps must be even and at least 2, so that the model itself is a point; it is {steps}."
+        )
     if not (0 < radius < math.inf):
         raise UserError(f"The radius must be a positive number, not {radius}.")
-    # This form gives exactly 0 in the middle, ±radius at the ends, and opposite values around the middle.
+    # In this order of operations the middle is exactly 0, the ends are exactly ±radius, and the axis is symmetric.
     values = tuple(radius * ((2 * i - steps) / steps) for i in range(steps + 1))
     return tuple(Axis(name, values) for name in ("alpha", "beta")[:ndim])
 
 
 def interpolation_axis(steps: int, extra_steps: int = 0, name: str = "interpolation") -> Axis:
-    """From one model, at 0, to another, at 1, in `steps` intervals, with `extra_steps` more beyond either end.
+    """An axis from one model, at 0, to another, at 1, in `steps` intervals, continued by `extra_steps` intervals beyond
+    each end.
 
     Raises:
-        UserError: there are fewer than 1 steps, or fewer than 0 extra ones.
+        UserError: `steps` is less than 1, or `extra_steps` is negative.
     """
     if steps < 1:
         raise UserError(f"The number of steps must be at least 1, not {steps}.")

@@ -1,4 +1,4 @@
-"""Landscapes: axes, attack success rates on their grid, VISAGE, and the file that holds them."""
+"""A landscape: attack success rates on a grid, their intervals and VISAGE, and the file `landscape.json`."""
 
 import json
 from collections.abc import Sequence
@@ -20,14 +20,15 @@ FILE_NAME = "landscape.json"
 
 @dataclass(frozen=True, eq=False)
 class Landscape:
-    """Attack success rates over a grid of points, for each set of directions.
+    """Attack success rates on a grid of points, for each direction set.
 
     Attributes:
         axes: one for each dimension of the grid.
-        asr: float64[directions, *grid], percent; NaN where a point is not evaluated yet.
-        asr_low, asr_high: the 95 % Wilson interval over prompts, of the same shape.
-        nonfinite: int64 of the same shape, the prompts whose completion met a NaN or infinite logit.
-        visage_values: of the whole landscape; None while points are missing.
+        asr: float64[directions, *grid], in percent; NaN for points that are not evaluated yet.
+        asr_low, asr_high: float64[directions, *grid], the 95 % Wilson interval over prompts.
+        nonfinite: int64[directions, *grid], the number of prompts whose completion met a NaN or infinite logit.
+        num_prompts: the number of prompts at each point.
+        visage_values: VISAGE of each kind and the intervals, as in `landscape.json`; None while points are missing.
     """
 
     axes: tuple[Axis, ...]
@@ -46,7 +47,13 @@ class Landscape:
         nonfinite: Int[np.ndarray, " directions *grid"],
         evaluated: Bool[np.ndarray, " directions *grid"],
     ) -> "Landscape":
-        """Build a landscape from whether each prompt was refused at each point."""
+        """A landscape from the outcome of each prompt at each point.
+
+        Arguments:
+            refused: bool[directions, *grid, prompts].
+            nonfinite: int64[directions, *grid], see the attribute.
+            evaluated: bool[directions, *grid], False for points whose outcomes are still missing.
+        """
         num_prompts = refused.shape[-1]
         asr = np.where(evaluated, 100.0 * (1.0 - refused.sum(axis=-1) / num_prompts), np.nan)
         low, high = wilson_interval(asr, num_prompts)
@@ -76,7 +83,8 @@ class Landscape:
     def to_json(self) -> str:
         """The text of `landscape.json`."""
 
-        def nested(values: np.ndarray) -> list[Any]:  # JSON has no NaN
+        def nested(values: np.ndarray) -> list[Any]:
+            """Nested lists in which None stands for NaN, which JSON does not have."""
             cells = values.astype(object)
             cells[np.isnan(values)] = None
             return cells.tolist()
@@ -94,42 +102,54 @@ class Landscape:
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     def save(self, directory: str | Path) -> None:
-        """Write `landscape.json` into a directory, which is made if it is missing."""
+        """Write `landscape.json` into a directory, which is created if it is missing.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         directory = Path(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             write_whole(directory / FILE_NAME, self.to_json())
         except OSError as error:
-            raise UserError(f"The landscape cannot be written to {directory} ({error}).") from error
+            raise UserError(
+                f"The landscape cannot be written to {directory} ({reason(error)}): choose another directory."
+            ) from error
 
     @classmethod
     def load(cls, directory: str | Path) -> "Landscape":
-        """Read `landscape.json` from a run's directory, be the run finished or not.
+        """Read `landscape.json` from the directory of a run, which may be unfinished.
 
         Raises:
-            UserError: there is none, or it is damaged.
+            UserError: the file is missing or damaged.
         """
         path = Path(directory) / FILE_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            land = cls(
-                axes=tuple(Axis(str(axis["name"]), tuple(map(float, axis["values"]))) for axis in content["axes"]),
-                asr=np.array(content["asr"], np.float64),
-                asr_low=np.array(content["asr_low"], np.float64),
-                asr_high=np.array(content["asr_high"], np.float64),
-                nonfinite=np.array(content["nonfinite"], np.int64),
-                num_prompts=int(content["num_prompts"]),
-                visage_values=content["visage"],
-            )
-            grid = tuple(len(axis.values) for axis in land.axes)
-            shapes = {values.shape for values in (land.asr, land.asr_low, land.asr_high, land.nonfinite)}
-            if len(grid) not in (1, 2) or shapes != {(len(land.asr), *grid)}:
-                raise ValueError(f"arrays of shapes {sorted(shapes)} over {len(grid)} axes")
-            if land.complete:
-                values = content["visage"]
-                np.array([values["paper"], values["reference"], *values["interval"]], np.float64).reshape(4)
-            return land
+            return cls._from_json(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"{directory} holds no landscape: {path} cannot be read ({error}).") from error
+            raise UserError(f"{directory} holds no landscape: {path} cannot be read ({reason(error)}).") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is not a landscape file ({reason(error)}).") from error
+
+    @classmethod
+    def _from_json(cls, text: str) -> "Landscape":
+        """The inverse of `to_json`. Raises one of several exceptions if the text is not that of a landscape."""
+        content = json.loads(text)
+        landscape = cls(
+            axes=tuple(Axis(str(axis["name"]), tuple(map(float, axis["values"]))) for axis in content["axes"]),
+            asr=np.array(content["asr"], np.float64),
+            asr_low=np.array(content["asr_low"], np.float64),
+            asr_high=np.array(content["asr_high"], np.float64),
+            nonfinite=np.array(content["nonfinite"], np.int64),
+            num_prompts=int(content["num_prompts"]),
+            visage_values=content["visage"],
+        )
+        grid = tuple(len(axis.values) for axis in landscape.axes)
+        arrays = (landscape.asr, landscape.asr_low, landscape.asr_high, landscape.nonfinite)
+        shapes = {array.shape for array in arrays}
+        if len(grid) not in (1, 2) or shapes != {(len(landscape.asr), *grid)}:
+            raise ValueError(f"arrays of shapes {sorted(shapes)} over {len(grid)} axes")
+        if landscape.complete:
+            values = content["visage"]
+            np.array([values["paper"], values["reference"], *values["interval"]], np.float64).reshape(4)
+        return landscape

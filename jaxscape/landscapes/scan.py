@@ -30,7 +30,7 @@ from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.files import checksum
 from jaxscape.runtime.processes import from_first
-from jaxscape.runtime.progress import report_to
+from jaxscape.runtime.progress import progress_display
 
 
 def scan(
@@ -142,7 +142,7 @@ def scan(
 def _progress(run: Run, plan: Plan, enabled: bool) -> Iterator[Callable[[], None]]:
     """A function that reports the last point: its coordinates, its ASR and the time left."""
     total, resumed, started = len(run.points), run.num_done, time.monotonic()
-    with report_to(enabled) as bar:
+    with progress_display(enabled) as bar:
         task = bar.add_task("scan", total=total, completed=resumed)
         if resumed < total:
             bar.print(str(plan))

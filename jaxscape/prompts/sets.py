@@ -1,20 +1,18 @@
-"""Prompt sets, and the text that a chat model is given for a prompt."""
+"""Prompt sets by name, and prompts from files."""
 
 import csv
 import http.client
 import io
 import json
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jaxscape.runtime.errors import UserError, is_utf8
+from jaxscape.runtime.errors import UserError, is_utf8, reason
 from jaxscape.runtime.files import cached_file
-
-BUILT_IN = ("harmful", "benign")
-NAMES = (*BUILT_IN, "harmless", "advbench")
 
 # Zou et al., arXiv 2307.15043; MIT licence.
 ADVBENCH_URL = (
@@ -28,13 +26,15 @@ def load_prompts(source: str | Path, num_prompts: int | None = None) -> list[str
     """The first `num_prompts` prompts of a set, or all of them.
 
     Arguments:
-        source: `harmful` or `benign` (100 each, written for this project, pairwise matched over ten categories, which
-            take turns), `harmless` (1292, which `smollm2-135m-safe` learned to answer), `advbench` (520, downloaded
-            once), or a file: CSV (the `goal` column, or the first), JSONL (strings, or objects with a `goal`, a
-            `prompt`, or MT-Bench's `turns`, of which the first is taken) or TXT (a prompt a line).
+        source: the name of a set or a prompt file. The sets are `harmful` and `benign` (100 prompts each, written for
+            this project: matched pairs in ten categories, one prompt of each category in turn), `harmless` (1292, the
+            prompts that `smollm2-135m-safe` was trained to answer) and `advbench` (520, downloaded once). A file is
+            CSV (the column `goal`, or else the first column), JSONL (strings, or objects with a `goal`, a `prompt`, or
+            MT-Bench's `turns`, of which the first is taken) or TXT (one prompt on each line).
 
     Raises:
-        UserError: there is no such set, a file is malformed (the line is named), or it has too few prompts.
+        UserError: there is no set of this name, a file is malformed (the message names the line), or the set has fewer
+            than `num_prompts` prompts.
     """
     prompts = _load(str(source))
     if num_prompts is None:
@@ -47,18 +47,15 @@ def load_prompts(source: str | Path, num_prompts: int | None = None) -> list[str
 
 
 def _load(source: str) -> list[str]:
-    if source in BUILT_IN:
-        text = files("jaxscape").joinpath("data/prompts.csv").read_text(encoding="utf-8")
-        return [row[source] for row in csv.DictReader(io.StringIO(text))]
-    if source == "harmless":
-        return _txt_prompts(files("jaxscape").joinpath("data/harmless.txt").read_text(encoding="utf-8"), source)
-    if source == "advbench":
-        return _csv_prompts(advbench_text(), source)
+    if source in PROMPT_SETS:
+        return PROMPT_SETS[source]()
     path = Path(source)
-    parse = {".csv": _csv_prompts, ".jsonl": _jsonl_prompts, ".txt": _txt_prompts}.get(path.suffix.lower())
+    parse = PARSERS.get(path.suffix.lower())
     if parse is None:
+        *endings, last_ending = PARSERS
         raise UserError(
-            f"There is no prompt set {source!r}: give {', '.join(NAMES)}, or a file ending in .csv, .jsonl or .txt."
+            f"There is no prompt set {source!r}: give {', '.join(PROMPT_SETS)}, or a file ending in "
+            f"{', '.join(endings)} or {last_ending}."
         )
     prompts = parse(read_text(path), source)
     if not prompts:
@@ -67,14 +64,20 @@ def _load(source: str) -> list[str]:
 
 
 def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        UserError: the file cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The file {path} cannot be read as UTF-8 text ({error}).") from error
+        raise UserError(f"The file {path} cannot be read as UTF-8 text ({reason(error)}).") from error
 
 
 def advbench_text() -> str:
-    """AdvBench's table of harmful behaviours, from the cache or its home: columns `goal` and `target`."""
+    """AdvBench's table of harmful behaviours as CSV with the columns `goal` and `target`. It is downloaded once and
+    cached."""
     return read_text(cached_file("advbench.csv", ADVBENCH_SHA256, _download_advbench))
 
 
@@ -84,9 +87,18 @@ def _download_advbench(path: Path) -> None:
             path.write_bytes(response.read())
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
-            f"AdvBench could not be downloaded from {ADVBENCH_URL} ({error}); download that file by other means and "
-            f"pass its path instead of 'advbench'."
+            f"AdvBench could not be downloaded from {ADVBENCH_URL} ({reason(error)}): download the file in another "
+            f"way and pass its path instead of 'advbench'."
         ) from error
+
+
+def _packaged_text(name: str) -> str:
+    return files("jaxscape").joinpath(f"data/{name}").read_text(encoding="utf-8")
+
+
+def _paired_prompts(column: str) -> list[str]:
+    """A column of the table of matched harmful and benign prompts."""
+    return [row[column] for row in csv.DictReader(io.StringIO(_packaged_text("prompts.csv")))]
 
 
 def _csv_prompts(text: str, source: str) -> list[str]:
@@ -100,12 +112,13 @@ def _csv_prompts(text: str, source: str) -> list[str]:
                 continue
             if len(row) != len(header):
                 raise UserError(
-                    f"{source}, line {reader.line_num}: {len(row)} columns where {len(header)} stand above."
+                    f"{source}, line {reader.line_num}: {len(row)} columns, but the header has {len(header)}; quote "
+                    f"texts that contain commas."
                 )
-            prompts.append(_checked(row[column], source, reader.line_num))
+            prompts.append(_checked_prompt(row[column], source, reader.line_num))
         return prompts
     except csv.Error as error:
-        raise UserError(f"{source}, line {reader.line_num}: not valid CSV ({error}).") from error
+        raise UserError(f"{source}, line {reader.line_num}: not valid CSV ({reason(error)}).") from error
 
 
 def _jsonl_prompts(text: str, source: str) -> list[str]:
@@ -114,18 +127,25 @@ def _jsonl_prompts(text: str, source: str) -> list[str]:
         if isinstance(value, dict):
             turns = value.get("turns")
             value = value.get("goal", value.get("prompt", turns[0] if isinstance(turns, list) and turns else None))
-        prompts.append(_checked(value, source, number))
+        prompts.append(_checked_prompt(value, source, number))
     return prompts
 
 
 def json_lines(text: str, source: str) -> Iterator[tuple[int, Any]]:
-    """The values of a JSONL text with the numbers of their lines; empty lines are passed over."""
+    """The line number, counted from 1, and the value of each line of a JSONL text. Empty lines are skipped.
+
+    Arguments:
+        source: the file's name in error messages.
+
+    Raises:
+        UserError: a line is not valid JSON.
+    """
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{source}, line {number}: not valid JSON ({error}).") from error
+                raise UserError(f"{source}, line {number}: not valid JSON ({reason(error)}).") from error
             yield number, value
 
 
@@ -133,11 +153,28 @@ def _txt_prompts(text: str, source: str) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def _checked(value: Any, source: str, line: int) -> str:
+def _checked_prompt(value: Any, source: str, line: int) -> str:
+    """The value without spaces around it. Raises a `UserError` if it is no text, or only spaces."""
     if not isinstance(value, str) or not value.strip():
         raise UserError(
-            f"{source}, line {line}: no prompt there (a text, or an object with a 'goal', 'prompt' or 'turns')."
+            f"{source}, line {line}: no prompt found; give a text, or an object with a 'goal', 'prompt' or 'turns'."
         )
     if not is_utf8(value):
-        raise UserError(f"{source}, line {line}: half a surrogate pair, which is no text.")
+        raise UserError(f"{source}, line {line}: half a surrogate pair, which is not valid Unicode; remove it.")
     return value.strip()
+
+
+PROMPT_SETS: dict[str, Callable[[], list[str]]] = {
+    "harmful": partial(_paired_prompts, "harmful"),
+    "benign": partial(_paired_prompts, "benign"),
+    "harmless": lambda: _txt_prompts(_packaged_text("harmless.txt"), "harmless"),
+    "advbench": lambda: _csv_prompts(advbench_text(), "advbench"),
+}
+"""The prompt sets by name, as functions that load them."""
+
+PARSERS: dict[str, Callable[[str, str], list[str]]] = {
+    ".csv": _csv_prompts,
+    ".jsonl": _jsonl_prompts,
+    ".txt": _txt_prompts,
+}
+"""For each file ending, a function from a file's text, and its name for error messages, to its prompts."""

@@ -1,4 +1,4 @@
-"""Figures of landscapes."""
+"""Figures of landscapes: curves with intervals in 1D, contours and surfaces in 2D."""
 
 import io
 from collections.abc import Sequence
@@ -7,28 +7,32 @@ from typing import Any
 
 import numpy as np
 from matplotlib import patheffects
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxscape.finetuning.trajectory import Trajectory
+from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.landscape import Landscape
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; styles and markers do it in grey.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart. Line styles and markers differ too, for
+# readers in black and white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-PATH_COLOURS = ("#FFFFFF", "#E69F00", "#56B4E9")
-COLOUR_MAP = "cividis"  # its lightness rises evenly, so it reads the same in grey
+TRAJECTORY_COLOURS = ("#FFFFFF", "#E69F00", "#56B4E9")
+COLOUR_MAP = "cividis"  # its lightness rises evenly, so that it reads the same in grey
 GREEK = {"alpha": "\N{GREEK SMALL LETTER ALPHA}", "beta": "\N{GREEK SMALL LETTER BETA}"}
+ASR_LABEL = "attack success rate (%)"
 
 
 def plot_landscape(landscape: Landscape, trajectories: Sequence[Trajectory] = ()) -> Figure:
-    """Draw a landscape, be it complete or not.
+    """A figure of a landscape, which may be unfinished. Its title gives VISAGE.
 
-    1D: the ASR along each direction with its 95 % interval. 2D: a filled contour and a surface for each direction set,
-    and on the contour the trajectories, with the largest part of their length that the plane leaves out. VISAGE stands
-    in the title.
+    1D: the ASR along each direction with its 95 % interval. 2D: for each direction set a filled contour plot and a
+    surface. Trajectories are drawn on the contour plot; the legend gives their largest residual, the part of their
+    distance that lies outside the plane.
     """
     return _plot_1d(landscape) if len(landscape.axes) == 1 else _plot_2d(landscape, trajectories)
 
@@ -36,13 +40,17 @@ def plot_landscape(landscape: Landscape, trajectories: Sequence[Trajectory] = ()
 def save_figure(
     landscape: Landscape, path: str | Path, dpi: int = 150, trajectories: Sequence[Trajectory] = ()
 ) -> None:
-    """Write `plot_landscape`'s figure as a PNG file; the same landscape gives the same bytes."""
+    """Write the figure of `plot_landscape` as a PNG file. The same landscape always gives the same bytes.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     content = io.BytesIO()
     plot_landscape(landscape, trajectories).savefig(content, format="png", dpi=dpi, metadata={"Software": None})
     try:
         write_whole(Path(path), content.getvalue())
     except OSError as error:
-        raise UserError(f"The figure cannot be written to {path} ({error}).") from error
+        raise UserError(f"The figure cannot be written to {path} ({reason(error)}): choose another file.") from error
 
 
 def _title(landscape: Landscape) -> str:
@@ -65,13 +73,25 @@ def _is_interpolation(name: str) -> bool:
 
 def _plot_1d(landscape: Landscape) -> Figure:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    plot = figure.add_subplot()
     (axis,) = landscape.axes
+    _draw_curves(plot, landscape)
+    _mark_models(plot, axis)
+    plot.set(xlabel=_axis_label(axis.name), ylabel=ASR_LABEL, ylim=(-3, 103), title=_title(landscape))
+    plot.grid(alpha=0.3)
+    if len(landscape.asr) > 1:
+        plot.legend()
+    return figure
+
+
+def _draw_curves(plot: Axes, landscape: Landscape) -> None:
+    """The ASR along each direction, and a band for its interval."""
+    coords = landscape.axes[0].values
     for i, (asr, low, high) in enumerate(zip(landscape.asr, landscape.asr_low, landscape.asr_high, strict=True)):
         colour = COLOURS[i % len(COLOURS)]
-        axes.fill_between(axis.values, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(
-            axis.values,
+        plot.fill_between(coords, low, high, color=colour, alpha=0.15, linewidth=0)
+        plot.plot(
+            coords,
             asr,
             color=colour,
             linestyle=STYLES[i % len(STYLES)],
@@ -79,48 +99,69 @@ def _plot_1d(landscape: Landscape) -> Figure:
             markersize=4,
             label=f"direction {i}",
         )
-    label: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8, "color": "0.35"}
-    for place, name in [(0, "the model"), (1, "the other model")][: 2 if _is_interpolation(axis.name) else 1]:
-        axes.axvline(place, color="0.5", linewidth=0.8, linestyle=":")
-        axes.text(place, 0.5, f"{name} ", transform=axes.get_xaxis_transform(), **label)
-    axes.set(xlabel=_axis_label(axis.name), ylabel="attack success rate (%)", ylim=(-3, 103), title=_title(landscape))
-    axes.grid(alpha=0.3)
-    if len(landscape.asr) > 1:
-        axes.legend()
-    return figure
+
+
+def _mark_models(plot: Axes, axis: Axis) -> None:
+    """A labelled vertical line at the model, and at the other model of an interpolation."""
+    style: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8, "color": "0.35"}
+    models = {0: "the model", 1: "the other model"} if _is_interpolation(axis.name) else {0: "the model"}
+    for coord, name in models.items():
+        plot.axvline(coord, color="0.5", linewidth=0.8, linestyle=":")
+        plot.text(coord, 0.5, f"{name} ", transform=plot.get_xaxis_transform(), **style)
 
 
 def _plot_2d(landscape: Landscape, trajectories: Sequence[Trajectory]) -> Figure:
-    rows = len(landscape.asr)
-    figure = Figure(figsize=(11, 4.4 * rows), layout="constrained")
+    num_sets = len(landscape.asr)
+    figure = Figure(figsize=(11, 4.4 * num_sets), layout="constrained")
     figure.suptitle(_title(landscape))
-    first, second = landscape.axes
-    x, y = np.meshgrid(first.values, second.values, indexing="ij")
-    labels = {"xlabel": _axis_label(first.name), "ylabel": _axis_label(second.name)}
     for i, asr in enumerate(landscape.asr):
         values = np.ma.masked_invalid(asr)
-        flat = figure.add_subplot(rows, 2, 2 * i + 1)
-        filled = flat.contourf(x, y, values, levels=np.arange(0, 101, 10), cmap=COLOUR_MAP)
-        lines = flat.contour(x, y, values, levels=[10, 50, 90], colors="k", linewidths=0.7)
-        flat.clabel(lines, fmt="%d %%", fontsize=8)
-        flat.plot(0, 0, marker="+", color="w", markersize=10, markeredgewidth=2)
-        for number, path in enumerate(trajectories):
-            style: dict[str, Any] = {"color": PATH_COLOURS[number % 3], "marker": MARKERS[number % len(MARKERS)]}
-            label = f"{path.name} (residual up to {100 * path.residual.max():.0f} %)"
-            outline = [patheffects.withStroke(linewidth=3.5, foreground="k")]
-            flat.plot(*path.coords.T, **style, markersize=5, path_effects=outline, label=label, clip_on=False)
-        if trajectories:
-            flat.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-        flat.set(**labels, aspect="auto" if _is_interpolation(first.name) else "equal")
-        figure.colorbar(filled, ax=flat, label="attack success rate (%)")
-        surface: Any = figure.add_subplot(rows, 2, 2 * i + 2, projection="3d")
-        surface.plot_surface(x, y, values, cmap=COLOUR_MAP, vmin=0, vmax=100, rcount=60, ccount=60)
-        surface.set(
-            xlabel=GREEK.get(first.name, first.name),
-            ylabel=GREEK.get(second.name, second.name),
-            zlabel="ASR (%)",
-            zlim=(0, 100),
-        )
-        if rows > 1:
-            flat.set_title(f"direction set {i}", fontsize=10)
+        contour = figure.add_subplot(num_sets, 2, 2 * i + 1)
+        filled = _draw_contour(contour, landscape.axes, values)
+        _draw_trajectories(contour, trajectories)
+        figure.colorbar(filled, ax=contour, label=ASR_LABEL)
+        surface = figure.add_subplot(num_sets, 2, 2 * i + 2, projection="3d")
+        _draw_surface(surface, landscape.axes, values)
+        if num_sets > 1:
+            contour.set_title(f"direction set {i}", fontsize=10)
     return figure
+
+
+def _draw_contour(plot: Axes, axes: Sequence[Axis], values: np.ma.MaskedArray) -> Any:
+    """A filled contour plot of ASR values, with a cross at the model. Returns what a colour bar is made from."""
+    first, second = axes
+    x, y = np.meshgrid(first.values, second.values, indexing="ij")
+    filled = plot.contourf(x, y, values, levels=np.arange(0, 101, 10), cmap=COLOUR_MAP)
+    lines = plot.contour(x, y, values, levels=[10, 50, 90], colors="k", linewidths=0.7)
+    plot.clabel(lines, fmt="%d %%", fontsize=8)
+    plot.plot(0, 0, marker="+", color="w", markersize=10, markeredgewidth=2)
+    aspect: Any = "auto" if _is_interpolation(first.name) else "equal"
+    plot.set(xlabel=_axis_label(first.name), ylabel=_axis_label(second.name), aspect=aspect)
+    return filled
+
+
+def _draw_trajectories(plot: Axes, trajectories: Sequence[Trajectory]) -> None:
+    """The trajectories on a contour plot, outlined so that they stand out from any colour, and a legend below it."""
+    outline = [patheffects.withStroke(linewidth=3.5, foreground="k")]
+    for i, trajectory in enumerate(trajectories):
+        style: dict[str, Any] = {
+            "color": TRAJECTORY_COLOURS[i % len(TRAJECTORY_COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+        }
+        label = f"{trajectory.name} (residual up to {100 * trajectory.residual.max():.0f} %)"
+        plot.plot(*trajectory.coords.T, **style, markersize=5, path_effects=outline, label=label, clip_on=False)
+    if trajectories:
+        plot.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+
+
+def _draw_surface(plot: Any, axes: Sequence[Axis], values: np.ma.MaskedArray) -> None:
+    """ASR values as a surface over the plane."""
+    first, second = axes
+    x, y = np.meshgrid(first.values, second.values, indexing="ij")
+    plot.plot_surface(x, y, values, cmap=COLOUR_MAP, vmin=0, vmax=100, rcount=60, ccount=60)
+    plot.set(
+        xlabel=GREEK.get(first.name, first.name),
+        ylabel=GREEK.get(second.name, second.name),
+        zlabel="ASR (%)",
+        zlim=(0, 100),
+    )

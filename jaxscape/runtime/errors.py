@@ -1,26 +1,31 @@
-"""The one exception that is the user's to mend, and checks that several modules make."""
+"""The exception for mistakes that the user can correct, and checks that several modules share."""
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used; the message is one sentence that says what to do.
+    """Something that the user gave cannot be used. The message says what is wrong and what to do.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with code 2.
     """
 
 
 def reason(error: Exception) -> str:
-    """What an error says, on one line and no longer than a sentence."""
+    """The type and message of a library's error on one line, at most 300 characters, to be quoted in a `UserError`."""
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return " ".join(f"{kind}{error}".split())[:300]
 
 
 def check_seed(seed: int) -> int:
-    """The seed, if it is one; a key has 32 bits for it, and what is above them would be dropped in silence."""
+    """The seed, if it fits into 32 bits. JAX would drop higher bits of a larger one without a warning.
+
+    Raises:
+        UserError: the seed is negative or too large.
+    """
     if not 0 <= seed < 2**32:
         raise UserError(f"A seed is a number from 0 to {2**32 - 1}, not {seed}.")
     return int(seed)
 
 
 def is_utf8(text: str) -> bool:
-    """Whether UTF-8 can spell the text: JSON and file names can hold halves of surrogate pairs, which it cannot."""
+    """Whether the text can be encoded as UTF-8. Text from JSON or from file names can hold lone surrogates, which
+    cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and files that are fetched once, checked and kept."""
+"""Atomic file writes, lines of JSON, and the cache of downloaded files."""
 
 import hashlib
 import json
@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, reason
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that at every moment either the old or the new content is there, also after a crash."""
-    temporary = temporary_name(path)
+    """Write a file atomically: at any moment, also after a crash, it has either the old or the new content."""
+    temporary = temporary_path(path)
     with temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -21,30 +21,35 @@ def write_whole(path: Path, content: str | bytes) -> None:
     os.replace(temporary, path)
 
 
+def temporary_path(path: Path) -> Path:
+    """The file that `write_whole` writes first and then renames to `path`. Its name is always the same, so that the
+    next write replaces what a crash left."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def to_json_lines(records: Iterable[Mapping[str, Any]]) -> str:
-    """The text of a JSONL file: one line for each record."""
+    """The text of a JSONL file with one line for each record."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def whole_lines(file: BinaryIO) -> list[bytes]:
-    """The lines of a file without their newlines. A last line without a newline, which a killed process left, is not
-    returned."""
+    """The complete lines of a file, without their newlines. A last line without a newline, which a killed process may
+    have left, is ignored."""
     file.seek(0)
     return file.read().split(b"\n")[:-1]
 
 
 def cut_after(file: BinaryIO, lines: Sequence[bytes]) -> None:
-    """Cut a file off after its first lines, which are given."""
+    """Truncate a file after `lines`, which are its first lines without their newlines."""
     file.truncate(sum(len(line) + 1 for line in lines))
 
 
-def temporary_name(path: Path) -> Path:
-    """Where `write_whole` prepares a file: always the same name, so that a crash leaves nothing that stays."""
-    return path.with_name(f".{path.name}.tmp")
-
-
 def cache_dir() -> Path:
-    """`$JAXSCAPE_CACHE`, or `jaxscape` in the user's cache directory."""
+    """`$JAXSCAPE_CACHE`, or `jaxscape` in the user's cache directory.
+
+    Raises:
+        UserError: neither the variable nor a home directory is set.
+    """
     if override := os.environ.get("JAXSCAPE_CACHE"):
         return Path(override)
     try:
@@ -54,14 +59,14 @@ def cache_dir() -> Path:
 
 
 def cached_file(name: str, sha256: str, fetch: Callable[[Path], None]) -> Path:
-    """The cached file `name`, fetched first if it is missing or damaged.
+    """The path of the file `name` in the cache. It is fetched first if it is missing or damaged.
 
     Arguments:
-        sha256: what the file's bytes must hash to, checked at every call.
-        fetch: writes the file to the path that it is given; raises `UserError` where it cannot.
+        sha256: the SHA-256 of the file in hexadecimal, which is checked at every call.
+        fetch: writes the file to the path that it is called with, or raises a `UserError`.
 
     Raises:
-        UserError: the cache cannot be written, or what was fetched has another checksum.
+        UserError: the cache cannot be written, or the fetched file has another checksum.
     """
     path = cache_dir() / name
     try:
@@ -71,16 +76,20 @@ def cached_file(name: str, sha256: str, fetch: Callable[[Path], None]) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
             fetched = Path(directory) / path.name
             fetch(fetched)
-            if (found := _sha256(fetched)) != sha256:
-                raise UserError(f"What was downloaded as {name} has SHA-256 {found}, not {sha256}; it was discarded.")
+            if (actual := _sha256(fetched)) != sha256:
+                raise UserError(
+                    f"The download of {name} has SHA-256 {actual}, not {sha256}, and was discarded: try again."
+                )
             os.replace(fetched, path)
     except OSError as error:
-        raise UserError(f"The cache directory {path.parent} cannot be used ({error}); set JAXSCAPE_CACHE.") from error
+        raise UserError(
+            f"The cache directory {path.parent} cannot be used ({reason(error)}); set JAXSCAPE_CACHE to another one."
+        ) from error
     return path
 
 
 def checksum(value: Any) -> str:
-    """SHA-256 of a value's `repr`: of numbers, texts, and tuples and lists of them."""
+    """SHA-256 of a value's `repr`, which must not depend on the process: numbers, texts, tuples and lists of them."""
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What the machine can do: its memory, and how fast it multiplies and reads, measured once and remembered."""
+"""The free memory of the devices, their measured roofline, and JAX's cache of compiled programs."""
 
 import json
 import math
@@ -19,88 +19,95 @@ from jaxscape.runtime.files import cache_dir, write_whole
 
 @dataclass(frozen=True)
 class Roofline:
-    """A device's speed with matrices of one dtype (Williams et al., "Roofline", CACM 52, 2009).
+    """The speed of a device in matrix products of one dtype (Williams et al., "Roofline", CACM 52, 2009).
 
     Attributes:
-        flops: floating-point operations per second in large products.
-        bandwidth: bytes per second at which a product with few rows reads its matrix.
+        flops: floating-point operations per second in large matrix products.
+        bandwidth: bytes of the weight matrix read per second in a product with few rows.
     """
 
     flops: float
     bandwidth: float
 
 
-def keep_compiled_programs() -> None:
-    """Have JAX keep what it compiles in the cache directory, for the next process, unless it has been told where."""
+def enable_compilation_cache() -> None:
+    """Let JAX keep compiled programs in the cache directory for later processes, unless the user configured another
+    directory."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         try:
             jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-        except UserError:  # there is no place to keep them: they are compiled again next time
+        except UserError:  # there is no cache directory: programs are compiled again in the next process
             return
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @contextmanager
-def not_kept() -> Iterator[None]:
-    """While it lasts, JAX keeps no program: it could not read back those of a machine that is not here."""
-    least = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+def without_compilation_cache() -> Iterator[None]:
+    """A context in which JAX writes no compiled program to the cache. It could not load a program that is compiled for
+    a device which this machine does not have."""
+    min_seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     try:
         yield
     finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", min_seconds)
 
 
 def free_memory() -> int | None:
-    """The bytes that can still be allocated where arrays live, or None if nobody knows."""
-    device = jax.local_devices()[0]  # of those of other processes nothing is known
-    if device.platform != "cpu":
-        stats = device.memory_stats() or {}
-        return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+    """The bytes that can still be allocated on the first local device (on a CPU: in the host's memory), or None if
+    that is unknown."""
+    device = jax.local_devices()[0]  # a process has no statistics of the devices of other processes
+    if device.platform == "cpu":
+        return _free_host_memory()
+    stats = device.memory_stats() or {}
+    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+
+
+def _free_host_memory() -> int | None:
+    """The bytes available on the machine, or in the container (cgroup v2) if it has a lower limit."""
     free = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        # A container may have less than its machine.
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cached = [
-            line.split()[1] for line in (group / "memory.stat").read_text().splitlines() if "inactive_file" in line
-        ]
-        free.append(limit - used + int(cached[0]))
+        cgroup = Path("/sys/fs/cgroup")
+        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stats = (cgroup / "memory.stat").read_text().splitlines()
+        reclaimable = [int(line.split()[1]) for line in stats if "inactive_file" in line]
+        free.append(limit - used + reclaimable[0])
     except (OSError, ValueError, LookupError):
-        pass  # no Linux, or no limit
+        pass  # this is not Linux, or the container has no limit
     return min(free, default=None)
 
 
 def roofline(dtype: str) -> Roofline:
-    """The first device's, from the cache, or measured in about a second and kept there."""
+    """The roofline of the first local device. It is read from the cache, or measured in about a second and cached."""
     device = jax.local_devices()[0]
     key = f"{device.device_kind}, {os.cpu_count() if device.platform == 'cpu' else 1}, {dtype}, jax {jax.__version__}"
-    known: dict[str, dict[str, float]] = {}
+    rooflines: dict[str, dict[str, float]] = {}
     path = None
     try:
         path = cache_dir() / "devices.json"
-        known = json.loads(path.read_text())
-        return Roofline(**known[key])
+        rooflines = json.loads(path.read_text())
+        return Roofline(**rooflines[key])
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # no cache, or a damaged one: it is made anew
-    found = measure_roofline(dtype)
+        pass  # there is no cache file, this device is not in it, or it is damaged and will be written again
+    measured = measure_roofline(dtype)
     if path is not None:
+        others = rooflines if isinstance(rooflines, dict) else {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps((known if isinstance(known, dict) else {}) | {key: asdict(found)}, indent=1))
+            write_whole(path, json.dumps(others | {key: asdict(measured)}, indent=1))
         except OSError:
-            pass  # a cache that cannot be written saves nothing
-    return found
+            pass  # the next process measures again
+    return measured
 
 
 def measure_roofline(dtype: str) -> Roofline:
-    """Measure the first device: the best of several products of each kind."""
+    """Measure the roofline of the first device: the fastest of several matrix products of each kind."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     square = jnp.full((size, size), 0.5, dtype)
     flops = 2 * size**3 / _seconds(_product, square, square)
-    # Too large for the caches, so that it has to be read from memory, and for an accelerator's launches to count.
+    # This matrix is too large for a CPU's caches, and its product takes much longer than launching a kernel does.
     matrix = jnp.full((16 * size, size // 2), 0.5, dtype)
     rows = jnp.full((2, size // 2), 0.5, dtype)
     return Roofline(flops, matrix.nbytes / _seconds(_product, rows, matrix))
@@ -112,6 +119,7 @@ def _product(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Floa
 
 
 def _seconds(function: Callable[..., Array], *arguments: Array, rounds: int = 10) -> float:
+    """The shortest time of `rounds` calls, after a first call that compiles the function."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(rounds):

@@ -1,7 +1,8 @@
-"""Several processes that compute one run together: how they find each other, agree, and end.
+"""Several processes that compute one run together: how they join, share decisions, and end.
 
-Each runs the same program on its own devices; JAX's distributed runtime connects them. What may differ between them,
-such as what is on a disk or how fast a machine is, the first one decides for all. It alone writes.
+Each process runs the same program on its own devices, and JAX's distributed runtime connects them. Whatever could
+differ between processes, such as the contents of a disk or the speed of a machine, the first process decides for all
+of them. Only the first process writes files.
 """
 
 import ctypes
@@ -13,78 +14,116 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, reason
 
-HEARTBEAT_SECONDS = 20  # how long a process may be silent until the others take it for dead
+HEARTBEAT_SECONDS = 20  # a process that is silent for this long is taken for dead by the others
+# Set by `_supervise` to its process id; a process that finds it has a supervisor.
 _SUPERVISED = "JAXSCAPE_SUPERVISED"
-# Launchers say in the environment how many processes they started; SLURM also where the first one is.
-_SLURM, _OPEN_MPI = "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"
+# The number of processes that a launcher started, in the environment of each of them.
+_SLURM_SIZE, _OPEN_MPI_SIZE = "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"
 
 
-def start(coordinator: str | None, num_processes: int | None, process_id: int | None, detect: bool) -> None:
-    """Join the other processes of this run, if it has several; before JAX computes anything.
+class _Membership(NamedTuple):
+    """This process's place among the processes of a run. JAX detects whatever is None.
+
+    Attributes:
+        coordinator: HOST:PORT of the first process.
+        process_id: number of this process, counted from 0.
+        local_devices: indices of the machine's GPUs that this process uses.
+    """
+
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+    local_devices: list[int] | None = None
+
+
+def join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None, detect: bool) -> None:
+    """Join the other processes of this run, if there are any. Must be called before JAX computes anything.
 
     Arguments:
-        coordinator: HOST:PORT of the first process; with it, the number of processes and this one's are needed, unless
-            Open MPI started them.
-        detect: find out from the machine, as on a TPU pod. SLURM's and Open MPI's environments are found anyway.
+        coordinator: HOST:PORT of the first process. It needs the other two numbers, unless Open MPI started the
+            processes.
+        num_processes: the number of processes.
+        process_id: the number of this process, counted from 0.
+        detect: let JAX find the other processes, as on a TPU pod. Those of SLURM and Open MPI are always found.
 
     Raises:
-        UserError: the others cannot be found, or what was given is not enough.
+        UserError: the arguments are incomplete or wrong, or the other processes cannot be found.
     """
-    devices = None
-    if os.environ.get(_OPEN_MPI, "1") != "1" and num_processes is None and process_id is None:
-        coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-        if coordinator is None:
-            raise UserError("Open MPI does not say where its first process is: give --coordinator HOST:PORT.")
-        names = (_OPEN_MPI, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
-        num_processes, process_id, local = (int(os.environ[name]) for name in names)
-        devices = [local]  # of the machine's GPUs
-    given = (coordinator, num_processes, process_id)
-    if any(value is not None for value in given) and None in given:
-        raise UserError("Give --coordinator, --num-processes and --process-id together, or none of them.")
-    if coordinator is None and not detect and os.environ.get(_SLURM, "1") == "1":
+    membership = _Membership(coordinator, num_processes, process_id)
+    if _launched_by(_OPEN_MPI_SIZE) and num_processes is None and process_id is None:
+        membership = _open_mpi_membership(coordinator)
+    _check(membership)
+    if membership.coordinator is None and not detect and not _launched_by(_SLURM_SIZE):
         return
-    if coordinator is not None:
-        port = re.fullmatch(r"\S+:(\d{1,5})", coordinator)
-        if port is None or not 1 <= int(port[1]) < 2**16:
-            raise UserError(f"The coordinator {coordinator!r} is none: give the first process's HOST:PORT.")
-    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
-        raise UserError(f"The process {process_id} is not one of {num_processes}, which count from 0.")
     if os.environ.get(_SUPERVISED) is None:
         sys.exit(_supervise())
     _die_with_supervisor()
-    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM, and go on
+    _initialize(membership)
+
+
+def _launched_by(size_variable: str) -> bool:
+    """Whether the launcher that sets this variable started more than one process."""
+    return os.environ.get(size_variable, "1") != "1"
+
+
+def _open_mpi_membership(coordinator: str | None) -> _Membership:
+    """The membership in Open MPI's environment, which lacks only the coordinator. Each process uses one GPU."""
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if coordinator is None:
+        raise UserError("Open MPI does not say where its first process is: give --coordinator HOST:PORT.")
+    names = (_OPEN_MPI_SIZE, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+    size, rank, local_rank = (int(os.environ[name]) for name in names)
+    return _Membership(coordinator, size, rank, [local_rank])
+
+
+def _check(membership: _Membership) -> None:
+    """Raise a `UserError` if the membership is incomplete or contradicts itself."""
+    coordinator, num_processes, process_id, _ = membership
+    if coordinator is None and num_processes is None and process_id is None:
+        return
+    if coordinator is None or num_processes is None or process_id is None:
+        raise UserError("Give --coordinator, --num-processes and --process-id together, or none of them.")
+    port = re.fullmatch(r"\S+:(\d{1,5})", coordinator)
+    if port is None or not 1 <= int(port[1]) < 2**16:
+        raise UserError(f"Cannot parse the coordinator {coordinator!r}: give HOST:PORT of the first process.")
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"--process-id {process_id} is not one of {num_processes} processes, which count from 0.")
+
+
+def _initialize(membership: _Membership) -> None:
+    """Connect JAX's distributed runtime."""
+    jax.config.update("jax_enable_preemption_service", False)  # the service would catch SIGTERM and not end the process
     try:
         jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            devices,
+            *membership,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"The other processes cannot be found ({error}); give --coordinator, --num-processes and --process-id."
+            f"The other processes cannot be found ({reason(error)}): give --coordinator, --num-processes and "
+            f"--process-id."
         ) from error
 
 
 def is_first() -> bool:
-    """Whether this process is the one that decides and writes."""
+    """Whether this is the first process, which decides and writes."""
     return jax.process_index() == 0
 
 
 def from_first(decide: Callable[[], Any]) -> Any:
-    """What `decide` gives in the first process, where alone it is called, in all of them; a `UserError` too.
+    """The result of `decide`, which only the first process calls, in all processes.
 
-    The value must be such as JSON holds.
+    Arguments:
+        decide: returns a value that can be written as JSON. If it raises a `UserError`, all processes raise it.
     """
     if jax.process_count() == 1:
         return decide()
@@ -104,32 +143,34 @@ def from_first(decide: Callable[[], Any]) -> Any:
     return message["value"]
 
 
-def is_there_for_all(path: Path) -> bool:
-    """Whether each process sees a file that the first one has written."""
+def is_visible_to_all(path: Path) -> bool:
+    """Whether every process sees a file that the first process has written."""
     if jax.process_count() == 1:
         return path.exists()
-    from_first(lambda: None)  # it has, when the others go on
+    from_first(lambda: None)  # waits until the first process has written the file
     return bool(np.all(multihost_utils.process_allgather(np.bool_(path.exists()))))
 
 
 def gathered(tree: Any) -> Any:
-    """The arrays of a tree as a whole, where each process holds a part of them."""
+    """The tree with full arrays on every host, gathered if each process holds a part of them."""
     if jax.process_count() == 1:
         return tree
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def leave(code: int) -> None:
-    """End this process at once if there are others, which JAX would wait for: they notice, and end too."""
-    if jax.distributed.is_initialized():  # which starts no device
+def exit_if_joined(code: int) -> None:
+    """End this process at once if it has joined others; they notice and end too. A normal exit would wait for them."""
+    if jax.distributed.is_initialized():  # unlike jax.process_count(), this initialises no device
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 def _supervise() -> int:
-    """Run this program again in a process of its own, and say in a sentence why it ended, if another one died: JAX's
-    runtime then aborts without asking."""
+    """Run this program again in a child process and return its exit code.
+
+    If another process of the run dies, JAX's runtime aborts the child; the supervisor then says why.
+    """
     child = subprocess.Popen(
         [sys.executable, *sys.orig_argv[1:]], env=os.environ | {_SUPERVISED: str(os.getpid())}, process_group=0
     )
@@ -138,16 +179,16 @@ def _supervise() -> int:
     code = child.wait()
     if code == -signal.SIGABRT:
         sys.stderr.write(
-            "jaxscape: another process of this run has ended, and so this one had to; what was finished is kept, and "
-            "the same commands, or one without the other processes, go on from there.\n"
+            "jaxscape: another process of this run has ended, so this one had to end too. Finished work is kept: run "
+            "the same commands again, or one of them without the other processes, to resume.\n"
         )
         return 2
     return code if code >= 0 else 128 - code
 
 
 def _die_with_supervisor() -> None:
-    """Have the kernel end this process when the one that supervises it is gone (Linux; elsewhere it goes on)."""
+    """Have the kernel kill this process when its supervisor ends. This works on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(os.environ[_SUPERVISED]):  # it went before that
+        if os.getppid() != int(os.environ[_SUPERVISED]):  # the supervisor ended before the call
             os._exit(1)

@@ -1,4 +1,4 @@
-"""Progress on the standard error stream: lines that stay, and a bar where there is a terminal."""
+"""Progress on the standard error stream: lines that stay, and a bar if the stream is a terminal."""
 
 import sys
 
@@ -8,16 +8,16 @@ from rich.progress import Progress
 from jaxscape.runtime.processes import is_first
 
 
-def report_to(enabled: bool) -> Progress:
-    """A progress display, to be entered with `with`; its `print` writes a line that stays. Of several processes the
-    first reports."""
+def progress_display(enabled: bool) -> Progress:
+    """A progress display for a `with` statement, whose `print` writes a line that stays. Only the first process shows
+    anything."""
     enabled = enabled and is_first()
     console = Console(
         stderr=True,
         quiet=not enabled,
         markup=False,
         highlight=False,
-        force_terminal=sys.stderr.isatty(),  # rich takes a notebook for a terminal
+        force_terminal=sys.stderr.isatty(),  # rich would treat a notebook as a terminal
         force_jupyter=False,
         soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""A directory that holds one run: its configuration, and the file that is its state, which a restart goes on with."""
+"""The directory of a run: its configuration, and the state file from which an unfinished run is resumed."""
 
 import fcntl
 import json
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxscape.runtime.errors import UserError
-from jaxscape.runtime.files import temporary_name, write_whole
+from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.files import temporary_path, write_whole
 from jaxscape.runtime.processes import is_first
 
 CONFIG = "config.json"
@@ -19,13 +19,14 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class RunKind:
-    """What sort of run a directory holds.
+    """A kind of run, such as a scan or a finetuning, and the files of its directory.
 
     Attributes:
-        state: the file that grows as the run goes on.
-        marks: keys that every configuration of this kind has.
-        computed: patterns of the files and folders that a new start removes.
-        descriptive: keys that describe a run and do not determine it: a resumed run may have others.
+        name: the kind in messages to the user.
+        state: name of the state file, which grows during the run.
+        marks: configuration keys by which a run of this kind is recognised.
+        computed: glob patterns of files and folders that are computed from the state; starting over removes them.
+        descriptive: configuration keys that do not affect results, so that a resumed run may differ in them.
     """
 
     name: str
@@ -39,19 +40,25 @@ class RunKind:
 def open_run_directory(
     directory: str | Path | None, config: Mapping[str, Any], kind: RunKind, overwrite: bool = False
 ) -> Iterator[BinaryIO | None]:
-    """Start a run in a directory, or go on with the one that is there: gives its state file, open and locked.
+    """A context in which a run is started in a directory, or the run that is there is resumed.
 
-    None keeps nothing, and gives None; so does every process but the first.
+    It yields the state file, open for reading and appending and locked against other processes. It yields None if the
+    directory is None, and in every process but the first.
+
+    Arguments:
+        directory: None keeps the run in memory only.
+        config: what `config.json` records. A run is resumed only if it was started with the same values.
+        overwrite: start over if the directory holds a run.
 
     Raises:
-        UserError: the directory cannot be used: see `check_directory`; or it holds a run of another configuration, a damaged
-            one, or one that is going on.
+        UserError: the directory cannot be used (see `check_directory`), or its run has another configuration, is
+            damaged, or is still running in another process.
     """
     if directory is None or not is_first():
         yield None
         return
     directory = Path(directory)
-    check_directory(directory, kind, overwrite)
+    check_directory(directory, kind)
     text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
     if not overwrite:
         _check_config(directory / CONFIG, json.loads(text), kind)
@@ -59,25 +66,25 @@ def open_run_directory(
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / kind.state).open("a+b")
     except OSError as error:
-        raise UserError(f"The run cannot be written to {directory} ({error}).") from error
+        raise UserError(f"The run cannot be written to {directory} ({reason(error)}); choose another --out.") from error
     with file:
         _lock(file, directory)
-        if overwrite:  # first what is computed from the state, so that nothing ever stands without it
+        if overwrite:  # the state is removed last, so that no computed file ever exists without it
             for path in (path for pattern in kind.computed for path in directory.glob(pattern)):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             file.truncate(0)
         else:
-            _check_config(directory / CONFIG, json.loads(text), kind)  # again: another process may have come first
+            _check_config(directory / CONFIG, json.loads(text), kind)  # again, now that the directory is locked
         write_whole(directory / CONFIG, text)
         yield file
 
 
-def check_directory(directory: Path, kind: RunKind, overwrite: bool = False) -> None:
-    """Raise a `UserError` if no run could be kept in the directory: it is a file, is not writable, or holds other
-    files and no run of this kind. Nothing is made or changed."""
+def check_directory(directory: Path, kind: RunKind) -> None:
+    """Raise a `UserError` if the directory cannot hold a run of this kind: it is a file, cannot be written, holds a run
+    of another kind, or has other files in it. Nothing on disk is changed."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise UserError(f"{directory} cannot be a run's directory, because {existing} is a file.")
+        raise UserError(f"{directory} cannot be a run's directory, because {existing} is a file; choose another --out.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{directory} cannot be written, because {existing} is read-only; choose another --out.")
     if not directory.is_dir():
@@ -85,21 +92,21 @@ def check_directory(directory: Path, kind: RunKind, overwrite: bool = False) -> 
     if (directory / CONFIG).exists():
         if not _is_config(directory / CONFIG, kind):
             raise UserError(
-                f"{directory} holds something else than a {kind.name} (see its {CONFIG}); choose another --out."
+                f"{directory} holds something other than a {kind.name} (see its {CONFIG}); choose another --out."
             )
         return
-    # A run that was killed before it had its configuration leaves an empty file and half of another.
-    started = {temporary_name(directory / CONFIG).name}
+    # A run that was killed before its configuration was complete leaves an empty state file and a temporary file.
+    leftovers = {temporary_path(directory / CONFIG).name}
     if (directory / kind.state).exists() and not (directory / kind.state).stat().st_size:
-        started.add(kind.state)
-    if others := sorted(path.name for path in directory.iterdir() if path.name not in started):
+        leftovers.add(kind.state)
+    if others := sorted(path.name for path in directory.iterdir() if path.name not in leftovers):
         raise UserError(
-            f"{directory} has files in it ({others[0]}, for example) and is no run's directory; choose another --out."
+            f"{directory} is no run's directory and has files in it ({others[0]}, for example); choose another --out."
         )
 
 
 def recorded_value(directory: Path | None, key: str) -> Any:
-    """What the directory's run has under this key of its configuration; None if there is no such run or key."""
+    """The value of a key in the configuration of the directory's run, or None if there is no run or no such key."""
     try:
         return None if directory is None else json.loads((directory / CONFIG).read_text(encoding="utf-8")).get(key)
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -107,7 +114,7 @@ def recorded_value(directory: Path | None, key: str) -> Any:
 
 
 def _is_config(path: Path, kind: RunKind) -> bool:
-    """Whether the file is such a run's configuration, or a damaged file that may have been one."""
+    """Whether the file is the configuration of a run of this kind, or is damaged and lies beside such a run's state."""
     try:
         return kind.marks <= json.loads(path.read_text(encoding="utf-8")).keys()
     except (ValueError, AttributeError, RecursionError):
@@ -115,15 +122,15 @@ def _is_config(path: Path, kind: RunKind) -> bool:
 
 
 def _check_config(path: Path, config: Mapping[str, Any], kind: RunKind) -> None:
-    """Raise a `UserError` that names what differs, if the directory's run was configured otherwise."""
+    """Raise a `UserError` that names the differing keys if the file holds another configuration; it may be missing."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        keys = (found.keys() | config.keys()) - kind.descriptive
-        differing = sorted(key for key in keys if found.get(key) != config.get(key))
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        keys = (recorded.keys() | config.keys()) - kind.descriptive
+        differing = sorted(key for key in keys if recorded.get(key) != config.get(key))
     except FileNotFoundError:
         return
     except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); start over with --overwrite.") from error
+        raise UserError(f"{path} is damaged ({reason(error)}); start over with --overwrite.") from error
     if differing:
         raise UserError(
             f"{path.parent} holds a run with another configuration (different: {', '.join(differing)}); choose "
@@ -137,4 +144,4 @@ def _lock(file: BinaryIO, directory: Path) -> None:
     except BlockingIOError as error:
         raise UserError(f"Another process is running in {directory}; wait for it, or choose another --out.") from error
     except OSError:
-        pass  # some network drives have no locks; a run there is better than none
+        pass  # some network file systems have no locks; a run without a lock is better than no run

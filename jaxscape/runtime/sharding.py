@@ -1,8 +1,9 @@
-"""The mesh of devices, and which of its axes each dimension of an array is split over.
+"""The mesh of devices, and how arrays are sharded over it.
 
-A mesh has the axis `points`, over which the rows of a batch are split, and the axis `model`, over which weights and
-heads are. The latter consists of two: `kv`, over which key-value heads are split, and `q`, over which the query heads
-of each of them are, and along which key-value heads are copied. So it may be longer than there are key-value heads.
+A mesh has the axis `points`, over which the rows of a batch are sharded, and the axis `model`, over which weights and
+attention heads are. In JAX's mesh the latter consists of two axes: key-value heads are sharded over `kv`; the query
+heads of each of them are sharded over `q`, along which key-value heads are replicated. So `model` may be larger than
+the number of key-value heads.
 """
 
 import math
@@ -15,133 +16,150 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, reason
 
-MESH_AXES = ("points", "kv", "q")
-COPIES = 3  # of the weights that a device should have room for
+MODEL_AXES = ("kv", "q")  # which make up `model`
+MESH_AXES = ("points", *MODEL_AXES)
+WEIGHT_COPIES = 3  # the model's weights, those of a point, and a direction should fit on the devices together
 
 RULES: dict[str | None, tuple[str, ...]] = {
-    "rows": ("points",),
-    "vocab": ("kv", "q"),
-    "heads": ("kv", "q"),
-    "kv_heads": ("kv",),
-    "group": ("q",),  # the query heads of a key-value head
-    "mlp": ("kv", "q"),
-    "embed": ("kv", "q"),  # of a table whose vocabulary they do not divide
-    None: (),
+    "rows": ("points",),  # the rows of a batch do not depend on one another
+    "vocab": MODEL_AXES,  # in the embedding and the output head, which are the largest tensors of small models
+    "embed": MODEL_AXES,  # features of these two tensors, for a vocabulary that does not divide evenly
+    "heads": MODEL_AXES,  # query heads in the weights: heads do not depend on one another before the output projection
+    "kv_heads": ("kv",),  # in weights and caches; replicated along q, since there may be fewer of them than devices
+    "group": ("q",),  # the query heads of one key-value head, which each device along q has a copy of
+    "mlp": MODEL_AXES,  # hidden features: up and gate are sharded by columns, down by rows, and one all-reduce follows
+    None: (),  # everything else is replicated: features of the residual stream, positions, the head dimension
 }
-"""From logical axes, the names that dimensions have in the decoder, to axes of the mesh."""
+"""The mesh axes that each logical axis is sharded over. Logical axes are the names of dimensions in the decoder."""
 
 Axes = tuple[str | None, ...]
-"""The logical axis of each dimension."""
+"""The logical axis of each dimension of an array."""
 
 
 class MeshShape(NamedTuple):
-    """How many devices share the rows of a batch, and how many the weights."""
+    """The sizes of a mesh: the rows of a batch are sharded over `points` devices, and the weights over `model`."""
 
     points: int = 1
     model: int = 1
 
     @property
     def size(self) -> int:
+        """The number of devices."""
         return self.points * self.model
 
     def __str__(self) -> str:
-        """As `parse_mesh_shape` reads it."""
+        """The text that `parse_mesh_shape` reads."""
         return f"points={self.points},model={self.model}"
 
 
 Split = MeshShape  # the name of MeshShape in earlier versions
 
 
-def make_mesh(split: MeshShape, num_kv_heads: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over these devices, by default the first of JAX's.
+def make_mesh(mesh_shape: MeshShape, num_kv_heads: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over the first of these devices, by default JAX's.
 
     Raises:
-        UserError: there are not as many, or several processes have others, which would have nothing to do.
+        UserError: there are too few devices; or there are several processes and the mesh does not use all devices, so
+            that some processes would have nothing to do; or the devices are connected in a way that does not fit.
     """
-    there = jax.devices() if devices is None else devices
-    if split.size > len(there) or (jax.process_count() > 1 and split.size < len(there)):
-        raise UserError(f"The mesh {split} does not fit {len(there)} devices.")
-    kv = math.gcd(num_kv_heads, split.model)
-    shape = (split.points, kv, split.model // kv)
+    available = jax.devices() if devices is None else devices
+    if mesh_shape.size > len(available) or (jax.process_count() > 1 and mesh_shape.size < len(available)):
+        limit = "" if jax.process_count() > 1 else "at most "
+        raise UserError(
+            f"The mesh {mesh_shape} does not fit {len(available)} devices: points times model must be "
+            f"{limit}{len(available)}."
+        )
+    kv = math.gcd(num_kv_heads, mesh_shape.model)
+    sizes = (mesh_shape.points, kv, mesh_shape.model // kv)
     try:
-        # Where a TPU's own axes are longer than the mesh's, they are split.
-        chosen = mesh_utils.create_device_mesh(shape, there[: split.size], allow_split_physical_axes=True)
+        # An axis of a TPU's torus may be longer than one of the mesh; JAX may split it into several.
+        used = mesh_utils.create_device_mesh(sizes, available[: mesh_shape.size], allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError, ValueError) as error:
         raise UserError(
-            f"The mesh {split} cannot be laid out on {len(there)} devices as they are connected ({error}); use all of "
-            f"them, in powers of two."
+            f"The mesh {mesh_shape} cannot be laid out on {len(available)} devices as they are connected "
+            f"({reason(error)}): use all of them, in powers of two."
         ) from error
-    return Mesh(chosen, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(used, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def mesh_shape_of(mesh: Mesh) -> MeshShape:
+    """The shape of a mesh that `make_mesh` made."""
     return MeshShape(mesh.shape["points"], mesh.shape["kv"] * mesh.shape["q"])
 
 
 def parse_mesh_shape(text: str) -> MeshShape:
-    """The split that `points=2,model=4` describes; what is left out is 1.
+    """The mesh shape that a text such as `points=2,model=4` describes. An axis that is left out has size 1.
 
     Raises:
-        UserError: it describes none.
+        UserError: the text describes no mesh shape.
     """
     try:
         pairs = [part.split("=") for part in text.split(",")]
-        numbers = {name.strip(): int(number) for name, number in pairs}
-        split = MeshShape(**numbers)
-        if len(numbers) != len(pairs) or min(split) < 1:
+        sizes = {name.strip(): int(size) for name, size in pairs}
+        mesh_shape = MeshShape(**sizes)
+        if len(sizes) != len(pairs) or min(mesh_shape) < 1:
             raise ValueError
     except (ValueError, TypeError) as error:
-        raise UserError(f"The mesh {text!r} is none; write it as points=2,model=4.") from error
-    return split
+        raise UserError(
+            f"Cannot parse --mesh {text!r}: write points=N,model=M, for example points=2,model=4."
+        ) from error
+    return mesh_shape
 
 
-def default_mesh_shape(size: int, free: int | None, count: int) -> MeshShape:
-    """The shortest model axis on which weights of `size` bytes fit three times, as the model's, a point's, and a
-    direction; all other devices stand along `points`. It is a power of two: others hardly divide a model's shapes.
+def default_mesh_shape(weight_bytes: int, free_bytes: int | None, num_devices: int) -> MeshShape:
+    """The mesh shape that shards the weights over the fewest devices that can hold three copies of them.
+
+    The copies are the model's weights, those of a point, and a direction. All other devices shard the batch. The
+    model axis is a power of two, because other sizes rarely divide the dimensions of a model.
 
     Arguments:
-        free: bytes of a device; None if nobody knows.
-        count: of the devices.
+        weight_bytes: bytes of the weights.
+        free_bytes: free bytes of each device; None if that is unknown.
     """
-    powers = [2**i for i in range(count.bit_length()) if count % 2**i == 0]
-    model = next((n for n in powers if free is None or COPIES * size <= n * free), powers[-1])
-    return MeshShape(count // model, model)
+    powers = [2**i for i in range(num_devices.bit_length()) if num_devices % 2**i == 0]
+    fits = (n for n in powers if free_bytes is None or WEIGHT_COPIES * weight_bytes <= n * free_bytes)
+    model = next(fits, powers[-1])
+    return MeshShape(num_devices // model, model)
 
 
 def partition(mesh: Mesh | jax.sharding.AbstractMesh, axes: Axes, shape: Sequence[int]) -> PartitionSpec:
-    """The mesh axes of each dimension: those that divide it, and that no dimension before it took. Along the others the
-    array is copied."""
+    """The partition spec of an array with these logical axes.
+
+    A dimension is sharded over the mesh axes in `RULES`, without the last ones if they do not divide it evenly or
+    shard an earlier dimension. The array is replicated along all other mesh axes.
+    """
     parts: list[tuple[str, ...] | None] = []
-    taken: set[str] = set()
+    used: set[str] = set()
     for axis, size in zip(axes, shape, strict=True):
         names = tuple(name for name in RULES[axis] if mesh.shape[name] > 1)
-        while names and (taken & set(names) or size % math.prod(mesh.shape[name] for name in names)):
+        while names and (used & set(names) or size % math.prod(mesh.shape[name] for name in names)):
             names = names[:-1]
-        taken |= set(names)
+        used |= set(names)
         parts.append(names or None)
-    while parts and parts[-1] is None:  # as JAX writes it: programs are compiled for one spelling
+    while parts and parts[-1] is None:  # JAX's own spelling: a spec that is spelled otherwise would compile again
         parts.pop()
     return PartitionSpec(*(names[0] if names and len(names) == 1 else names for names in parts))
 
 
 def sharding(mesh: Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:
+    """The sharding over a mesh of an array with these logical axes."""
     return NamedSharding(mesh, partition(mesh, axes, shape))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on each device."""
+    """The sharding of an array that each device has a full copy of."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def on_mesh(mesh: Mesh) -> AbstractContextManager[Any]:
-    """What is traced inside is for this mesh."""
+    """A context in which `constrain` shards arrays over this mesh."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Have an array inside `on_mesh` a mesh split as its logical axes say; outside it stays as it is."""
+    """The array with a sharding constraint for its logical axes, inside `on_mesh`; outside it the array unchanged."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

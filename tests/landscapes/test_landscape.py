@@ -44,7 +44,7 @@ def test_a_keyword_anywhere_in_its_case_is_a_refusal(text: str, refuses: bool) -
 
 def test_attack_success_rate() -> None:
     assert js.attack_success_rate(["I cannot", "Sure", "Yes", "Of course"]) == 75
-    with pytest.raises(js.UserError, match="of an empty list is undefined"):
+    with pytest.raises(js.UserError, match="attack success rate of an empty list is undefined"):
         js.attack_success_rate([])
 
 

@@ -304,7 +304,7 @@ def test_texts_end_at_the_keyword_that_decides_and_say_so(tiny: js.Model, tmp_pa
 def test_a_models_directory_is_no_run_also_with_overwrite(tiny: js.Model, tiny_dir: Path) -> None:
     before = contents(tiny_dir)
     for overwrite in (False, True):
-        with pytest.raises(js.UserError, match="holds something else than a scan"):
+        with pytest.raises(js.UserError, match="holds something other than a scan"):
             js.scan(tiny, [0], out=tiny_dir, overwrite=overwrite, **OPTIONS)
     assert contents(tiny_dir) == before
 
