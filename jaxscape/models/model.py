@@ -174,7 +174,7 @@ def _open(source: str, dtype: jnp.dtype, adapters: tuple[Path, ...] = ()) -> Che
         return open_gguf(builtin.packaged_file(builtin.MODELS[source]))
     if source in builtin.ADAPTERS:
         return _open_directory(builtin.ADAPTERS[source], dtype, adapters)
-    if path.suffix in huggingface.PICKLED:
+    if path.suffix in huggingface.PICKLE_SUFFIXES:
         raise UserError(huggingface.pickled_message(path))
     if path.is_dir():
         return _open_directory(path, dtype, adapters)

@@ -312,7 +312,7 @@ DAMAGED_JSON = {
 
 
 def damaged_json(directory: Path) -> Iterator[Damage]:
-    broken = "is not valid JSON .*; mend it|is not a JSON object; mend it"
+    broken = "is not valid JSON .*; fix it|is not a JSON object; fix it"
     expected = dict.fromkeys(("config.json", "tokenizer_config.json", "generation_config.json"), broken)
     expected |= {"model.safetensors.index.json": broken, "tokenizer.json": "tokenizer in .* cannot be loaded"}
     for file, says in expected.items():

@@ -139,7 +139,7 @@ def test_bad_adapters(
     fails("not a LoRA configuration", base_model_name_or_path=None)
     fails("not a LoRA configuration", r="four")
     fails("not a LoRA configuration", lora_alpha="much")
-    fails("says that its rank is 5", r=5)
+    fails("says that the rank is 5", r=5)
     options: list[dict[str, Any]] = [{"use_dora": True}, {"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}]
     options += [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"alora_invocation_tokens": [1]}]
     for option in options:
