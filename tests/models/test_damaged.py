@@ -225,7 +225,7 @@ def odd_metadata() -> Iterator[Damage]:
     for window in (0, *HUGE):
         fields = sliding | {"gemma2.attention.sliding_window": (T.UINT64, window)}
         yield Damage(f"window of {window}", "model.gguf", joined(gguf_pieces(fields)), "metadata|no model can have")
-    yield change("not a text", tokenizer__chat_template=(T.UINT32, 1))
+    yield change("chat_template is 1, not a string", tokenizer__chat_template=(T.UINT32, 1))
     yield change("values of type 9", general__tags=listed(T.ARRAY, [listed(T.UINT8, [1])[1]] * 2))
     yield change("list of 3000000 values", general__tags=listed(T.UINT8, [0] * 3_000_000))
     nested = {"general.tags key length": number(1), "general.tags key": b"x", "general.tags type": number(T.ARRAY, 4)}

@@ -309,7 +309,7 @@ def test_llama3_scaling_that_transformers_knows_can_be_written_back(tmp_path: Pa
         ({"kind": Q.Q5_0}, "tensors of type Q5_0; supported are F32"),
         ({"pre": "strange"}, "pre-tokenizer is 'strange'"),
         ({"tokenizer": "bert"}, "tokenizer is of type 'bert'"),
-        ({"num_types": 5}, "lacks metadata of a model"),
+        ({"num_types": 5}, "has missing or invalid model metadata"),
         ({"tensors": {"blk.9.attn_q.weight": np.ones(3, np.float32)}}, "not expected blk.9.attn_q.weight"),
     ],
 )

@@ -121,7 +121,10 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(copy: Path) -> None:
             "RoPE has the base -5.0",
         ),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}}, "not a valid model configuration"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}},
+            "not a valid model configuration",
+        ),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "sway": 3}}, "supported: sway"),
         ({"partial_rotary_factor": 0.5}, "rotates only a part of each head"),
