@@ -1,4 +1,4 @@
-"""Loading from Hugging Face directories and the hub's cache; what cannot be loaded is said in a sentence."""
+"""Loading from Hugging Face directories and the hub's cache, and the errors for what cannot be loaded."""
 
 import json
 import shutil
@@ -198,7 +198,7 @@ def test_unknown_dtypes_say_what_can_be_given() -> None:
 
 
 def test_the_hub_is_used_through_its_cache(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A snapshot in the hub's cache is used without a network; what is not there is said."""
+    """A snapshot in the hub's cache is used without a network; a repository that is not there is an error."""
     revision = "0" * 40
     repository = tmp_path / "models--someone--tiny"
     shutil.copytree(tiny_dir, repository / "snapshots" / revision)
