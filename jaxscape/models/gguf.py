@@ -1,6 +1,6 @@
-"""GGUF files: configuration, tensors and tokenizer, without torch."""
+"""GGUF files: their configuration and tensors, read without torch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -8,20 +8,29 @@ from typing import Any
 
 import gguf
 import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType, TokenType
 from transformers import AutoConfig, PreTrainedConfig
 
-from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, named_leaves
+from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, tensor_shapes
 from jaxscape.models.config import LayerKind, ModelConfig
 from jaxscape.models.decoder import parameter_shapes
 from jaxscape.models.families import from_transformers
-from jaxscape.models.gguf_tokenizer import _CONTROL, _token_types, read_tokenizer
+from jaxscape.models.gguf_tokenizer import read_tokenizer, token_types
 from jaxscape.models.rope import Rope
 from jaxscape.runtime.errors import UserError, reason
 
-Q = gguf.GGMLQuantizationType
-TENSOR_TYPES = (Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q4_K, Q.Q6_K)
+TENSOR_TYPES = (
+    GGMLQuantizationType.F32,
+    GGMLQuantizationType.F16,
+    GGMLQuantizationType.BF16,
+    GGMLQuantizationType.Q8_0,
+    GGMLQuantizationType.Q4_0,
+    GGMLQuantizationType.Q4_1,
+    GGMLQuantizationType.Q4_K,
+    GGMLQuantizationType.Q6_K,
+)
 
-# The scaling of Llama 3.1 and of 3.2, which transformers knows by its parameters.
+# RoPE scaling of Llama 3.1 (factor 8) and 3.2 (factor 32). A GGUF file has only the divisors that follow from it.
 LLAMA3_FACTORS = (8.0, 32.0)
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -29,103 +38,134 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# llama.cpp's defaults for files that do not name them.
+GEMMA2_SOFTCAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
-ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+ROPE_DIVISORS, SHORT_FACTORS, LONG_FACTORS = (
+    "rope_freqs.weight",
+    "rope_factors_short.weight",
+    "rope_factors_long.weight",
+)
 
+Fields = Mapping[str, Any]
+"""The metadata of a file, by key."""
 Tensors = Mapping[str, gguf.ReaderTensor]
+"""The tensors of a file, by the file's names."""
 Options = dict[str, Any]
 """Fields of a transformers configuration."""
+
+# Keys that do not change what the decoder computes.
+_IRRELEVANT = ("vocab_size", "attention.causal", "rope.scaling.finetuned", "tensor_data_layout")
+
+
+class _Metadata:
+    """The metadata of a file's architecture, by keys without the architecture's name.
+
+    It remembers which keys were read: a key that is not read would be ignored in silence.
+    """
+
+    def __init__(self, fields: Fields) -> None:
+        self._fields, self._prefix = fields, f"{fields['general.architecture']}."
+        self._read = {self._prefix + key for key in _IRRELEVANT}
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(self._prefix + key)
+        return self._fields[self._prefix + key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._read.add(self._prefix + key)
+        return self._fields.get(self._prefix + key, default)
+
+    def unread(self) -> list[str]:
+        """The full keys that have a value and were not read."""
+        keys = {key for key, value in self._fields.items() if key.startswith(self._prefix) and value}
+        return sorted(keys - self._read)
+
+
+def _no_options(metadata: _Metadata, tensors: Tensors, rope: Options) -> Options:
+    return {}
+
+
+def _llama(metadata: _Metadata, tensors: Tensors, rope: Options) -> Options:
+    return {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
+
+
+def _gemma2(metadata: _Metadata, tensors: Tensors, rope: Options) -> Options:
+    softcaps = {name: metadata.get(name, default) for name, default in GEMMA2_SOFTCAPS.items()}
+    return softcaps | _gemma(metadata)
+
+
+def _gemma3(metadata: _Metadata, tensors: Tensors, rope: Options) -> Options:
+    local_rope = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base_swa", 10000.0)}
+    options = {
+        "rope_parameters": {"full_attention": rope, "sliding_attention": local_rope},
+        "final_logit_softcapping": metadata.get("final_logit_softcapping"),
+    }
+    pattern = metadata.get("attention.sliding_window_pattern", 6)
+    if isinstance(pattern, list):
+        options["layer_types"] = ["sliding_attention" if is_local else "full_attention" for is_local in pattern]
+    else:
+        options["sliding_window_pattern"] = pattern
+    return options | _gemma(metadata)
+
+
+def _gemma(metadata: _Metadata) -> Options:
+    """Options that Gemma 2 and 3 share."""
+    # The 27B models (46 and 62 layers) scale scores by hidden size / heads, which is not their head dimension.
+    if metadata["block_count"] in (46, 62):
+        scalar = metadata["embedding_length"] // metadata["attention.head_count"]
+    else:
+        scalar = metadata["attention.key_length"]
+    return {"query_pre_attn_scalar": scalar, "sliding_window": metadata["attention.sliding_window"]}
+
+
+def _phi3(metadata: _Metadata, tensors: Tensors, rope: Options) -> Options:
+    options = {"sliding_window": metadata.get("attention.sliding_window") or None}
+    if SHORT_FACTORS not in tensors:
+        return options
+    short, long = (tensors[name].data.astype(np.float64).tolist() for name in (SHORT_FACTORS, LONG_FACTORS))
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": rope["rope_theta"],
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
+        "short_factor": short,
+        "long_factor": long,
+    }
+    original_context = metadata["rope.scaling.original_context_length"]
+    if (factor := metadata.get("rope.scaling.attn_factor")) is not None:
+        longrope["attention_factor"] = factor
+    return options | {"rope_parameters": longrope, "original_max_position_embeddings": original_context}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How llama.cpp stores a family.
+    """How llama.cpp stores a model family.
 
     Attributes:
         family: transformers' `model_type`.
-        names: the library's table of tensor names.
-        options: what beside sizes and RoPE stands in the metadata or follows from the tensors, or llama.cpp knows by
-            itself; given a look-up into the architecture's metadata, the tensors, and RoPE's parameters.
-        is_interleaved: the two halves of each query and key head are.
-        norm_offset: what is added to the weights of norms.
+        tensor_names: the table of tensor names in the gguf library.
+        options: returns the family's own options, beside the sizes and RoPE that all families have, from the metadata,
+            the tensors and transformers' `rope_parameters`.
+        is_interleaved: whether the converter interleaves the two halves of each query and key head.
+        norm_offset: what the converter adds to the weights of norms.
     """
 
     family: str
-    names: gguf.MODEL_ARCH
-    options: Callable[[Callable[..., Any], Tensors, Options], Options] = lambda get, tensors, rope: {}
+    tensor_names: gguf.MODEL_ARCH
+    options: Callable[[_Metadata, Tensors, Options], Options] = _no_options
     is_interleaved: bool = False
     norm_offset: float = 0.0
 
 
-def _llama(_: Callable[..., Any], tensors: Tensors, __: Options) -> Options:
-    return {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
-
-
-def _gemma2(get: Callable[..., Any], tensors: Tensors, rope: Options) -> Options:
-    caps = {f"{of}_logit_softcapping": get(f"{of}_logit_softcapping", cap) for of, cap in GEMMA2_CAPS.items()}
-    return caps | _gemma(get)
-
-
-def _gemma(get: Callable[..., Any]) -> Options:
-    largest = get("block_count") in (46, 62)  # the 27B models scale scores by the width of a head that they have not
-    size = get("embedding_length") // get("attention.head_count") if largest else get("attention.key_length")
-    return {"query_pre_attn_scalar": size, "sliding_window": get("attention.sliding_window")}
-
-
-def _gemma3(get: Callable[..., Any], tensors: Tensors, rope: Options) -> Options:
-    local = {"rope_type": "default", "rope_theta": get("rope.freq_base_swa", 10000.0)}
-    both = {"full_attention": rope, "sliding_attention": local}
-    options = {"rope_parameters": both, "final_logit_softcapping": get("final_logit_softcapping", None)}
-    pattern = get("attention.sliding_window_pattern", 6)
-    if isinstance(pattern, list):
-        options["layer_types"] = ["sliding_attention" if turns else "full_attention" for turns in pattern]
-    else:
-        options["sliding_window_pattern"] = pattern
-    return options | _gemma(get)
-
-
-def _phi3(get: Callable[..., Any], tensors: Tensors, rope: Options) -> Options:
-    options = {"sliding_window": get("attention.sliding_window", None) or None}
-    if ROPE_TENSORS[1] not in tensors:
-        return options
-    short, long = (tensors[name].data.astype(np.float64).tolist() for name in ROPE_TENSORS[1:])
-    original = get("rope.scaling.original_context_length")
-    factors = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
-    if (factor := get("rope.scaling.attn_factor", None)) is not None:
-        factors["attention_factor"] = factor
-    base = {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0)}
-    return options | {"rope_parameters": base | factors, "original_max_position_embeddings": original}
-
-
-# Of the scores and of the logits, where a file does not say.
-GEMMA2_CAPS = {"attn": 50.0, "final": 30.0}
-# What changes nothing that is computed here; every other key must be read, or nothing stand there.
-_IRRELEVANT = (
-    "vocab_size",
-    "attention.causal",
-    "rope.scaling.finetuned",
-    "tensor_data_layout",
-)
-_ARCH = gguf.MODEL_ARCH
 ARCHITECTURES = {
-    "llama": Architecture("llama", _ARCH.LLAMA, _llama, is_interleaved=True),
-    "qwen2": Architecture("qwen2", _ARCH.QWEN2),
-    "qwen3": Architecture("qwen3", _ARCH.QWEN3),
-    "gemma2": Architecture("gemma2", _ARCH.GEMMA2, _gemma2, norm_offset=1.0),
-    "gemma3": Architecture("gemma3_text", _ARCH.GEMMA3, _gemma3, norm_offset=1.0),
-    "phi3": Architecture("phi3", _ARCH.PHI3, _phi3),
+    "llama": Architecture("llama", gguf.MODEL_ARCH.LLAMA, _llama, is_interleaved=True),
+    "qwen2": Architecture("qwen2", gguf.MODEL_ARCH.QWEN2),
+    "qwen3": Architecture("qwen3", gguf.MODEL_ARCH.QWEN3),
+    "gemma2": Architecture("gemma2", gguf.MODEL_ARCH.GEMMA2, _gemma2, norm_offset=1.0),
+    "gemma3": Architecture("gemma3_text", gguf.MODEL_ARCH.GEMMA3, _gemma3, norm_offset=1.0),
+    "phi3": Architecture("phi3", gguf.MODEL_ARCH.PHI3, _phi3),
 }
-"""By their names in GGUF files."""
-
-_T = gguf.GGUFValueType
-_WIDTHS = {
-    **dict.fromkeys((_T.UINT8, _T.INT8, _T.BOOL), 1),
-    **dict.fromkeys((_T.UINT16, _T.INT16), 2),
-    **dict.fromkeys((_T.UINT32, _T.INT32, _T.FLOAT32), 4),
-    **dict.fromkeys((_T.UINT64, _T.INT64, _T.FLOAT64), 8),
-}
-_MAX_ELEMENTS = 2**20  # of a list: four times the largest vocabularies; the library needs a kilobyte for each
-_MAX_DIMENSIONS = 4  # ggml's
+"""The supported architectures, by `general.architecture`."""
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -134,48 +174,35 @@ def open_gguf(path: Path) -> Checkpoint:
     Raises:
         UserError: the file is damaged, or its architecture, a tensor type or its tokenizer is not supported.
     """
+    fields, tensors = _read_file(path)
+    name = fields.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise UserError(f"{path} has the architecture {name!r:.60}; supported are {', '.join(ARCHITECTURES)}.")
+    architecture = ARCHITECTURES[name]
+    if unsupported := sorted({t.tensor_type.name for t in tensors.values() if t.tensor_type not in TENSOR_TYPES}):
+        supported = ", ".join(tensor_type.name for tensor_type in TENSOR_TYPES)
+        raise UserError(f"{path} has tensors of type {', '.join(unsupported)}; supported are {supported}.")
     try:
-        _check_header(np.memmap(path, mode="r").data)
-        reader = gguf.GGUFReader(path)
-        _check_offsets(reader)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-    except Exception as error:  # the library raises whatever parsing a damaged file runs into
-        raise UserError(
-            f"{path} cannot be read as GGUF ({reason(error)}); it is truncated or damaged, so download it again."
-        ) from error
-    kind = fields.get("general.architecture")
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise UserError(f"{path} has the architecture {kind!r:.60}; supported are {', '.join(ARCHITECTURES)}.")
-    architecture = ARCHITECTURES[kind]
-    if unknown := sorted({t.tensor_type.name for t in tensors.values() if t.tensor_type not in TENSOR_TYPES}):
-        supported = ", ".join(kind.name for kind in TENSOR_TYPES)
-        raise UserError(f"{path} has tensors of type {', '.join(unknown)}; supported are {supported}.")
-    try:
-        config, transformers_config = _config(fields, tensors)
+        config, transformers_config = _config(architecture, fields, tensors)
         _check_token_ids(fields)
         tokenizer = read_tokenizer(fields)
         eos_token_ids = _eos_token_ids(fields)
-        names = _huggingface_names(config, architecture, tensors.keys())
+        names = _tensor_names(config, architecture, tensors.keys())
     except UserError as error:
         raise UserError(f"{path}: {reason(error)}") from error
-    except Exception as error:  # metadata that is missing, of another type, or of another length
-        raise UserError(f"{path} lacks metadata of a model ({reason(error)}); download it again.") from error
+    except Exception as error:  # keys that are missing, or values of another type or length
+        raise UserError(
+            f"{path} has missing or invalid model metadata ({reason(error)}); download it again."
+        ) from error
 
-    @lru_cache(maxsize=1)  # its parts are read one after another
-    def whole(name: str) -> np.ndarray:
-        tensor = tensors[names[name]]
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
-        if architecture.is_interleaved and ".q_proj." in name:
-            return _unpermute(values, config.num_heads)
-        if architecture.is_interleaved and ".k_proj." in name:
-            return _unpermute(values, config.num_kv_heads)
-        return values - architecture.norm_offset if "norm" in name else values
+    @lru_cache(maxsize=1)  # a tensor that is read in several parts is dequantised once
+    def read_tensor(name: str) -> np.ndarray:
+        return _read_tensor(name, tensors[names[name]], architecture, config)
 
     return Checkpoint(
         config=config,
-        shapes={ours: tuple(map(int, tensors[theirs].shape[::-1])) for ours, theirs in names.items()},
-        read=lambda name, index: whole(name)[index],
+        shapes={name: tuple(map(int, tensors[stored].shape[::-1])) for name, stored in names.items()},
+        read=lambda name, index: read_tensor(name)[index],
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
         transformers_config=transformers_config,
@@ -183,161 +210,229 @@ def open_gguf(path: Path) -> Checkpoint:
     )
 
 
-def _check_header(data: memoryview) -> None:
-    """Raise a `ValueError` if what the header counts cannot be a model's, or ends beyond the file.
+def _read_file(path: Path) -> tuple[Fields, Tensors]:
+    try:
+        _check_header(np.memmap(path, mode="r").data)
+        reader = gguf.GGUFReader(path)
+        _check_offsets(reader)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        return fields, {tensor.name: tensor for tensor in reader.tensors}
+    except Exception as error:  # in a damaged file, the library runs into errors of many types
+        raise UserError(
+            f"{path} cannot be read as GGUF ({reason(error)}); it is truncated or damaged, so download it again."
+        ) from error
 
-    The library believes every count: it would loop over what is not there, and make lists of it.
+
+_VALUE_BYTES = {
+    **dict.fromkeys((GGUFValueType.UINT8, GGUFValueType.INT8, GGUFValueType.BOOL), 1),
+    **dict.fromkeys((GGUFValueType.UINT16, GGUFValueType.INT16), 2),
+    **dict.fromkeys((GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.FLOAT32), 4),
+    **dict.fromkeys((GGUFValueType.UINT64, GGUFValueType.INT64, GGUFValueType.FLOAT64), 8),
+}
+# The longest list that is read: longer than any vocabulary. The library needs about a kilobyte for each value.
+_MAX_ELEMENTS = 2**20
+_MAX_DIMENSIONS = 4  # ggml's limit
+
+
+def _check_header(data: memoryview) -> None:
+    """Raise a `ValueError` if a count in the header is too large, or the header is longer than the file.
+
+    The library trusts every count: it would loop over missing data and build lists of any length.
     """
-    at = 0
+    position = 0
 
     def take(length: int) -> memoryview:
-        nonlocal at
-        at += length
-        if at > len(data):
-            raise ValueError("its header goes on where it ends")
-        return data[at - length : at]
+        nonlocal position
+        position += length
+        if position > len(data):
+            raise ValueError("the header is longer than the file")
+        return data[position - length : position]
 
     def number(width: int) -> int:
         return int.from_bytes(take(width), "little")
 
     if take(4) != b"GGUF":
         raise ValueError("it does not begin with 'GGUF'")
-    if (version := number(4)) not in (2, 3):  # of a big-endian file, the library would swap no weights
-        raise ValueError(f"its version is {version}, or it is big-endian")
+    if (version := number(4)) not in (2, 3):  # the library would read big-endian weights in the wrong byte order
+        raise ValueError(f"its version is {version}, not 2 or 3, or it is big-endian")
     num_tensors, num_fields = number(8), number(8)
     for _ in range(num_fields):
-        take(number(8))
-        kind, count = number(4), 1
-        if kind == _T.ARRAY:
-            kind, count = number(4), number(8)
+        take(number(8))  # key
+        value_type, count = number(4), 1
+        if value_type == GGUFValueType.ARRAY:
+            value_type, count = number(4), number(8)
         if count > _MAX_ELEMENTS:
-            raise ValueError(f"it has a list of {count} values")
-        if kind in _WIDTHS:
-            take(count * _WIDTHS[kind])
-        elif kind == _T.STRING:
+            raise ValueError(f"it has a list of {count} values, more than {_MAX_ELEMENTS}")
+        if value_type in _VALUE_BYTES:
+            take(count * _VALUE_BYTES[value_type])
+        elif value_type == GGUFValueType.STRING:
             for _ in range(count):
                 take(number(8))
         else:
-            raise ValueError(f"it has values of type {kind}")
+            raise ValueError(f"it has values of type {value_type}, which is unknown or not supported")
     for _ in range(num_tensors):
-        take(number(8))
+        take(number(8))  # name
         if (num_dimensions := number(4)) > _MAX_DIMENSIONS:
-            raise ValueError(f"it has a tensor of {num_dimensions} dimensions")
-        take(8 * num_dimensions + 4 + 8)  # and type and offset
+            raise ValueError(f"it has a tensor of {num_dimensions} dimensions, more than {_MAX_DIMENSIONS}")
+        take(8 * num_dimensions + 4 + 8)  # sizes, tensor type and offset
 
 
 def _check_offsets(reader: gguf.GGUFReader) -> None:
-    """Raise a `ValueError` unless each tensor begins where the one before it ends, which ggml demands, too."""
+    """Raise a `ValueError` unless each tensor begins where the one before it ends, as ggml demands."""
     expected, alignment = reader.data_offset, int(reader.alignment)
     for tensor in reader.tensors:
-        if tensor.data_offset != expected or not tensor.n_elements:
-            raise ValueError(f"{tensor.name} is empty, or does not begin where the tensor before it ends")
+        if not tensor.n_elements:
+            raise ValueError(f"its tensor {tensor.name} is empty")
+        if tensor.data_offset != expected:
+            raise ValueError(f"its tensor {tensor.name} begins at byte {tensor.data_offset} instead of {expected}")
         expected += -(-tensor.n_bytes // alignment) * alignment
 
 
-def _check_token_ids(fields: Mapping[str, Any]) -> None:
-    """Raise a `UserError` if a special token is not of the vocabulary: where it is looked up, −1 would be the last."""
-    count = len(fields["tokenizer.ggml.tokens"])
+def _check_token_ids(fields: Fields) -> None:
+    """Raise a `UserError` if a special token is not in the vocabulary. (As an index, −1 would be the last token.)"""
+    num_tokens = len(fields["tokenizer.ggml.tokens"])
     for name in ("bos", "eos", "eot", "unknown", "padding"):
-        token = fields.get(f"tokenizer.ggml.{name}_token_id", 0)
-        if type(token) is not int or not 0 <= token < count:
+        key = f"tokenizer.ggml.{name}_token_id"
+        token = fields.get(key, 0)
+        if type(token) is not int or not 0 <= token < num_tokens:
             raise UserError(
-                f"The GGUF file names the {name} token {token!r:.60}, which is not one of its {count} tokens."
+                f"The file's {key} is {token!r:.60}, which is not one of its {num_tokens} tokens; download it again."
             )
 
 
-def _config(
-    fields: Mapping[str, Any], tensors: Mapping[str, gguf.ReaderTensor]
-) -> tuple[ModelConfig, PreTrainedConfig]:
-    kind = fields["general.architecture"]
-    architecture = ARCHITECTURES[kind]
+def _config(architecture: Architecture, fields: Fields, tensors: Tensors) -> tuple[ModelConfig, PreTrainedConfig]:
+    """The model's configuration, for the decoder and as transformers' class.
 
-    seen = {f"{kind}.{key}" for key in _IRRELEVANT}
+    Raises:
+        UserError: an option is not supported.
+    """
+    metadata = _Metadata(fields)
+    options = _sizes(metadata, tensors)
+    rope = _rope_parameters(metadata, options["head_dim"])
+    options |= {
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "rms_norm_eps": metadata["attention.layer_norm_rms_epsilon"],
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_parameters": rope,
+    }
+    options |= architecture.options(metadata, tensors, rope)
+    config, transformers_config = _make_configs(architecture, options)
+    if unread := metadata.unread():
+        raise UserError(f"The file has options that are not supported: {', '.join(unread)}.")
+    if ROPE_DIVISORS not in tensors:
+        return config, transformers_config
 
-    def get(key: str, *default: Any) -> Any:
-        seen.add(f"{kind}.{key}")
-        return fields.get(f"{kind}.{key}", *default) if default else fields[f"{kind}.{key}"]
+    # llama.cpp stores Llama 3's RoPE scaling as one divisor for each frequency.
+    divisors = tensors[ROPE_DIVISORS].data.astype(np.float64)
+    frequencies = tuple(float(f / divisor) for f, divisor in zip(_frequencies(config), divisors, strict=True))
+    for factor in LLAMA3_FACTORS:
+        llama3 = {"rope_parameters": rope | LLAMA3_ROPE | {"factor": factor}}
+        scaled_configs = _make_configs(architecture, options | llama3)
+        if np.allclose(_frequencies(scaled_configs[0]), frequencies, rtol=1e-5, atol=0):
+            return scaled_configs
+    # Other scalings cannot be written as a transformers configuration.
+    return replace(config, layers=(LayerKind(Rope(frequencies)),)), transformers_config
 
-    heads = get("attention.head_count")
-    head_dim = get("attention.key_length", get("embedding_length") // heads)
-    if get("attention.value_length", head_dim) != head_dim:
-        raise UserError("The GGUF file's values have other sizes than its keys, which is not supported.")
+
+def _make_configs(architecture: Architecture, options: Options) -> tuple[ModelConfig, PreTrainedConfig]:
+    transformers_config = AutoConfig.for_model(architecture.family, **options)
+    return from_transformers(transformers_config), transformers_config
+
+
+def _sizes(metadata: _Metadata, tensors: Tensors) -> Options:
+    """The sizes of the model.
+
+    Raises:
+        UserError: values are not as wide as keys, or the tensors are too few or too small for the sizes.
+    """
+    num_heads, num_layers = metadata["attention.head_count"], metadata["block_count"]
+    head_dim = metadata.get("attention.key_length", metadata["embedding_length"] // num_heads)
+    if (value_dim := metadata.get("attention.value_length", head_dim)) != head_dim:
+        raise UserError(
+            f"The file's attention values have {value_dim!r:.60} features and its keys have {head_dim!r:.60}, but only "
+            f"equal sizes are supported."
+        )
     largest = max((int(size) for tensor in tensors.values() for size in tensor.shape), default=0)
-    if get("block_count") > len(tensors) or head_dim > largest:  # what is made for each of them would not end
-        raise UserError("The GGUF file's tensors are too few, or too small, for its blocks and heads; it is damaged.")
-    rope = {"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)}
-    if (part := get("rope.dimension_count", head_dim) / head_dim) != 1:
-        rope["partial_rotary_factor"] = part
-    factor = get("rope.scaling.factor", get("rope.scale_linear", 0.0)) or 1.0
-    original = get("rope.scaling.original_context_length", None)
-    # llama.cpp's type is linear where none stands.
-    scaling = get("rope.scaling.type", "linear")
+    if num_layers > len(tensors) or head_dim > largest:  # building a model of such sizes might never end
+        raise UserError(
+            f"The file's {len(tensors)} tensors are too few, or too small, for its {num_layers} blocks and heads of "
+            f"{head_dim} features; it is damaged, so download it again."
+        )
+    return {
+        "hidden_size": metadata["embedding_length"],
+        "intermediate_size": metadata["feed_forward_length"],
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": metadata.get("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": metadata["context_length"],
+    }
+
+
+def _rope_parameters(metadata: _Metadata, head_dim: int) -> Options:
+    """RoPE with its scaling, as transformers' `rope_parameters`."""
+    rope = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base", 10000.0)}
+    if (rotated_part := metadata.get("rope.dimension_count", head_dim) / head_dim) != 1:
+        rope["partial_rotary_factor"] = rotated_part
+    factor = metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 0.0)) or 1.0
+    original_context = metadata.get("rope.scaling.original_context_length")
+    scaling = metadata.get("rope.scaling.type", "linear")  # llama.cpp's default
     if scaling != "none" and (scaling, factor) != ("linear", 1.0):
         rope |= {"rope_type": scaling, "factor": factor}
     if rope["rope_type"] == "yarn":
-        slow, fast = get("rope.scaling.yarn_beta_slow", None), get("rope.scaling.yarn_beta_fast", None)
-        rope |= {"original_max_position_embeddings": original, "beta_slow": slow, "beta_fast": fast}
-    options = {
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
-        "hidden_size": get("embedding_length"),
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "rope_parameters": rope,
-        **architecture.options(get, tensors, rope),
-    }
-    declared = AutoConfig.for_model(architecture.family, **options)
-    config = from_transformers(declared)
-    others = {key for key, value in fields.items() if key.startswith(f"{kind}.") and value}
-    if unknown := sorted(others - seen):
-        raise UserError(f"The GGUF file has options that are not supported: {', '.join(unknown)}.")
-    if "rope_freqs.weight" not in tensors:
-        return config, declared
-    # llama.cpp stores Llama 3's scaling as one divisor for each frequency.
-    divisors = tensors["rope_freqs.weight"].data.astype(np.float64)
-    scaled = tuple(float(f / d) for f, d in zip(_frequencies(config), divisors, strict=True))
-    for factor in LLAMA3_FACTORS:
-        scaling = {"rope_parameters": rope | LLAMA3_ROPE | {"factor": factor}}
-        known = AutoConfig.for_model(architecture.family, **options | scaling)
-        if np.allclose(_frequencies(found := from_transformers(known)), scaled, rtol=1e-5, atol=0):
-            return found, known
-    return replace(config, layers=(LayerKind(Rope(scaled)),)), declared
+        rope |= {
+            "original_max_position_embeddings": original_context,
+            "beta_slow": metadata.get("rope.scaling.yarn_beta_slow"),
+            "beta_fast": metadata.get("rope.scaling.yarn_beta_fast"),
+        }
+    return rope
 
 
 def _frequencies(config: ModelConfig) -> tuple[float, ...]:
+    """RoPE's frequencies in the first layer."""
     rope = config.kind(0).rope
     return () if rope is None else rope.frequencies
 
 
-def _huggingface_names(config: ModelConfig, architecture: Architecture, found: Any) -> dict[str, str]:
-    """From Hugging Face names to this file's; names that the model does not know stay, for one error to list them."""
-    table = gguf.get_tensor_name_map(architecture.names, config.num_layers)
-    ours = {}
-    for name in named_leaves(parameter_shapes(config)):
-        theirs = table.get_name(name, try_suffixes=(".weight", ".bias"))
-        if theirs in found:
-            ours[name] = theirs
-    known = {*ours.values(), *ROPE_TENSORS}
-    return ours | {name: name for name in found if name not in known}
+def _tensor_names(config: ModelConfig, architecture: Architecture, stored_names: Collection[str]) -> dict[str, str]:
+    """The file's name for each Hugging Face parameter name that it has.
+
+    Tensors that the model does not have keep the file's name, so that one error can list them.
+    """
+    table = gguf.get_tensor_name_map(architecture.tensor_names, config.num_layers)
+    names = {}
+    for name in tensor_shapes(parameter_shapes(config)):
+        stored_name = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        if stored_name in stored_names:
+            names[name] = stored_name
+    used = {*names.values(), ROPE_DIVISORS, SHORT_FACTORS, LONG_FACTORS}
+    return names | {name: name for name in stored_names if name not in used}
 
 
-def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's interleaving of the two halves of each query or key head (rows of the matrix)."""
-    rows = values.shape[0]
-    return values.reshape(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
+def _read_tensor(name: str, tensor: gguf.ReaderTensor, architecture: Architecture, config: ModelConfig) -> np.ndarray:
+    """A tensor in float32 and the Hugging Face layout, with the converter's changes undone."""
+    values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+    if architecture.is_interleaved and ".q_proj." in name:
+        return _unpermute(values, config.num_heads)
+    if architecture.is_interleaved and ".k_proj." in name:
+        return _unpermute(values, config.num_kv_heads)
+    return values - architecture.norm_offset if "norm" in name else values
 
 
-def _eos_token_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    tokens = fields["tokenizer.ggml.tokens"]
-    stated = {fields[key] for kind in ("eos", "eot") if (key := f"tokenizer.ggml.{kind}_token_id") in fields}
-    named = {
-        i
-        for i, (token, kind) in enumerate(zip(tokens, _token_types(fields), strict=True))
-        if kind == _CONTROL and token in END_OF_TURN
+def _unpermute(values: np.ndarray, num_heads: int) -> np.ndarray:
+    """Undo llama.cpp's interleaving of the two halves of each query or key head, which are rows of the matrix."""
+    num_rows = values.shape[0]
+    return values.reshape(num_heads, num_rows // num_heads // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
+
+
+def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
+    """The end tokens that the metadata names, and the control tokens in `END_OF_TURN`."""
+    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    named = {fields[key] for key in keys if key in fields}
+    tokens = zip(fields["tokenizer.ggml.tokens"], token_types(fields), strict=True)
+    end_of_turn = {
+        token_id
+        for token_id, (token, token_type) in enumerate(tokens)
+        if token_type == TokenType.CONTROL and token in END_OF_TURN
     }
-    return tuple(sorted(stated | named))
+    return tuple(sorted(named | end_of_turn))

@@ -1,8 +1,9 @@
-"""GGUF files: configuration, tensors and tokenizer, without torch."""
+"""The tokenizer in a GGUF file's metadata."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
@@ -10,7 +11,7 @@ from transformers.tokenization_utils_base import generate_merges
 from jaxscape.models.checkpoint import with_chat_template
 from jaxscape.runtime.errors import UserError
 
-# How text is cut before byte-pair merging, by `tokenizer.ggml.pre`: the expressions of the models' own tokenizers.
+# How text is split before byte-pair merging, by `tokenizer.ggml.pre`. The models' own tokenizers have the same regexes.
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -22,61 +23,76 @@ SPLITS = {
     "llama-bpe": _LLAMA3_SPLIT,
     "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
 }
+# Phi-3's special tokens remove the white space after them, except these.
 UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
+# The longest SentencePiece token that is read. Merges are searched at every position of a token.
+MAX_CHARACTERS = 4096
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
-_MAX_CHARACTERS = 4096  # of a SentencePiece token: its merges are looked for at each of its places
 
-
-def _token_types(fields: Mapping[str, Any]) -> list[int]:
-    return fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(fields["tokenizer.ggml.tokens"]))
+def token_types(fields: Mapping[str, Any]) -> list[int]:
+    """The `gguf.TokenType` of each token; all tokens are normal if the metadata has no types."""
+    return fields.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(fields["tokenizer.ggml.tokens"]))
 
 
 def read_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer that the metadata describes: byte-level BPE (`gpt2`) or SentencePiece BPE (`llama`)."""
-    tokens = fields["tokenizer.ggml.tokens"]
-    match fields["tokenizer.ggml.model"]:
+    """The tokenizer that the metadata describes: byte-level BPE (`gpt2`) or SentencePiece BPE (`llama`).
+
+    Raises:
+        UserError: the tokenizer is of another type, or damaged.
+    """
+    tokens, model = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.model"]
+    match model:
         case "gpt2":
             tokenizer = _byte_level(tokens, fields)
         case "llama":
             tokenizer = _sentencepiece(tokens, fields)
-        case other:
-            raise UserError(f"The GGUF file's tokenizer is of type {other!r:.60}; supported are 'gpt2' and 'llama'.")
-    kinds = list(zip(tokens, _token_types(fields), strict=True))
-    # Phi-3's special tokens take the white space after them, but for some; no file says so.
-    strips = fields["general.architecture"] == "phi3" and fields["tokenizer.ggml.model"] == "llama"
-    # All at once: each addition takes as long as there are tokens that were added before.
-    special = [t for t, kind in kinds if kind == _CONTROL or (strips and t == "</s>")]
-    tokenizer.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True, rstrip=strips and t not in UNSTRIPPED) for t in special]
-    )
-    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t, k in kinds if k == _USER_DEFINED])
-    if fields.get("tokenizer.ggml.add_bos_token", fields["tokenizer.ggml.model"] == "llama"):
+        case _:
+            raise UserError(f"The file's tokenizer is of type {model!r:.60}; supported are 'gpt2' and 'llama'.")
+    _add_tokens(tokenizer, tokens, fields)
+    if fields.get("tokenizer.ggml.add_bos_token", model == "llama"):
         bos = fields["tokenizer.ggml.bos_token_id"]
         tokenizer.post_processor = processors.TemplateProcessing(
             f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
     special_tokens = {
-        f"{ours}_token": tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]]
-        for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
-        if f"tokenizer.ggml.{theirs}_token_id" in fields
+        f"{name}_token": tokens[fields[f"tokenizer.ggml.{stored_name}_token_id"]]
+        for name, stored_name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
+        if f"tokenizer.ggml.{stored_name}_token_id" in fields
     }
     template = fields.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
-        raise UserError("The GGUF file's chat template is not a text.")
-    whole = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=template,
-        clean_up_tokenization_spaces=False,
-        **special_tokens,
+        raise UserError(f"The file's tokenizer.chat_template is {template!r:.60}, not a string; download it again.")
+    return with_chat_template(
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            chat_template=template,
+            clean_up_tokenization_spaces=False,
+            **special_tokens,
+        )
     )
-    return with_chat_template(whole)
+
+
+def _add_tokens(tokenizer: Tokenizer, tokens: list[str], fields: Mapping[str, Any]) -> None:
+    """Add the tokens that are found in a text before it is split: control tokens and the user's own."""
+    types = list(zip(tokens, token_types(fields), strict=True))
+    # In Phi-3's files, no metadata says that special tokens remove the white space after them.
+    is_phi3 = fields["general.architecture"] == "phi3" and fields["tokenizer.ggml.model"] == "llama"
+    special = [token for token, kind in types if kind == TokenType.CONTROL or (is_phi3 and token == "</s>")]
+    user_defined = [token for token, kind in types if kind == TokenType.USER_DEFINED]
+    # One call for all: the time of a call grows with the number of tokens that were added before.
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, normalized=False, special=True, rstrip=is_phi3 and token not in UNSTRIPPED)
+            for token in special
+        ]
+    )
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in user_defined])
 
 
 def _byte_level(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
     pre = fields.get("tokenizer.ggml.pre")
     if pre not in SPLITS:
-        raise UserError(f"The GGUF file's pre-tokenizer is {pre!r:.60}; supported are {', '.join(sorted(SPLITS))}.")
+        raise UserError(f"The file's pre-tokenizer is {pre!r:.60}; supported are {', '.join(sorted(SPLITS))}.")
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
@@ -94,8 +110,8 @@ def _byte_level(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def _sentencepiece(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
-    if (longest := max(map(len, tokens))) > _MAX_CHARACTERS:
-        raise UserError(f"The GGUF file has a token of {longest} characters; it is damaged, so download it again.")
+    if (longest := max(map(len, tokens))) > MAX_CHARACTERS:
+        raise UserError(f"The file has a token of {longest} characters; it is damaged, so download it again.")
     vocab = {token: index for index, token in enumerate(tokens)}
     scores = dict(zip(tokens, map(float, fields["tokenizer.ggml.scores"]), strict=True))
     unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]

@@ -1,4 +1,4 @@
-"""Hugging Face model directories and hub repositories: safetensors, configuration and tokenizer files only."""
+"""Model directories of Hugging Face and repositories of its hub, with weights as safetensors."""
 
 import copy
 import json
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import numpy as np
@@ -21,35 +21,40 @@ from jaxscape.models.checkpoint import (
     Params,
     named_leaves,
     with_chat_template,
-    without_given_template,
+    without_default_template,
 )
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.families import TEXT_MODELS, family_of, from_transformers
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 
-DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
-LEFT = ["*/*", "consolidated*"]  # other formats of the same weights
+DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+IGNORE_PATTERNS = ["*/*", "consolidated*"]  # other formats of the same weights
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-MAX_LAYERS = 2**16  # transformers makes lists of them before anything can be compared
-FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls dtypes whose values are weights as they are
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+MAX_LAYERS = 2**16  # transformers makes a list of the layers before their number can be checked
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; values of other dtypes are quantised
 
 
 def download(name: str) -> Path:
-    """The snapshot of `REPOSITORY` or `REPOSITORY@REVISION` in the hub's own cache, from where it is used when there is
-    no network; a download that broke off goes on.
+    """Download a model repository into the hub's own cache. Without a network, the cached files are used.
+
+    Arguments:
+        name: `REPOSITORY` or `REPOSITORY@REVISION`, with a branch, a tag or a commit.
+
+    Returns:
+        The directory of the snapshot.
 
     Raises:
-        UserError: it is neither there nor to be had; the message tells how to get it.
+        UserError: the repository is not in the cache and cannot be downloaded; the message says how to get it.
     """
     repository, _, revision = name.partition("@")
     try:
-        found = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=DOWNLOADED, ignore_patterns=LEFT
+        snapshot = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=DOWNLOAD_PATTERNS, ignore_patterns=IGNORE_PATTERNS
         )
-        return Path(found)
+        return Path(snapshot)
     except RevisionNotFoundError as error:
         raise UserError(
             f"{repository} has no revision {revision!r}; give a branch, a tag or a commit of it."
@@ -63,7 +68,7 @@ def download(name: str) -> Path:
         raise UserError(
             f"The hub has no model {repository}, or it is private: check the name, or log in with 'hf auth login'."
         ) from error
-    except Exception as error:  # of the network, the hub, the disk, or the name: each library has its own
+    except Exception as error:  # errors of the network, the hub, the disk and the name have many types
         raise UserError(
             f"{name} is not in the cache and the hub cannot be reached ({reason(error)}); connect to the "
             f"network, or pass a local model directory."
@@ -71,82 +76,110 @@ def download(name: str) -> Path:
 
 
 def open_directory(path: Path) -> Checkpoint:
-    """Open a model directory that `save_pretrained` or the hub made.
+    """Open a model directory that transformers' `save_pretrained` wrote or that was downloaded from the hub.
 
     Raises:
         UserError: a file is missing, damaged or pickled, or the architecture is not supported.
     """
     transformers_config, config = load_config(path / "config.json")
-    tokenizer = _tokenizer(path)
-    tensors = {file: _tensor_shapes(file) for file in _safetensors_files(path)}
-    where: dict[str, Path] = {}
-    for file, found in tensors.items():
-        if twice := sorted(where.keys() & found.keys()):
-            raise UserError(f"{file} and {where[twice[0]]} both hold {twice[0]}; keep only the model's own files.")
-        where |= dict.fromkeys(found, file)
-    declared = read_json(path / "config.json")
-    prefix = TEXT_MODELS.get(declared["model_type"], "")
-    shapes = {
-        name.removeprefix(prefix): shape
-        for found in tensors.values()
-        for name, shape in found.items()
-        if name.startswith(prefix)
-    }
-
-    if config.num_layers > len(shapes):  # the decoder's shapes, each layer made for itself, would not end
+    tokenizer = _load_tokenizer(path)
+    fields = read_json(path / "config.json")
+    files = _safetensors_files(path)
+    tensors = _find_tensors(files, TEXT_MODELS.get(fields["model_type"], ""))
+    if config.num_layers > len(tensors):  # building the shapes of that many layers might never end
         raise UserError(
-            f"{path} has only {len(shapes)} tensors for the {config.num_layers} layers of its config.json; one of "
+            f"{path} has only {len(tensors)} tensors for the {config.num_layers} layers of its config.json; one of "
             f"them is damaged, so download the model again."
         )
-
-    def read(name: str, index: Any) -> np.ndarray:
-        try:
-            with safe_open(where[prefix + name], framework="numpy") as file:
-                return np.asarray(file.get_slice(prefix + name)[index])
-        except (SafetensorError, OSError) as error:
-            raise _damaged(where[prefix + name], error) from error
-
-    # Old checkpoints hold RoPE's frequencies, and some a copy of a tied head: neither is a parameter.
-    redundant = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings and HEAD in shapes:
-        if shapes[HEAD] == shapes.get(EMBEDDING) and np.array_equal(read(HEAD, ...), read(EMBEDDING, ...)):
-            redundant.add(HEAD)
-        else:  # transformers, too, believes the tensors
-            config = replace(config, tie_word_embeddings=False)
-            transformers_config.tie_word_embeddings = False
+    if config.tie_word_embeddings and _has_untied_head(tensors):
+        # The tensors win over config.json, as in transformers.
+        config = replace(config, tie_word_embeddings=False)
+        transformers_config.tie_word_embeddings = False
+    parameters = {
+        name: tensor for name, tensor in tensors.items() if not _is_redundant(name, config.tie_word_embeddings)
+    }
     return Checkpoint(
         config=config,
-        shapes={name: shape for name, shape in shapes.items() if name not in redundant},
-        read=read,
+        shapes={name: tensor.shape for name, tensor in parameters.items()},
+        read=lambda name, index: parameters[name].read(index),
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(path, declared, tokenizer, config.vocab_size),
+        eos_token_ids=_eos_token_ids(path, fields, tokenizer, config.vocab_size),
         transformers_config=transformers_config,
-        files=tuple(tensors),
+        files=tuple(files),
     )
 
 
+class _StoredTensor(NamedTuple):
+    """A tensor in a safetensors file.
+
+    Attributes:
+        name: its name in the file.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self, index: Any) -> np.ndarray:
+        """The part of the tensor that `index` selects."""
+        try:
+            with safe_open(self.file, framework="numpy") as file:
+                return np.asarray(file.get_slice(self.name)[index])
+        except (SafetensorError, OSError) as error:
+            raise _damaged(self.file, error) from error
+
+
+def _find_tensors(files: Sequence[Path], prefix: str) -> dict[str, _StoredTensor]:
+    """The tensors of the files whose names begin with `prefix`, by their names without it."""
+    tensors: dict[str, _StoredTensor] = {}
+    for file in files:
+        shapes = _tensor_shapes(file)
+        if duplicates := sorted(tensors.keys() & shapes.keys()):
+            other = tensors[duplicates[0]].file
+            raise UserError(f"{file} and {other} both hold {duplicates[0]}; keep only the model's own files.")
+        tensors |= {name: _StoredTensor(file, name, shape) for name, shape in shapes.items()}
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _has_untied_head(tensors: Mapping[str, _StoredTensor]) -> bool:
+    """Whether there is an output head that differs from the embedding."""
+    if HEAD not in tensors:
+        return False
+    head, embedding = tensors[HEAD], tensors.get(EMBEDDING)
+    return embedding is None or head.shape != embedding.shape or not np.array_equal(head.read(...), embedding.read(...))
+
+
+def _is_redundant(name: str, is_tied: bool) -> bool:
+    """Whether a tensor is not a parameter: RoPE's frequencies in old checkpoints, or a copy of the embedding."""
+    return name.endswith("rotary_emb.inv_freq") or (is_tied and name == HEAD)
+
+
 def load_config(path: Path) -> tuple[PreTrainedConfig, ModelConfig]:
-    """A `config.json`, as transformers has it and as the decoder does; of a multimodal model, its text model's.
+    """Read a `config.json` as transformers' configuration and as the decoder's.
+
+    For a multimodal model, both are those of its text model.
 
     Raises:
-        UserError: it is missing or damaged, or not of a family, or it has options, that the decoder computes.
+        UserError: the file is missing or damaged, or the family or one of its options is not supported.
     """
     fields = read_json(path)
-    model_type, text = fields.get("model_type"), fields.get("text_config")
-    layers = (text if isinstance(text, dict) else fields).get("num_hidden_layers")
+    model_type, text_fields = fields.get("model_type"), fields.get("text_config")
+    num_layers = (text_fields if isinstance(text_fields, dict) else fields).get("num_hidden_layers")
     try:
-        if model_type not in list(TEXT_MODELS):  # it may be anything
+        if model_type not in list(TEXT_MODELS):  # a list, because a damaged model_type may not be hashable
             family_of(model_type)
-        if isinstance(layers, int) and layers > MAX_LAYERS:
-            raise UserError(f"The model's configuration has values that no model can have: {layers} layers.")
-        found = AutoConfig.from_pretrained(path)
+        if isinstance(num_layers, int) and num_layers > MAX_LAYERS:
+            raise UserError(f"The model's configuration has values that no model can have: {num_layers} layers.")
+        transformers_config = AutoConfig.from_pretrained(path)
         if model_type in TEXT_MODELS:
-            found = found.text_config
-        return found, from_transformers(found)
+            transformers_config = transformers_config.text_config
+        return transformers_config, from_transformers(transformers_config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # transformers and its validation raise many types for a damaged configuration
-        raise UserError(f"{path} is not a model's configuration ({reason(error)}).") from error
+        raise UserError(
+            f"{path} is not a valid model configuration ({reason(error)}); fix it, or download it again."
+        ) from error
 
 
 def save_directory(
@@ -158,20 +191,21 @@ def save_directory(
 ) -> None:
     """Write a model directory that transformers loads: configuration, tokenizer, and weights in their dtype.
 
-    The weights come last and whole, so that a directory that has them is complete.
+    The weights are written last and atomically, so a directory that has weights is complete.
 
     Raises:
         UserError: the directory cannot be written, or holds other weights.
     """
-    others = [path.name for path in directory.glob("*.safetensors*") if path.name != "model.safetensors"]
-    others += [path.name for path in directory.glob("adapter_config.json")]
-    if others:
+    other_weights = [path.name for path in directory.glob("*.safetensors*") if path.name != "model.safetensors"]
+    other_weights += [path.name for path in directory.glob("adapter_config.json")]
+    if other_weights:
         raise UserError(
-            f"{directory} holds other weights ({others[0]}), which would be loaded instead; choose another."
+            f"{directory} holds other weights ({other_weights[0]}), which would be loaded instead of the model; choose "
+            f"another directory."
         )
     leaves = named_leaves(params)
     config = copy.deepcopy(transformers_config)
-    if config.pad_token_id is not None and config.pad_token_id < 0:  # old checkpoints say so that they have none
+    if config.pad_token_id is not None and config.pad_token_id < 0:  # how old checkpoints say that they have none
         config.pad_token_id = None
     config.architectures = [family_of(config.model_type).architecture]
     config.dtype = str(next(iter(leaves.values())).dtype)
@@ -183,73 +217,107 @@ def save_directory(
         directory.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(directory)
         generation.save_pretrained(directory)
-        without_given_template(tokenizer).save_pretrained(directory)
+        without_default_template(tokenizer).save_pretrained(directory)
         write_whole(directory / "model.safetensors", save(leaves, metadata={"format": "pt"}))
-    except (OSError, ValueError) as error:  # transformers checks what it writes
-        raise UserError(f"The model cannot be written to {directory} ({error}).") from error
+    except OSError as error:
+        raise UserError(
+            f"The model cannot be written to {directory} ({reason(error)}); make room there, or choose another "
+            f"directory."
+        ) from error
+    except ValueError as error:  # transformers validates what it writes
+        raise UserError(
+            f"The model cannot be written to {directory} ({reason(error)}); correct the configuration that it was "
+            f"loaded from."
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path.parent} has no {path.name}; pass a directory that holds a whole model.") from error
+        raise UserError(f"{path.parent} has no {path.name}; pass a complete directory.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); mend it, or download it again.") from error
+        raise UserError(f"{path} is not valid JSON ({reason(error)}); fix it, or download it again.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object; mend it, or download it again.")
+        raise UserError(f"{path} is not a JSON object; fix it, or download it again.")
     return content
 
 
-def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     settings = path / "tokenizer_config.json"
     if settings.exists() and "auto_map" in read_json(settings):
-        raise UserError(f"The tokenizer in {path} needs code of its own, which is never run; use a standard one.")
+        raise UserError(
+            f"The tokenizer in {path} needs code of its own ('auto_map' in {settings.name}), which jaxscape never "
+            f"runs; use a model with a standard tokenizer."
+        )
     try:
         return with_chat_template(AutoTokenizer.from_pretrained(path, clean_up_tokenization_spaces=False))
     except Exception as error:  # transformers and tokenizers raise many types for a missing or damaged tokenizer
-        raise UserError(f"The tokenizer in {path} cannot be loaded ({reason(error)}).") from error
+        raise UserError(
+            f"The tokenizer in {path} cannot be loaded ({reason(error)}); download its files again."
+        ) from error
 
 
 def _eos_token_ids(
-    path: Path, declared: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+    path: Path, config_fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> tuple[int, ...]:
-    """Every end token that the model's files name: chat models end a turn and a text with different ones."""
+    """All end tokens that the model's files name: chat models end a turn and a text with different ones."""
     generation = path / "generation_config.json"
-    stated = [declared.get("eos_token_id"), tokenizer.eos_token_id]
+    values = [config_fields.get("eos_token_id"), tokenizer.eos_token_id]
     if generation.exists():
-        stated.append(read_json(generation).get("eos_token_id"))
-    ids = [token for value in stated if value is not None for token in (value if isinstance(value, list) else [value])]
+        values.append(read_json(generation).get("eos_token_id"))
+    ids = [token for value in values if value is not None for token in (value if isinstance(value, list) else [value])]
     if wrong := [token for token in ids if type(token) is not int or not 0 <= token < vocab_size]:
-        raise UserError(f"{path} names the end token {wrong[0]!r}, which is not one of its {vocab_size} tokens.")
-    added = tokenizer.added_tokens_decoder.items()
-    ends = {number for number, token in added if token.content in END_OF_TURN and number < vocab_size}
-    return tuple(sorted({*ids, *ends}))
+        raise UserError(
+            f"{path} names the end token {wrong[0]!r:.60}, which is not one of its {vocab_size} tokens; correct "
+            f"eos_token_id in its config.json or generation_config.json."
+        )
+    added_tokens = tokenizer.added_tokens_decoder.items()
+    end_of_turn = {number for number, token in added_tokens if token.content in END_OF_TURN and number < vocab_size}
+    return tuple(sorted({*ids, *end_of_turn}))
 
 
 def _safetensors_files(path: Path) -> list[Path]:
+    """The files that hold a model directory's weights.
+
+    Raises:
+        UserError: there are none, or the index is damaged or names files that are missing.
+    """
     index = path / "model.safetensors.index.json"
     if index.exists():
-        try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            files = [path / Path(name).name for name in names]  # in this directory, whatever the index says
-            missing = [file.name for file in files if not file.exists()]
-        except (KeyError, AttributeError, TypeError, OSError) as error:  # the last for a name that no file can have
-            raise UserError(f"{index} has no table of tensors ('weight_map'); download it again.") from error
-        if missing:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            raise UserError(f"{path} lacks the weight files {', '.join(missing[:5])}{more} that its index names.")
-        return files
+        return _indexed_files(path, index)
     if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]  # whatever else lies there, a direction perhaps
+        return [path / "model.safetensors"]  # other files, such as a direction, are not the model's
     if files := sorted(path.glob("*.safetensors")):
         return files
-    if any(file.suffix in PICKLED for file in path.iterdir()):
+    if any(file.suffix in PICKLE_SUFFIXES for file in path.iterdir()):
         raise UserError(pickled_message(path))
     raise UserError(f"{path} has no .safetensors file: finish its download, or convert its weights to safetensors.")
 
 
+def _indexed_files(path: Path, index: Path) -> list[Path]:
+    """The files that the index of a sharded checkpoint names, all of them in the directory `path`."""
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        files = [path / Path(name).name for name in names]  # never outside the directory
+        missing = [file.name for file in files if not file.exists()]
+    except (KeyError, AttributeError, TypeError, OSError) as error:  # OSError: no file can have such a name
+        raise UserError(f"{index} has no table of tensors ('weight_map'); download it again.") from error
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(
+            f"{path} lacks the weight files {', '.join(missing[:5])}{more} that its index names; finish its download."
+        )
+    return files
+
+
 def pickled_message(path: Path) -> str:
+    """The error message for weights that are pickled."""
     return (
         f"The weights in {path} are pickled, and loading a pickle can run any code; convert them to safetensors "
         f"first, for example with transformers' save_pretrained."
@@ -257,17 +325,23 @@ def pickled_message(path: Path) -> str:
 
 
 def _tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors, by name.
+
+    Raises:
+        UserError: the file is damaged, or a tensor is quantised.
+    """
     try:
-        with safe_open(file, framework="numpy") as tensors:
-            found = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            dtypes = {name: tensor.get_dtype() for name, tensor in found.items()}
-            shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
+        with safe_open(file, framework="numpy") as opened:
+            tensors = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            dtypes = {name: tensor.get_dtype() for name, tensor in tensors.items()}
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
-    if others := sorted(name for name, dtype in dtypes.items() if dtype not in FLOATS):
+    if quantised := sorted(name for name, dtype in dtypes.items() if dtype not in FLOAT_DTYPES):
+        name = quantised[0]
         raise UserError(
-            f"{file} holds {others[0]} as {dtypes[others[0]]}: quantised weights must be converted to float32, "
-            f"bfloat16 or float16 first."
+            f"{file} holds {name} as {dtypes[name]}: quantised weights must be converted to float32, bfloat16 or "
+            f"float16 first."
         )
     return shapes
 

@@ -16,24 +16,23 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
-from jaxscape.models.checkpoint import Checkpoint, Params, changed_parts, named_leaves, tree_of
+from jaxscape.models.checkpoint import Checkpoint, Params, map_shards, named_leaves, tree_of
 from jaxscape.models.huggingface import HUB_ID, read_json
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-# The matrices that stand for several in some families.
+# Matrices that some families fuse, and the linear layers that they consist of.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_PREFIX = "base_model.model."
+_PEFT_PREFIX = "base_model.model."
 
-# PEFT's options that may have any value, those that must have one of a few, and (every other) those that must be off.
-_PLAIN = {
+# PEFT's options that must have one of these values, and those that may have any. Every other option must be off.
+_SUPPORTED_VALUES = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others change the base model
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # other values change the base model
 }
-_OPTIONS = {
-    *_PLAIN,
+_FREE_OPTIONS = {
     "auto_mapping",
     "base_model_name_or_path",
     "exclude_modules",
@@ -53,16 +52,16 @@ _OPTIONS = {
 }
 
 Factors = dict[str, dict[str, Any]]
-"""By the adapted weight's Hugging Face name: `a`, [rank, in], and `b`, [out, rank]."""
+"""The factors `a` [rank, in] and `b` [out, rank] of each adapted weight, by its Hugging Face name."""
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What is added to a base model's weights: W + alpha / rank · b a.
+    """A low-rank change of a base model's weights: W + alpha / rank · b a.
 
     Attributes:
-        base: the name of the model that it belongs to, as `load_model` takes it.
-        targets: the names of the linear layers that it changes.
+        base: the base model, as `load_model` takes it.
+        targets: names of the linear layers that the adapter changes, such as `q_proj`.
     """
 
     base: str
@@ -79,7 +78,7 @@ class Adapter:
 @partial(jax.tree_util.register_dataclass, data_fields=["weight", "a", "b"], meta_fields=["scale"])
 @dataclass(frozen=True)
 class LoraWeight:
-    """A linear layer's weight with an adapter, whose sum is never formed: x (W + s b a)ᵀ = x Wᵀ + s (x aᵀ) bᵀ."""
+    """A linear layer's weight W + s b a, kept as its parts: x (W + s b a)ᵀ = x Wᵀ + s (x aᵀ) bᵀ."""
 
     weight: Float[Array, "out in"]
     a: Float[Array, "rank in"]
@@ -87,27 +86,32 @@ class LoraWeight:
     scale: float
 
     def apply(self, use: Callable[[Array], Array]) -> Array:
-        """Of a linear layer every use is a product with [n, in] rows, so `a` can take the weight's place in it."""
-        low = use(self.a)
+        """Apply `use` to the sum of the parts.
+
+        Every use of a linear layer's weight W is a product x Wᵀ, so `use(a)` is x aᵀ.
+        """
+        low_rank = use(self.a)
         return use(self.weight) + self.scale * jnp.einsum(
-            "...r,or->...o", low, self.b, precision=jax.lax.Precision.HIGHEST
+            "...r,or->...o", low_rank, self.b, precision=jax.lax.Precision.HIGHEST
         )
 
 
 def init_factors(params: Params, targets: tuple[str, ...], rank: int, key: Array) -> Factors:
-    """Float32 factors of an adapter that changes nothing yet, as PEFT starts them: `a` uniform in ±1/√in, `b` zero.
+    """Float32 factors of an adapter that does not change the model yet: `a` is uniform in ±1/√in, `b` is zero, as in
+    PEFT.
 
-    In a model with fused matrices, a target is the one that it is a part of.
+    Arguments:
+        targets: names of linear layers. If a family fuses a target with others, the fused matrix is adapted.
 
     Raises:
-        UserError: the rank is not positive, or a target is no linear layer of the model.
+        UserError: the rank is not positive, or a target is not a linear layer of the model.
     """
     if rank < 1:
         raise UserError(f"The LoRA rank must be at least 1, not {rank}.")
     linear = {name: leaf for name, leaf in named_leaves(params).items() if leaf.ndim == 2 and "embed" not in name}
-    meant = {name: {module_name(name), *FUSED.get(module_name(name), ())} for name in linear}
-    weights = {name: leaf for name, leaf in linear.items() if meant[name] & set(targets)}
-    if missing := sorted(set(targets).difference(*(meant[name] for name in weights))):
+    target_names = {name: {module_name(name), *FUSED.get(module_name(name), ())} for name in linear}
+    weights = {name: leaf for name, leaf in linear.items() if target_names[name] & set(targets)}
+    if missing := sorted(set(targets).difference(*(target_names[name] for name in weights))):
         choice = ", ".join(sorted(set(map(module_name, linear))))
         raise UserError(f"The model has no linear layers named {', '.join(missing)}; choose among {choice}.")
     factors = {}
@@ -120,10 +124,8 @@ def init_factors(params: Params, targets: tuple[str, ...], rank: int, key: Array
 
 
 def attach(params: Params, factors: Factors, scale: float) -> Params:
-    """The parameters with an adapter beside each adapted weight, for training: nothing is added up.
-
-    The factors are cast to the weights' dtype.
-    """
+    """The parameters with each adapted weight as a `LoraWeight`, for training. The factors are cast to the weights'
+    dtype."""
     leaves = named_leaves(params)
     adapted = {}
     for name, pair in factors.items():
@@ -133,8 +135,12 @@ def attach(params: Params, factors: Factors, scale: float) -> Params:
 
 
 def merge(checkpoint: Checkpoint, adapter: Adapter, dtype: jnp.dtype, origin: str) -> Checkpoint:
-    """The checkpoint with the adapter added to its tensors as they are read, after these are rounded to `dtype`: the
-    adapter was trained on such a base.
+    """The checkpoint with the adapter added to its tensors when they are read.
+
+    The tensors are rounded to `dtype` before the adapter is added, because the adapter was trained on such a base.
+
+    Arguments:
+        origin: the directory of the adapter.
 
     Raises:
         UserError: the adapter changes tensors that the checkpoint does not have, or has in another shape.
@@ -145,35 +151,43 @@ def merge(checkpoint: Checkpoint, adapter: Adapter, dtype: jnp.dtype, origin: st
         if name not in checkpoint.shapes:
             problems.append(f"it changes {name}, which the model does not have")
         elif checkpoint.shapes[name] != shape:
-            problems.append(f"it changes {name} as {shape}, which is {checkpoint.shapes[name]}")
+            problems.append(
+                f"it changes {name} with shape {shape}, but the model's has shape {checkpoint.shapes[name]}"
+            )
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise UserError(
-            f"The adapter {origin} belongs to another model than {adapter.base}: {'; '.join(problems[:10])}{more}."
+            f"The adapter {origin} belongs to another model than {adapter.base}, the base in its {CONFIG}: "
+            f"{'; '.join(problems[:10])}{more}."
         )
 
     def read(name: str, index: Any) -> np.ndarray:
         values, pair = checkpoint.read(name, index), adapter.factors.get(name)
-        return values if pair is None else merged(values.astype(dtype), pair, adapter.scale, index)
+        return values if pair is None else _merged(values.astype(dtype), pair, adapter.scale, index)
 
     return replace(checkpoint, read=read, files=(*checkpoint.files, Path(origin) / TENSORS, Path(origin) / CONFIG))
 
 
-def merged(weight: Any, pair: Mapping[str, Any], scale: float, index: Any = ...) -> Float[np.ndarray, "out in"]:
-    """A weight, or the part of it that `index` takes, with its adapter added, in its dtype: summed in float64 and
-    rounded once, so that every machine gets the same."""
-    weight = np.asarray(weight)
-    a, b = (np.asarray(pair[key]).astype(np.float64) for key in ("a", "b"))
-    return (weight.astype(np.float64) + scale * (b @ a)[index]).astype(weight.dtype)
-
-
 def with_factors(weight: Float[Array, "out in"], pair: Mapping[str, Any], scale: float) -> Float[Array, "out in"]:
-    """A weight on the devices with its adapter added, in its dtype and sharding; see `merged`."""
-    return changed_parts(jnp.asarray(weight), lambda values, index: merged(values, pair, scale, index))
+    """A weight on the devices with its adapter added, in the weight's dtype and sharding."""
+    return map_shards(jnp.asarray(weight), lambda values, index: _merged(values, pair, scale, index))
+
+
+def _merged(part: np.ndarray, pair: Mapping[str, Any], scale: float, index: Any) -> Float[np.ndarray, "out in"]:
+    """The part of a weight that `index` selects, with its adapter added.
+
+    The sum is computed in float64 and rounded once to the weight's dtype, so every machine gets the same.
+    """
+    a, b = (np.asarray(pair[key]).astype(np.float64) for key in ("a", "b"))
+    return (part.astype(np.float64) + scale * (b @ a)[index]).astype(part.dtype)
 
 
 def save_adapter(adapter: Adapter, directory: str | Path) -> None:
-    """Write an adapter as PEFT does, `adapter_config.json` and `adapter_model.safetensors`, in the factors' dtype."""
+    """Write an adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, in the factors' dtype.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
     directory = Path(directory)
     is_pinned = HUB_ID.fullmatch(adapter.base) and not Path(adapter.base).exists()
     base, _, revision = adapter.base.partition("@") if is_pinned else (adapter.base, "", "")
@@ -191,7 +205,7 @@ def save_adapter(adapter: Adapter, directory: str | Path) -> None:
         "inference_mode": True,
     }
     tensors = {
-        f"{_PREFIX}{name.removesuffix('.weight')}.lora_{key.upper()}.weight": jnp.asarray(pair[key])
+        f"{_PEFT_PREFIX}{name.removesuffix('.weight')}.lora_{key.upper()}.weight": jnp.asarray(pair[key])
         for name, pair in adapter.factors.items()
         for key in ("a", "b")
     }
@@ -200,60 +214,93 @@ def save_adapter(adapter: Adapter, directory: str | Path) -> None:
         write_whole(directory / TENSORS, save(tensors, metadata={"format": "pt"}))
         write_whole(directory / CONFIG, json.dumps(config, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"The adapter cannot be written to {directory} ({error}).") from error
+        raise UserError(
+            f"The adapter cannot be written to {directory} ({reason(error)}); make room there, or choose another "
+            f"directory."
+        ) from error
 
 
 def load_adapter(directory: str | Path) -> Adapter:
     """Read an adapter that PEFT or `save_adapter` wrote.
 
     Raises:
-        UserError: it is incomplete or damaged, or of a kind that is not a plain LoRA of linear layers.
+        UserError: the adapter is incomplete or damaged, or is not a plain LoRA of linear layers.
     """
     directory = Path(directory)
-    config = read_json(directory / CONFIG)
-    other = {key: value for key, value in config.items() if value and key not in _OPTIONS}
-    other |= {key: config[key] for key, plain in _PLAIN.items() if config.get(key) not in (*plain, None)}
-    if other:
-        options = ", ".join(f"{key}={value!r}" for key, value in other.items())
-        raise UserError(f"The adapter {directory} is not a plain LoRA, the kind that is supported: {options}.")
+    path = directory / CONFIG
+    config = read_json(path)
+    if unsupported := _unsupported_options(config):
+        options = ", ".join(f"{key}={value!r:.60}" for key, value in unsupported.items())
+        raise UserError(
+            f"The adapter {directory} is not a plain LoRA, the only kind that is supported: it has {options}; merge it "
+            f"into its base model with PEFT's merge_and_unload, and use the merged model."
+        )
     try:
         base, rank, alpha = config["base_model_name_or_path"], config["r"], float(config["lora_alpha"])
         if (revision := config.get("revision")) not in (None, "main"):
             base = f"{base}@{revision}"
-        if not isinstance(base, str) or type(rank) is not int or rank < 1 or not math.isfinite(alpha):
-            raise ValueError("its base model, rank or alpha is no such thing")
+        if not isinstance(base, str):
+            raise ValueError(f"base_model_name_or_path is {base!r:.60}, not a name")
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"r is {rank!r:.60}, not a positive integer")
+        if not math.isfinite(alpha):
+            raise ValueError(f"lora_alpha is {alpha}")
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{directory / CONFIG} is not a LoRA configuration ({reason(error)}).") from error
+        raise UserError(
+            f"{path} is not a LoRA configuration ({reason(error)}); fix it, or download it again."
+        ) from error
     factors = _read_factors(directory / TENSORS)
-    wrong = [name for name, pair in factors.items() if {pair["a"].shape[0], pair["b"].shape[1]} != {rank}]
-    if wrong:
-        raise UserError(f"The adapter {directory} says that its rank is {rank}, but that of {wrong[0]} is another.")
+    for name, pair in factors.items():
+        if {pair["a"].shape[0], pair["b"].shape[1]} != {rank}:
+            raise UserError(
+                f"{path} says that the rank is {rank}, but the factors of {name} have the shapes {pair['a'].shape} and "
+                f"{pair['b'].shape}; download the adapter again."
+            )
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return Adapter(base, rank, scale * rank, tuple(sorted({module_name(name) for name in factors})), factors)
 
 
 def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter in PEFT's format."""
     return (directory / CONFIG).is_file()
+
+
+def _unsupported_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that make an adapter something else than a plain LoRA."""
+    unsupported = {}
+    for key, value in config.items():
+        if key in _SUPPORTED_VALUES:
+            if value not in (*_SUPPORTED_VALUES[key], None):
+                unsupported[key] = value
+        elif value and key not in _FREE_OPTIONS:
+            unsupported[key] = value
+    return unsupported
 
 
 def _read_factors(path: Path) -> Factors:
     factors: dict[str, dict[str, Any]] = {}
     try:
-        with safe_open(path, framework="flax") as file:  # numpy alone has no bfloat16
+        with safe_open(path, framework="flax") as file:  # framework="numpy" cannot read bfloat16
             for name in file.keys():  # noqa: SIM118
-                match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", name)
+                match = re.fullmatch(rf"{re.escape(_PEFT_PREFIX)}(.+)\.lora_([AB])\.weight", name)
                 tensor = file.get_tensor(name)
                 if match is None or tensor.ndim != 2:
-                    raise UserError(f"{path} holds {name}, which is not a factor of a linear layer's weight.")
+                    raise UserError(
+                        f"{path} holds {name}, which is not a factor of a linear layer's weight; only plain LoRA "
+                        f"adapters of linear layers are supported."
+                    )
                 factors.setdefault(f"{match[1]}.weight", {})[match[2].lower()] = tensor
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}); an adapter needs one.") from error
-    if halves := [name for name, pair in factors.items() if pair.keys() != {"a", "b"}]:
-        raise UserError(f"{path} has only one of the two factors of {halves[0]}.")
+        raise UserError(
+            f"{path} cannot be read as safetensors ({reason(error)}); it is missing or damaged, so download it again."
+        ) from error
+    if incomplete := [name for name, pair in factors.items() if pair.keys() != {"a", "b"}]:
+        raise UserError(f"{path} has only one of the two factors of {incomplete[0]}; download it again.")
     if not factors:
-        raise UserError(f"{path} has no tensors in it.")
+        raise UserError(f"{path} has no tensors in it; download it again.")
     return factors
 
 
 def module_name(name: str) -> str:
+    """The last part of a weight's name without `.weight`, such as `q_proj`."""
     return name.removesuffix(".weight").rsplit(".", 1)[-1]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from jaxscape.models import builtin, huggingface, lora
-from jaxscape.models.checkpoint import Checkpoint, Params, load_kept, load_params, parameter_shardings
+from jaxscape.models.checkpoint import Checkpoint, Params, load_cached_params, load_params, parameter_shardings
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import forward
 from jaxscape.models.families import from_transformers
@@ -124,7 +124,7 @@ def load_model(
     if on_host is None:
         on_host = jax.default_backend() != "cpu" and free is not None and 2 * size > free * mesh_shape.model
     if keep and not on_host:
-        params = load_kept(checkpoint, jnp.dtype(dtype), str(source), mesh)
+        params = load_cached_params(checkpoint, jnp.dtype(dtype), str(source), mesh)
     else:
         params = load_params(checkpoint, jnp.dtype(dtype), str(source), None if on_host else mesh)
     return Model(
@@ -174,7 +174,7 @@ def _open(source: str, dtype: jnp.dtype, adapters: tuple[Path, ...] = ()) -> Che
         return open_gguf(builtin.packaged_file(builtin.MODELS[source]))
     if source in builtin.ADAPTERS:
         return _open_directory(builtin.ADAPTERS[source], dtype, adapters)
-    if path.suffix in huggingface.PICKLED:
+    if path.suffix in huggingface.PICKLE_SUFFIXES:
         raise UserError(huggingface.pickled_message(path))
     if path.is_dir():
         return _open_directory(path, dtype, adapters)

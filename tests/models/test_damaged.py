@@ -1,4 +1,4 @@
-"""Damaged model files: their user reads one sentence, soon and without much memory, or gets the model's own shapes."""
+"""Damaged model files end in a one-sentence error, fast and with little memory, or load as the undamaged model."""
 
 import json
 import re
@@ -39,10 +39,10 @@ Shapes = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Damage:
-    """A file of a model, damaged.
+    """A damaged file of a model.
 
     Attributes:
-        says: what must stand in the error, a regular expression; None if the model may load.
+        says: a regular expression that the error must match; None if the model may load.
     """
 
     name: str
@@ -56,7 +56,7 @@ def number(value: int, width: int = 8) -> bytes:
 
 
 def encoded(kind: T, value: Any) -> Pieces:
-    """A value of a GGUF file's metadata; of a list, `value` is the kind of its elements, and they."""
+    """A metadata value as in a GGUF file. The value of an array is the type of its elements and the elements."""
     if kind == T.STRING:
         return {"length": number(len(value.encode())), "text": value.encode()}
     if kind == T.ARRAY:
@@ -103,7 +103,7 @@ def tensors(vocab: int) -> dict[str, tuple[Q, tuple[int, ...]]]:
 
 
 def gguf_pieces(fields: Metadata) -> Pieces:
-    """A GGUF file, cut where its fields begin."""
+    """The bytes of a GGUF file, divided into its fields, in the order of the file."""
     listed = tensors(len(BPE) if fields.get("tokenizer.ggml.model") != (T.STRING, "llama") else len(SPM))
     pieces = {"magic": b"GGUF", "version": number(3, 4), "tensors": number(len(listed)), "fields": number(len(fields))}
     for name, (kind, value) in fields.items():
@@ -140,7 +140,7 @@ def truncated_gguf() -> Iterator[Damage]:
 
 
 def overwritten_gguf() -> Iterator[Damage]:
-    """Each number of the header's, set to what it cannot be."""
+    """Each number and text of the header, set to invalid values."""
 
     def put(piece: str, *values: int, says: str | None = Damage.says) -> Iterator[Damage]:
         width = len(GGUF_PIECES[piece])
@@ -168,7 +168,7 @@ def overwritten_gguf() -> Iterator[Damage]:
             yield from put(piece, was + 1, was + 32, was - 32, len(GGUF), *HUGE)
         if piece.endswith(("key", "name", "text")):
             yield Damage(f"{piece} UTF-8", "model.gguf", joined(GGUF_PIECES | {piece: b"\xff" * len(content)}))
-    # The last two have one element, modulo 2⁶⁴.
+    # The last two shapes have one element modulo 2⁶⁴.
     absurd = [(0, 2**60), (2**60, 0), (1, 2**62), (2**32, 2**32), (2**62, 2**62), (7, 0x6DB6DB6DB6DB6DB7)]
     for shape, name in product([*absurd, (2**64 - 1, 2**64 - 1)], ["blk.0.attn_q", "token_embd"]):
         piece = f"{name}.weight shape"
@@ -180,7 +180,7 @@ def overwritten_gguf() -> Iterator[Damage]:
 
 
 def odd_metadata() -> Iterator[Damage]:
-    """Files that are whole, with values that no model has."""
+    """Well-formed files with metadata that no model has."""
 
     def change(says: str | None = "model.gguf", of: str = "gpt2", **changes: tuple[T, Any] | None) -> Damage:
         names = {name.rsplit(".", 1)[-1]: name for name in metadata(of)}
@@ -195,7 +195,7 @@ def odd_metadata() -> Iterator[Damage]:
     wrong = [(T.STRING, "4"), (T.INT32, -1), (T.INT64, -(2**63)), (T.UINT32, 0), (T.FLOAT32, 2.0), (T.BOOL, True)]
     wrong += [listed(T.UINT32, [2]), listed(T.UINT32, []), *((T.UINT64, size) for size in HUGE)]
     for name, value in product((*sizes, "llama__attention__key_length"), wrong):
-        if (name, value) != ("llama__attention__key_length", (T.UINT32, 0)):  # stands for none
+        if (name, value) != ("llama__attention__key_length", (T.UINT32, 0)):  # 0 counts as no value
             yield change(**{name: value})
     for name in (*sizes[:4], "context_length", "layer_norm_rms_epsilon", "model", "tokens", "merges", "pre"):
         yield change(**{name: None})
@@ -211,7 +211,7 @@ def odd_metadata() -> Iterator[Damage]:
     for value in ((T.UINT32, 1), listed(T.INT32, [1]), listed(T.INT32, [1] * (count + 1)), listed(T.INT32, [])):
         yield change(token_type=value)
     every = {"tokens": listed(T.STRING, [f"t{i}" for i in range(20_000)]), "merges": listed(T.STRING, [])}
-    yield change("do not fit the model", token_type=listed(T.INT32, [3] * 20_000), **every)  # each one is added
+    yield change("do not fit the model", token_type=listed(T.INT32, [3] * 20_000), **every)  # 20000 added tokens
     for value in ((T.UINT32, 1), *(listed(T.STRING, [merge]) for merge in ("", "th", "t  h", "zz yy", "\0 t"))):
         yield change(merges=value)
     for value in ((T.UINT32, 1), listed(T.FLOAT32, [0.0]), listed(T.STRING, ["x"] * len(SPM)), listed(T.INT32, [])):
@@ -225,7 +225,7 @@ def odd_metadata() -> Iterator[Damage]:
     for window in (0, *HUGE):
         fields = sliding | {"gemma2.attention.sliding_window": (T.UINT64, window)}
         yield Damage(f"window of {window}", "model.gguf", joined(gguf_pieces(fields)), "metadata|no model can have")
-    yield change("not a text", tokenizer__chat_template=(T.UINT32, 1))
+    yield change("chat_template is 1, not a string", tokenizer__chat_template=(T.UINT32, 1))
     yield change("values of type 9", general__tags=listed(T.ARRAY, [listed(T.UINT8, [1])[1]] * 2))
     yield change("list of 3000000 values", general__tags=listed(T.UINT8, [0] * 3_000_000))
     nested = {"general.tags key length": number(1), "general.tags key": b"x", "general.tags type": number(T.ARRAY, 4)}
@@ -312,7 +312,7 @@ DAMAGED_JSON = {
 
 
 def damaged_json(directory: Path) -> Iterator[Damage]:
-    broken = "is not valid JSON .*; mend it|is not a JSON object; mend it"
+    broken = "is not valid JSON .*; fix it|is not a JSON object; fix it"
     expected = dict.fromkeys(("config.json", "tokenizer_config.json", "generation_config.json"), broken)
     expected |= {"model.safetensors.index.json": broken, "tokenizer.json": "tokenizer in .* cannot be loaded"}
     for file, says in expected.items():
@@ -343,7 +343,7 @@ def damaged_json(directory: Path) -> Iterator[Damage]:
     yield Damage("index of many", "model.safetensors.index.json", many, "and 19995 more that its index names")
 
 
-# A process of its own, as a user's: nothing checks annotations there. SIGALRM ends it where a load does not.
+# Runs in a process of its own, without the tests' type checks. SIGALRM kills it if a load takes too long.
 LOAD_ALL = """
 import json, re, resource, signal, sys
 import jaxscape as js
@@ -373,12 +373,12 @@ for path in paths[2:]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a damaged file.
+    """The result of loading a damaged file.
 
     Attributes:
-        found: the error, or the shapes.
+        found: the error message, or the shapes of the loaded parameters.
         expected: the shapes of the undamaged model.
-        memory: in MB, the most that the process has had up to then, beyond what the undamaged models take.
+        memory: peak memory of the process so far in MB, less the peak after loading the undamaged models.
     """
 
     damage: Damage
@@ -449,7 +449,7 @@ overwritten = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), mi
 
 
 def overwrite(content: bytes, size: int, changes: Overwritten) -> bytes:
-    """The content with bytes of its first `size` changed."""
+    """The content with some of its first `size` bytes changed."""
     changed = bytearray(content)
     for place, value in changes:
         changed[place % size] = value
@@ -488,7 +488,7 @@ def test_files_of_a_directory_with_overwritten_bytes(
 
 
 def test_big_endian_gguf_files_are_refused(tmp_path: Path) -> None:
-    """The library reads them, and would take the bytes of their weights in the wrong order."""
+    """The gguf library reads them, but does not swap the bytes of their weights."""
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     writer.add_tensor("token_embd.weight", np.ones((2, 2), np.float32))
     writer.write_header_to_file()

@@ -1,4 +1,4 @@
-"""GGUF files against transformers' own reading of them (with torch)."""
+"""GGUF files give the same tensors, logits and tokens here as in transformers (with torch)."""
 
 import math
 from pathlib import Path
@@ -24,7 +24,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, LAYERS = 256, 4, 2, 64, 512, 2
 
 
 def quantised(kind: Q, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Blocks of a kind; of those that gguf cannot make, random bytes around sane scales."""
+    """Random quantised blocks. For types that gguf cannot quantise, random bytes with scales of a usual size."""
     values = rng.normal(0, 0.1, shape).astype(np.float32)
     if kind not in (Q.Q4_K, Q.Q6_K):
         return gguf.quantize(values, kind)
@@ -119,7 +119,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def convert(model: Any, path: Path, kind: str) -> Path:
-    """A model of transformers as llama.cpp's converter writes it."""
+    """Write a transformers model to a GGUF file as llama.cpp's converter does."""
     c, writer = model.config, gguf.GGUFWriter(path, kind)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
@@ -143,7 +143,7 @@ def convert(model: Any, path: Path, kind: str) -> Path:
             writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
     if getattr(c, "sliding_window", None):
         writer.add_sliding_window(c.sliding_window)
-    if kind == "gemma2":  # the scores' cap is llama.cpp's default
+    if kind == "gemma2":  # the cap of attention scores is llama.cpp's default
         writer.add_final_logit_softcapping(c.final_logit_softcapping)
     if kind == "gemma3":
         writer.add_sliding_window_pattern(2)
@@ -213,7 +213,14 @@ def test_phi3s_special_tokens_take_the_space_after_them(tmp_path: Path) -> None:
 
 
 BPE_TEXTS = ["the thin", " the  in", "in the.\n\nthe", "1234", "it's a né 你", "<|im_start|>the<|im_end|>", "\tthe"]
-SPM_TEXTS = ["the thin", "the  in", "in the.\n\nthe", "1234", "it's a né 你", "the</s>"]  # a leading space: see below
+SPM_TEXTS = [
+    "the thin",
+    "the  in",
+    "in the.\n\nthe",
+    "1234",
+    "it's a né 你",
+    "the</s>",
+]  # none begins with a space: see below
 
 
 @pytest.mark.parametrize(
@@ -239,7 +246,7 @@ def test_tokenizers_are_those_that_transformers_builds(
 
 
 def test_sentencepiece_puts_a_space_before_every_text(tmp_path: Path) -> None:
-    """As SentencePiece and the tokenizers that ship with Llama 2 do; transformers' reading of GGUF skips one."""
+    """SentencePiece and Llama 2's tokenizers do so, too. transformers adds none to a text that begins with one."""
     tokenizer = js.load_model(write_gguf(tmp_path / "tiny.gguf", tokenizer="llama")).tokenizer
     assert tokenizer.tokenize(" the") == ["▁", "▁the"]
 
@@ -309,7 +316,7 @@ def test_llama3_scaling_that_transformers_knows_can_be_written_back(tmp_path: Pa
         ({"kind": Q.Q5_0}, "tensors of type Q5_0; supported are F32"),
         ({"pre": "strange"}, "pre-tokenizer is 'strange'"),
         ({"tokenizer": "bert"}, "tokenizer is of type 'bert'"),
-        ({"num_types": 5}, "lacks metadata of a model"),
+        ({"num_types": 5}, "has missing or invalid model metadata"),
         ({"tensors": {"blk.9.attn_q.weight": np.ones(3, np.float32)}}, "not expected blk.9.attn_q.weight"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The hub's real client against a server on this machine: what is fetched, resumed, pinned and refused."""
+"""Downloads from a local server with the hub's real client: which files, resuming, revisions and errors."""
 
 import json
 import threading
@@ -21,14 +21,14 @@ COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
 @dataclass
 class Hub:
-    """Repositories by name, and of each the files by revision."""
+    """What the server has: for each repository and commit, the files' contents by path."""
 
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     breaks: int = 0
-    """How many downloads of weights are still to break off half-way."""
+    """The number of downloads of weights that will break off half-way."""
     fetched: list[tuple[str, int]] = field(default_factory=list)
-    """Of each download the file, and the byte that it began with."""
+    """The path of each downloaded file, and the first byte that was requested."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def log_message(self, *_: Any) -> None:
-        """Nothing is printed."""
+        """Print nothing."""
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
@@ -47,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
     def _send(
         self, status: int, body: bytes = b"", with_body: bool = True, until: int | None = None, **headers: str
     ) -> None:
-        """An answer whose body ends early, `until` there, if that is given."""
+        """Send an answer. If `until` is given, only that many bytes of the body are sent."""
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)

@@ -1,4 +1,4 @@
-"""Adapters and models in the formats of PEFT and transformers, checked against both."""
+"""Adapters and saved models, checked against PEFT and transformers."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ TOKENS = np.arange(3, 43).reshape(2, 20)
 
 
 def peft_adapter(model_dir: Path, directory: Path, **options: Any) -> peft.PeftModel:
-    """A random adapter that PEFT made and saved."""
+    """Make a random adapter with PEFT and save it."""
     torch.manual_seed(1)
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     config = peft.LoraConfig(**({"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]} | options))
@@ -139,7 +139,7 @@ def test_bad_adapters(
     fails("not a LoRA configuration", base_model_name_or_path=None)
     fails("not a LoRA configuration", r="four")
     fails("not a LoRA configuration", lora_alpha="much")
-    fails("says that its rank is 5", r=5)
+    fails("says that the rank is 5", r=5)
     options: list[dict[str, Any]] = [{"use_dora": True}, {"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}]
     options += [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"alora_invocation_tokens": [1]}]
     for option in options:

@@ -222,7 +222,7 @@ def test_kept_weights_are_restored_onto_any_mesh(
     for path in kept.rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.raises(js.UserError, match=r"kept weights in .* cannot be read"):
+    with pytest.raises(js.UserError, match=r"cached weights in .* cannot be read"):
         js.load_model(tiny_dir, "float32", keep=True)
 
 
