@@ -1,9 +1,15 @@
-"""How fast is the engine, beside Hugging Face generate or one form beside another, and how much memory does it take?
+"""Measure the speed and memory of the engine on a landscape along one random direction.
 
-`python benchmarks/benchmark.py` compares it with generate at batch 4, as the paper's code uses it, and at the best of
-some larger batches. All contestants take turns at every point of the landscape, with the same float32 weights, prompts
-and numbers of new tokens; figures are medians over rounds. In a round, a contestant with many batches runs every n-th
-of them only, another part in each of the n rounds, and its time is multiplied.
+Run one of the three comparisons from the repository's root:
+
+    python benchmarks/benchmark.py                      # with Hugging Face generate; an hour on two CPU cores
+    python benchmarks/benchmark.py --compare forms      # of the forms of the weights; some minutes
+    python benchmarks/benchmark.py --compare memory     # peak memory of a scan's process; a minute or two
+
+The first one runs generate at batch 4, the default of the paper's code, and at the fastest of some larger batches. At
+every point of the landscape the engine and both batch sizes take turns, with the same float32 weights, prompts and
+numbers of new tokens. Reported times are medians over rounds. To save time, a batch size with many batches runs only
+every n-th of them in each of the n rounds, other ones in each round, and the measured time is scaled up.
 """
 
 import copy
@@ -17,197 +23,224 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxscape import save_model
+import jaxscape as js
 from jaxscape.cli.main import run_program
 from jaxscape.cli.options import DEFAULT_MODEL, write_line
-from jaxscape.directions.kinds import make_directions
-from jaxscape.directions.point import materialise
 from jaxscape.engine.batching import Workload, tokenize
 from jaxscape.engine.engine import Engine
-from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import make_plan
 from jaxscape.engine.sampling import Sampling
 from jaxscape.engine.scheduler import Completion
-from jaxscape.evaluate.keywords import attack_success_rate, is_refusal
 from jaxscape.landscapes.axes import symmetric_axes
-from jaxscape.models.checkpoint import Params, named_leaves
-from jaxscape.models.model import Model, load_model
-from jaxscape.prompts.sets import load_prompts
-from jaxscape.runtime.errors import UserError
+from jaxscape.models.checkpoint import named_leaves
 from jaxscape.runtime.hardware import measure_roofline
 
-Answer = tuple[str, list[int]]
-"""A text, and its tokens."""
+Direction = Any
+"""A tree like `model.params`."""
+
+
+class Answer(NamedTuple):
+    """An answer of Hugging Face generate, without its end token."""
+
+    text: str
+    tokens: list[int]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Time the engine on a landscape along one random direction."""
+    """Measure the speed and memory of the engine on a landscape along one random direction."""
 
     compare: Literal["reference", "forms", "memory"] = "reference"
-    """reference: with Hugging Face generate. forms: factorised with materialised, and a grid with a line. memory: the
-    peak of a scan's process."""
+    """reference: the engine with Hugging Face generate. forms: the factorised with the materialised form, and a 2D with
+    a 1D landscape. memory: the peak memory of a scan's process with that of a process that only starts."""
     model: str = DEFAULT_MODEL
+    """A model, as in `jaxscape scan`."""
     prompts: str = "advbench"
-    """As in a scan."""
+    """A prompt set, as in `jaxscape scan`."""
     num_prompts: int | None = None
-    """By default 80, and 4 to compare forms."""
+    """Number of prompts; by default 80, and 4 to compare forms."""
     steps: int = 20
+    """Intervals along the direction, from -RADIUS to RADIUS."""
     radius: float = 0.5
+    """Largest coordinate along the direction."""
     max_new_tokens: int = 64
+    """Maximum number of tokens generated for a prompt."""
     rounds: int = 3
+    """How often each time is measured."""
     batch_sizes: tuple[int, ...] = (20, 40, 80)
-    """Of which Hugging Face generate uses the best, beside 4."""
+    """Batch sizes of Hugging Face generate, of which the fastest is compared besides batch 4."""
 
     def run(self) -> None:
         if self.rounds < 1:
-            raise UserError(f"The number of rounds must be at least 1, not {self.rounds}.")
-        prompts = load_prompts(self.prompts, self.num_prompts or (4 if self.compare == "forms" else 80))
+            raise js.UserError(f"--rounds must be at least 1, not {self.rounds}.")
+        prompts = js.load_prompts(self.prompts, self.num_prompts or (4 if self.compare == "forms" else 80))
         if self.compare == "memory":
-            self._memory(len(prompts))
+            self._compare_memory(len(prompts))
             return
-        compiled = compile_seconds()
-        model = load_model(self.model, "float32")
+        compile_seconds = count_compile_seconds()
+        model = js.load_model(self.model, "float32")
         (axis,) = symmetric_axes(1, self.steps, self.radius)
-        setting = Setting(model, prompts, Sampling(self.max_new_tokens), axis.values)
+        task = Task(model, prompts, Sampling(self.max_new_tokens), axis.values)
         if self.compare == "forms":
-            compare_forms(setting, self.rounds)
+            compare_forms(task, self.rounds)
         else:
-            compare_reference(setting, self.rounds, self.batch_sizes, compiled)
+            compare_reference(task, self.rounds, self.batch_sizes, compile_seconds)
 
-    def _memory(self, num_prompts: int) -> None:
-        """The peak of a process that scans, beside one that only starts."""
+    def _compare_memory(self, num_prompts: int) -> None:
         scan = ["scan", "--model", self.model, "--prompts", self.prompts, "--num-prompts", str(num_prompts)]
         scan += ["--max-new-tokens", str(self.max_new_tokens), "--steps", "2", "--dtype", "float32"]
-        with tempfile.TemporaryDirectory() as out:
-            started = peak_of("import jaxscape.cli, jax; jax.numpy.ones(1).block_until_ready()")
-            scanned = peak_of(f"from jaxscape.cli import main; main({[*scan, '--out', out + '/run']!r})")
-        write_line(f"peak resident memory: {scanned / 1e9:.2f} GB, of which {started / 1e9:.2f} before any weights")
+        start_code = "import jax, jaxscape as js; js.scan; js.load_model; jax.numpy.ones(1).block_until_ready()"
+        with tempfile.TemporaryDirectory() as directory:
+            scan += ["--out", f"{directory}/run"]
+            start, peak = peak_memory(start_code), peak_memory(f"from jaxscape.cli.main import main; main({scan!r})")
+        write_line(f"peak resident memory: {peak / 1e9:.2f} GB, of which {start / 1e9:.2f} GB before any weights")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is computed."""
+class Task:
+    """What is computed: the answers to prompts at the points of a line.
 
-    model: Model
+    Attributes:
+        alphas: the coordinate of each point.
+    """
+
+    model: js.Model
     prompts: Sequence[str]
     sampling: Sampling
     alphas: Sequence[float]
 
-    def engine(self, form: str, ndim: int = 1, whole: bool = False) -> Engine:
-        rows = tokenize(self.model, self.prompts, "default", self.sampling.max_new_tokens)
-        line = len(self.alphas)
-        workload = Workload(rows, self.sampling, line**ndim, points_per_line=line, ndim=ndim, num_random=ndim)
-        plan = make_plan(self.model, workload, EngineOptions(form=form))  # type: ignore[arg-type]
-        return Engine(self.model, workload, plan, None if whole else is_refusal)
+    def tokenized(self) -> list[list[int]]:
+        """The token ids of each prompt."""
+        return tokenize(self.model, self.prompts, "default", self.sampling.max_new_tokens)
+
+    def engine(self, form: str, ndim: int = 1, full_text: bool = False) -> Engine:
+        """An engine for this line, or for the grid of two such lines."""
+        num_points = len(self.alphas)
+        workload = Workload(self.tokenized(), self.sampling, num_points**ndim, num_points, ndim, num_random=ndim)
+        plan = make_plan(self.model, workload, js.EngineOptions(form=form))  # type: ignore[arg-type]
+        return Engine(self.model, workload, plan, None if full_text else js.is_refusal)
 
 
-def compare_forms(setting: Setting, rounds: int) -> None:
-    """Factorised beside materialised on a line, and lines of a grid beside that line, all with whole texts."""
-    directions = make_directions([0, 1], setting.model)
-    line: list[tuple[float, ...]] = [(alpha,) for alpha in setting.alphas]
-    # Every fifth line of the grid: each line of it is decoded on its own.
-    grid: list[tuple[float, ...]] = list(itertools.product(setting.alphas[::5], setting.alphas))
-    contestants: dict[str, tuple[Engine, list[Params], list[tuple[float, ...]]]] = {
-        "materialised": (setting.engine("materialised", whole=True), directions[:1], line),
-        "factorised": (setting.engine("factorised", whole=True), directions[:1], line),
-        "factorised grid": (setting.engine("factorised", ndim=2, whole=True), directions, grid),
+def compare_forms(task: Task, rounds: int) -> None:
+    """Compare the factorised with the materialised form on a line, and lines of a grid with that line.
+
+    All answers are generated to their ends.
+    """
+    directions = js.make_directions([0, 1], task.model)
+    line: list[tuple[float, ...]] = [(alpha,) for alpha in task.alphas]
+    # The engine decodes each line of a grid by itself, so every fifth line is enough.
+    grid: list[tuple[float, ...]] = list(itertools.product(task.alphas[::5], task.alphas))
+    contestants: dict[str, tuple[Engine, list[Direction], list[tuple[float, ...]]]] = {
+        "materialised": (task.engine("materialised", full_text=True), directions[:1], line),
+        "factorised": (task.engine("factorised", full_text=True), directions[:1], line),
+        "factorised grid": (task.engine("factorised", ndim=2, full_text=True), directions, grid),
     }
-    seconds = defaultdict(list)
+    seconds_per_point = defaultdict(list)
     texts = {}
-    for number in range(-1, rounds):  # the first round compiles, and does not count
-        for name, (engine, along, points) in contestants.items():
-            chosen = points[: 2 * len(line)] if number < 0 else points
+    for round_number in range(-1, rounds):
+        is_warm_up = round_number < 0  # compiles, and does not count
+        for name, (engine, engine_directions, all_points) in contestants.items():
+            points = all_points[: 2 * len(line)] if is_warm_up else all_points
             started = time.perf_counter()
-            texts[name] = [[c.text for c in point] for point in engine.complete(along, chosen)]
-            if number >= 0:
-                seconds[name].append((time.perf_counter() - started) / len(chosen))
+            texts[name] = [[c.text for c in completions] for completions in engine.complete(engine_directions, points)]
+            if not is_warm_up:
+                seconds_per_point[name].append((time.perf_counter() - started) / len(points))
     for name, (engine, _, points) in contestants.items():
-        each = 1e3 * statistics.median(seconds[name])
+        median = 1e3 * statistics.median(seconds_per_point[name])
         write_line(
-            f"{name}, {len(points)} points x {len(setting.prompts)} prompts: {each:.1f} ms a point; {engine.plan}"
+            f"{name}, {len(points)} points x {len(task.prompts)} prompts: {median:.1f} ms a point; {engine.plan}"
         )
-    for above, below in (("materialised", "factorised"), ("factorised", "factorised grid")):
-        ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
-        write_line(
-            f"{above} / {below}: {statistics.median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
-        )
-    same = sum(a == b for a, b in zip(texts["materialised"], texts["factorised"], strict=True))
-    asr = [[attack_success_rate(point) for point in texts[name]] for name in ("materialised", "factorised")]
-    write_line(f"texts are the same at {same} of {len(line)} points, ASR at {sum(map(float.__eq__, *asr))}")
+    for slower, faster in (("materialised", "factorised"), ("factorised", "factorised grid")):
+        write_ratios(f"{slower} / {faster}", seconds_per_point[slower], seconds_per_point[faster])
+    same_texts = sum(a == b for a, b in zip(texts["materialised"], texts["factorised"], strict=True))
+    asr = [[js.attack_success_rate(point) for point in texts[name]] for name in ("materialised", "factorised")]
+    same_asr = sum(map(float.__eq__, *asr))
+    write_line(f"the two forms give the same texts at {same_texts} of {len(line)} points, the same ASR at {same_asr}")
 
 
-def compare_reference(setting: Setting, rounds: int, batch_sizes: Sequence[int], compiled: dict[str, float]) -> None:
-    model, points = setting.model, [(alpha,) for alpha in setting.alphas]
-    (direction,) = make_directions([0], model)
-    reference = Reference(setting, direction)
-    engine = setting.engine("auto")
+def compare_reference(task: Task, rounds: int, batch_sizes: Sequence[int], compile_seconds: dict[str, float]) -> None:
+    """Compare the engine with Hugging Face generate."""
+    points = [(alpha,) for alpha in task.alphas]
+    (direction,) = js.make_directions([0], task.model)
+    reference = Reference(task, direction)
+    engine = task.engine("auto")
     write_line(f"engine: {engine.plan}")
     engine.seconds = {}
     started = time.perf_counter()
     next(engine.complete([direction], points[:1]))
     list(engine.complete([direction], [(0.0,)]))
-    write_line(
-        f"first two points, with {sum(compiled.values()):.1f} s of compilation: {time.perf_counter() - started:.1f} s"
-    )
+    seconds = time.perf_counter() - started
+    write_line(f"first two points, with {sum(compile_seconds.values()):.1f} s of compilation: {seconds:.1f} s")
 
-    trial = {size: sum(reference.timed(alpha, size)[0] for alpha in (0.0, setting.alphas[0])) for size in batch_sizes}
-    best = min(trial, key=lambda size: trial[size])
-    write_line("generate, centre and first point: " + ", ".join(f"batch {size} {s:.1f} s" for size, s in trial.items()))
+    trial = {size: sum(reference.timed(alpha, size)[0] for alpha in (0.0, task.alphas[0])) for size in batch_sizes}
+    fastest = min(trial, key=lambda size: trial[size])
+    trial_text = ", ".join(f"batch {size} {seconds:.1f} s" for size, seconds in trial.items())
+    write_line(f"generate, centre and first point: {trial_text}")
 
     engine.seconds = {}
-    times: dict[str, list[list[float]]] = {name: [] for name in ("engine", "batch 4", f"batch {best}")}
+    sizes = {f"batch {size}": size for size in (4, fastest)}
+    # times[contestant][round][point] in seconds; answers[contestant][point][prompt]
+    times: dict[str, list[list[float]]] = {name: [] for name in ("engine", *sizes)}
+    answers: dict[str, list[dict[int, Answer]]] = {name: [{} for _ in points] for name in sizes}
     completions: list[list[Completion]] = []
-    answers: dict[str, list[dict[int, Answer]]] = {name: [{} for _ in points] for name in times if name != "engine"}
-    for number in range(rounds):
-        for record in times.values():
-            record.append([])
+    for round_number in range(rounds):
+        for contestant_times in times.values():
+            contestant_times.append([])
         completions = []
-        stepping = engine.complete([direction], points)
+        remaining = engine.complete([direction], points)
         for index, (alpha,) in enumerate(points):
             started = time.perf_counter()
-            completions.append(next(stepping))
+            completions.append(next(remaining))
             times["engine"][-1].append(time.perf_counter() - started)
-            for name, size in (("batch 4", 4), (f"batch {best}", best)):
-                elapsed, part = reference.timed(alpha, size, number, rounds)
-                times[name][-1].append(elapsed)
-                answers[name][index] |= part
-        totals = {name: sum(record[-1]) for name, record in times.items()}
-        write_line(f"round {number + 1}: " + ", ".join(f"{name} {total:.1f} s" for name, total in totals.items()))
+            for name, size in sizes.items():
+                seconds, new_answers = reference.timed(alpha, size, round_number, rounds)
+                times[name][-1].append(seconds)
+                answers[name][index] |= new_answers
+        totals = ", ".join(f"{name} {sum(rounds_times[-1]):.1f} s" for name, rounds_times in times.items())
+        write_line(f"round {round_number + 1}: {totals}")
 
-    total = {name: statistics.median(map(sum, record)) for name, record in times.items()}
-    for name in total.keys() - {"engine"}:
-        ratios = [sum(a) / sum(b) for a, b in zip(times[name], times["engine"], strict=True)]
-        write_line(f"{name} / engine: {statistics.median(ratios):.2f} ({', '.join(f'{r:.2f}' for r in ratios)})")
-    report_share(engine, completions, total["engine"], rounds)
-    report_rates(setting, reference, engine, completions, answers)
+    round_seconds = {name: [sum(seconds) for seconds in rounds_times] for name, rounds_times in times.items()}
+    for name in sizes:
+        write_ratios(f"{name} / engine", round_seconds[name], round_seconds["engine"])
+    report_utilisation(engine, completions, statistics.median(round_seconds["engine"]), rounds)
+    report_answers(task, reference, engine, completions, answers)
 
 
-def report_share(engine: Engine, completions: list[list[Completion]], total: float, rounds: int) -> None:
-    """Where the time goes, and which part of the measured peak the needed arithmetic reached."""
-    seconds = {phase: s / rounds for phase, s in (engine.seconds or {}).items()}
+def write_ratios(name: str, numerators: Sequence[float], denominators: Sequence[float]) -> None:
+    ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    write_line(f"{name}: {statistics.median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+
+
+def report_utilisation(engine: Engine, completions: list[list[Completion]], total: float, rounds: int) -> None:
+    """Write the engine's seconds in each phase, and the share of the peak FLOP/s that the useful FLOPs reached.
+
+    Arguments:
+        total: seconds of a round.
+    """
+    seconds = {phase: value / rounds for phase, value in (engine.seconds or {}).items()}
     seconds["host"] = total - sum(seconds.values())
-    write_line("engine, a round: " + ", ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items()))
-    needed = needed_flops(engine, completions)
+    write_line("engine, a round: " + ", ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items()))
+    flops = useful_flops(engine, completions)
+    flops["all"] = sum(flops.values())
     peak = measure_roofline("float32").flops
-    needed["all"] = sum(needed.values())
     write_line(
-        f"peak of a large product: {peak / 1e9:.0f} GFLOP/s; needed arithmetic, and the share of the peak reached:"
+        f"peak of a large matrix product: {peak / 1e9:.0f} GFLOP/s; useful arithmetic, and its share of the peak:"
     )
-    for phase, flops in needed.items():
-        elapsed = seconds.get(phase, total)
-        write_line(f"  {phase}: {flops / 1e12:.2f} TFLOP, {100 * flops / elapsed / peak:.1f} %")
+    for phase, count in flops.items():
+        share = 100 * count / seconds.get(phase, total) / peak
+        write_line(f"  {phase}: {count / 1e12:.2f} TFLOP, {share:.1f} %")
 
 
-def needed_flops(engine: Engine, completions: list[list[Completion]]) -> dict[str, float]:
-    """Of the tokens that had to be computed: the prefix once a point, each prompt's own tokens, and those generated,
-    products with weights and attention both."""
+def useful_flops(engine: Engine, completions: list[list[Completion]]) -> dict[str, float]:
+    """FLOPs of the tokens that had to be computed, for products with weights and for attention.
+
+    These tokens are the common prefix once for each point, each prompt's own tokens, and the generated tokens.
+    """
     config = engine.model.config
     sizes = {name: leaf.size for name, leaf in named_leaves(engine.model.params).items() if leaf.ndim > 1}
     head = config.vocab_size * config.hidden_size
@@ -217,46 +250,52 @@ def needed_flops(engine: Engine, completions: list[list[Completion]]) -> dict[st
     prefill = decode = 0.0
     for point in completions:
         prefill += 2 * layers * prefix + attention * prefix**2 / 2
-        for row, completion in zip(engine.workload.prompt_tokens, point, strict=True):
-            own, steps = len(row) - prefix, completion.length - 1  # the first token is the prefill's
+        for tokens, completion in zip(engine.workload.prompt_tokens, point, strict=True):
+            own, steps = len(tokens) - prefix, completion.length - 1  # the prefill generates the first token
             prefill += 2 * layers * own + 2 * head + attention * own * (prefix + own / 2)
-            decode += steps * (2 * layers + 2 * head + attention * (len(row) + steps / 2))
+            decode += steps * (2 * layers + 2 * head + attention * (len(tokens) + steps / 2))
     return {"prefill": prefill, "decode": decode}
 
 
-def report_rates(
-    setting: Setting,
+def report_answers(
+    task: Task,
     reference: "Reference",
     engine: Engine,
     completions: list[list[Completion]],
     answers: dict[str, list[dict[int, Answer]]],
 ) -> None:
-    """The ASR of all contestants at each point; and where a text differs, how near the two tokens were to a tie."""
-    prompts = range(len(setting.prompts))
-    rates = {"engine": [attack_success_rate([c.text for c in point]) for point in completions]}
+    """Write every contestant's ASR at each point, and how close to a tie the logits are where two texts part."""
+    prompts = range(len(task.prompts))
+    asr = {"engine": [js.attack_success_rate([c.text for c in point]) for point in completions]}
     for name, points in answers.items():
-        rates[name] = [attack_success_rate([point[p][0] for p in prompts]) for point in points]
-    write_line("alpha   " + "".join(f"{name:>12}" for name in rates))
-    for i, alpha in enumerate(setting.alphas):
-        write_line(f"{alpha:+.3f}  " + "".join(f"{rate[i]:11.2f}%" for rate in rates.values()))
-    spelled = Spelled(engine, reference.direction)
+        asr[name] = [js.attack_success_rate([point[p].text for p in prompts]) for point in points]
+    write_line("alpha   " + "".join(f"{name:>12}" for name in asr))
+    for i, alpha in enumerate(task.alphas):
+        write_line(f"{alpha:+.3f}  " + "".join(f"{values[i]:11.2f}%" for values in asr.values()))
+    engine_tokens = EngineTokens(engine, reference.direction)
     for name, points in answers.items():
         differing = []
         for i, p in itertools.product(range(len(points)), prompts):
-            ours, (text, tokens) = completions[i][p], points[i][p]
-            if not (text.startswith(ours.text) if ours.cut else text == ours.text):
-                differing.append((is_refusal(ours.text) == is_refusal(text), setting.alphas[i], p, tokens))
-        total = len(completions) * len(setting.prompts)
-        changed = sum(not same for same, *_ in differing)
-        write_line(f"{name}: {len(differing)} of {total} texts differ, and {changed} outcomes")
+            completion, answer = completions[i][p], points[i][p]
+            is_same = answer.text.startswith(completion.text) if completion.cut else answer.text == completion.text
+            if not is_same:
+                same_outcome = js.is_refusal(completion.text) == js.is_refusal(answer.text)
+                differing.append((same_outcome, task.alphas[i], p, answer.tokens))
+        total = len(completions) * len(task.prompts)
+        changed = sum(not same_outcome for same_outcome, *_ in differing)
+        write_line(f"{name}: {len(differing)} of {total} texts differ from the engine's, {changed} in their outcome")
         for _, alpha, p, tokens in sorted(differing)[:10]:
-            write_line(f"  alpha {alpha:+.3f}, prompt {p}: {reference.tie(alpha, p, spelled.tokens(alpha)[p], tokens)}")
+            tie = reference.describe_tie(alpha, p, engine_tokens.at(alpha)[p], tokens)
+            write_line(f"  alpha {alpha:+.3f}, prompt {p}: {tie}")
 
 
-class Spelled:
-    """The engine's whole answers as tokens: the same engine, with a tokenizer that writes their numbers."""
+class EngineTokens:
+    """The token ids of the engine's answers, generated to their ends.
 
-    def __init__(self, engine: Engine, direction: Params) -> None:
+    The engine returns texts. Here its tokenizer is replaced by one that writes token ids as numbers.
+    """
+
+    def __init__(self, engine: Engine, direction: Direction) -> None:
         tokenizer = copy.copy(engine.model.tokenizer)
         tokenizer.batch_decode = lambda rows, **_: [" ".join(map(str, row)) for row in rows]
         model = replace(engine.model, tokenizer=tokenizer)
@@ -264,98 +303,108 @@ class Spelled:
         self._direction = direction
 
     @functools.cache  # noqa: B019 (lives as long as the program)
-    def tokens(self, alpha: float) -> list[list[int]]:
+    def at(self, alpha: float) -> list[list[int]]:
+        """The token ids of the answer to each prompt at a point."""
         (point,) = self._engine.complete([self._direction], [(alpha,)])
         return [list(map(int, completion.text.split())) for completion in point]
 
 
 class Reference:
-    """Hugging Face generate, with torch, on the same weights."""
+    """Hugging Face generate on PyTorch, with the same weights."""
 
-    def __init__(self, setting: Setting, direction: Params) -> None:
+    def __init__(self, task: Task, direction: Direction) -> None:
         try:
             import torch
             import transformers
         except ImportError as error:
-            raise UserError(f"The reference needs PyTorch ({error}): pip install 'jaxscape[test]'.") from error
-        self._torch, self._setting, self.direction = torch, setting, direction
+            raise js.UserError(
+                f"Hugging Face generate needs PyTorch ({error}): run pip install 'jaxscape[test]'."
+            ) from error
+        self._torch, self._task, self.direction = torch, task, direction
         with tempfile.TemporaryDirectory() as directory:
-            save_model(setting.model, directory)
+            js.save_model(task.model, directory)
             self._model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        self._tokenizer = setting.model.tokenizer
+        self._tokenizer = task.model.tokenizer
         self._tokenizer.padding_side = "left"
-        self._pad = self._tokenizer.pad_token_id or setting.model.eos_token_ids[0]
-        self._rows = tokenize(setting.model, setting.prompts, "default", setting.sampling.max_new_tokens)
-        self._at: float | None = None
+        self._pad = self._tokenizer.pad_token_id or task.model.eos_token_ids[0]
+        self._prompts = task.tokenized()
+        self._alpha: float | None = None  # the point that the model's weights are at
 
-    def move(self, alpha: float) -> None:
-        if alpha == self._at:
+    def move_to(self, alpha: float) -> None:
+        """Set the model's weights to those of a point."""
+        if alpha == self._alpha:
             return
-        point = named_leaves(materialise(self._setting.model.params, [self.direction], jnp.array([alpha], jnp.float32)))
+        point = named_leaves(js.model_at(self._task.model, [self.direction], [alpha]).params)
         state = self._model.state_dict()
         with self._torch.no_grad():
             for name, weight in point.items():
                 state[name].copy_(self._torch.from_numpy(np.array(weight)))
-        self._at = alpha
+        self._alpha = alpha
 
-    def timed(self, alpha: float, size: int, number: int = 0, rounds: int = 1) -> tuple[float, dict[int, Answer]]:
-        """Seconds for all prompts at a point, and the answers; of many batches, every `rounds`-th is run."""
-        self.move(alpha)
-        batches = [range(i, min(i + size, len(self._rows))) for i in range(0, len(self._rows), size)]
-        chosen = batches[number % rounds :: rounds] if len(batches) >= rounds else batches
+    def timed(
+        self, alpha: float, batch_size: int, round_number: int = 0, rounds: int = 1
+    ) -> tuple[float, dict[int, Answer]]:
+        """Seconds for all prompts at a point, and the answers by prompt.
+
+        If there are at least `rounds` batches, only every `rounds`-th is run, and the seconds are scaled up.
+        """
+        self.move_to(alpha)
+        num_prompts = len(self._prompts)
+        batches = [range(i, min(i + batch_size, num_prompts)) for i in range(0, num_prompts, batch_size)]
+        batches_to_run = batches[round_number % rounds :: rounds] if len(batches) >= rounds else batches
         answers: dict[int, Answer] = {}
         started = time.perf_counter()
-        for batch in chosen:
-            answers |= zip(batch, self._generate([self._rows[i] for i in batch]), strict=True)
-        elapsed = time.perf_counter() - started
-        return elapsed * len(self._rows) / sum(map(len, chosen)), answers
+        for batch in batches_to_run:
+            answers |= zip(batch, self._generate([self._prompts[i] for i in batch]), strict=True)
+        seconds = time.perf_counter() - started
+        return seconds * num_prompts / sum(map(len, batches_to_run)), answers
 
-    def _generate(self, rows: Sequence[Sequence[int]]) -> list[Answer]:
-        torch, width = self._torch, max(map(len, rows))
-        ids = torch.tensor([[self._pad] * (width - len(row)) + list(row) for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        eos = list(self._setting.model.eos_token_ids)
+    def _generate(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
+        torch, width = self._torch, max(map(len, prompts))
+        ids = torch.tensor([[self._pad] * (width - len(tokens)) + list(tokens) for tokens in prompts])
+        mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in prompts])
+        eos = list(self._task.model.eos_token_ids)
         with torch.no_grad():
-            out = self._model.generate(
+            output = self._model.generate(
                 ids,
                 attention_mask=mask,
-                max_new_tokens=self._setting.sampling.max_new_tokens,
+                max_new_tokens=self._task.sampling.max_new_tokens,
                 do_sample=False,
                 eos_token_id=eos,
                 pad_token_id=self._pad,
             )
-        new = [list(itertools.takewhile(lambda token: token not in eos, row)) for row in out[:, width:].tolist()]
+        new = [list(itertools.takewhile(lambda token: token not in eos, row)) for row in output[:, width:].tolist()]
         texts = self._tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return list(zip(texts, new, strict=True))
+        return [Answer(text, tokens) for text, tokens in zip(texts, new, strict=True)]
 
-    def tie(self, alpha: float, prompt: int, ours: list[int], theirs: list[int]) -> str:
-        """The first place where two answers part, and by how much torch prefers the one token to the other there."""
-        self.move(alpha)
-        end = self._setting.model.eos_token_ids[0]
-        pairs = enumerate(itertools.zip_longest(ours, theirs, fillvalue=end))
-        place, (a, b) = next(((i, pair) for i, pair in pairs if pair[0] != pair[1]), (0, (end, end)))
+    def describe_tie(self, alpha: float, prompt: int, engine_tokens: list[int], tokens: list[int]) -> str:
+        """Where two answers to a prompt part, and PyTorch's logits of the two tokens there."""
+        self.move_to(alpha)
+        end = self._task.model.eos_token_ids[0]
+        pairs = enumerate(itertools.zip_longest(engine_tokens, tokens, fillvalue=end))
+        index, (a, b) = next(((i, pair) for i, pair in pairs if pair[0] != pair[1]), (0, (end, end)))
         with self._torch.no_grad():
-            row = self._torch.tensor([[*self._rows[prompt], *theirs[:place]]])
+            row = self._torch.tensor([[*self._prompts[prompt], *tokens[:index]]])
             logits = self._model(row).logits[0, -1].tolist()
-        return f"they part at token {place}, where torch, alone, gives {logits[a]:.6f} and {logits[b]:.6f}"
+        return f"they part at token {index}, where PyTorch's logits at batch 1 are {logits[a]:.6f} and {logits[b]:.6f}"
 
 
-def compile_seconds() -> dict[str, float]:
-    """Seconds that JAX spends on making programs, from now on."""
+def count_compile_seconds() -> dict[str, float]:
+    """A dictionary in which JAX adds up the seconds that it spends on compilation from now on."""
     seconds: dict[str, float] = defaultdict(float)
 
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+    def add(event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
             seconds[event] += duration_secs
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.monitoring.register_event_duration_secs_listener(add)
     return seconds
 
 
-def peak_of(code: str) -> int:
-    """The peak resident memory of a Python process, in bytes."""
-    wrapped = f"{code}\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-    output = subprocess.run([sys.executable, "-c", wrapped], check=True, stdout=subprocess.PIPE, text=True).stdout
+def peak_memory(code: str) -> int:
+    """Run Python code in a new process, and return the peak of its resident memory in bytes."""
+    code += "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
     return int(output.split()[-1])
 
 

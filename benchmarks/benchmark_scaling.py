@@ -1,8 +1,15 @@
-"""How do scans scale over TPU chips, by their compiled programs, and over the devices that are here?
+"""Forecast how scans scale over TPU chips, or measure how they scale over the devices of this machine.
 
-`python benchmarks/benchmark_scaling.py` forecasts a landscape's points per hour on slices of up to 64 chips, in both
-forms, on a line and on a plane, and writes a table and a figure. No TPU is needed. With `--measure` it decodes the same
-rows on more and more of the devices that are here, and checks that they give the same texts.
+Run it from the repository's root:
+
+    python benchmarks/benchmark_scaling.py              # forecast; needs the TPU compiler (libtpu), but no TPU
+    python benchmarks/benchmark_scaling.py --measure    # measure; a minute or two for each number of devices
+
+The forecast is of a landscape's points per hour on slices of up to 64 chips, in both forms, in 1D and 2D. A table and a
+figure are written to docs/scaling.md. Forecasts that are already in docs/scaling.jsonl are not made again, so that
+writing both anew takes seconds; each new forecast takes one to several minutes.
+
+With `--measure`, 1, 2, 4, … of the devices answer the same prompts each, and the texts are checked to be the same.
 """
 
 import io
@@ -17,12 +24,11 @@ import jax
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+import jaxscape as js
 from jaxscape.cli.main import run_program
 from jaxscape.cli.options import DEFAULT_MODEL, write_line
-from jaxscape.directions.kinds import make_directions
 from jaxscape.engine.batching import Workload, tokenize
 from jaxscape.engine.engine import Engine
-from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import make_plan
 from jaxscape.engine.sampling import Sampling
 from jaxscape.forecast.chips import CHIPS, open_slice, shape_on
@@ -30,164 +36,186 @@ from jaxscape.forecast.forecast import Forecast, forecast, make_workload
 from jaxscape.forecast.known_models import shape_config
 from jaxscape.landscapes.axes import symmetric_axes
 from jaxscape.models.decoder import parameter_shapes
-from jaxscape.models.model import load_model
-from jaxscape.prompts.sets import load_prompts
 from jaxscape.report.figures import COLOURS, MARKERS, STYLES
-from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.files import write_whole
-from jaxscape.runtime.sharding import MeshShape, mesh_shape_of
+from jaxscape.runtime.sharding import mesh_shape_of
 
-FLAT = {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
-CUBES = {1: "1x1x1", 2: "2x1x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
-SLICES = {"v5e": FLAT, "v5p": CUBES, "v6e": FLAT}
-GROUP = 4  # chips that share the weights where scaling along `points` is looked at
+SHAPES_2D = {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
+SHAPES_3D = {1: "1x1x1", 2: "2x1x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
+SLICE_SHAPES = {"v5e": SHAPES_2D, "v5p": SHAPES_3D, "v6e": SHAPES_2D}
+"""For each kind of chip, a slice's shape by its number of chips."""
+
+GROUP = 4  # weak scaling starts from this many chips
 FORMS = ("materialised", "factorised")
-# Of the standard prompts in the format of Llama-2: tokens of the longest, and those that all begin with.
+# The standard prompts in Llama-2's chat format: tokens of the longest one, and tokens that all begin with.
 PROMPT_TOKENS, SHARED_TOKENS = 56, 26
+
+Question = dict[str, Any]
+"""A forecast to make: `model`, `kind` (of chip), `chips`, `grid`, `prompts` and `max_new_tokens`; for weak scaling also
+`groups_of` (chips), `form` and `slots`."""
+
+Record = dict[str, Any]
+"""A line of scaling.jsonl: a question, and the forecast of one form that answers it."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Points of a landscape per hour against chips."""
+    """Forecast how scans scale over TPU chips, or measure how they scale over the devices of this machine."""
 
     measure: bool = False
-    """Measure on the devices that are here, instead of forecasting for TPUs."""
+    """Measure on the devices of this machine, instead of forecasting for TPUs."""
     models: tuple[str, ...] = ("llama-2-7b", "llama-2-13b", "llama-3-70b")
-    """Known by their shapes."""
-    kinds: tuple[str, ...] = tuple(SLICES)
+    """Models that `jaxscape plan` knows by name."""
+    kinds: tuple[str, ...] = tuple(SLICE_SHAPES)
+    """Kinds of TPU chips."""
     chips: tuple[int, ...] = (4, 16, 64)
-    """Where they cannot even hold the weights, nothing is forecast; the smaller are of use to find the smallest."""
+    """Numbers of chips. Slices that cannot even hold the weights are left out. Give smaller numbers to find the
+    smallest slices."""
     points: int = 21
-    """Along each axis."""
+    """Points along each axis."""
     prompts: int = 80
+    """Number of prompts."""
     max_new_tokens: int = 512
+    """Tokens generated for each prompt."""
     out: Path = Path("docs")
-    """Where scaling.md and scaling.png go, and scaling.jsonl: forecasts that are in it are not made again."""
+    """Directory of scaling.md, scaling.png and scaling.jsonl. Forecasts in scaling.jsonl are not made again."""
     measured_model: str = DEFAULT_MODEL
-    """The model that is measured."""
+    """The model to measure with."""
     measured_form: str = "materialised"
+    """The form to measure."""
 
     def run(self) -> None:
         if self.measure:
             measure(self)
             return
-        wrong = [f"{kind} with {n} chips" for kind in self.kinds for n in self.chips if n not in SLICES.get(kind, {})]
-        if wrong:
-            raise UserError(f"There are no slices for {', '.join(wrong)}; choose among {SLICES}.")
-        kept = Kept(self.out / "scaling.jsonl")
+        unknown = [
+            f"{kind} with {n} chips" for kind in self.kinds for n in self.chips if n not in SLICE_SHAPES.get(kind, {})
+        ]
+        if unknown:
+            raise js.UserError(f"There are no slices for {', '.join(unknown)}: choose among {SLICE_SHAPES}.")
+        records = RecordFile(self.out / "scaling.jsonl")
         jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
-        scaled = [record for ask in self._asked() for record in kept.records(ask)]
-        if not scaled:
-            raise UserError("None of these slices can hold the weights: ask for more --chips.")
-        efficient = [record for ask in self._asked_along_points(scaled) for record in kept.records(ask)]
-        content = io.BytesIO()
-        figure(scaled).savefig(content, format="png", dpi=120, metadata={"Software": None})
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_whole(self.out / "scaling.png", content.getvalue())
-        asks = [
-            self._ask(model, kind, n, ndim)
+        scans = [record for question in self._scans() for record in records.answer(question)]
+        if not scans:
+            raise js.UserError("None of these slices can hold the weights: ask for more --chips.")
+        weak = [record for question in self._weak_scaling(scans) for record in records.answer(question)]
+        # The smallest slice is looked for among all the forecasts that were ever made.
+        all_scans = [
+            record
             for model in self.models
             for kind in self.kinds
-            for n in FLAT
+            for chips in SHAPES_2D
             for ndim in (1, 2)
+            for record in records.read(self._question(model, kind, chips, ndim))
         ]
-        tried = [record for ask in asks for record in kept.known(ask)]
-        write_whole(self.out / "scaling.md", report(self, scaled, tried, efficient))
+        content = io.BytesIO()
+        draw(scans).savefig(content, format="png", dpi=120, metadata={"Software": None})
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_whole(self.out / "scaling.png", content.getvalue())
+        write_whole(self.out / "scaling.md", report(self, scans, all_scans, weak))
         write_line(f"{self.out / 'scaling.md'}\n{self.out / 'scaling.png'}")
 
-    def _asked(self) -> Iterator[dict[str, Any]]:
-        """A landscape of so many points and prompts on more and more chips."""
+    def _scans(self) -> Iterator[Question]:
+        """The same landscapes on slices of different kinds and sizes."""
         for model in self.models:
-            weights = 2 * sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(shape_config(model))))
+            weight_bytes = 2 * sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(shape_config(model))))
             for kind in self.kinds:
-                for chips in (n for n in self.chips if weights < n * CHIPS[kind].memory):
+                for chips in (n for n in self.chips if weight_bytes < n * CHIPS[kind].memory):
                     for ndim in (1, 2):
-                        yield self._ask(model, kind, chips, ndim)
+                        yield self._question(model, kind, chips, ndim)
 
-    def _asked_along_points(self, scaled: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """For each group of chips the prompts and the slots that one group has alone."""
-        alone = [r for r in scaled if (r["model"], r["chips"], len(r["grid"])) == (self.models[0], GROUP, 1)]
-        for group in (record for record in alone if record["fits"]):
-            for times in (chips // GROUP for chips in self.chips if chips % GROUP == 0):
-                ask = self._ask(group["model"], group["kind"], GROUP * times, 1) | {"prompts": self.prompts * times}
-                yield ask | {"groups_of": GROUP, "form": group["form"], "slots": group["rows"] * times}
+    def _weak_scaling(self, scans: Sequence[Record]) -> Iterator[Question]:
+        """The scans of the first model on `GROUP` chips, with the prompts and slots multiplied like the chips."""
+        for scan in scans:
+            if (scan["model"], scan["chips"], len(scan["grid"])) != (self.models[0], GROUP, 1) or not scan["fits"]:
+                continue
+            for factor in (chips // GROUP for chips in self.chips if chips % GROUP == 0):
+                question = self._question(scan["model"], scan["kind"], GROUP * factor, 1)
+                question |= {"prompts": self.prompts * factor, "groups_of": GROUP}
+                yield question | {"form": scan["form"], "slots": scan["rows"] * factor}
 
-    def _ask(self, model: str, kind: str, chips: int, ndim: int) -> dict[str, Any]:
-        what = {"model": model, "kind": kind, "chips": chips, "grid": [self.points] * ndim}
-        return what | {"prompts": self.prompts, "max_new_tokens": self.max_new_tokens}
+    def _question(self, model: str, kind: str, chips: int, ndim: int) -> Question:
+        question = {"model": model, "kind": kind, "chips": chips, "grid": [self.points] * ndim}
+        return question | {"prompts": self.prompts, "max_new_tokens": self.max_new_tokens}
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Forecasts in a file, one to a line: what was asked, and what was found."""
+class RecordFile:
+    """A JSONL file of records."""
 
     path: Path
 
-    def known(self, ask: dict[str, Any]) -> list[dict[str, Any]]:
+    def read(self, question: Question) -> list[Record]:
+        """The records in the file that answer a question."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        keys = {*ask, "groups_of"}
-        return [record for record in map(json.loads, lines) if all(record.get(key) == ask.get(key) for key in keys)]
+        keys = {*question, "groups_of"}
+        return [record for record in map(json.loads, lines) if all(record.get(k) == question.get(k) for k in keys)]
 
-    def records(self, ask: dict[str, Any]) -> list[dict[str, Any]]:
-        """What is known, or is found out now."""
-        found = self.known(ask)
-        if not found:
-            found = [ask | each for each in answers(ask)]
+    def answer(self, question: Question) -> list[Record]:
+        """The records that answer a question; if the file has none, they are made and added to it."""
+        records = self.read(question)
+        if not records:
+            records = [question | to_record(result) for result in make_forecasts(question)]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in found)
-            write_line(f"{ask}: {', '.join(str(record['points_per_hour']) for record in found)}")
-        return found
+                file.writelines(json.dumps(record) + "\n" for record in records)
+            write_line(f"{question}: {', '.join(str(record['points_per_hour']) for record in records)}")
+        return records
 
 
-def answers(ask: dict[str, Any]) -> list[dict[str, Any]]:
-    """The forecasts of both forms, or of the one that is asked for."""
-    config = shape_config(ask["model"])
-    where = open_slice(f"{ask['kind']}:{SLICES[ask['kind']][ask['chips']]}")
-    work = make_workload(ask["prompts"], PROMPT_TOKENS, SHARED_TOKENS, ask["max_new_tokens"], tuple(ask["grid"]))
-    if "groups_of" not in ask:
-        return [record(each) for each in forecast(config, work, where, quick=True)]
-    # All groups split the weights as one does.
-    group = open_slice(f"{ask['kind']}:{SLICES[ask['kind']][ask['groups_of']]}")
+def make_forecasts(question: Question) -> list[Forecast]:
+    """The forecasts of both forms, or of the one that the question names."""
+    config, shapes = shape_config(question["model"]), SLICE_SHAPES[question["kind"]]
+    tpu_slice = open_slice(f"{question['kind']}:{shapes[question['chips']]}")
+    grid = tuple(question["grid"])
+    workload = make_workload(question["prompts"], PROMPT_TOKENS, SHARED_TOKENS, question["max_new_tokens"], grid)
+    if "groups_of" not in question:
+        return forecast(config, workload, tpu_slice, quick=True)
+    # Each group of chips shards the weights as it would by itself.
+    group = open_slice(f"{question['kind']}:{shapes[question['groups_of']]}")
     model = mesh_shape_of(shape_on(config, group, None, "bfloat16").mesh).model
-    mesh_shape, options = MeshShape(ask["chips"] // model, model), EngineOptions(form=ask["form"], slots=ask["slots"])
-    return [record(each) for each in forecast(config, work, where, mesh_shape=mesh_shape, options=options, quick=True)]
+    mesh_shape = js.MeshShape(question["chips"] // model, model)
+    options = js.EngineOptions(form=question["form"], slots=question["slots"])
+    return forecast(config, workload, tpu_slice, mesh_shape=mesh_shape, options=options, quick=True)
 
 
-def record(found: Forecast) -> dict[str, Any]:
-    decode = found.programs["decode"]
+def to_record(result: Forecast) -> Record:
+    """A forecast as it is kept. `step_…` are those of a decode step on each chip."""
+    decode = result.programs["decode"]
     return {
-        "form": found.form,
-        "mesh": found.mesh,
-        "fits": found.fits,
-        "missing_gb": round(found.missing / 1e9, 2),
-        "rows": found.plan.layout.batch,
-        "points_per_hour": round(3600 / found.point_seconds, 1) if found.fits else None,
-        "limit_per_hour": round(3600 / found.point_limit, 1) if found.fits else None,
-        "decode_share": round(found.decode_share, 3),
-        "step_ms": round(1e3 * decode.seconds, 3) if found.fits else None,
-        "step_gb": round(decode.memory_bytes / 1e9, 3),
+        "form": result.form,
+        "mesh": result.mesh,
+        "fits": result.fits,
+        "missing_gb": round(result.missing / 1e9, 2),
+        "rows": result.plan.layout.batch,
+        "points_per_hour": round(3600 / result.point_seconds, 1) if result.fits else None,
+        "limit_per_hour": round(3600 / result.point_limit, 1) if result.fits else None,
+        "decode_share": round(result.decode_share, 3),
+        "step_ms": round(1e3 * decode.seconds, 3) if result.fits else None,
+        "step_gb": round(decode.hbm_bytes / 1e9, 3),
         "step_sent_mb": round(decode.sent_bytes / 1e6, 2),
         "step_collectives": decode.collectives,
     }
 
 
-def figure(records: Sequence[dict[str, Any]]) -> Figure:
-    models, kinds = (list(dict.fromkeys(record[key] for record in records)) for key in ("model", "kind"))
-    drawn = Figure(figsize=(3.6 * len(kinds), 3 * len(models)), layout="constrained")
-    all_axes = drawn.subplots(len(models), len(kinds), sharex=True, sharey="row", squeeze=False)
+def draw(scans: Sequence[Record]) -> Figure:
+    """Points per hour against chips, for each model and kind of chip."""
+    models, kinds = (list(dict.fromkeys(scan[key] for scan in scans)) for key in ("model", "kind"))
+    figure = Figure(figsize=(3.6 * len(kinds), 3 * len(models)), layout="constrained")
+    all_axes = figure.subplots(len(models), len(kinds), sharex=True, sharey="row", squeeze=False)
     for i, model in enumerate(models):
         for j, kind in enumerate(kinds):
-            axes, here = all_axes[i, j], [r for r in records if (r["model"], r["kind"]) == (model, kind) and r["fits"]]
-            for number, (form, ndim) in enumerate((form, ndim) for ndim in (1, 2) for form in FORMS):
-                line = [r for r in here if r["form"] == form and len(r["grid"]) == ndim]
-                style = {"color": COLOURS[number], "linestyle": STYLES[number]}
-                chips, label = [r["chips"] for r in line], f"{form}, {ndim}D"
-                axes.plot(chips, [r["points_per_hour"] for r in line], marker=MARKERS[number], **style, label=label)
-                limit = [r["limit_per_hour"] for r in line]
-                axes.plot(chips, limit, marker="_", markersize=12, linestyle="", color=style["color"])
+            axes = all_axes[i, j]
+            fitting = [scan for scan in scans if (scan["model"], scan["kind"]) == (model, kind) and scan["fits"]]
+            for number, (ndim, form) in enumerate((ndim, form) for ndim in (1, 2) for form in FORMS):
+                line = [scan for scan in fitting if scan["form"] == form and len(scan["grid"]) == ndim]
+                style = {"color": COLOURS[number], "linestyle": STYLES[number], "label": f"{form}, {ndim}D"}
+                chips = [scan["chips"] for scan in line]
+                axes.plot(chips, [scan["points_per_hour"] for scan in line], marker=MARKERS[number], **style)
+                limits = [scan["limit_per_hour"] for scan in line]
+                axes.plot(chips, limits, marker="_", markersize=12, linestyle="", color=COLOURS[number])
             axes.set(xscale="log", yscale="log", title=f"{model}, {kind}")
-            axes.set_xticks(sorted({r["chips"] for r in records}))
+            axes.set_xticks(sorted({scan["chips"] for scan in scans}))
             axes.xaxis.set_major_formatter(ScalarFormatter())
             axes.minorticks_off()
             axes.grid(alpha=0.3)
@@ -197,124 +225,154 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
     handles = {
         text: line for axes in all_axes.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
-    return drawn
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
 
 
-def report(
-    scaling: Scaling,
-    scaled: Sequence[dict[str, Any]],
-    tried: Sequence[dict[str, Any]],
-    efficient: Sequence[dict[str, Any]],
-) -> str:
-    command = "python benchmarks/benchmark_scaling.py"
+def report(scaling: Scaling, scans: Sequence[Record], all_scans: Sequence[Record], weak: Sequence[Record]) -> str:
+    """The text of scaling.md."""
     lines = [
         "# Scaling",
         "",
-        f"Points per hour of landscapes with {scaling.prompts} prompts and {scaling.max_new_tokens} new tokens, of "
-        f"which every row makes all, in bfloat16; made by `{command}`. These are forecasts: the programs of a run, "
-        "compiled for one layer and for two by the TPU compiler, every further layer taken for another of what the "
-        "second adds, and by the roofline of what they compute, move and send. Nothing was measured on a TPU.",
+        "Forecasts of the number of points per hour at which landscapes are measured on TPU slices. "
+        f"`python benchmarks/benchmark_scaling.py` made them; nothing was measured on a TPU. A landscape has "
+        f"{scaling.points} points along each axis and {scaling.prompts} prompts, and each answer has "
+        f"{scaling.max_new_tokens} new tokens. Weights are in bfloat16.",
+        "",
+        "The TPU compiler compiles each program of a run for one layer and for two, and FLOPs, HBM traffic and "
+        "inter-chip traffic are extrapolated linearly to all layers. The roofline model turns them into seconds.",
         "",
         "![points per hour against chips](scaling.png)",
         "",
-        "Short bars in the figure are the limit: decode steps alone, which read weights and cache once, or compute, "
-        "whichever takes longer.",
+        "A decode step takes at least as long as reading the weights and the cache once, or as computing, whichever is "
+        "longer. A point takes at least as long as its decode steps at that limit: the short bars in the figure. In "
+        "the tables, the columns `of limit` give the share of the speed at the limit that a point and a decode step "
+        "reach, and the faster form of each landscape is bold.",
         "",
+        *_smallest_slices(scaling, all_scans),
     ]
-    lines += [
+    for model in scaling.models:
+        lines += [
+            f"## {model}",
+            "",
+            "| slice (chips) | mesh | landscape | form | rows | points/hour | of limit | decode ms | of limit |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            *(_scan_row(scan, scans) for scan in scans if scan["model"] == model),
+            "",
+        ]
+    return "\n".join([*lines, *_weak_scaling_section(scaling, weak), ""])
+
+
+def _smallest_slices(scaling: Scaling, all_scans: Sequence[Record]) -> list[str]:
+    lines = [
         "## The smallest slices",
         "",
-        "On which one fits, in its better form, among all that have been tried.",
+        "The smallest slice that a landscape fits on, among all that were tried, and the faster form there. In "
+        "brackets: the memory that the next smaller slice lacks.",
         "",
+        "| model | landscape | " + " | ".join(scaling.kinds) + " |",
+        "| --- " * (2 + len(scaling.kinds)) + "|",
     ]
-    lines += ["| model | landscape | " + " | ".join(scaling.kinds) + " |", "| --- " * (2 + len(scaling.kinds)) + "|"]
     for model, ndim in ((model, ndim) for model in scaling.models for ndim in (1, 2)):
-        found = [_smallest(tried, model, kind, ndim) for kind in scaling.kinds]
-        lines += [f"| {model} | {ndim}D | " + " | ".join(found) + " |"]
-    lines += [""]
-    for model in scaling.models:
-        lines += [f"## {model}", ""]
-        lines += ["| slice | mesh | landscape | form | rows | points/hour | of the limit | decode ms | of its limit |"]
-        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-        lines += [_line(each, scaled) for each in scaled if each["model"] == model]
-        lines += [""]
-    lines += [
-        "## Along `points`",
-        "",
-        f"{scaling.models[0]}, {scaling.prompts} prompts for each {GROUP} chips, split as they are on {GROUP}: what "
-        "each chip moves and sends in a decode step, and answers per hour and chip, as a share of those on "
-        f"{GROUP} chips.",
-        "",
-        "| slice | form | rows | moved GB | sent MB | collectives | efficiency |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for each in efficient:
-        first = next(r for r in efficient if all(r[key] == each[key] for key in ("kind", "form")))
-        speeds = [r["prompts"] * (r["points_per_hour"] or 0) / r["chips"] for r in (each, first)]
-        share = f"{100 * speeds[0] / speeds[1]:.0f} %" if speeds[1] else ""
-        lines += [
-            f"| {_slice(each)} | {each['form']} | {each['rows']} | {each['step_gb']} | {each['step_sent_mb']} | "
-            f"{each['step_collectives']} | {share} |"
-        ]
-    return "\n".join([*lines, ""])
+        cells = [_smallest_slice(all_scans, model, kind, ndim) for kind in scaling.kinds]
+        lines.append(f"| {model} | {ndim}D | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
-def _line(each: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
-    same = [r for r in records if all(r[key] == each[key] for key in ("model", "kind", "chips", "grid"))]
-    best = max(r["points_per_hour"] or 0 for r in same)
-    start = f"| {_slice(each)} | {each['mesh']} | {len(each['grid'])}D | {each['form']} | {each['rows']} |"
-    if not each["fits"]:
-        return f"{start} lacks {each['missing_gb']} GB a chip | | | |"
-    speed, mark = each["points_per_hour"], "**" if each["points_per_hour"] == best else ""
-    share = 100 * speed / each["limit_per_hour"]
-    decode = f"{each['step_ms']:.2f} | {100 * each['decode_share']:.0f} %"
-    return f"{start} {mark}{speed:.0f}{mark} | {share:.0f} % | {decode} |"
-
-
-def _smallest(records: Sequence[dict[str, Any]], model: str, kind: str, ndim: int) -> str:
-    same = [r for r in records if (r["model"], r["kind"], len(r["grid"])) == (model, kind, ndim)]
-    fitting = (r for r in same if r["fits"])
-    first = min(fitting, key=lambda r: (r["chips"], -r["points_per_hour"]), default=None)
-    if first is None:
+def _smallest_slice(all_scans: Sequence[Record], model: str, kind: str, ndim: int) -> str:
+    scans = [s for s in all_scans if (s["model"], s["kind"], len(s["grid"])) == (model, kind, ndim)]
+    fitting = (scan for scan in scans if scan["fits"])
+    smallest = min(fitting, key=lambda scan: (scan["chips"], -scan["points_per_hour"]), default=None)
+    if smallest is None:
         return "none"
-    smaller = (r for r in same if r["chips"] < first["chips"])
-    below = max(smaller, key=lambda r: (r["chips"], -r["missing_gb"]), default=None)
-    lacking = "" if below is None else f" ({_slice(below)} lacks {below['missing_gb']} GB a chip)"
-    return f"{_slice(first)}, {first['form']}, {first['rows']} rows{lacking}"
+    smaller = (scan for scan in scans if scan["chips"] < smallest["chips"])
+    next_smaller = max(smaller, key=lambda scan: (scan["chips"], -scan["missing_gb"]), default=None)
+    lacks = ""
+    if next_smaller is not None:
+        lacks = f" ({_slice_name(next_smaller)} lacks {next_smaller['missing_gb']} GB a chip)"
+    return f"{_slice_name(smallest)}, {smallest['form']}, {smallest['rows']} rows{lacks}"
 
 
-def _slice(record: dict[str, Any]) -> str:
-    return f"{record['kind']}:{SLICES[record['kind']][record['chips']]} ({record['chips']})"
+def _scan_row(scan: Record, scans: Sequence[Record]) -> str:
+    forms = [s for s in scans if all(s[key] == scan[key] for key in ("model", "kind", "chips", "grid"))]
+    best = max(s["points_per_hour"] or 0 for s in forms)
+    start = f"| {_slice_name(scan)} | {scan['mesh']} | {len(scan['grid'])}D | {scan['form']} | {scan['rows']} |"
+    if not scan["fits"]:
+        return f"{start} lacks {scan['missing_gb']} GB a chip | | | |"
+    speed, bold = scan["points_per_hour"], "**" if scan["points_per_hour"] == best else ""
+    share = 100 * speed / scan["limit_per_hour"]
+    decode = f"{scan['step_ms']:.2f} | {100 * scan['decode_share']:.0f} %"
+    return f"{start} {bold}{speed:.0f}{bold} | {share:.0f} % | {decode} |"
+
+
+def _weak_scaling_section(scaling: Scaling, weak: Sequence[Record]) -> list[str]:
+    """Weak scaling along the mesh's axis `points`: more chips with as many more prompts."""
+    rows, efficiencies = [], dict[tuple[str, str], list[tuple[int, str]]]()
+    for record in weak:
+        first = next(r for r in weak if all(r[key] == record[key] for key in ("kind", "form")))
+        speed, first_speed = (r["prompts"] * (r["points_per_hour"] or 0) / r["chips"] for r in (record, first))
+        efficiency = f"{100 * speed / first_speed:.0f} %" if first_speed else ""
+        rows.append(
+            f"| {_slice_name(record)} | {record['form']} | {record['rows']} | {record['step_gb']} | "
+            f"{record['step_sent_mb']} | {record['step_collectives']} | {efficiency} |"
+        )
+        efficiencies.setdefault((record["kind"], record["form"]), []).append((record["chips"], efficiency))
+    sentences = []
+    for (kind, form), values in efficiencies.items():
+        (first_chips, _), (chips, efficiency) = min(values), max(values)
+        if efficiency and chips > first_chips:
+            sentences.append(
+                f"- Weak scaling from {first_chips} to {chips} {kind} chips is {efficiency} efficient ({form} form)."
+            )
+    return [
+        "## Weak scaling",
+        "",
+        f"{scaling.models[0]}, 1D, with {scaling.prompts} prompts for every {GROUP} chips. Each group of {GROUP} chips "
+        f"shards the weights as {GROUP} chips do by themselves, and the rows of a batch are sharded over the groups. "
+        f"Efficiency is the number of answers per hour and chip, relative to {GROUP} chips.",
+        "",
+        *([*sentences, ""] if sentences else []),
+        "The traffic is that of a decode step on each chip.",
+        "",
+        "| slice (chips) | form | rows | HBM GB | sent MB | collectives | efficiency |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *rows,
+    ]
+
+
+def _slice_name(record: Record) -> str:
+    return f"{record['kind']}:{SLICE_SHAPES[record['kind']][record['chips']]} ({record['chips']})"
 
 
 def measure(scaling: Scaling) -> None:
-    """The same prompts for each device, on one device, two, four, and so on."""
-    devices = len(jax.devices())
-    prompts = load_prompts("harmful", min(scaling.prompts, 40))
+    """Answer the same prompts on each device, on one device, two, four, and so on."""
+    num_devices = len(jax.devices())
+    prompts = js.load_prompts("harmful", min(scaling.prompts, 40))
     (axis,) = symmetric_axes(1, 2, 0.1)
     points: list[tuple[float, ...]] = [(alpha,) for alpha in axis.values]
-    sampling, first = Sampling(min(scaling.max_new_tokens, 64)), None
-    for count in (2**i for i in range(devices.bit_length()) if 2**i <= devices):
-        model = load_model(scaling.measured_model, mesh_shape=MeshShape(count, 1))
-        rows = tokenize(model, prompts * count, "default", sampling.max_new_tokens)
-        workload = Workload(rows, sampling, len(points), len(points), 1, num_random=1)
-        plan = make_plan(model, workload, EngineOptions(form=scaling.measured_form))  # type: ignore[arg-type]
-        engine = Engine(model, workload, plan)
-        direction = make_directions([0], model)
+    sampling, first_texts = Sampling(min(scaling.max_new_tokens, 64)), None
+    for count in (2**i for i in range(num_devices.bit_length()) if 2**i <= num_devices):
+        model = js.load_model(scaling.measured_model, mesh_shape=js.MeshShape(count, 1))
+        prompt_tokens = tokenize(model, prompts * count, "default", sampling.max_new_tokens)
+        workload = Workload(prompt_tokens, sampling, len(points), len(points), 1, num_random=1)
+        options = js.EngineOptions(form=scaling.measured_form)  # type: ignore[arg-type]
+        engine = Engine(model, workload, make_plan(model, workload, options))
+        directions = js.make_directions([0], model)
         for _ in range(2):  # the first time compiles
             started = time.perf_counter()
-            texts = [[c.text for c in point[: len(prompts)]] for point in engine.complete(direction, points)]
+            texts = [
+                [c.text for c in completions[: len(prompts)]] for completions in engine.complete(directions, points)
+            ]
             seconds = time.perf_counter() - started
-        first = first or texts
-        tokens = len(points) * len(rows) * sampling.max_new_tokens
+        first_texts = first_texts or texts
+        max_tokens = len(points) * len(prompt_tokens) * sampling.max_new_tokens
         write_line(
-            f"{count} of {devices} x {jax.devices()[0].device_kind}: {len(points) * 3600 / seconds:.0f} points an "
-            f"hour of {len(rows)} prompts, up to {tokens / seconds:.0f} tokens a second; the texts of the first "
-            f"{len(prompts)} prompts are {'the same' if texts == first else 'others'} as on one device"
+            f"{count} of {num_devices} x {jax.devices()[0].device_kind}: {len(points) * 3600 / seconds:.0f} points an "
+            f"hour with {len(prompt_tokens)} prompts, up to {max_tokens / seconds:.0f} tokens a second; the first "
+            f"{len(prompts)} texts of a point {'equal' if texts == first_texts else 'differ from'} those of one device"
         )
     if jax.default_backend() == "cpu":
-        write_line("Devices that share one CPU show that the texts are the same, and nothing about speed.")
+        write_line("These devices share one CPU, so only the texts mean something, not the speeds.")
 
 
 if __name__ == "__main__":

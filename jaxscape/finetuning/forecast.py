@@ -1,4 +1,4 @@
-"""What a run would take on TPUs that are not here: its programs, compiled by the TPU compiler from shapes alone."""
+"""The forecast of a finetuning step on a TPU slice that is not here."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from jaxscape.runtime.sharding import MeshShape, mesh_shape_of, replicated, shar
 
 def finetune_step(
     config: ModelConfig,
-    where: Slice,
+    tpu_slice: Slice,
     *,
     batch_size: int,
     length: int,
@@ -29,48 +29,54 @@ def finetune_step(
     dtype: str = "bfloat16",
     quick: bool = False,
 ) -> ProgramCost:
-    """A step of full finetuning: float32 weights and moments, computing in `dtype`; `quick` as in `forecast`.
+    """The cost of a step of full finetuning, with master weights and moments in float32.
 
     Arguments:
-        length: tokens of a chat, which are padded as `jaxscape.training.bucket` says.
+        length: tokens of each chat. Chats are padded to `jaxscape.finetuning.batches.bucket(length)`.
+        remat: compute the activations again in the backward pass instead of keeping them.
+        mesh_shape: by default the weights are sharded over the fewest chips that can hold them.
+        dtype: of the forward and backward passes.
+        quick: compile one and two layers and extrapolate linearly.
 
     Raises:
-        UserError: there is no such batch, or the mesh does not divide it.
+        UserError: a number is less than 1, or the batch size is not a multiple of the mesh's `points`.
     """
     if min(batch_size, length) < 1:
-        raise UserError(f"A batch of {batch_size} chats of {length} tokens is none.")
-    shape, length = shape_on(config, where, mesh_shape, dtype), bucket(length)
+        raise UserError(
+            f"A batch of {batch_size} chats of {length} tokens cannot be planned: both numbers must be at least 1."
+        )
+    shape, length = shape_on(config, tpu_slice, mesh_shape, dtype), bucket(length)
     check_batch(batch_size, shape.mesh)
-    counts = compile_all(shape, lambda shape: _lowered_step(shape, batch_size, length, remat), where, quick)["step"]
+    counts = compile_all(shape, lambda shape: _programs(shape, batch_size, length, remat), tpu_slice, quick)["step"]
     devices = mesh_shape_of(shape.mesh).size
     if kernels.saves_traffic(config, dtype, batch_size, length, devices):
+        # The compiler does not count the FLOPs inside a kernel.
         flops = kernels.attention_flops(config, batch_size, length, passes=2 if remat else 1)
         counts = counts._replace(flops=counts.flops + flops / devices)
-    return program_cost(
-        counts, chip_for_dtype(where, dtype), bytes_per_chip(shape.params)
-    )  # the model that it started from
+    starting_model = bytes_per_chip(shape.params)  # stays in memory beside its master weights
+    return program_cost(counts, chip_for_dtype(tpu_slice, dtype), starting_model)
 
 
-def _lowered_step(shape: ModelShape, batch_size: int, length: int, remat: bool) -> Programs:
+def _programs(shape: ModelShape, batch_size: int, length: int, remat: bool) -> Programs:
+    """The training step, ready to be lowered."""
     config = shape.config.for_length(length)
     settings = Settings(shape.mesh, shape.dtype, None, 0.0, 1.0, remat, kernel=True)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shape.params)
     state: Any = jax.eval_shape(lambda weights: State(weights, optimizer(settings).init(weights)), trainable)
-    there = state_shardings(state, config, settings)
-    state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, there)
-    everywhere = replicated(shape.mesh)
+    shardings = state_shardings(state, config, settings)
+    state = jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec), state, shardings)
     rows = (1, batch_size, length)
     batch = Batch(np.zeros(rows, np.int32), np.zeros(rows[:2], np.int32), np.zeros(rows, np.float32))
-    axes = (None, "rows", None)
-    batch, rate = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=sharding(shape.mesh, axes[: x.ndim], x.shape) if x.ndim else everywhere
-        ),
-        (batch, np.float32(0)),
-    )
+
+    def sharded_over_rows(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        spec = sharding(shape.mesh, (None, "rows", None)[: x.ndim], x.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec)
+
+    batch = jax.tree.map(sharded_over_rows, batch)
+    learning_rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(shape.mesh))
     return {
         "step": (
-            lambda: train_step.lower(state, {}, batch, rate, config=config, settings=settings),
+            lambda: train_step.lower(state, {}, batch, learning_rate, config=config, settings=settings),
             hlo.program_traffic,
         )
     }

@@ -1,4 +1,4 @@
-"""What a run would take on TPUs that are not here: its programs, compiled by the TPU compiler from shapes alone."""
+"""TPU chips and slices of them that need not be here, and how a model is sharded over a slice."""
 
 import importlib.util
 import math
@@ -13,11 +13,11 @@ from jax.experimental import topologies
 
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.shape import ModelShape, model_shape
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.sharding import MeshShape, default_mesh_shape, make_mesh
 
-# The compiler's library would look for the TPU that it is on, and keep other processes away from it.
-COMPILER_ALONE = {
+# Without these, libtpu would look for a TPU on this machine and lock it against other processes.
+LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -27,19 +27,19 @@ COMPILER_ALONE = {
 
 @dataclass(frozen=True)
 class Chip:
-    """A TPU chip, by its maker's documentation.
+    """A kind of TPU chip, with the numbers of Google's documentation.
 
     Attributes:
-        flops: of bfloat16 products, per second.
-        memory: bytes that programs can use.
-        bandwidth: bytes per second from and to its memory.
-        links: bytes per second that it sends to its two neighbours in a ring.
+        flops: bfloat16 floating-point operations per second.
+        memory: bytes of HBM that programs can use.
+        bandwidth: bytes per second between HBM and the chip.
+        link_bandwidth: bytes per second that a chip sends to its two neighbours in a ring.
     """
 
     flops: float
     memory: float
     bandwidth: float
-    links: float
+    link_bandwidth: float
 
 
 CHIPS = {
@@ -51,73 +51,96 @@ CHIPS = {
 
 
 class ProgramCounts(NamedTuple):
-    """Of a compiled program: see `ProgramCost`; `results` are bytes that it returns in new places, `kept` those that a loop
-    holds on the chip, and `missing` what the compiler says when it gives up."""
+    """What one pass of a compiled program takes on each chip.
 
-    arguments: float = 0.0
-    results: float = 0.0
-    temporaries: float = 0.0
+    Attributes:
+        argument_bytes: size of the arguments.
+        result_bytes: size of the results that do not reuse the memory of an argument.
+        temporary_bytes: size of the intermediate buffers.
+        flops: floating-point operations.
+        hbm_bytes: bytes read from and written to HBM.
+        sent_bytes: bytes sent to other chips.
+        collectives: number of collective operations.
+        on_chip_bytes: size of the loop-carried buffers that stay on the chip, outside HBM.
+        compiler_seconds: the compiler's own estimate of the time; zero or negative where it has none.
+        missing_bytes: bytes of HBM by which the program is too large, if the compiler refused it for that; else None.
+    """
+
+    argument_bytes: float = 0.0
+    result_bytes: float = 0.0
+    temporary_bytes: float = 0.0
     flops: float = 0.0
-    memory_bytes: float = 0.0
+    hbm_bytes: float = 0.0
     sent_bytes: float = 0.0
     collectives: float = 0.0
-    kept: float = 0.0
+    on_chip_bytes: float = 0.0
     compiler_seconds: float = 0.0
-    missing: float | None = None
+    missing_bytes: float | None = None
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Abstract chips.
+    """A TPU slice that programs can be compiled for. It need not exist.
 
     Attributes:
-        name: such as v5e:2x4.
-        known: what was counted in programs that were compiled for it, by their text before that.
+        name: a kind of chip and the slice's shape, for example v5e:2x4.
+        devices: the abstract devices of the slice.
+        counts: the counts of the programs that were compiled for the slice, by what was counted and the program's text.
     """
 
     name: str
     chip: Chip
     devices: tuple[Any, ...]
-    known: dict[tuple[str, str], ProgramCounts] = field(default_factory=dict, repr=False, compare=False)
+    counts: dict[tuple[str, str], ProgramCounts] = field(default_factory=dict, repr=False, compare=False)
 
 
 @cache
 def open_slice(name: str) -> Slice:
-    """Ask the TPU compiler for a slice, by a name such as v5e:2x4 (v5p:2x2x1).
+    """The slice of this name.
+
+    Arguments:
+        name: for example v5e:2x4, or v5p:2x2x1.
 
     Raises:
-        UserError: there is no such slice, or the compiler is not installed.
+        UserError: there is no such slice, or the TPU compiler is not installed.
     """
     kind = name.partition(":")[0]
     if kind not in CHIPS or not re.fullmatch(r"\w+:\d+x\d+(x\d+)?", name):
         raise UserError(
-            f"The topology {name!r} is none: give a kind ({', '.join(CHIPS)}) and its shape, as in v5e:2x4."
+            f"Cannot parse the topology {name!r}: write a kind ({', '.join(CHIPS)}) and a shape, as in v5e:2x4."
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("Planning needs the TPU compiler: run pip install libtpu, which works on any Linux machine.")
-    for variable, value in COMPILER_ALONE.items():
+    for variable, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    except Exception as error:  # whatever the compiler's plugin raises
-        raise UserError(f"The TPU compiler has no topology {name!r} ({' '.join(str(error).split())[:200]}).") from error
-    return Slice(name, CHIPS[kind], tuple(found.devices))
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:  # the compiler's plugin raises several types
+        raise UserError(
+            f"The TPU compiler has no topology {name!r}: choose another shape ({reason(error)})."
+        ) from error
+    return Slice(name, CHIPS[kind], tuple(topology.devices))
 
 
-def chip_for_dtype(where: Slice, dtype: str) -> Chip:
-    """What a chip is in programs of this dtype: a float32 product is six of bfloat16."""
-    return where.chip if dtype == "bfloat16" else replace(where.chip, flops=where.chip.flops / 6)
+def chip_for_dtype(tpu_slice: Slice, dtype: str) -> Chip:
+    """The slice's chip, with the `flops` that it reaches in this dtype: a float32 product takes six of bfloat16."""
+    chip = tpu_slice.chip
+    return chip if dtype == "bfloat16" else replace(chip, flops=chip.flops / 6)
 
 
-def shape_on(config: ModelConfig, where: Slice, mesh_shape: MeshShape | None, dtype: str) -> ModelShape:
-    """The model's shapes on a slice, split as weights of their size are by default."""
+def shape_on(config: ModelConfig, tpu_slice: Slice, mesh_shape: MeshShape | None, dtype: str) -> ModelShape:
+    """The shapes of a model, sharded over a slice.
+
+    Arguments:
+        mesh_shape: by default the weights are sharded over the fewest chips that can hold them.
+    """
     if mesh_shape is None:
-        weights = bytes_per_chip(model_shape(config, make_mesh(MeshShape(), 1, where.devices), dtype).params)
-        mesh_shape = default_mesh_shape(weights, round(where.chip.memory), len(where.devices))
-    return model_shape(config, make_mesh(mesh_shape, config.num_kv_heads, where.devices), dtype)
+        weights = bytes_per_chip(model_shape(config, make_mesh(MeshShape(), 1, tpu_slice.devices), dtype).params)
+        mesh_shape = default_mesh_shape(weights, round(tpu_slice.chip.memory), len(tpu_slice.devices))
+    return model_shape(config, make_mesh(mesh_shape, config.num_kv_heads, tpu_slice.devices), dtype)
 
 
 def bytes_per_chip(tree: Any) -> int:
-    """Bytes on each chip."""
+    """Bytes that the arrays of a tree take on each chip."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

@@ -1,4 +1,4 @@
-"""What a run would take on TPUs that are not here: its programs, compiled by the TPU compiler from shapes alone."""
+"""Programs compiled for a TPU slice from shapes alone, and the time and memory that they take on each chip."""
 
 import math
 import re
@@ -13,11 +13,11 @@ from jaxscape.forecast.chips import Chip, ProgramCounts, Slice
 from jaxscape.models.shape import ModelShape, model_shape
 from jaxscape.runtime.hardware import without_compilation_cache
 
-UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}  # bytes, as the compiler writes them
-LATENCY = 2e-6  # seconds that a collective operation takes besides its bytes
+UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}  # bytes, as the compiler's messages abbreviate them
+COLLECTIVE_LATENCY = 2e-6  # seconds that a collective takes in addition to sending its bytes
 
-# The compiler cannot read its own text of gathers on SparseCores back, which v5p chips would do (libtpu 0.0.52).
-READABLE = {
+# The compiler cannot parse its own text of a gather on a SparseCore, which v5p chips would use (libtpu 0.0.52).
+COMPILER_OPTIONS = {
     "xla_tpu_offload_gather_to_sparsecore": "false",
     "xla_tpu_offload_all_supported_gathers_to_sparsecore": "false",
 }
@@ -25,109 +25,129 @@ READABLE = {
 
 @dataclass(frozen=True)
 class ProgramCost:
-    """A compiled program, on each chip.
+    """The time and memory that one pass of a compiled program takes on each chip.
 
     Attributes:
-        arguments, temporaries: bytes; what a program returns in the place of an argument is not counted twice.
-        flops: floating-point operations of one pass.
-        memory_bytes: read from and written to memory in one pass.
-        sent_bytes, collectives: to other chips, and in how many operations.
-        compiler_seconds: the compiler's own estimate; None where it is unusable (negative).
-        seconds: by the roofline: the longer of computing and moving bytes, and then the bytes between chips.
-        used: bytes of memory while it runs, with what stands beside it; None if the compiler refused it.
-        missing: bytes by which it does not fit; None if it does.
+        argument_bytes: size of the arguments, and of the results that reuse their memory.
+        temporary_bytes: size of the intermediate buffers.
+        flops: floating-point operations.
+        hbm_bytes: bytes read from and written to HBM.
+        sent_bytes: bytes sent to other chips.
+        collectives: number of collective operations.
+        compiler_seconds: the compiler's own estimate of the time; None where that is unusable (zero or negative).
+        seconds: the roofline estimate of the time: the longer of computing and HBM traffic, plus inter-chip traffic.
+        used_bytes: bytes of HBM in use while the program runs, with what stays resident beside it; None if the compiler
+            refused the program.
+        missing_bytes: bytes of HBM by which the program does not fit; None if it fits.
     """
 
-    arguments: int = 0
-    temporaries: int = 0
+    argument_bytes: int = 0
+    temporary_bytes: int = 0
     flops: float = 0.0
-    memory_bytes: float = 0.0
+    hbm_bytes: float = 0.0
     sent_bytes: float = 0.0
     collectives: int = 0
     compiler_seconds: float | None = None
     seconds: float = math.inf
-    used: float | None = None
-    missing: float | None = None
+    used_bytes: float | None = None
+    missing_bytes: float | None = None
 
 
-Programs = dict[str, tuple[Callable[[], Any], Callable[[str], hlo.Traffic]]]
-"""By name, a function that lowers a program, and one that counts what its text moves."""
+CountTraffic = Callable[[str], hlo.Traffic]
+"""A function from a compiled program's text to its traffic."""
+
+Programs = dict[str, tuple[Callable[[], Any], CountTraffic]]
+"""For each program's name: a function that lowers the program, and one that counts its traffic."""
 
 
 def compile_all(
-    shape: ModelShape, programs: Callable[[ModelShape], Programs], where: Slice, quick: bool
+    shape: ModelShape, programs: Callable[[ModelShape], Programs], tpu_slice: Slice, quick: bool
 ) -> dict[str, ProgramCounts]:
-    """The counts of each program, compiled; with `quick`, extrapolated from one layer and two."""
-    layers = shape.config.num_layers
-    if not quick or layers < 3:
-        return {name: _once(where, *each) for name, each in programs(shape).items()}
+    """Compile programs for a slice, and count what each takes.
+
+    Arguments:
+        programs: makes the programs for a model of these shapes.
+        quick: compile one and two layers and extrapolate linearly.
+    """
+    num_layers = shape.config.num_layers
+    if not quick or num_layers < 3:
+        return {name: _cached_counts(tpu_slice, lower, count) for name, (lower, count) in programs(shape).items()}
     one, two = (
-        compile_all(model_shape(replace(shape.config, num_layers=n), shape.mesh, shape.dtype), programs, where, False)
+        compile_all(
+            model_shape(replace(shape.config, num_layers=n), shape.mesh, shape.dtype), programs, tpu_slice, quick=False
+        )
         for n in (1, 2)
     )
-    return {name: _extrapolated(one[name], two[name], layers) for name in one}
+    return {name: _extrapolate(one[name], two[name], num_layers) for name in one}
 
 
-def _extrapolated(one: ProgramCounts, two: ProgramCounts, layers: int) -> ProgramCounts:
-    failed = next((counts for counts in (one, two) if counts.missing is not None), None)
-    if failed is not None:
-        return failed
-    unusable = min(one.compiler_seconds, two.compiler_seconds) <= 0
-    # One layer's cache may stay on the chip; of all layers no more can than of two.
-    kept = two.kept
-    one, two = (each._replace(memory_bytes=each.memory_bytes + each.kept) for each in (one, two))
-    found = ProgramCounts(*(max(b, a + (layers - 1) * (b - a)) for a, b in zip(one[:-1], two[:-1], strict=True)))
-    found = found._replace(memory_bytes=found.memory_bytes - kept, kept=kept)
-    return found._replace(compiler_seconds=0.0) if unusable else found
+def _extrapolate(one: ProgramCounts, two: ProgramCounts, num_layers: int) -> ProgramCounts:
+    """The counts for `num_layers` layers, from those for one and two."""
+    for counts in (one, two):
+        if counts.missing_bytes is not None:
+            return counts
+    is_unusable = min(one.compiler_seconds, two.compiler_seconds) <= 0
+    # The chip holds no more of all layers' caches than of two layers'. HBM traffic is therefore extrapolated as if
+    # nothing stayed on the chip, and what two layers keep there is subtracted once.
+    on_chip_bytes = two.on_chip_bytes
+    one, two = (counts._replace(hbm_bytes=counts.hbm_bytes + counts.on_chip_bytes) for counts in (one, two))
+    total = ProgramCounts(*(max(b, a + (num_layers - 1) * (b - a)) for a, b in zip(one[:-1], two[:-1], strict=True)))
+    total = total._replace(hbm_bytes=total.hbm_bytes - on_chip_bytes, on_chip_bytes=on_chip_bytes)
+    return total._replace(compiler_seconds=0.0) if is_unusable else total
 
 
-def _once(where: Slice, lower: Callable[[], Any], traffic: Callable[[str], hlo.Traffic]) -> ProgramCounts:
+def _cached_counts(tpu_slice: Slice, lower: Callable[[], Any], count_traffic: CountTraffic) -> ProgramCounts:
     lowered = lower()
-    key = (traffic.__name__, lowered.as_text())
-    if key not in where.known:
-        where.known[key] = _compiled(lowered, traffic)
-    return where.known[key]
+    key = (count_traffic.__name__, lowered.as_text())
+    if key not in tpu_slice.counts:
+        tpu_slice.counts[key] = compile_program(lowered, count_traffic)
+    return tpu_slice.counts[key]
 
 
-def _compiled(lowered: Any, traffic: Callable[[str], hlo.Traffic]) -> ProgramCounts:
+def compile_program(lowered: Any, count_traffic: CountTraffic) -> ProgramCounts:
+    """Compile a lowered program, and count what it takes."""
     try:
         with without_compilation_cache():
-            compiled = lowered.compile(compiler_options=READABLE)
+            compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
     except jax.errors.JaxRuntimeError as error:
-        # It says how much it would take, and then how much there is.
+        # The message gives the memory that the program needs, and then the memory that there is.
         sizes = [float(size) * UNITS[unit] for size, unit in re.findall(r"\b([\d.]+)([MGT])\b", str(error))[:2]]
         if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower() or len(sizes) < 2:
             raise
-        return ProgramCounts(missing=sizes[0] - sizes[1])
-    memory, cost, moved = compiled.memory_analysis(), compiled.cost_analysis(), traffic(compiled.as_text())
+        return ProgramCounts(missing_bytes=sizes[0] - sizes[1])
+    memory, cost, traffic = compiled.memory_analysis(), compiled.cost_analysis(), count_traffic(compiled.as_text())
     return ProgramCounts(
-        arguments=memory.argument_size_in_bytes,
-        results=max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
-        temporaries=memory.temp_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        result_bytes=max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
+        temporary_bytes=memory.temp_size_in_bytes,
         flops=cost["flops"],
-        memory_bytes=moved.memory,
-        sent_bytes=moved.between,
-        collectives=moved.collectives,
-        kept=moved.kept,
+        hbm_bytes=traffic.hbm_bytes,
+        sent_bytes=traffic.sent_bytes,
+        collectives=traffic.collectives,
+        on_chip_bytes=traffic.on_chip_bytes,
         compiler_seconds=cost.get("optimal_seconds", 0.0),
     )
 
 
-def program_cost(counts: ProgramCounts, chip: Chip, beside: int) -> ProgramCost:
-    """A program on a chip; `beside` are bytes that stay in memory while it runs."""
-    if counts.missing is not None:
-        return ProgramCost(missing=beside + counts.missing)
-    used = counts.arguments + counts.temporaries + counts.results + beside
-    seconds = max(counts.flops / chip.flops, counts.memory_bytes / chip.bandwidth)
+def program_cost(counts: ProgramCounts, chip: Chip, resident_bytes: int) -> ProgramCost:
+    """The cost of a program on a chip, by the roofline model.
+
+    Arguments:
+        resident_bytes: bytes of HBM that stay in use while the program runs and are not among its arguments.
+    """
+    if counts.missing_bytes is not None:
+        return ProgramCost(missing_bytes=resident_bytes + counts.missing_bytes)
+    used_bytes = counts.argument_bytes + counts.temporary_bytes + counts.result_bytes + resident_bytes
+    seconds = max(counts.flops / chip.flops, counts.hbm_bytes / chip.bandwidth)
     return ProgramCost(
-        arguments=round(counts.arguments),
-        temporaries=round(counts.temporaries),
+        argument_bytes=round(counts.argument_bytes),
+        temporary_bytes=round(counts.temporary_bytes),
         flops=counts.flops,
-        memory_bytes=counts.memory_bytes,
+        hbm_bytes=counts.hbm_bytes,
         sent_bytes=counts.sent_bytes,
         collectives=round(counts.collectives),
         compiler_seconds=counts.compiler_seconds if counts.compiler_seconds > 0 else None,
-        seconds=seconds + counts.sent_bytes / chip.links + counts.collectives * LATENCY,
-        used=float(used),
-        missing=used - chip.memory if used > chip.memory else None,
+        seconds=seconds + counts.sent_bytes / chip.link_bandwidth + counts.collectives * COLLECTIVE_LATENCY,
+        used_bytes=float(used_bytes),
+        missing_bytes=used_bytes - chip.memory if used_bytes > chip.memory else None,
     )

@@ -62,7 +62,7 @@ class Forecast:
     @property
     def missing(self) -> float:
         """Bytes that the largest program exceeds a chip's memory by; 0 if all programs fit."""
-        return max(program.missing or 0.0 for program in self.programs.values())
+        return max(program.missing_bytes or 0.0 for program in self.programs.values())
 
 
 def make_workload(
@@ -168,8 +168,8 @@ def _forecast(
         bytes_read -= sum(bytes_per_chip(named_leaves(tree)["model.embed_tokens.weight"]) for tree in trees_read)
     counts = compile_all(shape, lambda shape: _programs(shape, workload, plan), tpu_slice, quick)
     if quick:  # one or two layers may stay on the chip in part, which all layers cannot
-        memory_bytes = max(counts["decode"].memory_bytes, bytes_read - counts["decode"].kept)
-        counts["decode"] = counts["decode"]._replace(memory_bytes=memory_bytes)
+        hbm_bytes = max(counts["decode"].hbm_bytes, bytes_read - counts["decode"].on_chip_bytes)
+        counts["decode"] = counts["decode"]._replace(hbm_bytes=hbm_bytes)
     programs = {
         name: program_cost(count, chip, _resident_bytes(shape, workload, plan, name, cache))
         for name, count in counts.items()
@@ -186,7 +186,7 @@ def _forecast(
         mesh=str(mesh_shape_of(shape.mesh)),
         plan=plan,
         programs=programs,
-        fits=all(program.missing is None for program in programs.values()),
+        fits=all(program.missing_bytes is None for program in programs.values()),
         most_rows=_most_rows(plan, programs, chip, cache),
         decode_limit=decode_limit,
         decode_share=decode_limit / decode.seconds,
@@ -282,10 +282,10 @@ def _programs(shape: ModelShape, workload: Workload, plan: Plan) -> Programs:
 
 def _most_rows(plan: Plan, programs: dict[str, ProgramCost], chip: Chip, cache: int) -> int:
     """The number of rows that would fill a chip's memory, if each takes as much as a row does now."""
-    used = [program.used for program in programs.values() if program.used is not None]
+    used = [program.used_bytes for program in programs.values() if program.used_bytes is not None]
     if len(used) < len(programs):
         return 0
     batch = plan.layout.batch
     caches = cache + cache * plan.layout.compact_slots // batch
-    per_row = (caches + max(programs[name].temporaries for name in ("insert", "decode"))) / batch
+    per_row = (caches + max(programs[name].temporary_bytes for name in ("insert", "decode"))) / batch
     return max(0, int(batch + (chip.memory - max(used)) / per_row))

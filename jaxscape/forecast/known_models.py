@@ -1,4 +1,4 @@
-"""The shapes of models that runs are often planned for, and of any configuration: what a plan needs."""
+"""The configurations of well-known models by name, and of any other model from its config.json, for forecasts."""
 
 from pathlib import Path
 
@@ -41,24 +41,29 @@ SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "olmo-2-7b": ("olmo2", (100352, 4096, 11008, 32, 32, 32, 128)),
     "smollm2-135m": ("llama", (49152, 576, 1536, 30, 9, 3, 64)),
 }
-"""By name: family; vocabulary, width, width of the feed-forward layer, layers, query and key-value heads, size of a
-head."""
+"""For each model: its family in transformers, and the values of `_FIELDS`."""
+
 TIED = (
     *("llama-3.2-1b", "llama-3.2-3b", "gemma-2-9b", "gemma-2-27b", "gemma-3-4b", "gemma-3-27b", "phi-4-mini"),
     *("smollm3-3b", "smollm2-135m"),
 )
+"""Models whose output head is their embedding."""
 
 
 def shape_config(source: str) -> ModelConfig:
-    """The shapes of a model known by name, or of a `config.json`, a file or in a directory.
+    """The configuration of a model, without its weights.
+
+    Arguments:
+        source: a name in `SHAPES`, a `config.json`, or a directory that has one.
 
     Raises:
-        UserError: there is no such model, or `jaxscape.models.huggingface.load_config` does.
+        UserError: there is no such model, or its `config.json` cannot be read, see
+            `jaxscape.models.huggingface.load_config`.
     """
     if source in SHAPES:
         family, sizes = SHAPES[source]
         fields = dict(zip(_FIELDS, sizes, strict=True))
-        # The context's length changes no shape.
+        # The context's length changes no shape, and must not limit the plan.
         config = AutoConfig.for_model(
             family, **fields, tie_word_embeddings=source in TIED, max_position_embeddings=2**20
         )
@@ -66,8 +71,7 @@ def shape_config(source: str) -> ModelConfig:
     path = Path(source)
     if not path.exists():
         raise UserError(
-            f"There is no model {source!r} to plan for: give a name ({', '.join(SHAPES)}), a config.json, or a "
-            f"directory that has one."
+            f"Unknown model {source!r}: give a name ({', '.join(SHAPES)}), a config.json, or a directory that has one."
         )
     _, config = load_config(path / "config.json" if path.is_dir() else path)
     return config

@@ -1,4 +1,4 @@
-"""What a run would take on TPUs that are not here: its programs, compiled by the TPU compiler from shapes alone."""
+"""Forecasts as JSON, and as a table for the terminal."""
 
 import io
 import math
@@ -13,83 +13,102 @@ from rich.table import Table
 from jaxscape.forecast.compile import ProgramCost
 from jaxscape.forecast.forecast import Forecast
 
+JSON_KEYS = {
+    "argument_bytes": "arguments",
+    "temporary_bytes": "temporaries",
+    "hbm_bytes": "memory_bytes",
+    "used_bytes": "used",
+    "missing_bytes": "missing",
+}
+"""Fields of `ProgramCost` whose keys in JSON have other names, which earlier versions wrote."""
 
-def as_json(found: Sequence[Forecast | ProgramCost]) -> list[dict[str, Any]]:
-    """For programs; what is not finite is None."""
-    return [_finite(asdict(each)) for each in found]
+COLUMNS = ("form", "program", "arguments GB", "temporaries GB", "TFLOP", "HBM GB", "sent MB", "ms", "compiler ms")
 
 
-def describe(found: Sequence[Forecast], step: ProgramCost | None, title: str) -> str:
-    """For people: a table of the programs of each form, and what it comes to, the better form first.
+def as_json(results: Sequence[Forecast | ProgramCost]) -> list[dict[str, Any]]:
+    """A dictionary that JSON can hold for each forecast or program; numbers that are not finite become None."""
+    return [_to_json(asdict(result)) for result in results]
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {JSON_KEYS.get(key, key): _to_json(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def describe(forecasts: Sequence[Forecast], step: ProgramCost | None, title: str) -> str:
+    """A table of the programs of each form, and a sentence for each form.
 
     Arguments:
-        step: a finetuning's, if there is one.
+        forecasts: the best form first, as `jaxscape.forecast.forecast.forecast` returns them.
+        step: a step of finetuning, if one was forecast.
     """
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    heads = ("form", "program", "arguments GB", "temporaries GB", "TFLOP", "moved GB", "sent MB", "ms", "compiler ms")
-    for head in heads:
-        table.add_column(head, justify="left" if head in ("form", "program") else "right")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("form", "program") else "right")
     lines = []
-    for number, each in enumerate(found):
-        best = " *" if number == 0 and each.fits else ""
-        for name, program in each.programs.items():
-            table.add_row(each.form + best, name, *_cells(program))
-        lines.append(_verdict(each))
+    for number, forecast in enumerate(forecasts):
+        best = " *" if number == 0 and forecast.fits else ""
+        for name, program in forecast.programs.items():
+            table.add_row(forecast.form + best, name, *_cells(program))
+        lines.append(_summary(forecast))
     if step is not None:
         table.add_row("finetune --remat", "step", *_cells(step))
-        if step.missing is not None:
-            lines.append(f"finetune: does not fit, {_by(step)}")
+        if step.missing_bytes is not None:
+            lines.append(f"finetune: does not fit, {_shortfall(step)}")
     text = io.StringIO()
     Console(file=text, width=120).print(table)
-    note = (
-        "GB and ms are a chip's, and of one pass: decode is a step of all rows.\nms is the roofline of what the "
-        "compiled program computes, moves and sends."
-    )
-    if any(p.compiler_seconds is None and p.missing is None for each in found for p in each.programs.values()):
-        note += "\nThe compiler's own estimate is left out where it is negative."
-    return f"{text.getvalue().rstrip()}\n\n" + "\n".join([*lines, note])
+    lines += [
+        "GB, MB, TFLOP and ms are those of one chip and one pass; a pass of decode is one step of all rows.",
+        "ms is the roofline estimate from the compiled program's FLOPs, HBM traffic and inter-chip traffic.",
+    ]
+    programs = [program for forecast in forecasts for program in forecast.programs.values()]
+    if any(program.compiler_seconds is None and program.missing_bytes is None for program in programs):
+        lines.append("The compiler's own estimate is left out where it is negative.")
+    return f"{text.getvalue().rstrip()}\n\n" + "\n".join(lines)
 
 
 def _cells(program: ProgramCost) -> list[str]:
-    if program.missing is not None and not program.arguments:
-        return ["does not fit", *[""] * 6]
+    """A program's cells of the table, from the third column on."""
+    if _was_refused(program):
+        return ["does not fit", *[""] * (len(COLUMNS) - 3)]
     return [
-        f"{program.arguments / 1e9:.2f}",
-        f"{program.temporaries / 1e9:.2f}",
+        f"{program.argument_bytes / 1e9:.2f}",
+        f"{program.temporary_bytes / 1e9:.2f}",
         f"{program.flops / 1e12:.2f}",
-        f"{program.memory_bytes / 1e9:.2f}",
+        f"{program.hbm_bytes / 1e9:.2f}",
         f"{program.sent_bytes / 1e6:.1f}",
         f"{1e3 * program.seconds:.2f}",
         "unusable" if program.compiler_seconds is None else f"{1e3 * program.compiler_seconds:.2f}",
     ]
 
 
-def _verdict(found: Forecast) -> str:
-    plan = found.plan
-    if not found.fits:
-        largest = max(found.programs.values(), key=lambda program: program.missing or 0.0)
+def _summary(forecast: Forecast) -> str:
+    if not forecast.fits:
+        largest = max(forecast.programs.values(), key=lambda program: program.missing_bytes or 0.0)
         return (
-            f"{found.form}: does not fit, {_by(largest)}; a scan may still run with --form streamed, at the speed of "
-            f"its host"
+            f"{forecast.form}: does not fit, {_shortfall(largest)}; a scan may still run with --form streamed, at the "
+            f"speed of its host"
         )
-    layout = plan.layout
+    layout = forecast.plan.layout
     rows = f"{layout.batch} rows"
     if layout.points_in_flight > 1:
         rows = f"{layout.points_in_flight} points x {layout.rows_per_point} rows"
-    given = "" if found.slots is None else f" with --slots {found.slots}"
+    option = "" if forecast.slots is None else f" with --slots {forecast.slots}"
     return (
-        f"{found.form}: {rows} at a time{given} (at most {found.most_rows}), {found.point_seconds:.2f} s a point, "
-        f"{found.landscape_seconds:.0f} s in all; decoding is at {100 * found.decode_share:.0f} % of its roofline"
+        f"{forecast.form}: {rows} at a time{option} (at most {forecast.most_rows}), {forecast.point_seconds:.2f} s a "
+        f"point, {forecast.landscape_seconds:.0f} s in all; decoding is at {100 * forecast.decode_share:.0f} % of its "
+        f"roofline"
     )
 
 
-def _by(program: ProgramCost) -> str:
-    """By how much a program does not fit; at least, of one that the compiler refused, perhaps with few layers."""
-    least = "" if program.arguments else "at least "
-    return f"by {least}{(program.missing or 0.0) / 1e9:.2f} GB a chip"
+def _shortfall(program: ProgramCost) -> str:
+    """By how much a program does not fit."""
+    # The compiler may have refused a program of one or two layers, of which all layers would be larger.
+    least = "at least " if _was_refused(program) else ""
+    return f"by {least}{(program.missing_bytes or 0.0) / 1e9:.2f} GB a chip"
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _was_refused(program: ProgramCost) -> bool:
+    """Whether the compiler refused the program, so that only `missing_bytes` is known."""
+    return program.missing_bytes is not None and program.used_bytes is None

@@ -1,4 +1,4 @@
-"""Programs compiled by the real TPU compiler, and what is counted in them."""
+"""Forecasts with the real TPU compiler: counts of compiled programs, plans for both forms, and `jaxscape plan`."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from jaxscape.engine.planner import Hardware, make_plan
 from jaxscape.finetuning.forecast import finetune_step
 from jaxscape.forecast import hlo
 from jaxscape.forecast.chips import CHIPS, Slice, open_slice, shape_on
-from jaxscape.forecast.compile import _compiled, program_cost
+from jaxscape.forecast.compile import compile_program, program_cost
 from jaxscape.forecast.forecast import _cache_bytes, _resident_bytes, forecast, make_workload
 from jaxscape.forecast.known_models import SHAPES, shape_config
 from jaxscape.forecast.table import as_json, describe
@@ -39,7 +39,7 @@ def eight() -> Slice:
 
 @pytest.fixture(scope="module")
 def one_layer() -> ModelConfig:
-    """Llama-2-7B's shapes, with one of its layers."""
+    """Llama-2-7B with one layer."""
     return replace(shape_config("llama-2-7b"), num_layers=1)
 
 
@@ -49,8 +49,8 @@ def small_config() -> ModelConfig:
 
 
 @pytest.mark.parametrize("topology", ["v6e:4x4", "v5p:4x4x4", "v5e:8x8"])
-def test_a_mesh_of_any_shape_is_laid_out_on_a_slice(topology: str) -> None:
-    """Also one whose axes are parts of the slice's own."""
+def test_meshes_of_all_shapes_fit_a_slice(topology: str) -> None:
+    """A mesh axis may also be part of a physical axis of the slice."""
     devices = open_slice(topology).devices
     for model in (1, 2, 4, 8, 16):
         assert make_mesh(MeshShape(len(devices) // model, model), 8, devices).size == len(devices)
@@ -65,22 +65,23 @@ def test_a_mesh_of_any_shape_is_laid_out_on_a_slice(topology: str) -> None:
         ({"slots": 0}, "slots must be at least 1"),
     ],
 )
-def test_plans_that_cannot_be_made_are_a_sentence(eight: Slice, options: dict[str, Any], message: str) -> None:
+def test_options_that_cannot_be_planned_raise_user_errors(eight: Slice, options: dict[str, Any], message: str) -> None:
     with pytest.raises(js.UserError, match=message):
         forecast(small_config(), make_workload(8, 30, 20, 32, (5,)), eight, options=EngineOptions(**options))
 
 
-def test_steps_that_cannot_be_are_a_sentence(eight: Slice) -> None:
+def test_impossible_finetuning_batches_raise_user_errors(eight: Slice) -> None:
     for batch, mesh_shape, message in (
-        (0, MeshShape(1, 8), "is none"),
+        (0, MeshShape(1, 8), "A batch of 0 chats of 8 tokens cannot be planned"),
         (3, MeshShape(2, 4), "not a multiple of the 2 devices"),
     ):
         with pytest.raises(js.UserError, match=message):
             finetune_step(small_config(), eight, batch_size=batch, length=8, remat=False, mesh_shape=mesh_shape)
 
 
-def test_directions_take_what_their_storage_takes(eight: Slice) -> None:
-    """Beside a line of a plane: the model and the first direction; the second one while that line's start is made."""
+def test_resident_bytes_of_directions_depend_on_their_storage(eight: Slice) -> None:
+    """While a line of a 2D grid decodes, the original weights and the first direction stay in memory; while the line's
+    parameters are formed, the second direction does."""
     shape = shape_on(small_config(), eight, MeshShape(2, 4), "bfloat16")
     work, machine = make_workload(8, 30, 20, 32, (3, 3)), Hardware(Roofline(1e14, 1e12), None, is_host=False)
     weights = sum(2 * leaf.size for leaf in jax.tree.leaves(parameter_shapes(small_config()))) / 4
@@ -93,8 +94,8 @@ def test_directions_take_what_their_storage_takes(eight: Slice) -> None:
         assert beside["materialise"] - rings == pytest.approx(part * weights, abs=0.05 * weights)
 
 
-def test_a_forecast_of_both_forms(eight: Slice, one_layer: ModelConfig) -> None:
-    """At the shapes of a 7B model: nothing of the cache is copied in a step, and memory is read about once."""
+def test_both_forms_are_forecast(eight: Slice, one_layer: ModelConfig) -> None:
+    """For the shapes of a 7B model, a decode step copies no cache and reads memory about once."""
     work = make_workload(80, 32, 26, 512, (21,))
     found = forecast(one_layer, work, eight, num_sets=3, mesh_shape=MeshShape(2, 4), options=EngineOptions(slots=128))
     assert {each.form for each in found} == {"materialised", "factorised"}
@@ -102,7 +103,7 @@ def test_a_forecast_of_both_forms(eight: Slice, one_layer: ModelConfig) -> None:
     for each in found:
         assert each.fits
         decode = each.programs["decode"]
-        assert decode.temporaries < 0.1 * decode.arguments
+        assert decode.temporary_bytes < 0.1 * decode.argument_bytes
         assert 0.6 < each.decode_share <= 1.02
         assert decode.collectives > 2 * one_layer.num_layers
         assert each.most_rows >= each.plan.layout.batch
@@ -113,28 +114,28 @@ def test_a_forecast_of_both_forms(eight: Slice, one_layer: ModelConfig) -> None:
     assert json.loads(json.dumps(as_json(found)))[0]["programs"]["insert"]["flops"] > 0
 
 
-def test_what_does_not_fit_says_by_how_much(eight: Slice) -> None:
+def test_a_plan_that_does_not_fit_says_by_how_much(eight: Slice) -> None:
     one = replace(eight, devices=eight.devices[:1], chip=replace(eight.chip, memory=2.0**26))
     config = replace(small_config(), num_layers=8)
     options = EngineOptions(form="materialised", direction_storage="exact")
     (found,) = forecast(config, make_workload(8, 30, 20, 32, (5,)), one, mesh_shape=MeshShape(), options=options)
     assert not found.fits
     weights = sum(2 * leaf.size for leaf in jax.tree.leaves(parameter_shapes(config)))
-    missing = found.programs["materialise"].missing
-    assert missing == pytest.approx(3 * weights - 2**26, rel=0.15)  # the model, a direction, a point, and some cache
+    missing = found.programs["materialise"].missing_bytes
+    assert missing == pytest.approx(3 * weights - 2**26, rel=0.15)  # θ₀, a direction, θ(c), and a small cache
     assert "does not fit, by" in describe([found], None, "title")
     (found_json,) = as_json([found])
     assert found_json["fits"] is False
 
 
-def test_fewer_rows_are_tried_where_the_planner_was_too_bold(eight: Slice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_rows_are_tried_when_the_planned_rows_do_not_fit(eight: Slice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxscape.engine.planner.MAX_MEMORY_FRACTION", 2.0)
     config = replace(small_config(), num_layers=2)
     options, work = EngineOptions(form="materialised"), make_workload(40, 30, 20, 32, (5,))
     one = replace(eight, devices=eight.devices[:1])
     (whole,) = forecast(config, work, one, mesh_shape=MeshShape(), options=options)
     assert whole.plan.layout.batch == 40
-    used = max(program.used or 0 for program in whole.programs.values())
+    used = max(program.used_bytes or 0 for program in whole.programs.values())
     chip = replace(eight.chip, memory=used - 20 * whole.plan.cache_bytes / 40)
     (found,) = forecast(config, work, replace(one, chip=chip), mesh_shape=MeshShape(), options=options)
     assert found.fits
@@ -142,35 +143,36 @@ def test_fewer_rows_are_tried_where_the_planner_was_too_bold(eight: Slice, monke
     assert f"with --slots {found.slots} (" in describe([found], None, "title")
 
 
-def test_the_compiler_says_how_much_too_large_a_program_is(eight: Slice) -> None:
+def test_the_size_of_a_refused_program_is_read_from_the_compiler_error(eight: Slice) -> None:
     x = jax.ShapeDtypeStruct((16, 2**30), jnp.bfloat16, sharding=SingleDeviceSharding(eight.devices[0]))
-    counts = _compiled(jax.jit(lambda x: x + 1).lower(x), hlo.program_traffic)
-    assert counts.missing == pytest.approx(64 * 2**30 - eight.chip.memory, rel=0.01)
+    counts = compile_program(jax.jit(lambda x: x + 1).lower(x), hlo.program_traffic)
+    assert counts.missing_bytes == pytest.approx(64 * 2**30 - eight.chip.memory, rel=0.01)
     refused = program_cost(counts, eight.chip, 2**30)
-    assert refused.missing == counts.missing + 2**30
+    assert refused.missing_bytes == counts.missing_bytes + 2**30
     assert "finetune: does not fit, by at least 52." in describe([], refused, "title")
 
 
 def test_a_finetuning_step(eight: Slice) -> None:
-    """Of three layers, compiled, and extrapolated from two."""
+    """A step of three layers costs the same compiled as extrapolated from one and two layers."""
     config = replace(small_config(), num_layers=3)
     whole, quick = (
         finetune_step(config, eight, batch_size=8, length=128, remat=True, mesh_shape=MeshShape(2, 4), quick=quick)
         for quick in (False, True)
     )
     numbers = 3 * 512 * (4 * 512 + 3 * 1024) + 2 * 1024 * 512
-    assert whole.arguments == pytest.approx(12 * numbers / 4, rel=0.01)  # weights and two moments in float32
-    assert quick.arguments == pytest.approx(whole.arguments, rel=0.01)
+    assert whole.argument_bytes == pytest.approx(12 * numbers / 4, rel=0.01)  # float32 weights and two moments
+    assert quick.argument_bytes == pytest.approx(whole.argument_bytes, rel=0.01)
     assert quick.flops == pytest.approx(whole.flops, rel=0.1)
-    assert quick.memory_bytes == pytest.approx(whole.memory_bytes, rel=0.2)
-    assert whole.used == pytest.approx(whole.arguments + whole.temporaries + 2 * numbers / 4, rel=0.01)
-    assert whole.missing is None
+    assert quick.hbm_bytes == pytest.approx(whole.hbm_bytes, rel=0.2)
+    resident = 2 * numbers / 4  # the starting model in bfloat16
+    assert whole.used_bytes == pytest.approx(whole.argument_bytes + whole.temporary_bytes + resident, rel=0.01)
+    assert whole.missing_bytes is None
 
 
 @pytest.mark.parametrize("mesh_shape", [MeshShape(1, 8), MeshShape(2, 4)])
 def test_bytes_are_counted_once(eight: Slice, mesh_shape: MeshShape) -> None:
-    """A loop that multiplies with one matrix reads its part once in each pass, and sends its part of the result to all
-    others that have one."""
+    """In each iteration of a loop that multiplies by a sharded matrix, a device reads its shard once and sends its part
+    of the result to all devices that share the matrix."""
     mesh = make_mesh(mesh_shape, 1, eight.devices)
     x_everywhere = sharding(mesh, (None, None), (8, 8192))
     x = jax.ShapeDtypeStruct((8, 8192), jnp.bfloat16, sharding=x_everywhere)
@@ -186,9 +188,9 @@ def test_bytes_are_counted_once(eight: Slice, mesh_shape: MeshShape) -> None:
     with without_compilation_cache():
         moved = hlo.loop_traffic(loop.lower(x, w, 5).compile().as_text())
     matrix = 8192 * 8192 * 2 / mesh_shape.model
-    assert matrix <= moved.memory < 1.1 * matrix
+    assert matrix <= moved.hbm_bytes < 1.1 * matrix
     assert moved.collectives == 1
-    assert moved.between == (1 - 1 / mesh_shape.model) * 8 * 8192 * 2
+    assert moved.sent_bytes == (1 - 1 / mesh_shape.model) * 8 * 8192 * 2
 
     @jax.jit
     def loop_with_state(x: jax.Array, state: jax.Array, steps: int) -> Any:
@@ -201,13 +203,13 @@ def test_bytes_are_counted_once(eight: Slice, mesh_shape: MeshShape) -> None:
     x, state = (jax.ShapeDtypeStruct((n, 4096), jnp.bfloat16, sharding=replicated(mesh)) for n in (8, 4096))
     with without_compilation_cache():
         moved = hlo.loop_traffic(loop_with_state.lower(x, state, 5).compile().as_text())
-    assert moved.memory < 1e6, "it stays on the chip"
-    assert 2 * 4096**2 <= moved.kept < 1.1 * 2 * 4096**2
-    with pytest.raises(ValueError, match="empty"), without_compilation_cache():
+    assert moved.hbm_bytes < 1e6, "the loop-carried buffer stays on the chip"
+    assert 2 * 4096**2 <= moved.on_chip_bytes < 1.1 * 2 * 4096**2
+    with pytest.raises(ValueError, match="no loop"), without_compilation_cache():
         hlo.loop_traffic(jax.jit(jnp.tanh).lower(x).compile().as_text())
 
 
-def test_shapes_are_those_of_the_models(tiny_dir: Path, tiny: js.Model, tmp_path: Path) -> None:
+def test_known_models_have_the_right_number_of_parameters(tiny_dir: Path, tiny: js.Model, tmp_path: Path) -> None:
     billions = {"llama-2-7b": 6.74, "llama-3-8b": 8.03, "mistral-7b": 7.24, "qwen2.5-7b": 7.6, "qwen3-8b": 8.19}
     billions |= {"llama-3.2-1b": 1.24, "gemma-2-27b": 27.2, "phi-4": 14.7, "smollm3-3b": 3.08, "olmo-2-7b": 7.30}
     for name, expected in billions.items():
@@ -218,7 +220,7 @@ def test_shapes_are_those_of_the_models(tiny_dir: Path, tiny: js.Model, tmp_path
     assert parameter_shapes(found) == parameter_shapes(tiny.config)
     (tmp_path / "config.json").write_text("{}")
     for source, message in {
-        "nothing": "There is no model 'nothing' to plan for",
+        "nothing": "Unknown model 'nothing': give a name",
         str(tmp_path): "architecture is None",
     }.items():
         with pytest.raises(js.UserError, match=message):
@@ -226,17 +228,17 @@ def test_shapes_are_those_of_the_models(tiny_dir: Path, tiny: js.Model, tmp_path
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2x", "v5e:3x7x9"])
-def test_a_topology_that_is_none_is_a_sentence(name: str) -> None:
+def test_an_unknown_topology_raises_a_user_error(name: str) -> None:
     with pytest.raises(js.UserError, match="topology"):
         open_slice(name)
 
 
-def test_work_that_is_none_is_a_sentence() -> None:
-    with pytest.raises(js.UserError, match="cannot share 20 of them: --shared-tokens must be at least 0 and less"):
+def test_a_prompt_with_no_tokens_of_its_own_raises_a_user_error() -> None:
+    with pytest.raises(js.UserError, match="A prompt of 20 tokens cannot share 20 of them"):
         make_workload(8, 20, 20, 8, (5,))
 
 
-def test_a_batch_that_the_mesh_does_not_divide_is_said_before_anything_is_compiled(
+def test_a_batch_that_the_mesh_does_not_divide_is_an_error_before_compilation(
     tiny_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["plan", "--model", str(tiny_dir), "--mesh", "points=2,model=4", "--finetune", "3", "32"]
@@ -245,7 +247,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_said_before_anything_is_compil
     assert "batch size 3 is not a multiple of the 2 devices" in capsys.readouterr().err
 
 
-def test_the_command_line_plans(tiny_dir: Path) -> None:
+def test_jaxscape_plan_writes_json(tiny_dir: Path) -> None:
     command = [sys.executable, "-m", "jaxscape", "plan", "--model", str(tiny_dir), "--topology", "v5e:2x2", "--json"]
     command += ["--points", "5", "5", "--prompts", "4", "--max-new-tokens", "16", "--finetune", "8", "32"]
     found = subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, check=True)

@@ -81,7 +81,7 @@ def _sum(params: Any, rows: Batch, config: Any, settings: Settings) -> jax.Array
 def test_a_tpu_moves_fewer_bytes_with_it() -> None:
     pytest.importorskip("libtpu")
     from jaxscape.forecast.chips import open_slice
-    from jaxscape.forecast.compile import _compiled
+    from jaxscape.forecast.compile import compile_program
 
     where = jax.sharding.SingleDeviceSharding(open_slice("v5e:2x2").devices[0])
     q, k = (
@@ -93,6 +93,6 @@ def test_a_tpu_moves_fewer_bytes_with_it() -> None:
             return attend(*x, jnp.ones((4, 512), bool)).astype(jnp.float32).sum()
 
         lowered = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, k)
-        return _compiled(lowered, hlo.program_traffic).memory_bytes
+        return compile_program(lowered, hlo.program_traffic).hbm_bytes
 
     assert bytes_of(kernels.attention) < 0.3 * bytes_of(kernels._defined)
