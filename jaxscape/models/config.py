@@ -1,4 +1,4 @@
-"""What the decoder needs to know about a model: its shape, and the options in which families differ."""
+"""The configuration of the decoder: the sizes of a model, and the options in which model families differ."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,11 +10,11 @@ from jaxscape.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What a layer's attention does with positions.
+    """How a layer's attention depends on positions.
 
     Attributes:
-        rope: None if it does not see them.
-        window: the number of tokens, its own included, that a token attends to; None for all.
+        rope: the layer's RoPE; None if it has no position embedding.
+        window: the number of tokens, itself included, that a token attends to; None for no limit.
     """
 
     rope: Rope | None
@@ -22,7 +22,7 @@ class LayerKind:
 
 
 Norms = tuple[str | None, str | None, str | None, str | None]
-"""The names of a layer's norms before attention, after it, before the feed-forward layer, and after it."""
+"""The names of a layer's norms: before attention, after it, before the feed-forward layer, after it; None: no norm."""
 NORMS_BEFORE: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
 NORMS_AFTER: Norms = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 NORMS_AROUND: Norms = (
@@ -35,17 +35,21 @@ NORMS_AROUND: Norms = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape and the options of a decoder: hashable, so that it can be a static argument of `jax.jit`.
+    """The sizes and options of a decoder. It is hashable, so that it can be a static argument of `jax.jit`.
 
     Attributes:
-        layers: the kinds of the layers, which take turns.
-        is_fused: queries, keys and values are made by one matrix, and gate and up by one.
-        qk_norm: queries and keys are normalised, each head by itself or all heads together.
-        norm_offset: what is added to the weights of norms.
-        norm_in_float32: norms are scaled by their weights before they are rounded, and not after.
-        attention_scale: of the products of queries and keys; None for `head_dim ** -0.5`.
-        attention_softcap, logit_softcap: the largest absolute value of scores and of logits, which they approach as
-            a hyperbolic tangent does.
+        max_positions: tokens of the model's context.
+        layers: the kinds of layers; layer i has the kind i modulo their number.
+        qkv_bias, o_bias, mlp_bias: the projections of queries, keys and values, the output projection, and the
+            feed-forward layer have biases.
+        is_fused: one matrix projects to queries, keys and values, and one to gate and up.
+        qk_norm: queries and keys are normalised, each head by itself ("head") or all heads together ("heads").
+        norm_offset: a number that is added to the weights of norms.
+        norm_in_float32: norms multiply by their weights in float32, before rounding to the activations' dtype.
+        embedding_scale: factor of the token embeddings.
+        attention_scale: factor of the products of queries and keys; None for `head_dim ** -0.5`.
+        attention_softcap, logit_softcap: the cap c of attention scores and of logits, which become c × tanh(x / c);
+            None for no cap.
     """
 
     vocab_size: int
@@ -74,20 +78,30 @@ class ModelConfig:
     logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
-        wrong = [name for name in (*sizes, "head_dim") if not 1 <= getattr(self, name) < 2**31]
-        wrong += ["max_positions"] * (self.max_positions < 1)
-        if self.head_dim % 2:
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
+        wrong = [name for name in sizes if not 1 <= getattr(self, name) < 2**31]  # sizes must fit an int32
+        if self.max_positions < 1:
+            wrong.append("max_positions")
+        if self.head_dim % 2 and "head_dim" not in wrong:
             wrong.append("head_dim")
         if not 0 <= self.rms_norm_eps < math.inf:
             wrong.append("rms_norm_eps")
         wrong += [name for name in ("attention_softcap", "logit_softcap") if not (getattr(self, name) or 1) > 0]
-        if any(kind.window is not None and not 1 <= kind.window < 2**31 for kind in self.layers):
-            wrong.append("sliding_window")
+        problems = [f"{name}={getattr(self, name)}" for name in wrong]
+        windows = [kind.window for kind in self.layers if kind.window is not None]
+        problems += [f"sliding_window={window}" for window in sorted(set(windows)) if not 1 <= window < 2**31]
         if not self.layers:
-            wrong.append("layers")
-        if wrong:
-            raise UserError(f"The model's configuration has values that no model can have: {', '.join(wrong)}.")
+            problems.append("no layers")
+        if problems:
+            raise UserError(f"The model's configuration has values that no model can have: {', '.join(problems)}.")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"The model has {self.num_heads} query heads, which is not a multiple of its "
@@ -95,21 +109,24 @@ class ModelConfig:
             )
 
     def kind(self, layer: int) -> LayerKind:
+        """The kind of a layer, counted from 0."""
         return self.layers[layer % len(self.layers)]
 
     @property
     def score_scale(self) -> float:
+        """The factor of the products of queries and keys."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def for_length(self, longest: int) -> "ModelConfig":
-        """The configuration for texts of which the longest has so many tokens, all those that are to come included.
+        """The configuration for a run whose longest text has `longest` tokens, new tokens included.
 
-        LongRoPE has two sets of frequencies, and keys of one mean nothing to queries of the other.
+        LongRoPE has two sets of frequencies. A run uses one of them for all its texts, because keys that are rotated
+        with one set do not match queries that are rotated with the other.
         """
 
-        def chosen(rope: Rope | None) -> Rope | None:
+        def without_choice(rope: Rope | None) -> Rope | None:
             if rope is None or rope.long_frequencies is None:
                 return rope
             return Rope(rope.frequencies if longest <= rope.context else rope.long_frequencies, rope.scale)
 
-        return replace(self, layers=tuple(LayerKind(chosen(kind.rope), kind.window) for kind in self.layers))
+        return replace(self, layers=tuple(LayerKind(without_choice(kind.rope), kind.window) for kind in self.layers))

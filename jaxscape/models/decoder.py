@@ -1,9 +1,12 @@
-"""The decoder of all families: a configurable transformer in Flax, and its key-value cache.
+"""The decoder of all model families: one configurable transformer in Flax.
 
-Parameters have the names and layouts of a Hugging Face checkpoint: the tree's path, joined with dots, *is* the
-checkpoint's tensor name, and a linear layer's weight is [out, in]. Converting a checkpoint is therefore renaming
-nothing and transposing nothing. Beside each parameter, and where activations need it, stand the logical axes of its
-dimensions; `jaxscape.sharding` says over which devices they are split.
+Parameters have the names and layouts of a Hugging Face checkpoint: a parameter's path, joined with dots, is the
+checkpoint's tensor name, and the weight of a linear layer is [out, in]. So a checkpoint is loaded without renaming or
+transposing. Each parameter is declared with the logical axes of its dimensions; `jaxscape.runtime.sharding` maps them
+to axes of the mesh.
+
+Letters of einsum strings and shapes: b rows of the batch, t tokens, k key-value heads, g query heads of each key-value
+head, q queries of each key-value head (g × t, g first), s keys (cache slots or tokens), h features of a head.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,60 +20,52 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxscape.models import kernels
-from jaxscape.models.cache import CPU_ORDER, CacheOrder, Context, KVCache
+from jaxscape.models.cache import CPU_ORDER, CacheOrder, Context, KeysValues, KVCache
 from jaxscape.models.config import ModelConfig
-from jaxscape.models.rope import Rotation, rope, rotation
+from jaxscape.models.rope import Rotation, apply_rope, make_rotation
 from jaxscape.runtime.sharding import Axes, constrain
 
-# float32 means float32: accelerators would round products to fewer bits.
+# By default, accelerators round the float32 inputs of matrix products to fewer bits.
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @runtime_checkable
 class SummedWeight(Protocol):
-    """A weight that is not an array but, say, a sum of arrays."""
+    """A weight that is not one array, for example a sum of arrays."""
 
     def apply(self, use: Callable[[Array], Array]) -> Array: ...
 
 
 def apply_weight(weight: Array | SummedWeight, use: Callable[[Array], Array]) -> Array:
-    """`use(weight)`, for a `use` that is linear in the weight.
+    """`use(weight)`, for a function `use` that is linear in the weight.
 
-    The decoder touches its weights here and nowhere else, and only linearly (matrix products, look-ups, scales,
-    biases), so anything that can say what a linear function of it gives can stand in for an array.
+    The decoder uses its weights only through this function (matrix products, look-ups, scales, biases). So any object
+    that can compute a linear function of itself can replace an array: a perturbed weight or a LoRA weight, for example.
     """
     if isinstance(weight, jax.Array):
         return use(weight)
     return weight.apply(use)
 
 
-class LayerContext(NamedTuple):
-    """One layer's part of a `Context`, and what is the same for all layers."""
-
-    own: tuple[Array, Array] | None
-    slot: Int[Array, ""] | int
-    prefix: tuple[Array, Array] | None
-    visible: Bool[Array, "batch time slots"]
-    rotation: "Rotation | None"
-
-
-def _named(initializer: Any, axes: Axes) -> Any:
-    """The initializer of a parameter whose dimensions have these logical axes."""
+def _partitioned(initializer: Any, axes: Axes) -> Any:
+    """The initializer of a parameter whose dimensions have the logical axes `axes`."""
     return nn.with_partitioning(initializer, axes)
 
 
 class Linear(nn.Module):
+    """A linear layer, x Wᵀ + b, whose weight [out, in] has the logical axes `axes`."""
+
     features: int
     axes: Axes
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        normal = _named(nn.initializers.normal(0.02), self.axes)
+        normal = _partitioned(nn.initializers.normal(0.02), self.axes)
         weight = self.param("weight", normal, (self.features, x.shape[-1]))
         y = apply_weight(weight, lambda w: _einsum("...i,oi->...o", x, w))
         if self.use_bias:
-            zeros = _named(nn.initializers.zeros, self.axes[:1])
+            zeros = _partitioned(nn.initializers.zeros, self.axes[:1])
             bias = self.param("bias", zeros, (self.features,))
             y = y + apply_weight(bias, lambda b: b)
         return y
@@ -83,7 +78,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        weight = self.param("weight", _named(nn.initializers.ones, (None,)), (x.shape[-1],))
+        weight = self.param("weight", _partitioned(nn.initializers.ones, (None,)), (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_norm_eps)
         if not self.config.norm_in_float32:
@@ -93,12 +88,12 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embeddings; when they are tied, their transpose is also the output head."""
+    """Token embeddings. When embeddings are tied, the same table is the output head (`attend`)."""
 
     config: ModelConfig
 
     def setup(self) -> None:
-        normal = _named(nn.initializers.normal(0.02), ("vocab", "embed"))
+        normal = _partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
         self.weight = self.param("weight", normal, (self.config.vocab_size, self.config.hidden_size))
 
     def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time dim"]:
@@ -110,8 +105,30 @@ class Embedding(nn.Module):
         return apply_weight(self.weight, lambda w: _einsum("...d,vd->...v", x, w))
 
 
+class LayerContext(NamedTuple):
+    """One layer's part of a `Context`, and what all layers of its kind share.
+
+    Attributes:
+        cache, prefix: this layer's keys and values in the cache and in the prefix.
+        slot: as in `Context`.
+        visible: which keys each token attends to; the keys are those of the prefix, of the cache and, if the cache is
+            read before it is written to, of the new tokens, in this order.
+        rotation: None for a layer without RoPE.
+    """
+
+    cache: KeysValues | None
+    slot: Int[Array, ""] | int
+    prefix: KeysValues | None
+    visible: Bool[Array, "batch time keys"]
+    rotation: Rotation | None
+
+
 class Attention(nn.Module):
-    """Causal grouped-query attention (Ainslie et al., arXiv 2305.13245)."""
+    """Causal grouped-query attention (Ainslie et al., arXiv 2305.13245).
+
+    A call returns the output and this layer's keys and values, dimensions in `order`: the cache with the new tokens
+    written to it, or, without a cache, those of the new tokens.
+    """
 
     config: ModelConfig
     order: CacheOrder
@@ -120,129 +137,188 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch time dim"], positions: Int[Array, "batch time"], context: LayerContext
-    ) -> tuple[Float[Array, "batch time dim"], tuple[Array, Array]]:
-        c, order = self.config, self.order
-
-        q, k, v = self._projected(x)
+    ) -> tuple[Float[Array, "batch time dim"], KeysValues]:
+        q, k, v = self._projections(x)  # [b, t, heads, h]
         if context.rotation is not None:
-            q, k = rope(q, context.rotation), rope(k, context.rotation)
-        # What a token does not attend to has weight 0, but 0 × NaN would be NaN: values that are not finite become NaN
-        # keys instead, which those that attend to them see, and nobody else.
-        finite = jnp.isfinite(v).all(-1, keepdims=True)
-        k = jnp.where(finite, k, jnp.nan)
-        v = jnp.where(finite & (positions[..., None, None] >= 0), v, 0)
-        whole = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        k, v = (
-            constrain(x.transpose(*map("bskh".index, to)), *axes)
-            for x, to, axes in zip((k, v), order.both, order.axes, strict=True)
-        )
-
-        batch, time = x.shape[:2]
-        # The queries of a key-value head are the rows of one product, also when there is one token only.
-        q = q.reshape(batch, time, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
-        q = constrain(q, "rows", "kv_heads", "group", None, None)
-
-        def output(y: Float[Array, "batch kv_heads *queries head_dim"]) -> Float[Array, "batch time dim"]:
-            y = y.reshape(batch, -1, time, c.head_dim).swapaxes(1, 2).reshape(batch, time, -1)
-            return Linear(c.hidden_size, (None, "heads"), c.o_bias, name="o_proj")(y)
-
+            q, k = apply_rope(q, context.rotation), apply_rope(k, context.rotation)
+        k, v = _without_nonfinite_values(k, v, positions)
+        heads_first = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [b, k, t, h], as the kernel takes them
+        new = self._in_cache_order(k, v)
+        q = self._grouped(q)  # [b, k, g, t, h]
         if self.kernel:
-            return output(kernels.attention(q * c.score_scale, *whole, positions >= 0)), (k, v)
-        q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim)
-        new, own, prefix = (k, v), context.own, context.prefix
-        if own is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, x, context.slot, axis=to.index("s"))
-                for old, x, to in zip(own, new, order.both, strict=True)
-            )
-        sources = [(k, v)] if own is None or not order.is_read_first else [own, new]
-        if prefix is not None and time == 1:
-            sources = [prefix, *sources]
-        elif prefix is not None:  # many tokens a row: a copy of the prefix beside them costs little
-            longer = [
-                jnp.concatenate([_repeated(shared, to.index("b"), batch), x], axis=to.index("s"))
-                for shared, x, to in zip(prefix, sources[0], order.both, strict=True)
-            ]
-            sources[0] = (longer[0], longer[1])
-        parts = [_scores(q, keys, order) for keys, _ in sources]
-        ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
-        visible = jnp.split(context.visible, ends, axis=-1)
-        capped = (_softcapped(part * c.score_scale, c.attention_softcap) for part in parts)
-        weights = _softmax([_masked(part, seen) for part, seen in zip(capped, visible, strict=True)])
-        mixed = [_mixed(w.astype(v.dtype), values, order) for w, (_, values) in zip(weights, sources, strict=True)]
-        return output(sum(mixed[1:], start=mixed[0]).astype(x.dtype)), (k, v)
+            y = kernels.attention(q * self.config.score_scale, *heads_first, positions >= 0)
+            return self._output(y), new
+        y, updated = self._attend(q, new, context)
+        return self._output(y.astype(x.dtype)), updated
 
-    def _projected(self, x: Float[Array, "batch time dim"]) -> list[Float[Array, "batch time _ head_dim"]]:
-        """Queries, keys and values, normalised where the family does so."""
+    def _projections(self, x: Float[Array, "batch time dim"]) -> list[Float[Array, "batch time _ head_dim"]]:
+        """Queries, keys and values, with query and key norms if the family has them."""
         c = self.config
         heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
         if c.is_fused:
             fused = Linear(sum(heads.values()) * c.head_dim, ("heads", None), c.qkv_bias, name="qkv_proj")(x)
             ends = np.cumsum([n * c.head_dim for n in heads.values()])[:-1]
-            found = dict(zip(heads, jnp.split(fused, ends, axis=-1), strict=True))
+            projections = dict(zip(heads, jnp.split(fused, ends, axis=-1), strict=True))
         else:
             axes: dict[str, Axes] = {"q": ("heads", None), "k": ("kv_heads", None), "v": ("kv_heads", None)}
-            found = {
+            projections = {
                 name: Linear(n * c.head_dim, axes[name], c.qkv_bias, name=f"{name}_proj")(x)
                 for name, n in heads.items()
             }
         for name in ("q", "k") if c.qk_norm else ():
-            whole = found[name]
-            each = whole.reshape(*whole.shape[:-1], -1, c.head_dim) if c.qk_norm == "head" else whole
-            found[name] = RMSNorm(c, name=f"{name}_norm")(each)
-        return [found[name].reshape(*x.shape[:-1], n, c.head_dim) for name, n in heads.items()]
+            y = projections[name]
+            if c.qk_norm == "head":
+                y = y.reshape(*y.shape[:-1], -1, c.head_dim)
+            projections[name] = RMSNorm(c, name=f"{name}_norm")(y)
+        return [projections[name].reshape(*x.shape[:-1], n, c.head_dim) for name, n in heads.items()]
+
+    def _grouped(
+        self, q: Float[Array, "batch time heads head_dim"]
+    ) -> Float[Array, "batch kv_heads group time head_dim"]:
+        """Queries by key-value head: those of a head become the rows of one matrix product, also for a single token."""
+        batch, time, _, head_dim = q.shape
+        q = q.reshape(batch, time, self.config.num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+        return constrain(q, "rows", "kv_heads", "group", None, None)
+
+    def _in_cache_order(
+        self, k: Float[Array, "batch time kv_heads head_dim"], v: Float[Array, "batch time kv_heads head_dim"]
+    ) -> KeysValues:
+        """Keys and values with the dimensions of the cache, sharded as the cache is."""
+        key_axes, value_axes = self.order.axes
+        k = constrain(k.transpose(*map("bskh".index, self.order.keys)), *key_axes)
+        v = constrain(v.transpose(*map("bskh".index, self.order.values)), *value_axes)
+        return k, v
+
+    def _attend(
+        self, q: Float[Array, "batch kv_heads group time head_dim"], new: KeysValues, context: LayerContext
+    ) -> tuple[Float[Array, "batch kv_heads queries head_dim"], KeysValues]:
+        """Attention of the queries to the prefix, the cache and the new tokens, float32; and the updated cache."""
+        c, order, cache = self.config, self.order, context.cache
+        batch, kv_heads, _, time, head_dim = q.shape
+        q = q.reshape(batch, kv_heads, -1, head_dim)
+
+        updated = new if cache is None else _write(cache, new, context.slot, order)
+        # Keys and values to attend to. They are not concatenated, because that would copy the cache.
+        sources = [cache, new] if cache is not None and order.is_read_first else [updated]
+        if context.prefix is not None and time == 1:
+            sources = [context.prefix, *sources]
+        elif context.prefix is not None:  # for many tokens, a copy of the prefix costs little
+            sources = [_prepend(context.prefix, sources[0], order), *sources[1:]]
+
+        scores = [_scores(q, keys, order) for keys, _ in sources]
+        visible = jnp.split(context.visible, np.cumsum([part.shape[-1] for part in scores])[:-1], axis=-1)
+        capped = (_softcapped(part * c.score_scale, c.attention_softcap) for part in scores)
+        weights = _softmax([_masked(part, mask) for part, mask in zip(capped, visible, strict=True)])
+        pairs = zip(weights, (values for _, values in sources), strict=True)
+        outputs = [_weighted_values(w.astype(values.dtype), values, order) for w, values in pairs]
+        return sum(outputs[1:], start=outputs[0]), updated
+
+    def _output(self, y: Float[Array, "batch kv_heads *queries head_dim"]) -> Float[Array, "batch time dim"]:
+        """The output projection of all heads; `queries` is [g, t] or [q]."""
+        c = self.config
+        batch = y.shape[0]
+        y = y.reshape(batch, c.num_heads, -1, c.head_dim).swapaxes(1, 2)  # [b, t, heads, h]
+        y = y.reshape(*y.shape[:2], -1)
+        return Linear(c.hidden_size, (None, "heads"), c.o_bias, name="o_proj")(y)
 
 
-def _repeated(x: Array, axis: int, length: int) -> Array:
-    """Each row along an axis, so often that there are `length` of them."""
+def _without_nonfinite_values(
+    k: Float[Array, "batch time kv_heads head_dim"],
+    v: Float[Array, "batch time kv_heads head_dim"],
+    positions: Int[Array, "batch time"],
+) -> tuple[Float[Array, "batch time kv_heads head_dim"], Float[Array, "batch time kv_heads head_dim"]]:
+    """Keys and values in which a value that is NaN or infinite affects only the tokens that attend to it.
+
+    A masked value has the weight 0, but 0 × NaN is NaN. So values that are not finite are replaced by 0 and their keys
+    by NaN, and the mask hides the keys' scores from all other tokens. The values of padding are replaced by 0 too.
+    """
+    is_finite = jnp.isfinite(v).all(-1, keepdims=True)
+    k = jnp.where(is_finite, k, jnp.nan)
+    v = jnp.where(is_finite & (positions[..., None, None] >= 0), v, 0)
+    return k, v
+
+
+def _write(cache: KeysValues, new: KeysValues, slot: Int[Array, ""] | int, order: CacheOrder) -> KeysValues:
+    """The cache with new tokens written to the slots from `slot` on."""
+    keys = jax.lax.dynamic_update_slice_in_dim(cache[0], new[0], slot, axis=order.keys.index("s"))
+    values = jax.lax.dynamic_update_slice_in_dim(cache[1], new[1], slot, axis=order.values.index("s"))
+    return keys, values
+
+
+def _prepend(prefix: KeysValues, rows: KeysValues, order: CacheOrder) -> KeysValues:
+    """The keys and values of rows behind those of their prefixes, in new arrays."""
+
+    def joined(shared: Array, own: Array, dimensions: str) -> Array:
+        row_axis, slot_axis = dimensions.index("b"), dimensions.index("s")
+        return jnp.concatenate([_repeat_rows(shared, row_axis, own.shape[row_axis]), own], axis=slot_axis)
+
+    return joined(prefix[0], rows[0], order.keys), joined(prefix[1], rows[1], order.values)
+
+
+def _repeat_rows(x: Array, axis: int, length: int) -> Array:
+    """The array with each row along an axis repeated equally often, `length` rows in total."""
     return jnp.repeat(x, length // x.shape[axis], axis=axis)
 
 
+def _scores(q: Float[Array, "batch kv_heads queries head_dim"], keys: Array, order: CacheOrder) -> Array:
+    """Products of queries and keys, float32[b, k, q, s]: "bkqh,bksh->bkqs" for keys in the order "bksh"."""
+    return _cache_einsum("bkqh", q, order.keys, keys, "bkqs", order.min_queries)
+
+
+def _weighted_values(
+    weights: Float[Array, "batch kv_heads queries keys"], values: Array, order: CacheOrder
+) -> Float[Array, "batch kv_heads queries head_dim"]:
+    """Weighted sums of values, float32[b, k, q, h]: "bkqs,bksh->bkqh" for values in the order "bksh"."""
+    return _cache_einsum("bkqs", weights, order.values, values, "bkqh", order.min_queries)
+
+
+def _cache_einsum(
+    x_dims: str, x: Array, cache_dims: str, cached: Float[Array, "_ _ _ _"], output_dims: str, min_queries: int
+) -> Array:
+    """`einsum(f"{x_dims},{cache_dims}->{output_dims}", x, cached)` in float32; the third dimension of x is queries.
+
+    The cached array may have fewer rows than x: each of them is shared by len(x) / rows consecutive rows of x.
+    """
+    rows = cached.shape[cache_dims.index("b")]
+    if rows < x.shape[0]:
+        # Usually "nbkqh,nksh->nbkqs" and "nbkqs,nksh->nbkqh", with n cached rows, each shared by b rows of x.
+        grouped = x.reshape(rows, -1, *x.shape[1:])
+        equation = f"n{x_dims},{cache_dims.replace('b', 'n')}->n{output_dims}"
+        return _einsum(equation, grouped, cached, preferred_element_type=jnp.float32).reshape(*x.shape[:3], -1)
+    # Usually "bkqh,bksh->bkqs" and "bkqs,bksh->bkqh".
+    equation = f"{x_dims},{cache_dims}->{output_dims}"
+    if x.shape[2] > 1:
+        return _einsum(equation, x, cached, preferred_element_type=jnp.float32)
+    # A single query is padded with zeros to `min_queries`. The results of the padding are zeros too. They are summed
+    # up because XLA would undo the padding if the first result were sliced out.
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, min_queries - 1), (0, 0)))
+    y = _einsum(equation, x, cached, preferred_element_type=jnp.float32)
+    return y.sum(2, keepdims=True) if min_queries > 1 else y
+
+
 def _softcapped(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
-    """Numbers between -cap and cap (Gemma 2, arXiv 2408.00118)."""
+    """cap × tanh(x / cap), which lies between -cap and cap (Gemma 2, arXiv 2408.00118)."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def _masked(scores: Float[Array, "batch kv_heads queries slots"], visible: Bool[Array, "batch time slots"]) -> Array:
-    """The scores, with the least number for what is not visible; queries are those of each time in turn."""
-    batch, time, slots = visible.shape
-    by_time = scores.reshape(batch, -1, time, slots)
+def _masked(scores: Float[Array, "batch kv_heads queries keys"], visible: Bool[Array, "batch time keys"]) -> Array:
+    """The scores, with the lowest float32 number for keys that are not visible."""
+    batch, time, keys = visible.shape
+    by_time = scores.reshape(batch, -1, time, keys)  # [b, k × g, t, s]
     return jnp.where(visible[:, None], by_time, jnp.finfo(jnp.float32).min).reshape(scores.shape)
 
 
 def _softmax(parts: Sequence[Float[Array, "batch kv_heads queries _"]]) -> list[Array]:
-    """Over the last axis of all parts together; put together and split again, they would be copied twice on a TPU."""
-    if len(parts) == 1:  # its gradient keeps the result alone
+    """Softmax over the last axis of all parts together, part by part.
+
+    Concatenating the parts and splitting the result would copy them twice on a TPU.
+    """
+    if len(parts) == 1:  # the gradient of jax.nn.softmax keeps only its result
         return [jax.nn.softmax(parts[0], axis=-1)]
-    most = reduce(jnp.maximum, (part.max(-1, keepdims=True) for part in parts))
-    powers = [jnp.exp(part - most) for part in parts]
+    largest = reduce(jnp.maximum, (part.max(-1, keepdims=True) for part in parts))
+    powers = [jnp.exp(part - largest) for part in parts]
     total = sum(part.sum(-1, keepdims=True) for part in powers)
     return [part / total for part in powers]
-
-
-def _scores(q: Float[Array, "batch kv_heads queries head_dim"], keys: Array, order: CacheOrder) -> Array:
-    """float32[batch, kv_heads, queries, slots], of the queries with the keys."""
-    return _product("bkqh", q, keys, order.keys, "bkqs", order.queries)
-
-
-def _mixed(weights: Float[Array, "batch kv_heads queries slots"], values: Array, order: CacheOrder) -> Array:
-    """float32[batch, kv_heads, queries, head_dim], the values as they are weighted."""
-    return _product("bkqs", weights, values, order.values, "bkqh", order.queries)
-
-
-def _product(terms: str, x: Array, cached: Float[Array, "_ _ _ _"], order: str, into: str, queries: int) -> Array:
-    """In float32. A row of what is cached is that of as many rows as there are for each."""
-    rows = cached.shape[order.index("b")]
-    if rows < x.shape[0]:
-        grouped = x.reshape(rows, -1, *x.shape[1:])
-        products = f"n{terms},{order.replace('b', 'n')}->n{into}"
-        return _einsum(products, grouped, cached, preferred_element_type=jnp.float32).reshape(*x.shape[:3], -1)
-    alone = x.shape[2] == 1
-    if alone:
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, queries - 1), (0, 0)))
-    y = _einsum(f"{terms},{order}->{into}", x, cached, preferred_element_type=jnp.float32)
-    # XLA would make one row of it again if one were taken, and not summed up.
-    return y.sum(2, keepdims=True) if alone and queries > 1 else y
 
 
 class MLP(nn.Module):
@@ -254,8 +330,8 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "batch time dim"]) -> Float[Array, "batch time dim"]:
         c = self.config
         if c.is_fused:
-            both = Linear(2 * c.intermediate_size, ("mlp", None), c.mlp_bias, name="gate_up_proj")(x)
-            gate, up = (constrain(part, "rows", None, "mlp") for part in jnp.split(both, 2, axis=-1))
+            gate_up = Linear(2 * c.intermediate_size, ("mlp", None), c.mlp_bias, name="gate_up_proj")(x)
+            gate, up = (constrain(part, "rows", None, "mlp") for part in jnp.split(gate_up, 2, axis=-1))
         else:
             gate = Linear(c.intermediate_size, ("mlp", None), c.mlp_bias, name="gate_proj")(x)
             up = Linear(c.intermediate_size, ("mlp", None), c.mlp_bias, name="up_proj")(x)
@@ -264,14 +340,16 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and the feed-forward layer, each with a residual connection; see `ModelConfig.norms`."""
+
     config: ModelConfig
     order: CacheOrder
     kernel: bool
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch time dim"], *attention_inputs: Any
-    ) -> tuple[Float[Array, "batch time dim"], tuple[Array, Array]]:
+        self, x: Float[Array, "batch time dim"], positions: Int[Array, "batch time"], context: LayerContext
+    ) -> tuple[Float[Array, "batch time dim"], KeysValues]:
         c = self.config
 
         def norm(name: str | None, x: Float[Array, "batch time dim"]) -> Float[Array, "batch time dim"]:
@@ -279,14 +357,14 @@ class Layer(nn.Module):
 
         before_attention, after_attention, before_mlp, after_mlp = c.norms
         attention = Attention(c, self.order, self.kernel, name="self_attn")
-        y, key_value = attention(norm(before_attention, x), *attention_inputs)
+        y, keys_values = attention(norm(before_attention, x), positions, context)
         x = constrain(x + norm(after_attention, y), "rows", None, None)
         y = MLP(c, name="mlp")(norm(before_mlp, x))
-        return constrain(x + norm(after_mlp, y), "rows", None, None), key_value
+        return constrain(x + norm(after_mlp, y), "rows", None, None), keys_values
 
 
 class Layers(nn.Module):
-    """The stack, unrolled: each layer's cache is its own buffer, which XLA updates in place."""
+    """The layers, in a Python loop instead of a scan: each layer's cache is a buffer that XLA updates in place."""
 
     config: ModelConfig
     remat: bool
@@ -297,25 +375,25 @@ class Layers(nn.Module):
     def __call__(
         self, x: Float[Array, "batch time dim"], positions: Int[Array, "batch time"], context: Context
     ) -> tuple[Float[Array, "batch time dim"], KVCache]:
-        cache, prefix = context.cache, context.prefix
-        slots = positions
+        c, cache, prefix = self.config, context.cache, context.prefix
+        slot_positions = positions
         if cache is not None:
-            slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, context.slot, axis=1)
-        c = self.config
+            slot_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, context.slot, axis=1)
         kinds = [c.kind(i) for i in range(c.num_layers)]
+        # Masks and rotations are computed once for all layers of a kind.
         visible = {
-            window: _visible(positions, slots, context, self.order, window)
+            window: _visible(positions, slot_positions, context, self.order, window)
             for window in dict.fromkeys(kind.window for kind in kinds)
         }
         rotations = {
-            rope: None if rope is None else rotation(rope, positions)
+            rope: None if rope is None else make_rotation(rope, positions)
             for rope in dict.fromkeys(kind.rope for kind in kinds)
         }
         keys, values = [], []
         layer = nn.remat(Layer) if self.remat else Layer
         for i, kind in enumerate(kinds):
             layer_context = LayerContext(
-                own=None if cache is None else (cache.keys[i], cache.values[i]),
+                cache=None if cache is None else (cache.keys[i], cache.values[i]),
                 slot=context.slot,
                 prefix=None if prefix is None else (prefix.keys[i], prefix.values[i]),
                 visible=visible[kind.window],
@@ -324,38 +402,45 @@ class Layers(nn.Module):
             x, (k, v) = layer(c, self.order, self.kernel, name=str(i))(x, positions, layer_context)
             keys.append(k)
             values.append(v)
-        return x, KVCache(tuple(keys), tuple(values), slots)
+        return x, KVCache(tuple(keys), tuple(values), slot_positions)
 
 
 def _visible(
     positions: Int[Array, "batch time"],
-    slots: Int[Array, "batch slots"],
+    slot_positions: Int[Array, "batch slots"],
     context: Context,
     order: CacheOrder,
     window: int | None,
-) -> Bool[Array, "batch time sources"]:
-    """Which slots each token attends to: of the prefix, of the cache, and, where this is read as it was before them, of
-    the tokens themselves."""
+) -> Bool[Array, "batch time keys"]:
+    """Which keys each token attends to; the keys are listed in `LayerContext`.
 
-    def near(slots: Int[Array, "batch slots"]) -> Bool[Array, "batch time slots"] | Bool[Array, ""]:
-        return jnp.array(True) if window is None else slots[:, None] > positions[..., None] - window
+    Arguments:
+        positions: of the new tokens.
+        slot_positions: of the cache slots after the new tokens are written; the same as `positions` without a cache.
+    """
 
+    def in_window(keys: Int[Array, "batch keys"]) -> Bool[Array, "batch time keys"] | Bool[Array, ""]:
+        return jnp.array(True) if window is None else keys[:, None] > positions[..., None] - window
+
+    key_positions = slot_positions
     if context.cache is not None and order.is_read_first:
-        nothing = jnp.full_like(positions, -1)
-        left = jax.lax.dynamic_update_slice_in_dim(slots, nothing, context.slot, axis=1)
-        slots = jnp.concatenate([left, positions], axis=1)
-    visible = (slots[:, None] >= 0) & (slots[:, None] <= positions[..., None]) & near(slots)
+        # Old tokens in the slots that are about to be written to are no longer visible.
+        empty = jnp.full_like(positions, -1)
+        remaining = jax.lax.dynamic_update_slice_in_dim(slot_positions, empty, context.slot, axis=1)
+        key_positions = jnp.concatenate([remaining, positions], axis=1)
+    is_causal = (key_positions[:, None] >= 0) & (key_positions[:, None] <= positions[..., None])
+    visible = is_causal & in_window(key_positions)
     if context.segments is not None:
         visible &= context.segments[:, :, None] == context.segments[:, None, :]
     if context.prefix is not None:
-        before = _repeated(context.prefix.positions, 0, len(positions))
-        shared = jnp.broadcast_to(near(before), (*positions.shape, before.shape[1]))
-        visible = jnp.concatenate([shared, visible], axis=-1)
+        prefix_positions = _repeat_rows(context.prefix.positions, 0, len(positions))
+        prefix_visible = jnp.broadcast_to(in_window(prefix_positions), (*positions.shape, prefix_positions.shape[1]))
+        visible = jnp.concatenate([prefix_visible, visible], axis=-1)
     return visible
 
 
 class Backbone(nn.Module):
-    """Embedding, layers and final norm; `attend` is the tied output head."""
+    """Embedding, layers and final norm; `attend` is the output head of tied embeddings."""
 
     config: ModelConfig
     remat: bool
@@ -418,18 +503,20 @@ def forward(
     order: CacheOrder = CPU_ORDER,
     kernel: bool = False,
 ) -> tuple[Float[Array, "batch time vocab"], KVCache]:
-    """The decoder as a pure function.
+    """Next-token logits and the kv cache: the decoder as a pure function.
 
     Arguments:
+        params: the decoder's parameters; a leaf is an array or a `SummedWeight`.
         tokens: int32[B, T].
-        positions: int32[B, T], each token's place in its text; -1 marks padding.
-        context: what they can attend to besides one another, see `Context`.
-        remat: let a gradient keep each layer's input alone and compute the rest again: less memory, a third more time.
-        order: of all caches, those in the context and the one that is returned.
-        kernel: compute attention by JAX's kernel for TPUs, see `jaxscape.models.kernels`; only without a context.
+        positions: int32[B, T], each token's position in its text, from 0; -1 marks padding.
+        context: what the tokens attend to besides one another, see `Context`.
+        remat: keep only each layer's input for the gradient, and compute the rest again: less memory, about a third
+            more time.
+        order: the order of dimensions of all caches, those in the context and the returned one.
+        kernel: compute attention with JAX's TPU kernel, see `jaxscape.models.kernels`; only without a context.
 
     Returns:
-        float32[B, T, V] logits, and the cache with these tokens in it (T slots if it was started here).
+        float32[B, T, V] logits, and the cache with these tokens in it (a new one of T slots if the context has none).
     """
     output: Any = Decoder(config, remat, order, kernel).apply({"params": params}, tokens, positions, context)
     return output
@@ -443,33 +530,34 @@ def hidden_states(
     context: Context,
     order: CacheOrder,
 ) -> tuple[Float[Array, "batch time dim"], KVCache]:
-    """`forward` up to the output head, for those who need the logits of few tokens."""
+    """The final hidden states [B, T, D] and the cache: `forward` without the output head, for callers that need the
+    logits of few tokens."""
     decoder = Decoder(config, order=order)
     output: Any = decoder.apply({"params": params}, tokens, positions, context, method="states")
     return output
 
 
 def head(config: ModelConfig, params: dict[str, Any], x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
-    """The logits of hidden states, float32."""
+    """The float32 logits of hidden states: the output head of `forward`."""
     output: Any = Decoder(config).apply({"params": params}, x, method="head")
     return output
 
 
 @lru_cache
 def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
-    """The decoder's parameter tree with `jax.ShapeDtypeStruct` leaves; nothing is computed."""
+    """The decoder's parameter tree with `jax.ShapeDtypeStruct` leaves, in float32; nothing is computed."""
     return nn.unbox(_parameters(config))
 
 
 @lru_cache
 def parameter_axes(config: ModelConfig) -> dict[str, Any]:
-    """The logical axes of each parameter's dimensions, in a tree like the parameters; see `jaxscape.sharding`."""
+    """A tree like the parameters with the logical axes of their dimensions; see `jaxscape.runtime.sharding`."""
     return jax.tree.map(
         lambda boxed: boxed.names, _parameters(config), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
     )
 
 
 def _parameters(config: ModelConfig) -> dict[str, Any]:
-    """As Flax makes them: each shape in a box with its axes."""
+    """The parameters' shapes as Flax returns them: each in a `nn.Partitioned` box with its logical axes."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens, Context())["params"]

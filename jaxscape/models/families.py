@@ -1,6 +1,17 @@
-"""The model families: how a transformers configuration of each says what the decoder computes.
+"""The model families: how the decoder's options follow from a transformers configuration of each family.
 
-`docs/families.md` tells how to add one.
+To add a family:
+
+1. Add its `model_type` to `FAMILIES`, with the name of its class in transformers and a function that returns the
+   `ModelConfig` options in which it differs from Llama.
+2. Let the function read every field that changes the logits. A model is refused if a field that was not read differs
+   from its default. Fields that need no reading, because transformers turns them into other fields, go into
+   `derived_from`.
+3. If `ModelConfig` lacks an option, add it with a default that changes no other family, and use it in
+   `jaxscape.models.decoder`.
+4. Add two small configurations to tests/models/test_families.py, which compares them with transformers.
+
+See docs/how-to/add-a-model-family.md for the details.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,8 +27,8 @@ from jaxscape.runtime.errors import UserError
 Options = dict[str, Any]
 """Arguments of `ModelConfig`."""
 
-# What changes nothing that is computed here: training, other programs, and what a configuration is derived from.
-_IRRELEVANT = {
+# Fields that do not change the logits: they concern training, generation, other programs, or the configuration itself.
+_IGNORED_FIELDS = {
     *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "max_sequence_length"),
     *("attention_dropout", "embd_pdrop", "resid_pdrop", "hidden_dropout", "initializer_range", "use_cache"),
@@ -30,60 +41,60 @@ _IRRELEVANT = {
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-class _Reader:
-    """A configuration that remembers which of its fields were read."""
+class ConfigReader:
+    """A transformers configuration that records which of its fields were read."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        self._config, self.seen = config, set[str]()
+        self._config, self.fields_read = config, set[str]()
 
     def __getattr__(self, name: str) -> Any:
-        self.seen.add(name)
+        self.fields_read.add(name)
         return getattr(self._config, name)
 
     def get(self, name: str) -> Any:
-        """The field, or None if the family has none of that name."""
-        self.seen.add(name)
+        """The field, or None if the configuration does not have it."""
+        self.fields_read.add(name)
         return getattr(self._config, name, None)
 
 
 @dataclass(frozen=True)
 class Family:
-    """Models that one class of transformers computes.
+    """The models of one class of transformers.
 
     Attributes:
-        architecture: the name of that class.
-        options: in what they differ from a Llama without biases.
-        derived_from: fields that need not be read, because others that are say the same.
+        architecture: the name of the class.
+        options: from a configuration, the `ModelConfig` options in which the family differs from Llama without biases.
+        derived_from: fields that `options` does not read, because transformers turns them into fields that it reads.
     """
 
     architecture: str
-    options: Callable[[_Reader], Options]
+    options: Callable[[ConfigReader], Options]
     derived_from: tuple[str, ...] = ()
 
 
-def _attention_biases(c: _Reader) -> Options:
+def _attention_biases(c: ConfigReader) -> Options:
     return {"qkv_bias": c.attention_bias, "o_bias": c.attention_bias}
 
 
-def _llama(c: _Reader) -> Options:
+def _llama(c: ConfigReader) -> Options:
     return _attention_biases(c) | {"mlp_bias": c.mlp_bias}
 
 
-def _mistral(c: _Reader) -> Options:
+def _mistral(c: ConfigReader) -> Options:
     return {"layers": (LayerKind(_rope(c), c.sliding_window),)}
 
 
-def _qwen2(c: _Reader) -> Options:
-    return {"qkv_bias": True, "layers": _by_type(c)}
+def _qwen2(c: ConfigReader) -> Options:
+    return {"qkv_bias": True, "layers": _layers_by_type(c)}
 
 
-def _qwen3(c: _Reader) -> Options:
+def _qwen3(c: ConfigReader) -> Options:
     return _qwen2(c) | _attention_biases(c) | {"qk_norm": "head"}
 
 
-def _gemma2(c: _Reader) -> Options:
+def _gemma2(c: ConfigReader) -> Options:
     return _attention_biases(c) | {
-        "layers": _by_type(c),
+        "layers": _layers_by_type(c),
         "activation": _activation(c, "hidden_activation"),
         "norms": NORMS_AROUND,
         "norm_offset": 1.0,
@@ -95,25 +106,25 @@ def _gemma2(c: _Reader) -> Options:
     }
 
 
-def _gemma3(c: _Reader) -> Options:
-    if c.attn_logit_softcapping:  # transformers keeps it, and does not use it
+def _gemma3(c: ConfigReader) -> Options:
+    if c.attn_logit_softcapping:  # transformers has the field but ignores it
         raise _unsupported({"attn_logit_softcapping": c.attn_logit_softcapping})
     return _gemma2(c) | {"qk_norm": "head"}
 
 
-def _phi3(c: _Reader) -> Options:
+def _phi3(c: ConfigReader) -> Options:
     return {"is_fused": True, "layers": (LayerKind(_rope(c, may_be_partial=True), c.sliding_window),)}
 
 
-def _smollm3(c: _Reader) -> Options:
+def _smollm3(c: ConfigReader) -> Options:
     if len(c.no_rope_layers) < c.num_hidden_layers:
         raise _unsupported({"no_rope_layers": c.no_rope_layers})
-    kinds = zip(c.no_rope_layers, _by_type(c), strict=False)  # the former may be longer
-    layers = tuple(kind if turns else replace(kind, rope=None) for turns, kind in kinds)
+    kinds = zip(c.no_rope_layers, _layers_by_type(c), strict=False)  # no_rope_layers may be longer
+    layers = tuple(kind if has_rope else replace(kind, rope=None) for has_rope, kind in kinds)
     return _attention_biases(c) | {"mlp_bias": c.mlp_bias, "layers": layers}
 
 
-def _olmo2(c: _Reader) -> Options:
+def _olmo2(c: ConfigReader) -> Options:
     return _attention_biases(c) | {"norms": NORMS_AFTER, "qk_norm": "heads", "norm_in_float32": True}
 
 
@@ -131,31 +142,31 @@ FAMILIES: Mapping[str, Family] = {
     "smollm3": Family("SmolLM3ForCausalLM", _smollm3, (*_WINDOWS, "no_rope_layer_interval")),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2),
 }
-"""By transformers' `model_type`."""
+"""The families by `model_type`, as config.json names them."""
 TEXT_MODELS = {"gemma3": "language_model."}
-"""Multimodal models of which the text model is taken, and what the names of its tensors begin with there."""
+"""Multimodal models whose text model can be loaded, by `model_type`: the prefix of its tensors' names."""
 
 
 def family_of(model_type: Any) -> Family:
-    """Raises a `UserError` if there is none."""
+    """The family of a `model_type`; a `UserError` if it is not supported."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"The model's architecture is {model_type!r}; supported are {', '.join(FAMILIES)}.")
     return FAMILIES[model_type]
 
 
 def from_transformers(config: PreTrainedConfig) -> ModelConfig:
-    """The configuration of a transformers model.
+    """The decoder's configuration for a transformers model.
 
     Raises:
-        UserError: the architecture, or an option of it, is not one that the decoder computes.
+        UserError: the family, or an option in its configuration, is not supported.
     """
-    family, c = family_of(config.model_type), _Reader(config)
+    family, c = family_of(config.model_type), ConfigReader(config)
     options = family.options(c)
     if "layers" not in options:
         options["layers"] = (LayerKind(_rope(c)),)
     if "activation" not in options:
         options["activation"] = _activation(c, "hidden_act")
-    found = ModelConfig(
+    decoder_config = ModelConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
         intermediate_size=c.intermediate_size,
@@ -168,48 +179,54 @@ def from_transformers(config: PreTrainedConfig) -> ModelConfig:
         tie_word_embeddings=c.tie_word_embeddings,
         **options,
     )
-    # What nobody looked at must be off, or as it is by default: an option that is ignored would be computed wrongly.
+    _check_unread_fields(config, {*c.fields_read, *family.derived_from, *_IGNORED_FIELDS})
+    return decoder_config
+
+
+def _check_unread_fields(config: PreTrainedConfig, known_fields: set[str]) -> None:
+    """Raise a `UserError` if a field that is not known differs from its default: ignoring it may give wrong logits.
+
+    A field that is None, False, zero or empty counts as switched off, so these values are equal to each other.
+    """
     default = type(config)().to_dict()
-    known = {*c.seen, *family.derived_from, *_IRRELEVANT}
-    ignored = {name: getattr(config, name, None) for name in config.to_dict().keys() - known}
-    changed = {
-        name: ignored[name] for name in sorted(ignored) if (ignored[name] or None) != (default.get(name) or None)
-    }
+    unread = {name: getattr(config, name, None) for name in config.to_dict().keys() - known_fields}
+    changed = {name: unread[name] for name in sorted(unread) if (unread[name] or None) != (default.get(name) or None)}
     if changed:
         raise _unsupported(changed)
-    return found
 
 
 def _unsupported(options: Options) -> UserError:
+    """The error that lists options of a configuration that are not supported."""
     listed = ", ".join(f"{name}={value!r}"[:100] for name, value in options.items())
     return UserError(f"The model's configuration has options that are not supported: {listed}.")
 
 
-def _activation(c: _Reader, field: str) -> str:
+def _activation(c: ConfigReader, field: str) -> str:
+    """The decoder's name of the activation that a field names."""
     name = getattr(c, field)
     if name not in _ACTIVATIONS:
         raise _unsupported({field: name})
     return _ACTIVATIONS[name]
 
 
-def _head_dim(c: _Reader) -> int:
+def _head_dim(c: ConfigReader) -> int:
     size: int = c.get("head_dim") or c.hidden_size // c.num_attention_heads
     return size
 
 
-def _rope(c: _Reader, of_type: str | None = None, may_be_partial: bool = False) -> Rope:
-    """Of all layers, or of those of a type where each has its own."""
-    c.standardize_rope_params()  # as transformers does when it makes the model
+def _rope(c: ConfigReader, layer_type: str | None = None, may_be_partial: bool = False) -> Rope:
+    """The RoPE of all layers, or of the layers of a type if each type has its own."""
+    c.standardize_rope_params()  # transformers calls it too, when it builds the model
     options = c.rope_parameters
-    if of_type is not None and of_type in options:
-        options = options[of_type]
-        if not options.get("truncate", True):  # which transformers looks for beside the types
+    if layer_type is not None and layer_type in options:
+        options = options[layer_type]
+        if not options.get("truncate", True):  # transformers ignores `truncate` inside of a layer type
             raise _unsupported({"truncate": options["truncate"]})
     return make_rope(_head_dim(c), options, c.max_position_embeddings, may_be_partial)
 
 
-def _by_type(c: _Reader) -> tuple[LayerKind, ...]:
-    """Local and global layers as the configuration lists them."""
+def _layers_by_type(c: ConfigReader) -> tuple[LayerKind, ...]:
+    """The kind of each layer, local or global, as the configuration's `layer_types` lists them."""
     kinds = {
         "full_attention": LayerKind(_rope(c, "full_attention")),
         "sliding_attention": LayerKind(_rope(c, "sliding_attention"), c.sliding_window),

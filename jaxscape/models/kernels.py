@@ -1,4 +1,4 @@
-"""Attention without its matrix of scores, by a kernel for TPUs that comes with JAX, where that moves fewer bytes."""
+"""Splash attention, JAX's attention kernel for TPUs, and the rules for when it replaces the decoder's own attention."""
 
 import math
 import warnings
@@ -16,52 +16,67 @@ from jaxscape.models.config import ModelConfig
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.sharding import partition
 
-LANES = 128  # of a TPU's vector registers: what the kernel's blocks and heads are made of
-ON_CHIP = 64 * 2**20  # bytes; scores that take less the compiler keeps out of memory by itself
-LARGEST = 512  # tokens of a block
-TOLERANCE = 0.02  # a few roundings to bfloat16, which has 8 bits
+LANES = 128  # of a TPU's vector registers; the kernel's blocks and heads must be multiples of it
+ON_CHIP_BYTES = 64 * 2**20  # XLA keeps smaller score matrices in on-chip memory by itself
+MAX_BLOCK = 512  # tokens
+TOLERANCE = 0.02  # relative; a few roundings to bfloat16, which has 8 significant bits
 
 Queries = Float[Array, "batch kv_heads group time head_dim"]
 Keys = Float[Array, "batch kv_heads time head_dim"]
 
 
 def saves_traffic(config: ModelConfig, dtype: str, rows: int, time: int, devices: int) -> bool:
-    """Whether the kernel can be used for so many rows of so many tokens, and moves fewer bytes than the plain path."""
-    scores = 4 * rows * config.num_heads * time**2 / devices
-    is_plain = config.attention_softcap is None and all(kind.window is None for kind in config.layers)
-    fits = dtype == "bfloat16" and config.head_dim % LANES == time % LANES == 0
-    return is_plain and fits and scores > ON_CHIP
+    """Whether the kernel supports this model and batch, and moves fewer bytes than the decoder's own attention.
+
+    It does so because it never writes the scores to memory.
+
+    Arguments:
+        rows, time: the batch's rows and tokens per row.
+        devices: the number of devices that the batch and the heads are sharded over.
+    """
+    score_bytes = 4 * rows * config.num_heads * time**2 / devices
+    is_causal_only = config.attention_softcap is None and all(kind.window is None for kind in config.layers)
+    fits_blocks = dtype == "bfloat16" and config.head_dim % LANES == time % LANES == 0
+    return is_causal_only and fits_blocks and score_bytes > ON_CHIP_BYTES
 
 
 def attention_flops(config: ModelConfig, rows: int, time: int, passes: int) -> float:
-    """Of the kernel in a gradient, which the compiler does not count: two products in each of so many forward passes
-    and five in the backward one, of the blocks that causal attention reads."""
-    blocks = time // _block(time)
-    read = (blocks + 1) / (2 * blocks)
-    return (2 * passes + 5) * 2 * rows * config.num_layers * config.num_heads * time**2 * config.head_dim * read
+    """FLOPs of the kernel in a training step, on all devices together. XLA's own count leaves the kernel out.
 
-
-def attention(q: Queries, k: Keys, v: Keys, real: Bool[Array, "batch time"]) -> Queries:
-    """Causal attention (FlashAttention, Dao et al., arXiv 2205.14135), each device computing its rows and heads.
+    A forward pass has two matrix products (scores, and weighted values) and the backward pass five. Each takes
+    2 × rows × layers × heads × time² × head_dim FLOPs, times the part of the blocks that causal attention computes:
+    of n × n blocks, the n (n + 1) / 2 on and below the diagonal.
 
     Arguments:
-        q: with the scale of the scores.
-        real: which tokens are none of the padding; the outputs at the others mean nothing.
+        passes: forward passes; 2 if the backward pass repeats the forward pass (`remat`).
+    """
+    blocks = time // _block_size(time)
+    causal_part = (blocks + 1) / (2 * blocks)
+    return (2 * passes + 5) * 2 * rows * config.num_layers * config.num_heads * time**2 * config.head_dim * causal_part
+
+
+def attention(q: Queries, k: Keys, v: Keys, is_token: Bool[Array, "batch time"]) -> Queries:
+    """Causal attention by the kernel (FlashAttention, Dao et al., arXiv 2205.14135), on each device for its shard.
+
+    Arguments:
+        q: queries, already multiplied by the scale of the scores.
+        is_token: False for padding; the outputs there are meaningless.
     """
     axes = (("rows", "kv_heads", "group"), ("rows", "kv_heads"), ("rows", "kv_heads"), ("rows",))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _own(q, k, v, real)
+        return _device_attention(q, k, v, is_token)
     specs = tuple(
         partition(mesh, (*names, *(None,) * (x.ndim - len(names))), x.shape)
-        for names, x in zip(axes, (q, k, v, real), strict=True)
+        for names, x in zip(axes, (q, k, v, is_token), strict=True)
     )
-    return jax.shard_map(_own, in_specs=specs, out_specs=specs[0], check_vma=False)(q, k, v, real)
+    return jax.shard_map(_device_attention, in_specs=specs, out_specs=specs[0], check_vma=False)(q, k, v, is_token)
 
 
-def _own(q: Queries, k: Keys, v: Keys, real: Bool[Array, "batch time"]) -> Queries:
+def _device_attention(q: Queries, k: Keys, v: Keys, is_token: Bool[Array, "batch time"]) -> Queries:
+    """`attention` on one device."""
     group, time = q.shape[2:4]
-    block = _block(time)
+    block = _block_size(time)
     kernel = splash.make_splash_mqa_single_device(
         masks.MultiHeadMask([masks.CausalMask((time, time))] * group),
         block_sizes=splash.BlockSizes(
@@ -75,55 +90,62 @@ def _own(q: Queries, k: Keys, v: Keys, real: Bool[Array, "batch time"]) -> Queri
         ),
     )
 
-    def row(q: Array, k: Array, v: Array, real: Array) -> Array:
-        text = real.astype(jnp.int32)  # of which a token attends to its own alone
-        return jax.vmap(lambda *head: kernel(*head, segment_ids=splash.SegmentIds(text, text)))(q, k, v)
+    def row_attention(q: Array, k: Array, v: Array, is_token: Array) -> Array:
+        segments = is_token.astype(jnp.int32)  # tokens attend only within their segment: text is 1, padding 0
+        return jax.vmap(lambda *head: kernel(*head, segment_ids=splash.SegmentIds(segments, segments)))(q, k, v)
 
-    y: Array = jax.vmap(row)(q, k, v, real)
+    y: Array = jax.vmap(row_attention)(q, k, v, is_token)
     return y
 
 
-def _block(time: int) -> int:
-    return math.gcd(time, LARGEST)
+def _block_size(time: int) -> int:
+    return math.gcd(time, MAX_BLOCK)
 
 
 def matches_reference(mesh: Mesh) -> bool:
-    """Whether the mesh is one of TPUs on which the kernel gives what the plain path does; it is tried, once."""
-    return mesh.devices.flat[0].platform == "tpu" and from_first(lambda: _agrees(jax.local_devices()[0]))
+    """Whether the mesh consists of TPUs on which the kernel agrees with plain attention; it is tested once."""
+    return mesh.devices.flat[0].platform == "tpu" and from_first(lambda: _is_accurate(jax.local_devices()[0]))
 
 
 @cache
-def _agrees(device: jax.Device) -> bool:
-    found = difference(device)
-    if not found <= TOLERANCE:
+def _is_accurate(device: jax.Device) -> bool:
+    error = relative_error(device)
+    if not error <= TOLERANCE:
         warnings.warn(
-            f"JAX's attention kernel is {found:.3f} off on a {device.device_kind}: it is not used.", stacklevel=2
+            f"JAX's attention kernel differs from plain attention by {error:.3f} on a {device.device_kind}, more than "
+            f"{TOLERANCE}; it is not used.",
+            stacklevel=2,
         )
-    return found <= TOLERANCE
+    return error <= TOLERANCE
 
 
-def difference(device: jax.Device) -> float:
-    """The largest difference between the kernel and attention as it is defined, as a part of the largest number: of the
-    outputs, and of the gradients of queries, keys and values, for some random ones in bfloat16."""
+def relative_error(device: jax.Device) -> float:
+    """The largest difference between the kernel and plain attention, relative to the largest number.
+
+    Outputs and the gradients of queries, keys and values are compared, for random bfloat16 inputs.
+    """
     keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), 4)
     shapes = [(2, 2, 2, 2 * LANES, LANES), *[(2, 2, 2 * LANES, LANES)] * 2, (2, 2, 2, 2 * LANES, LANES)]
     with jax.default_device(device):
         *inputs, weights = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True))
         inputs[0] *= LANES**-0.5
-        real = jnp.arange(2 * LANES) < jnp.array([[2 * LANES], [LANES + 1]])
-        weights *= real[:, None, None, :, None]
+        is_token = jnp.arange(2 * LANES) < jnp.array([[2 * LANES], [LANES + 1]])
+        weights *= is_token[:, None, None, :, None]
 
         @partial(jax.jit, static_argnums=0)
-        def of(attend: Callable[..., Array], *inputs: Array) -> tuple[Array, ...]:
-            ys, backward = jax.vjp(lambda *x: attend(*x, real), *inputs)
-            return ys * (weights != 0), *backward(weights)
+        def outputs_and_gradients(attend: Callable[..., Array], *inputs: Array) -> tuple[Array, ...]:
+            y, backward = jax.vjp(lambda *x: attend(*x, is_token), *inputs)
+            return y * (weights != 0), *backward(weights)
 
-        pairs = zip(of(attention, *inputs), of(_defined, *inputs), strict=True)
+        pairs = zip(
+            outputs_and_gradients(attention, *inputs), outputs_and_gradients(_plain_attention, *inputs), strict=True
+        )
         return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
 
 
-def _defined(q: Queries, k: Keys, v: Keys, real: Bool[Array, "batch time"]) -> Queries:
+def _plain_attention(q: Queries, k: Keys, v: Keys, is_token: Bool[Array, "batch time"]) -> Queries:
+    """`attention` by its definition, with the scores in memory."""
     scores = jnp.einsum("bkgqh,bksh->bkgqs", q, k, preferred_element_type=jnp.float32)
-    visible = jnp.tril(jnp.ones((q.shape[-2],) * 2, bool)) & real[:, None]
+    visible = jnp.tril(jnp.ones((q.shape[-2],) * 2, bool)) & is_token[:, None]
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     return jnp.einsum("bkgqs,bksh->bkgqh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)

@@ -1,4 +1,4 @@
-"""Models: configuration, the Flax decoder, and checkpoints from names, directories, the hub and GGUF files."""
+"""`Model`, and how it is loaded from a name, a directory, the hub or a GGUF file, and saved."""
 
 import math
 from dataclasses import dataclass, field
@@ -31,12 +31,14 @@ class Model:
     """A loaded model.
 
     Attributes:
-        name: what it was loaded from.
-        params: a nested dictionary of arrays; its paths, joined with dots, are Hugging Face parameter names. Of a model
-            that is kept in host memory they are numpy arrays.
+        name: the source that it was loaded from.
+        config: the decoder's configuration.
+        params: a nested dictionary of arrays; its paths, joined with dots, are Hugging Face parameter names. The leaves
+            are numpy arrays if the parameters are kept in host memory.
+        tokenizer: the transformers tokenizer; it always has a chat template.
         eos_token_ids: the tokens that end a text or a turn.
-        transformers_config: the configuration as transformers has it.
-        mesh: the devices that compute, see `jaxscape.sharding`.
+        transformers_config: the configuration in the form of transformers.
+        mesh: the devices that compute, see `jaxscape.runtime.sharding`.
     """
 
     name: str
@@ -49,21 +51,21 @@ class Model:
 
     @property
     def shardings(self) -> Params:
-        """How each parameter is split over the mesh, in a tree like `params`."""
+        """The sharding of each parameter over the mesh, in a tree like `params`."""
         return parameter_shardings(self.config, self.mesh)
 
     @property
     def dtype(self) -> str:
-        """Of the parameters and activations."""
+        """The dtype of parameters and activations."""
         return str(jax.tree.leaves(self.params)[0].dtype)
 
     def __call__(self, tokens: Int[Array | np.ndarray, "batch time"]) -> Float[Array, "batch time vocab"]:
-        """Logits of the next token after each token: int32[B, T] to float32[B, T, V]."""
+        """Next-token logits of texts without padding: int32[B, T] tokens to float32[B, T, V]."""
         config = self.config.for_length(np.shape(tokens)[1])
         return _logits(self.params, np.asarray(tokens, np.int32), config, self.mesh)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """`save_model`, by the name that it has in transformers."""
+        """Call `save_model`; this is the name of the method in transformers."""
         save_model(self, directory)
 
 
@@ -89,20 +91,20 @@ def load_model(
     Arguments:
         source: a built-in name (`smollm2-135m-safe`, `smollm2-135m`), a Hugging Face directory, a `.gguf` file, or a
             hub id, `REPOSITORY` or `REPOSITORY@REVISION` (a branch, a tag or a commit). A directory or hub repository
-            may also hold a LoRA adapter in PEFT's format: the model that it names as its base is loaded, and the
-            adapter added to its weights.
-        dtype: of the parameters and activations, `float32`, `bfloat16` or `float16`; by default `float32` on a CPU
-            and `bfloat16` on an accelerator.
-        on_host: keep the parameters in host memory, as numpy arrays, from where a scan streams each point's to the
-            device; by default only if the devices cannot hold them twice.
-        mesh_shape: how many devices share the rows of a batch, and how many the weights; by default as few share the
-            weights as can hold them, and a CPU is one device.
-        keep: keep the parameters in the cache, as an Orbax checkpoint from which the next load is faster; those that
-            stay in host memory are read as they are.
+            may also hold a LoRA adapter in PEFT's format: the base model that it names is loaded, and the adapter is
+            added to its weights.
+        dtype: `float32`, `bfloat16` or `float16`, for parameters and activations; by default `float32` on a CPU and
+            `bfloat16` on an accelerator.
+        on_host: keep the parameters in host memory, as numpy arrays; a scan then streams the weights of each point to
+            the devices. By default only if the devices cannot hold the parameters twice.
+        mesh_shape: the number of devices that batch rows (`points`) and weights (`model`) are sharded over. By default
+            the weights are sharded over the fewest devices that can hold three copies; a CPU counts as one device.
+        keep: keep the parameters in the cache, as an Orbax checkpoint that makes the next load faster. Ignored for
+            parameters in host memory.
         split: the former name of `mesh_shape`.
 
     Raises:
-        UserError: there is no such model, or it cannot be used; or there are not as many devices.
+        UserError: there is no such model, it is not supported, or the mesh does not fit the devices.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -111,18 +113,9 @@ def load_model(
     checkpoint = _open(str(source), jnp.dtype(dtype))
     free = free_memory()
     size = jnp.dtype(dtype).itemsize * sum(map(math.prod, checkpoint.shapes.values()))
-    mesh_shape = mesh_shape or split
-    if mesh_shape is None:
-        # More devices of a CPU are the same cores.
-        count = 1 if jax.default_backend() == "cpu" and jax.process_count() == 1 else jax.device_count()
-        mesh_shape = MeshShape(*from_first(lambda: default_mesh_shape(size, free, count)))
+    mesh_shape = mesh_shape or split or _default_mesh_shape(size, free)
     mesh = make_mesh(mesh_shape, checkpoint.config.num_kv_heads)
-    if on_host and jax.process_count() > 1:
-        raise UserError("Several processes have no host memory in common that weights could be streamed from.")
-    if on_host is None and jax.process_count() > 1:
-        on_host = False
-    if on_host is None:
-        on_host = jax.default_backend() != "cpu" and free is not None and 2 * size > free * mesh_shape.model
+    on_host = _stays_on_host(on_host, size, free, mesh_shape)
     if keep and not on_host:
         params = load_cached_params(checkpoint, jnp.dtype(dtype), str(source), mesh)
     else:
@@ -138,11 +131,31 @@ def load_model(
     )
 
 
+def _default_mesh_shape(size: int, free: int | None) -> MeshShape:
+    """The mesh for weights of `size` bytes on devices with `free` bytes each; None if that is not known."""
+    # Further devices of a CPU share the same cores.
+    count = 1 if jax.default_backend() == "cpu" and jax.process_count() == 1 else jax.device_count()
+    return MeshShape(*from_first(lambda: default_mesh_shape(size, free, count)))
+
+
+def _stays_on_host(on_host: bool | None, size: int, free: int | None, mesh_shape: MeshShape) -> bool:
+    """Whether the parameters stay in host memory: as asked for, or by default if the devices cannot hold them twice."""
+    if jax.process_count() > 1:
+        if on_host:
+            raise UserError(
+                "Weights cannot be streamed from host memory with several processes, which do not share it."
+            )
+        return False
+    if on_host is not None:
+        return on_host
+    return jax.default_backend() != "cpu" and free is not None and 2 * size > free * mesh_shape.model
+
+
 def save_model(model: Model, directory: str | Path) -> None:
-    """Write a model as a directory that transformers, and `load_model`, load: safetensors in the parameters' dtype.
+    """Write a model as a directory that transformers and `load_model` can load: safetensors in the parameters' dtype.
 
     Raises:
-        UserError: the directory cannot be written, or holds other weights; or `check_saveable` does.
+        UserError: the directory cannot be written or holds other weights, or `check_saveable` fails.
     """
     check_saveable(model)
     params = gathered(model.params)
@@ -156,10 +169,12 @@ def save_model(model: Model, directory: str | Path) -> None:
 
 
 def check_saveable(model: Model) -> None:
-    """Raise a `UserError` if the model cannot be written as a directory that transformers loads: it came from a GGUF
-    file whose RoPE scaling has no place in a transformers configuration."""
-    written, ours = from_transformers(model.transformers_config).layers, model.config.layers
-    pairs = [(a.rope, b.rope) for a, b in zip(written, ours, strict=True) if a.rope and b.rope]
+    """Raise a `UserError` if the model cannot be saved for transformers.
+
+    This is so for a GGUF file whose RoPE scaling is a table, which a transformers configuration cannot express.
+    """
+    written, computed = from_transformers(model.transformers_config).layers, model.config.layers
+    pairs = [(a.rope, b.rope) for a, b in zip(written, computed, strict=True) if a.rope and b.rope]
     if not all(np.allclose(a.frequencies, b.frequencies, rtol=1e-6, atol=0) for a, b in pairs):
         raise UserError(
             f"{model.name} scales its RoPE by a table, which a Hugging Face directory cannot hold; start from the "
@@ -168,7 +183,12 @@ def check_saveable(model: Model) -> None:
 
 
 def _open(source: str, dtype: jnp.dtype, adapters: tuple[Path, ...] = ()) -> Checkpoint:
-    """Open what `load_model` was given; `adapters` are those that have it as their base, in `dtype`."""
+    """Open the checkpoint at `source`, see `load_model`.
+
+    Arguments:
+        dtype: in which adapters are added to their base.
+        adapters: the directories of the adapters that this checkpoint is the base of.
+    """
     path = Path(source)
     if source in builtin.MODELS:
         return open_gguf(builtin.packaged_file(builtin.MODELS[source]))
@@ -189,11 +209,11 @@ def _open(source: str, dtype: jnp.dtype, adapters: tuple[Path, ...] = ()) -> Che
 
 
 def _open_directory(path: Path, dtype: jnp.dtype, adapters: tuple[Path, ...]) -> Checkpoint:
-    """A whole model, or an adapter on top of the model that it names as its base."""
+    """Open a model's directory, or an adapter's directory together with the base model that it names."""
     if not lora.is_adapter(path):
         return huggingface.open_directory(path)
     path = path.resolve()
     if path in adapters:
-        raise UserError(f"The adapter {path} is its own base; write the base model's name into {lora.CONFIG}.")
+        raise UserError(f"The adapter {path} is its own base: write the base model's name into {lora.CONFIG}.")
     adapter = lora.load_adapter(path)
     return lora.merge(_open(adapter.base, dtype, (*adapters, path)), adapter, dtype, str(path))

@@ -1,4 +1,4 @@
-"""The shapes of models that runs are often planned for, and of any configuration: what a plan needs."""
+"""A model's shapes and shardings without its weights, for plans and for programs that are compiled but not run."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,11 @@ from jaxscape.models.decoder import parameter_shapes
 
 @dataclass(frozen=True, eq=False)
 class ModelShape:
-    """A model without weights: what `jaxscape.models.Model` has, as far as plans and programs need it.
+    """A model without weights: the attributes of `jaxscape.models.model.Model` that plans and programs need.
 
     Attributes:
-        params: a tree of `jax.ShapeDtypeStruct`, each with its sharding.
+        params: a tree of `jax.ShapeDtypeStruct`s with shardings.
+        dtype: the dtype of parameters and activations.
     """
 
     config: ModelConfig
@@ -27,10 +28,10 @@ class ModelShape:
 
 
 def model_shape(config: ModelConfig, mesh: Mesh, dtype: str) -> ModelShape:
-    where = parameter_shardings(config, mesh)
+    """The shape of a model with this configuration, sharded over a mesh."""
     shapes = jax.tree.map(
-        lambda leaf, there: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=there),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding),
         parameter_shapes(config),
-        where,
+        parameter_shardings(config, mesh),
     )
     return ModelShape(config, shapes, mesh, dtype)

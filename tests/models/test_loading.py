@@ -114,8 +114,8 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(copy: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"hidden_size": "wide"}, "not a valid model configuration"),
         ({"num_key_value_heads": 3}, "not a multiple"),
-        ({"vocab_size": 0}, "values that no model can have: vocab_size"),
-        ({"rms_norm_eps": -1.0}, "values that no model can have: rms_norm_eps"),
+        ({"vocab_size": 0}, "values that no model can have: vocab_size=0"),
+        ({"rms_norm_eps": -1.0}, "values that no model can have: rms_norm_eps=-1.0"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": -5.0}},
             "RoPE has the base -5.0",
