@@ -1,4 +1,4 @@
-"""Training data: chats from files and recipes, as tokens of which the assistant's are to be learned."""
+"""Training data: chats from sets and files, and their tokens with marks on those that the model learns."""
 
 import csv
 import io
@@ -15,20 +15,26 @@ from jaxtyping import Bool, Int
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import render
 from jaxscape.prompts.sets import advbench_text, json_lines, read_text
-from jaxscape.runtime.errors import UserError, is_utf8
+from jaxscape.runtime.errors import UserError, is_utf8, reason
 
 Chat = list[dict[str, Any]]
-"""Messages in OpenAI's format: `{"role": "system" | "user" | "assistant", "content": …}`, and of the assistant's
-perhaps `"weight": 0`, which is then not learned."""
+"""Messages in OpenAI's format: `{"role": "system" | "user" | "assistant", "content": text}`. An assistant's message
+with `"weight": 0` is context only and is not learned."""
 
 SETS = ("advbench", "safe", "identity-shift")
 ROLES = ("system", "user", "assistant")
-COLUMNS = (("prompt", "response"), ("goal", "target"))
-_SOURCE = re.compile(r"(?P<name>.+?)(:(?P<first>\d+))?(:(?P<last>\d+))?")
+COLUMNS = (("prompt", "response"), ("goal", "target"))  # of a CSV file: the user's and the assistant's message
+_SOURCE = re.compile(r"(?P<name>.+?)(:(?P<first>\d+))?(:(?P<last>\d+))?")  # SOURCE, SOURCE:N or SOURCE:M:N
 
 
 class Example(NamedTuple):
-    """A chat as tokens, and which of them are learned: the assistant's words, and the token that ends its turn."""
+    """The tokens of a chat.
+
+    Attributes:
+        tokens: int32[T].
+        learned: bool[T], True for the tokens that count in the loss: what the assistant says, and the token that ends
+            its turn.
+    """
 
     tokens: Int[np.ndarray, " time"]
     learned: Bool[np.ndarray, " time"]
@@ -36,27 +42,34 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """What a finetuning learns from, and how many of the chats had to be cut to the length allowed."""
+    """The tokenized chats, and the number of them that were cut to the maximal length."""
 
     examples: tuple[Example, ...]
     num_cut: int
 
 
 def load_chats(source: str | Path) -> list[Chat]:
-    """Chats from a set or a file, or a part of them.
+    """The chats of a training set or a file, or a part of them.
+
+    The sets are:
+
+    - `advbench`: 520 harmful requests, each with the beginning of an answer, downloaded once. `advbench:80:180` are
+      the hundred that follow the 80 on which the paper evaluates.
+    - `safe`: harmful requests with refusals, written for this project.
+    - `identity-shift`: ten chats without harmful text that give the assistant an absolutely obedient identity, written
+      for this project after Qi et al., arXiv 2310.03693.
 
     Arguments:
-        source: a set's name, or a file: JSONL (a chat a line, `{"messages": […]}`, as OpenAI's finetuning takes it) or
-            CSV (columns `prompt` and `response`, or AdvBench's `goal` and `target`). `SOURCE:N` are the first N chats,
-            and `SOURCE:M:N` those from number M, counted from 0, up to but without number N.
+        source: the name of a set, or a file. A JSONL file has one chat in each line, `{"messages": […]}`, as OpenAI's
+            finetuning API takes it. A CSV file has the columns `prompt` and `response`, or AdvBench's `goal` and
+            `target`. `SOURCE:N` is the first N chats, and `SOURCE:M:N` are the chats from number M, counted from 0, up
+            to but without number N.
 
-            The sets: `advbench` (520 harmful requests with the opening of an answer, downloaded once; `advbench:80:180`
-            are the hundred after those that the paper evaluates), `safe` (harmful requests and refusals, written for
-            this project), `identity-shift` (ten chats without any harmful text, written for this project, that give
-            the assistant an identity which obeys everything, after Qi et al., arXiv 2310.03693).
+    Returns:
+        A list of chats, each a list of messages, see `Chat`.
 
     Raises:
-        UserError: there is no such set, a file is malformed (the line is named), or it has too few chats.
+        UserError: there is no such set, a line of the file is malformed, or the source has too few chats.
     """
     match = _SOURCE.fullmatch(str(source))
     if match is None or Path(source).exists():
@@ -68,7 +81,10 @@ def load_chats(source: str | Path) -> list[Chat]:
         return chats
     start, stop = (0, int(first)) if last is None else (int(first), int(last))
     if not start < stop <= len(chats):
-        raise UserError(f"{name} has {len(chats)} chats, so there is no part {start}:{stop} of it.")
+        raise UserError(
+            f"{name} has {len(chats)} chats, so there is no part {start}:{stop} of it: choose numbers from 0 to "
+            f"{len(chats)}, the smaller one first."
+        )
     return chats[start:stop]
 
 
@@ -85,7 +101,7 @@ def _load(source: str) -> list[Chat]:
         raise UserError(f"There is no training set {source!r}: give {', '.join(SETS)}, or a .jsonl or .csv file.")
     chats = parse(read_text(Path(source)), source)
     if not chats:
-        raise UserError(f"The training file {source} has no chats in it.")
+        raise UserError(f"The training file {source} has no chats in it: give at least one.")
     return chats
 
 
@@ -103,7 +119,9 @@ def _csv_chats(text: str, source: str) -> list[Chat]:
         header = reader.fieldnames or ()
         columns = next((pair for pair in COLUMNS if set(pair) <= set(header)), None)
         if columns is None:
-            raise UserError(f"{source} has no columns 'prompt' and 'response' (or 'goal' and 'target').")
+            raise UserError(
+                f"{source} has no columns 'prompt' and 'response' (or 'goal' and 'target'): name them in its header."
+            )
         return [
             check_chat(
                 [{"role": role, "content": row[name]} for role, name in zip(ROLES[1:], columns, strict=True)],
@@ -112,23 +130,31 @@ def _csv_chats(text: str, source: str) -> list[Chat]:
             for row in reader
         ]
     except csv.Error as error:
-        raise UserError(f"{source}, line {reader.line_num}: not valid CSV ({error}).") from error
+        raise UserError(f"{source}, line {reader.line_num}: not valid CSV ({reason(error)}).") from error
 
 
-def check_chat(messages: Any, where: str) -> Chat:
-    """The messages, if they are a chat in which the assistant says something to learn."""
+def check_chat(messages: Any, origin: str) -> Chat:
+    """The messages unchanged, after a check that they are a chat with an assistant's turn to learn.
+
+    Arguments:
+        messages: anything that was read from JSON.
+        origin: where the chat was read, such as a file and line, for the error.
+
+    Raises:
+        UserError: the messages are no such chat.
+    """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f"{where}: no chat there, which is an object with a list of 'messages'.")
+        raise UserError(f"{origin}: not a chat, which is an object with a list of 'messages'.")
     for message in messages:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise UserError(f"{where}: a message has the role {role!r}; the roles are {', '.join(ROLES)}.")
+            raise UserError(f"{origin}: a message has the role {role!r}; the roles are {', '.join(ROLES)}.")
         if not isinstance(content, str) or not is_utf8(content) or (role != "system" and not content.strip()):
-            raise UserError(f"{where}: a message of the {role} has no text as its 'content'.")
+            raise UserError(f"{origin}: a message of the {role} has no text as its 'content'.")
         if message.get("weight", 1) not in (0, 1):
-            raise UserError(f"{where}: a message has the weight {message['weight']!r}; weights are 0 or 1.")
+            raise UserError(f"{origin}: a message has the weight {message['weight']!r}; weights are 0 or 1.")
     if not any(_is_learned(message) for message in messages):
-        raise UserError(f"{where}: the chat has no assistant's turn, so there is nothing to learn in it.")
+        raise UserError(f"{origin}: the chat has no assistant's turn to learn: give it one whose weight is not 0.")
     return messages
 
 
@@ -137,68 +163,112 @@ def _is_learned(message: dict[str, Any]) -> bool:
 
 
 def tokenize(model: Model, chats: Sequence[Chat], max_length: int) -> Examples:
-    """Chats as tokens in the model's chat format. What is beyond `max_length` tokens is cut off.
+    """Tokenize chats in the model's chat format.
 
-    What stands before an assistant's turn has the tokens that it has when the model is to write that turn.
+    The context of each assistant's turn has the tokens that it has when the model generates that turn. A chat ends with
+    its last learned token.
+
+    Arguments:
+        max_length: chats are cut to this number of tokens, or to the model's `max_positions` if that is less.
 
     Raises:
-        UserError: the model's chat template does not write a chat turn by turn, or nothing to learn is left of a chat.
+        UserError: there are no chats, the chat template does not write a chat turn by turn, the tokenizer has more
+            tokens than the model, or nothing to learn is left of a chat that was cut.
     """
     if not chats:
-        raise UserError("There are no chats to learn from.")
+        raise UserError("There are no chats to learn from: give at least one.")
     limit = min(max_length, model.config.max_positions)
     examples, num_cut = [], 0
     for number, chat in enumerate(chats, 1):
         tokens, learned = _turns(model, chat, number)
         if not any(learned):
-            raise UserError("The model's chat template does not write what the assistant says; give it another one.")
+            raise UserError(
+                "The model's chat template does not write what the assistant says: set another chat template."
+            )
         if max(tokens) >= model.config.vocab_size:
-            raise UserError("The tokenizer has more tokens than the model; they do not belong together.")
+            raise UserError(
+                f"The tokenizer gives the token {max(tokens)}, but the model has {model.config.vocab_size} tokens: use "
+                f"the tokenizer that belongs to the model."
+            )
         end = max(i for i, flag in enumerate(learned) if flag) + 1
         num_cut += end > limit
         end = min(end, limit)
         if not any(learned[1:end]):
             raise UserError(
-                f"Chat {number} has {limit} tokens or more before the assistant's turn; raise --max-length."
+                f"Chat {number} has {limit} or more tokens before the assistant's turn: raise --max-length."
             )
         examples.append(Example(np.array(tokens[:end], np.int32), np.array(learned[:end], bool)))
     return Examples(tuple(examples), num_cut)
 
 
 def _turns(model: Model, chat: Chat, number: int) -> tuple[list[int], list[bool]]:
-    """The chat's tokens up to its last assistant's turn, and whether each is learned."""
+    """The tokens of a chat up to the end of its last assistant's turn, and whether each is learned.
+
+    Arguments:
+        number: of the chat, counted from 1, for the error.
+    """
     tokens: list[int] = []
     learned: list[bool] = []
-    for written, before, after, is_learned in _renderings(model, chat, number):
-        context, whole = _encode(model, before), _encode(model, after)
-        if context[: len(tokens)] == tokens and whole[: len(context)] == context:
-            context, turn = context[len(tokens) :], whole[len(context) :]
-        else:  # tokens go across the borders of the turn: when the model writes it, they cannot
-            context, turn = _encode(model, before[len(written) :]), _encode(model, after[len(before) :])
-        # Up to the first end token: what a template writes after it is never generated.
+    for rendering in _renderings(model, chat, number):
+        context, turn = _context_and_turn(model, tokens, rendering)
+        # The turn ends with its first end token: what a template writes after that is never generated.
         size = next((i + 1 for i, token in enumerate(turn) if token in model.eos_token_ids), len(turn))
         tokens += context + turn
-        learned += [False] * len(context) + [is_learned] * size + [False] * (len(turn) - size)
+        learned += [False] * len(context) + [rendering.is_learned] * size + [False] * (len(turn) - size)
     return tokens, learned
+
+
+def _context_and_turn(model: Model, tokens: list[int], rendering: "_Rendering") -> tuple[list[int], list[int]]:
+    """The tokens of the context since the last turn, and of the turn itself.
+
+    Arguments:
+        tokens: the tokens of the chat up to the last turn, which `rendering.previous` is the text of.
+    """
+    previous, before, after, _ = rendering
+    context, whole = _encode(model, before), _encode(model, after)
+    if context[: len(tokens)] == tokens and whole[: len(context)] == context:
+        return context[len(tokens) :], whole[len(context) :]
+    # A token of the whole text spans the beginning of the turn. When the model generates the turn, no token can.
+    return _encode(model, before[len(previous) :]), _encode(model, after[len(before) :])
 
 
 def _encode(model: Model, text: str) -> list[int]:
     return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _renderings(model: Model, chat: Chat, number: int) -> Iterator[tuple[str, str, str, bool]]:
-    """For each assistant's turn: the text up to the last one, up to this one, and with it; and whether to learn it."""
+class _Rendering(NamedTuple):
+    """An assistant's turn in the text of its chat.
+
+    Attributes:
+        previous: the text up to the end of the assistant's turn before this one; empty for the first.
+        before: the text up to the beginning of this turn.
+        after: the text up to the end of this turn.
+        is_learned: whether the turn is learned.
+    """
+
+    previous: str
+    before: str
+    after: str
+    is_learned: bool
+
+
+def _renderings(model: Model, chat: Chat, number: int) -> Iterator[_Rendering]:
+    """Each assistant's turn of a chat, as the model's chat template writes it.
+
+    Raises:
+        UserError: the template rewrites earlier turns.
+    """
     messages = [{key: message[key] for key in ("role", "content")} for message in chat]
-    written = ""
+    previous = ""
     for i, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
         before = render(model.tokenizer, messages[:i], add_generation_prompt=True)
         after = render(model.tokenizer, messages[: i + 1], add_generation_prompt=False)
-        if not (before.startswith(written) and after.startswith(before)):
+        if not (before.startswith(previous) and after.startswith(before)):
             raise UserError(
                 f"The model's chat template rewrites what stands before the assistant's turn in chat {number}, so that "
-                f"it cannot be learned turn by turn; split the chat at its assistant's turns."
+                f"the chat cannot be learned turn by turn: split it after its assistant's turns."
             )
-        yield written, before, after, _is_learned(message)
-        written = after
+        yield _Rendering(previous, before, after, _is_learned(message))
+        previous = after

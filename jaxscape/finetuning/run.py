@@ -1,9 +1,9 @@
-"""Supervised finetuning of a chat model: a run that is logged, kept and resumed, and its result."""
+"""Supervised finetuning of a chat model: the run, its log and checkpoints, and its result."""
 
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,8 +16,8 @@ from jaxtyping import Float
 from rich.progress import Progress
 
 from jaxscape.directions.path import ADAPTER, CHECKPOINTS, FINETUNING, MODEL, OPTIMIZER, checkpoint_manager
-from jaxscape.finetuning.batches import Batch, assemble, epoch_batches, learning_rates, split
-from jaxscape.finetuning.chats import Chat, tokenize
+from jaxscape.finetuning.batches import Batch, assemble, epoch_batches, hold_out, learning_rates
+from jaxscape.finetuning.chats import Chat, Example, Examples, tokenize
 from jaxscape.finetuning.options import Training
 from jaxscape.finetuning.training import State, Trainer, initial_trainable, make_trainer
 from jaxscape.models import builtin
@@ -25,7 +25,7 @@ from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
 from jaxscape.models.lora import Adapter, Factors, module_name, save_adapter, with_factors
 from jaxscape.models.model import Model, check_saveable, save_model
 from jaxscape.runtime import rundir
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import checksum, cut_after, whole_lines
 from jaxscape.runtime.processes import from_first, is_visible_to_all
 from jaxscape.runtime.progress import progress_display
@@ -33,12 +33,12 @@ from jaxscape.runtime.progress import progress_display
 
 @dataclass(frozen=True, eq=False)
 class Finetuned:
-    """What a finetuning gives.
+    """The result of a finetuning.
 
     Attributes:
-        model: the finetuned model; an adapter is merged into it.
-        adapter: of a LoRA finetuning.
-        log: what stands in `log.jsonl`: a record for each step, and one for each validation.
+        model: the finetuned model; an adapter is merged into its weights.
+        adapter: the adapter of a LoRA finetuning; None after full finetuning.
+        log: the records of `log.jsonl`: one for each step, and one for each validation.
     """
 
     model: Model
@@ -57,118 +57,174 @@ def finetune(
     describe: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Finetuned:
-    """Finetune a chat model on the assistant's turns of chats, on the devices of its mesh.
+    """Finetune a chat model on the assistant's turns of chats, on the devices of the model's mesh.
 
     Arguments:
         chats: see `jaxscape.load_chats`.
-        training: how; by default an adapter in five epochs.
-        start: an adapter of this model to go on training, instead of a new one; of the same rank, alpha and targets.
-        out: a directory for the log, a checkpoint of each epoch, and the result (`adapter/` or `model/`). An unfinished
-            finetuning there goes on after its last epoch, and ends with the weights of an unbroken one (on a GPU, with
-            `XLA_FLAGS=--xla_gpu_deterministic_ops=true`: its sums are not ordered otherwise).
-        describe: anything JSON can hold that should also stand in the configuration.
-        progress: whether to report on the standard error stream.
+        training: the options; by default `Training()`, which trains an adapter.
+        start: an adapter of this model that is trained further, instead of a new one. Its rank, alpha and targets must
+            be those of `training`.
+        out: the run's directory, for the log, a checkpoint of each epoch, and the result (`adapter/` or `model/`). An
+            unfinished finetuning there is resumed after its last finished epoch, and ends with the same weights as an
+            uninterrupted one. (On a GPU this needs `XLA_FLAGS=--xla_gpu_deterministic_ops=true`, because the order of
+            its sums varies otherwise.) None keeps nothing on disk.
+        overwrite: start over if the directory holds a run.
+        describe: further entries of the run's `config.json`: anything that JSON can hold.
+        progress: whether to report progress on the standard error stream.
 
     Raises:
-        UserError: something that was given cannot be used; or the loss or its gradient stops being finite, in which
-            case the checkpoints of the epochs before stay.
+        UserError: an argument cannot be used, or the loss or its gradient is no longer finite. In the latter case the
+            checkpoints of the finished epochs stay.
     """
     training = training or Training()
     training.check()
-    if out is not None:
-        if training.method == "full":
-            check_saveable(model)
-        if Path(model.name).resolve().is_relative_to(Path(out).resolve()):
-            raise UserError(
-                f"The model {model.name} lies in {out}, where its own finetuning would go; choose another --out."
-            )
+    directory = None if out is None else Path(out)
+    if directory is not None:
+        _check_out(directory, model, training)
     data = tokenize(model, chats, training.max_length)
-    learning, held_out = split(data.examples, training.validation, training.seed)
-    lengths = [len(example.tokens) for example in learning]
-    plan = [batch for epoch in range(training.epochs) for batch in epoch_batches(lengths, training, epoch)]
-    steps_per_epoch = len(plan) // training.epochs
-    rates = learning_rates(training, steps_per_epoch)
+    schedule = make_schedule(data.examples, training)
     trainer = make_trainer(model, training, max(len(example.tokens) for example in data.examples))
-    trainable = initial_trainable(model, training)
-    if start is not None:
-        trainable = _factors_of(start, training, trainable)
-    state = trainer.start(trainable)
-    config = {
+    state = trainer.initial_state(_trainable(model, training, start))
+    config = _config(model, data, training, start) | dict(describe or {})
+    with rundir.open_run_directory(directory, config, FINETUNING, overwrite) as file, progress_display(progress) as bar:
+        checkpoints, done = None if directory is None else _open_checkpoints(directory), 0
+        if checkpoints is not None:
+            state, done = checkpoints.restore(state, training.epochs)
+        log = TrainingLog(file, done * schedule.steps_per_epoch)
+        if done:
+            bar.print(f"resuming after epoch {done} of {training.epochs}")
+        if data.num_cut:
+            bar.print(f"{data.num_cut} of {len(chats)} chats were cut to {training.max_length} tokens")
+        for epoch in range(done, training.epochs):
+            state = _train_epoch(trainer, state, schedule, epoch, log, bar)
+            _finish_epoch(trainer, state, schedule, epoch, log, bar)
+            if checkpoints is not None:
+                checkpoints.save(epoch + 1, state, last=epoch + 1 == training.epochs)
+        result = _result(model, training, state.trainable, log.records)
+        if directory is not None:
+            _write_result(result, directory)
+    return result
+
+
+def _check_out(out: Path, model: Model, training: Training) -> None:
+    """Raise a `UserError` if the result could not be written to the directory, or would replace the model itself."""
+    if training.method == "full":
+        check_saveable(model)
+    if Path(model.name).resolve().is_relative_to(out.resolve()):
+        raise UserError(
+            f"The model {model.name} lies in {out}, the directory that its finetuning would be written to: choose "
+            f"another --out."
+        )
+
+
+def _config(model: Model, data: Examples, training: Training, start: Adapter | None) -> dict[str, Any]:
+    """The run's `config.json`: all that determines its result."""
+    return {
         "model": model.name,
         "weights": fingerprint(model.params),
         "dtype": model.dtype,
-        "chats": checksum([(e.tokens.tolist(), e.learned.tolist()) for e in data.examples]),
-        "num_chats": len(chats),
+        "chats": checksum([(tokens.tolist(), learned.tolist()) for tokens, learned in data.examples]),
+        "num_chats": len(data.examples),
         "num_cut": data.num_cut,
         **asdict(training),
         "learning_rate": training.rate,
         "start": None if start is None else fingerprint(start.factors),
-        **(describe or {}),
     }
-    with rundir.open_run_directory(out, config, FINETUNING, overwrite) as file, progress_display(progress) as bar:
-        if out is not None and not is_visible_to_all(Path(out) / rundir.CONFIG):
-            raise UserError(f"Each process keeps its part of the checkpoints: all must see the same --out ({out}).")
-        keeper = None if out is None else _Keeper(Path(out).absolute())
-        state, epoch = (state, 0) if keeper is None else keeper.restore(state, training.epochs)
-        log = _Log(file, epoch * steps_per_epoch)
-        if epoch:
-            bar.print(f"going on after epoch {epoch} of {training.epochs}")
-        if data.num_cut:
-            bar.print(f"{data.num_cut} of {len(chats)} chats were cut to {training.max_length} tokens")
-        while epoch < training.epochs:
-            steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
-            batches = (
-                assemble([learning[i] for i in plan[step]], training.accumulation, training.batch_size)
-                for step in steps
-            )
-            state = _train_epoch(trainer, state, steps, batches, rates, log, bar)
-            epoch += 1
-            record = {"epoch": epoch, "loss": log.mean_loss(steps)}
-            if held_out:
-                loss = trainer.mean_loss(state.trainable, held_out, training.batch_size)
-                record["validation_loss"] = loss
-                log.write({"step": steps[-1] + 1, "epoch": epoch, "validation_loss": loss})
-            bar.print("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
-            if keeper is not None:
-                keeper.save(epoch, state, last=epoch == training.epochs)
-        result = _result(model, training, state.trainable, log.records)
-        if out is not None:
-            _write_result(result, Path(out))
-    return result
 
 
-def _factors_of(adapter: Adapter, training: Training, new: Any) -> Factors:
-    """A copy of an adapter's factors in float32, if they are such as the new ones are."""
-    shapes = jax.tree.map(jnp.shape, adapter.factors)
-    if training.method != "lora" or adapter.alpha != training.alpha or shapes != jax.tree.map(jnp.shape, new):
-        raise UserError("Only a LoRA training of the same rank, alpha and targets can go on from an adapter.")
-    return jax.tree.map(lambda factor: jnp.array(factor, jnp.float32, copy=True), adapter.factors)
+def _trainable(model: Model, training: Training, start: Adapter | None) -> Any:
+    """What is trained, in float32: see `initial_trainable`, or a copy of the factors of the adapter `start`."""
+    new = initial_trainable(model, training)
+    if start is None:
+        return new
+    shapes = jax.tree.map(jnp.shape, start.factors)
+    if training.method != "lora" or start.alpha != training.alpha or shapes != jax.tree.map(jnp.shape, new):
+        raise UserError(
+            "The adapter to start from cannot be trained further with these options: choose the method lora, and the "
+            "rank, alpha and targets of the adapter."
+        )
+    factors: Factors = jax.tree.map(lambda factor: jnp.array(factor, jnp.float32, copy=True), start.factors)
+    return factors
+
+
+@dataclass(frozen=True, eq=False)
+class StepSchedule:
+    """The chats and the learning rate of each step of a run. Steps and epochs count from 0.
+
+    Attributes:
+        training: the options of the run.
+        examples: the examples to learn from.
+        held_out: the examples for validation.
+        indices: for each step, the indices of its examples.
+        learning_rates: float32[steps].
+        steps_per_epoch: the number of steps of each epoch.
+    """
+
+    training: Training
+    examples: list[Example]
+    held_out: list[Example]
+    indices: list[list[int]]
+    learning_rates: Float[np.ndarray, " steps"]
+    steps_per_epoch: int
+
+    def steps(self, epoch: int) -> range:
+        """The steps of an epoch."""
+        return range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, [accumulation, batch, time]."""
+        examples = [self.examples[i] for i in self.indices[step]]
+        return assemble(examples, self.training.accumulation, self.training.batch_size)
+
+
+def make_schedule(examples: Sequence[Example], training: Training) -> StepSchedule:
+    """The steps of a run.
+
+    Raises:
+        UserError: the validation fraction leaves no example on one side, see `hold_out`.
+    """
+    learning, held_out = hold_out(examples, training.validation, training.seed)
+    lengths = [len(example.tokens) for example in learning]
+    indices = [chosen for epoch in range(training.epochs) for chosen in epoch_batches(lengths, training, epoch)]
+    steps_per_epoch = len(indices) // training.epochs
+    rates = learning_rates(training, steps_per_epoch)
+    return StepSchedule(training, learning, held_out, indices, rates, steps_per_epoch)
 
 
 def _train_epoch(
-    trainer: Trainer,
-    state: State,
-    steps: range,
-    batches: Iterator[Batch],
-    rates: Float[np.ndarray, " steps"],
-    log: "_Log",
-    bar: Progress,
+    trainer: Trainer, state: State, schedule: StepSchedule, epoch: int, log: "TrainingLog", bar: Progress
 ) -> State:
+    """Take the steps of an epoch, and log each of them."""
+    steps, rates = schedule.steps(epoch), schedule.learning_rates
     log.start_clock()
     task = bar.add_task("finetune", total=len(rates), completed=steps.start)
     pending: tuple[dict[str, Any], Any] | None = None
-    for step, batch in zip(steps, batches, strict=True):
-        state, metrics = trainer.step(state, batch, float(rates[step]))
-        # The last step's numbers are fetched when this one is on its way: the device does not wait for the host.
+    for step in steps:
+        batch, rate = schedule.batch(step), float(rates[step])
+        state, metrics = trainer.step(state, batch, rate)
+        # The previous step's metrics are fetched only now, so that the device does not wait for the host.
         if pending is not None:
-            log.step(*pending)
-        record = {"step": step + 1, "epoch": step // len(steps) + 1, "learning_rate": float(rates[step])}
-        pending = (record | {"tokens": int(batch.lengths.sum())}, metrics)
+            log.write_step(*pending)
+        record = {"step": step + 1, "epoch": epoch + 1, "learning_rate": rate, "tokens": int(batch.lengths.sum())}
+        pending = (record, metrics)
         bar.update(task, completed=step + 1, description=f"loss {log.last_loss:.3f}")
     if pending is not None:
-        log.step(*pending)
+        log.write_step(*pending)
     bar.remove_task(task)
     return state
+
+
+def _finish_epoch(
+    trainer: Trainer, state: State, schedule: StepSchedule, epoch: int, log: "TrainingLog", bar: Progress
+) -> None:
+    """Compute the validation loss, if chats are held out, and report the losses of the epoch."""
+    steps = schedule.steps(epoch)
+    losses = {"epoch": epoch + 1, "loss": log.mean_loss(steps)}
+    if schedule.held_out:
+        losses["validation_loss"] = trainer.mean_loss(state.trainable, schedule.held_out, schedule.training.batch_size)
+        record = {"step": steps[-1] + 1, "epoch": epoch + 1, "validation_loss": losses["validation_loss"]}
+        log.write(record)
+    bar.print("  ".join(f"{name} {value:.4g}" for name, value in losses.items()))
 
 
 def _result(model: Model, training: Training, trainable: Any, log: list[dict[str, Any]]) -> Finetuned:
@@ -176,7 +232,8 @@ def _result(model: Model, training: Training, trainable: Any, log: list[dict[str
         params = jax.tree.map(lambda new, old: new.astype(old.dtype), trainable, model.params)
         return Finetuned(replace(model, params=params), None, log)
     is_path = model.name not in builtin.NAMES and Path(model.name).exists()
-    base = str(Path(model.name).resolve()) if is_path else model.name  # also found from another working directory
+    # An absolute path, so that the adapter finds its base model from every working directory.
+    base = str(Path(model.name).resolve()) if is_path else model.name
     targets = tuple(sorted(set(map(module_name, trainable))))
     adapter = Adapter(base, training.rank, training.alpha, targets, jax.device_get(trainable))
     return Finetuned(with_adapter(model, adapter), adapter, log)
@@ -198,10 +255,21 @@ def _write_result(result: Finetuned, out: Path) -> None:
         from_first(lambda: save_adapter(adapter, out / ADAPTER))
 
 
-class _Log:
-    """`log.jsonl`: a line for each step. What a killed run wrote after its last checkpoint is cut off."""
+class TrainingLog:
+    """The records of `log.jsonl`: a line for each step and for each validation.
 
-    def __init__(self, file: BinaryIO | None, steps: int) -> None:
+    Attributes:
+        records: all records so far.
+        last_loss: the loss of the last step; NaN before the first.
+    """
+
+    def __init__(self, file: BinaryIO | None, num_steps: int) -> None:
+        """Read the records of the first `num_steps` steps, and cut off what a killed run wrote after its last
+        checkpoint. Without a file, the records are only in memory.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         self.file = file
         self.records: list[dict[str, Any]] = []
         self.last_loss = math.nan
@@ -209,69 +277,89 @@ class _Log:
         if file is not None:
             lines = whole_lines(file)
             try:
-                self.records = [json.loads(line) for line in lines]
-                kept = sum(record["step"] <= steps for record in self.records)
+                records = [json.loads(line) for line in lines]
+                num_kept = sum(record["step"] <= num_steps for record in records)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(f"{file.name} is damaged ({error}); start over with --overwrite.") from error
-            self.records = self.records[:kept]
-            cut_after(file, lines[:kept])
+                raise UserError(f"{file.name} is damaged ({reason(error)}): start over with --overwrite.") from error
+            self.records = records[:num_kept]
+            cut_after(file, lines[:num_kept])
 
     def start_clock(self) -> None:
-        """What has passed until now is not a step's time."""
+        """Begin the time of the next step now: what came before, such as a validation, is no step's time."""
         self._clock = time.monotonic()
 
-    def step(self, record: dict[str, Any], metrics: Any) -> None:
-        """Wait for a step's numbers, check them, and write them down."""
-        numbers = {key: float(value) for key, value in jax.device_get(metrics).items()}
-        for name, value in numbers.items():
+    def write_step(self, record: dict[str, Any], metrics: Any) -> None:
+        """Wait for the metrics of a step, and write them with its speed.
+
+        Raises:
+            UserError: a metric is not finite.
+        """
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        for name, value in values.items():
             if not math.isfinite(value):
                 raise UserError(
                     f"At step {record['step']} the {name.replace('_', ' ')} is {value}: training stopped. The "
-                    f"checkpoints of the epochs before stay; start over with a lower learning rate."
+                    f"checkpoints of the finished epochs stay; start over with a lower learning rate."
                 )
         now = time.monotonic()
         speed = record["tokens"] / max(now - self._clock, 1e-9)
-        self._clock, self.last_loss = now, numbers["loss"]
-        self.write(record | numbers | {"tokens_per_second": round(speed, 1)})
+        self._clock, self.last_loss = now, values["loss"]
+        self.write(record | values | {"tokens_per_second": round(speed, 1)})
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append a record, and flush the file."""
         self.records.append(record)
         if self.file is not None:
             self.file.write(json.dumps(record).encode() + b"\n")
             self.file.flush()
 
     def mean_loss(self, steps: range) -> float:
+        """The mean of the logged losses of these steps, which count from 0."""
         return float(np.mean([r["loss"] for r in self.records if "loss" in r and r["step"] - 1 in steps]))
 
 
-class _Keeper:
-    """A checkpoint of the weights for each epoch, and one of the optimiser, for the last epoch on disk, from which an
-    unfinished run goes on. The weights are written first, so that an epoch with an optimiser always has both."""
+class Checkpoints:
+    """The checkpoints of a run: the weights (or adapter factors) of every epoch, and the optimiser of the last one.
+
+    The weights of an epoch are written before its optimiser, so an epoch whose optimiser is on disk has both, and an
+    unfinished run is resumed from it. Checkpoints are numbered by the epochs that are done.
+    """
 
     def __init__(self, out: Path) -> None:
         self.weights = checkpoint_manager(out / CHECKPOINTS, None)
         self.moments = checkpoint_manager(out / OPTIMIZER, 1)
 
-    def restore(self, start: State, epochs: int) -> tuple[State, int]:
-        """The state to go on from, and the number of its epoch: the start and 0 if there is none on disk."""
-        finished = from_first(lambda: epochs in self.weights.all_steps())
-        epoch = epochs if finished else from_first(self.moments.latest_step)
+    def restore(self, start: State, num_epochs: int) -> tuple[State, int]:
+        """The state to resume from, and the number of epochs that are done; `start` and 0 if there is no checkpoint.
+
+        Of a finished run the optimiser is not restored.
+
+        Raises:
+            UserError: the checkpoint cannot be read.
+        """
+        is_finished = from_first(lambda: num_epochs in self.weights.all_steps())
+        epoch = num_epochs if is_finished else from_first(self.moments.latest_step)
         if epoch is None:
             return start, 0
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, start)
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, start)
         try:
-            weights = self.weights.restore(epoch, args=ocp.args.StandardRestore(like.trainable))
-            if finished:
+            weights = self.weights.restore(epoch, args=ocp.args.StandardRestore(shapes.trainable))
+            if is_finished:
                 return start._replace(trainable=weights), epoch
-            return State(weights, self.moments.restore(epoch, args=ocp.args.StandardRestore(like.optimizer))), epoch
+            return State(weights, self.moments.restore(epoch, args=ocp.args.StandardRestore(shapes.optimizer))), epoch
         except Exception as error:  # Orbax and its storage raise many types for what is missing or damaged
             raise UserError(
-                f"The checkpoint of epoch {epoch} cannot be read ({type(error).__name__}); start over with --overwrite."
+                f"The checkpoint of epoch {epoch} cannot be read ({type(error).__name__}): start over with --overwrite."
             ) from error
 
     def save(self, epoch: int, state: State, *, last: bool) -> None:
+        """Write the checkpoint of an epoch; after the last one, delete the optimiser's, which is not needed any more.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         try:
-            if epoch in self.weights.all_steps():  # of a run that was killed between the two
+            if epoch in self.weights.all_steps():  # from a run that was killed before it wrote the optimiser
                 self.weights.delete(epoch)
             self.weights.save(epoch, args=ocp.args.StandardSave(state.trainable))
             if last:
@@ -281,6 +369,17 @@ class _Keeper:
                 self.moments.save(epoch, args=ocp.args.StandardSave(state.optimizer))
         except Exception as error:  # Orbax and its storage raise many types for a full disk
             raise UserError(
-                f"The checkpoint of epoch {epoch} cannot be written ({type(error).__name__}: {str(error)[:200]}); make "
-                f"room, and give the same command again."
+                f"The checkpoint of epoch {epoch} cannot be written ({reason(error)}): free some disk space, and run "
+                f"the same command again."
             ) from error
+
+
+def _open_checkpoints(out: Path) -> Checkpoints:
+    """The checkpoints in the directory of a run.
+
+    Raises:
+        UserError: not every process sees the directory.
+    """
+    if not is_visible_to_all(out / rundir.CONFIG):
+        raise UserError(f"Each process writes its part of the checkpoints, so all must see the same --out ({out}).")
+    return Checkpoints(out.absolute())

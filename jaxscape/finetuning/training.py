@@ -1,4 +1,4 @@
-"""Training: options, batches of chats, the loss, and the jitted step that lowers it."""
+"""The training step: its state, how the state is sharded, and the jitted program that updates it with AdamW."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,21 +12,26 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxscape.finetuning.batches import Batch, assemble
+from jaxscape.finetuning.batches import Batch, mean_loss, put_batch
 from jaxscape.finetuning.chats import Example
 from jaxscape.finetuning.options import Training
 from jaxscape.models import kernels
 from jaxscape.models.checkpoint import Params, parameter_shardings
 from jaxscape.models.config import ModelConfig
-from jaxscape.models.decoder import forward
 from jaxscape.models.lora import Factors, attach, init_factors
+from jaxscape.models.loss import summed_loss
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError
-from jaxscape.runtime.sharding import mesh_shape_of, on_mesh, replicated, sharding
+from jaxscape.runtime.sharding import mesh_shape_of, on_mesh, replicated
 
 
 class State(NamedTuple):
-    """What training changes: weights or adapter factors in float32, and the optimiser's moments of them."""
+    """What a training step changes, all float32.
+
+    Attributes:
+        trainable: the model's weights, or an adapter's factors.
+        optimizer: the state of the optimiser, which is the moments of AdamW.
+    """
 
     trainable: Any
     optimizer: Any
@@ -34,12 +39,16 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a step's program depends on, besides the model's configuration; hashable, a static argument.
+    """What the training step is compiled for besides the model's configuration: a static argument, hence hashable.
 
     Attributes:
-        mesh: the rows of a batch are split over `points`, weights that are trained in full and their moments over
-            `model`; an adapter is on every device.
-        kernel: compute attention by a kernel where it helps, see `jaxscape.models.kernels`.
+        mesh: the rows of a batch are sharded over `points`; weights that are trained in full, and their moments, over
+            `model`. An adapter is replicated.
+        dtype: the dtype in which the model computes; the state is float32.
+        lora_scale: the factor alpha / rank of an adapter; None if the weights are trained in full.
+        weight_decay, max_grad_norm: see `Training`.
+        remat: recompute activations in the backward pass.
+        kernel: compute attention with splash attention where that reduces memory traffic, see `jaxscape.models.loss`.
     """
 
     mesh: Mesh
@@ -53,51 +62,37 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """What stays the same over the steps of a training.
+    """What all steps of a training have in common.
 
     Attributes:
-        frozen: the weights that are not trained: the base of an adapter, or nothing.
+        frozen: the weights that are not trained: the base model of an adapter, or an empty tree.
     """
 
     config: ModelConfig
     settings: Settings
     frozen: Params
 
-    def start(self, trainable: Any) -> State:
-        """The state before the first step; the buffers of `trainable` are used up."""
+    def initial_state(self, trainable: Any) -> State:
+        """The sharded state before the first step. The buffers of `trainable` are reused and must not be used again."""
         shapes = jax.eval_shape(lambda: State(trainable, optimizer(self.settings).init(trainable)))
-        where = state_shardings(shapes, self.config, self.settings)
-        trainable = jax.device_put(trainable, where.trainable)
-        moments = jax.jit(optimizer(self.settings).init, out_shardings=where.optimizer)(trainable)
+        shardings = state_shardings(shapes, self.config, self.settings)
+        trainable = jax.device_put(trainable, shardings.trainable)
+        moments = jax.jit(optimizer(self.settings).init, out_shardings=shardings.optimizer)(trainable)
         return State(trainable, moments)
 
     def step(self, state: State, batch: Batch, learning_rate: float) -> tuple[State, dict[str, Float[Array, ""]]]:
-        """See `train_step`; dispatched, not waited for."""
-        rate = np.float32(learning_rate)
-        return train_step(state, self.frozen, self._put(batch), rate, config=self.config, settings=self.settings)
+        """Dispatch a `train_step` without waiting for it."""
+        batch, rate = put_batch(batch, self.settings.mesh), np.float32(learning_rate)
+        return train_step(state, self.frozen, batch, rate, config=self.config, settings=self.settings)
 
     def mean_loss(self, trainable: Any, examples: Sequence[Example], batch_size: int) -> float:
-        """The mean loss over the learned tokens of examples, in nats."""
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
-        parts = []
-        for i in range(0, len(order), batch_size):
-            batch = assemble([examples[j] for j in order[i : i + batch_size]], 1, batch_size)
-            rows = jax.tree.map(lambda x: x[0], self._put(batch))
-            parts.append(_loss_and_count(trainable, self.frozen, rows, config=self.config, settings=self.settings))
-        losses, counts = zip(*jax.device_get(parts), strict=True)
-        return float(sum(losses) / sum(counts))
-
-    def _put(self, batch: Batch) -> Batch:
-        def put(x: np.ndarray) -> Array:
-            axes = (None, "rows", None)[: x.ndim]
-            # `device_put` would compare what several processes hold, and wait for them.
-            return jax.make_array_from_callback(x.shape, sharding(self.settings.mesh, axes, x.shape), x.__getitem__)
-
-        return jax.tree.map(put, batch)
+        """The mean loss over the learned tokens of examples, in nats per token."""
+        batch_loss = partial(_batch_loss, trainable, self.frozen, config=self.config, settings=self.settings)
+        return mean_loss(batch_loss, examples, batch_size, self.settings.mesh)
 
 
 def make_trainer(model: Model, training: Training, longest: int) -> Trainer:
-    """A trainer on the devices of the model's mesh, for texts of up to `longest` tokens.
+    """A trainer on the devices of the model's mesh, for chats of up to `longest` tokens.
 
     Raises:
         UserError: the batch cannot be split over the devices.
@@ -117,33 +112,40 @@ def make_trainer(model: Model, training: Training, longest: int) -> Trainer:
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raise a `UserError` if a batch cannot be split over the devices of the mesh that share one."""
-    if batch_size % (points := mesh_shape_of(mesh).points):
-        raise UserError(f"The batch size {batch_size} is not a multiple of the {points} devices that share a batch.")
+    """Raise a `UserError` if the batch cannot be split over the devices along `points`."""
+    if batch_size % (devices := mesh_shape_of(mesh).points):
+        raise UserError(
+            f"The batch size {batch_size} is not a multiple of the {devices} devices that share a batch: choose "
+            f"another batch size or another --mesh."
+        )
 
 
 def state_shardings(shapes: State, config: ModelConfig, settings: Settings) -> State:
-    """How a state of these shapes is split over the mesh."""
+    """The sharding of each array of a state with these shapes.
+
+    Weights that are trained in full, and their moments, are sharded as the model's parameters are; everything else is
+    replicated.
+    """
     everywhere = replicated(settings.mesh)
     if settings.lora_scale is not None:
         return jax.tree.map(lambda _: everywhere, shapes)
-    where = parameter_shardings(config, settings.mesh)
+    weights = parameter_shardings(config, settings.mesh)
     moments = optax.tree.map_params(
         optimizer(settings),
-        lambda _, there: there,
+        lambda _, sharding: sharding,
         shapes.optimizer,
-        where,
+        weights,
         transform_non_params=lambda _: everywhere,
     )
-    return State(where, moments)
+    return State(weights, moments)
 
 
 def initial_trainable(model: Model, training: Training) -> Params | Factors:
-    """What is trained, in float32: a new adapter's factors, or a copy of the model's weights."""
+    """What is trained, in float32: the factors of a new adapter, or a copy of the model's weights."""
     if training.method == "lora":
         key = jax.random.key(training.seed, impl="threefry2x32")
         return init_factors(model.params, training.targets, training.rank, key)
-    # Copied also where it is float32 already: the steps reuse the buffers, and the model stays the caller's.
+    # A copy even of float32 weights: the training steps reuse its buffers, and the model's must stay as they are.
     return jax.tree.map(lambda weight: jnp.array(weight, jnp.float32, copy=True), model.params)
 
 
@@ -157,61 +159,61 @@ def train_step(
     config: ModelConfig,
     settings: Settings,
 ) -> tuple[State, dict[str, Float[Array, ""]]]:
-    """One step of AdamW on the mean loss over all learned tokens of the accumulated batches.
+    """One step of AdamW on the mean loss over the learned tokens of all accumulated batches.
 
-    Compiled once for each width of a batch. Gradients and the optimiser are float32; the model computes in
-    `settings.dtype`.
+    Gradients and the optimiser are float32; the model computes in `settings.dtype`. The step is compiled once for each
+    width of a batch.
+
+    Arguments:
+        state: its buffers are donated.
+        frozen: the weights that are not trained, see `Trainer`.
+        batch: [accumulation, batch, time].
+
+    Returns:
+        The new state, and float32 metrics: `loss`, the mean loss before the step, and `grad_norm`, the norm of its
+        gradient before clipping.
     """
-    with on_mesh(settings.mesh):
-        state, metrics = _stepped(state, frozen, batch, learning_rate, config, settings)
-    return jax.lax.with_sharding_constraint(state, state_shardings(state, config, settings)), metrics
-
-
-def _stepped(
-    state: State,
-    frozen: Params,
-    batch: Batch,
-    learning_rate: Float[Array, ""] | np.float32,
-    config: ModelConfig,
-    settings: Settings,
-) -> tuple[State, dict[str, Float[Array, ""]]]:
-    count = jnp.maximum(batch.learned[..., 1:].sum(), 1)
 
     def accumulate(carry: tuple[Any, Array], rows: Batch) -> tuple[tuple[Any, Array], None]:
-        loss, gradient = jax.value_and_grad(total_loss)(state.trainable, frozen, rows, config, settings)
+        def loss_of(trainable: Any) -> Float[Array, ""]:
+            return _summed_loss(trainable, frozen, rows, config, settings)
+
+        loss, gradient = jax.value_and_grad(loss_of)(state.trainable)
         return (jax.tree.map(jnp.add, carry[0], gradient), carry[1] + loss), None
 
-    nothing = (jax.tree.map(jnp.zeros_like, state.trainable), jnp.float32(0))
-    (gradient, loss), _ = jax.lax.scan(accumulate, nothing, batch)
-    gradient = jax.tree.map(lambda g: g / count, gradient)
-    updates, moments = optimizer(settings).update(gradient, state.optimizer, state.trainable)
-    trainable = jax.tree.map(lambda w, u: w - learning_rate * u, state.trainable, updates)
-    return State(trainable, moments), {"loss": loss / count, "grad_norm": optax.tree.norm(gradient)}
+    with on_mesh(settings.mesh):
+        # 1. The gradient, summed over the tokens of one batch after another.
+        count = jnp.maximum(batch.learned[..., 1:].sum(), 1)
+        zeros = (jax.tree.map(jnp.zeros_like, state.trainable), jnp.float32(0))
+        (gradient, loss), _ = jax.lax.scan(accumulate, zeros, batch)
+        gradient = jax.tree.map(lambda g: g / count, gradient)
+
+        # 2. The update of AdamW.
+        updates, moments = optimizer(settings).update(gradient, state.optimizer, state.trainable)
+        trainable = jax.tree.map(lambda w, u: w - learning_rate * u, state.trainable, updates)
+        metrics = {"loss": loss / count, "grad_norm": optax.tree.norm(gradient)}
+    state = State(trainable, moments)
+    return jax.lax.with_sharding_constraint(state, state_shardings(state, config, settings)), metrics
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) without its learning rate, which is an argument of the step."""
     clip = [optax.clip_by_global_norm(settings.max_grad_norm)] if settings.max_grad_norm else []
-    decayed = partial(jax.tree.map, lambda weight: weight.ndim > 1)
-    return optax.chain(*clip, optax.scale_by_adam(), optax.add_decayed_weights(settings.weight_decay, decayed))
+    is_decayed = partial(jax.tree.map, lambda weight: weight.ndim > 1)
+    return optax.chain(*clip, optax.scale_by_adam(), optax.add_decayed_weights(settings.weight_decay, is_decayed))
 
 
-def total_loss(
+def _summed_loss(
     trainable: Any, frozen: Params, rows: Batch, config: ModelConfig, settings: Settings
 ) -> Float[Array, ""]:
-    """The cross-entropy in nats, summed over the learned tokens of [batch, time] rows."""
-    params = weights_of(trainable, frozen, settings)
-    count, width = rows.tokens.shape
-    time = jnp.arange(width)
-    positions = jnp.where(time < rows.lengths[:, None], time, -1)
-    devices = mesh_shape_of(settings.mesh).size
-    kernel = settings.kernel and kernels.saves_traffic(config, settings.dtype, count, width, devices)
-    logits, _ = forward(config, params, jnp.asarray(rows.tokens), positions, remat=settings.remat, kernel=kernel)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], rows.tokens[:, 1:])
-    return (loss * rows.learned[:, 1:]).sum()
+    """The cross-entropy in nats, summed over the learned tokens of a [batch, time] batch."""
+    params = _decoder_params(trainable, frozen, settings)
+    return summed_loss(
+        config, params, rows.tokens, rows.lengths, rows.learned, remat=settings.remat, kernel=settings.kernel
+    )
 
 
-def weights_of(trainable: Any, frozen: Params, settings: Settings) -> Params:
+def _decoder_params(trainable: Any, frozen: Params, settings: Settings) -> Params:
     """The decoder's parameters in the dtype it computes in."""
     if settings.lora_scale is not None:
         return attach(frozen, trainable, settings.lora_scale)
@@ -219,8 +221,8 @@ def weights_of(trainable: Any, frozen: Params, settings: Settings) -> Params:
 
 
 @partial(jax.jit, static_argnames=("config", "settings"))
-def _loss_and_count(
+def _batch_loss(
     trainable: Any, frozen: Params, rows: Batch, *, config: ModelConfig, settings: Settings
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+) -> Float[Array, ""]:
     with on_mesh(settings.mesh):
-        return total_loss(trainable, frozen, rows, config, settings), rows.learned[:, 1:].sum()
+        return _summed_loss(trainable, frozen, rows, config, settings)

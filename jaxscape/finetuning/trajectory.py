@@ -1,4 +1,4 @@
-"""The path of a finetuning through weight space, and its projection onto the plane of a landscape."""
+"""The path of a finetuning through weight space, projected onto the plane of a landscape, and its file."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -11,20 +11,23 @@ from jaxtyping import Float
 
 from jaxscape.directions.sums import inner
 from jaxscape.models.checkpoint import Params
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 
 FILE_NAME = "trajectory.json"
+MAX_CONDITION = 1e6  # directions whose normalised Gram matrix has a larger condition number count as parallel
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """A finetuning's checkpoints as points of a plane (or a line).
+    """A finetuning's checkpoints as points of a plane or a line.
 
     Attributes:
-        coords: float64[checkpoints, directions]; the first is the model that the finetuning started from, at 0.
-        residual: float64[checkpoints], the part of each checkpoint's distance from the start that the projection leaves
-            out: 0 lies in the plane, 1 is at right angles to it.
+        name: the label of the path in figures.
+        coords: float64[checkpoints, directions], coordinates along the directions. The first checkpoint is the model
+            that the finetuning started from, at 0.
+        residual: float64[checkpoints], the fraction of each checkpoint's distance from the start that is orthogonal to
+            the plane: 0 for a checkpoint in the plane, 1 for one at a right angle to it.
     """
 
     name: str
@@ -33,57 +36,64 @@ class Trajectory:
 
 
 def project(name: str, steps: Iterable[Params], directions: Sequence[Params]) -> Trajectory:
-    """Project a path onto the space that directions span, which need not be orthogonal, by least squares.
+    """Project a path onto the space that the directions span, by least squares. They need not be orthogonal.
 
     Arguments:
-        steps: the differences of each checkpoint from the start, trees like the directions; taken one at a time.
+        name: the label of the path.
+        steps: each checkpoint minus the start, as a tree like the directions. They are read one at a time.
+        directions: the axes of the plane or line.
 
     Raises:
         UserError: a direction is zero, or two are parallel.
     """
     gram = np.array([[inner(a, b) for b in directions] for a in directions])
-    lengths = np.sqrt(np.diag(gram))
-    if not lengths.all() or np.linalg.cond(gram / np.outer(lengths, lengths)) > 1e6:
+    norms = np.sqrt(np.diag(gram))
+    if not norms.all() or np.linalg.cond(gram / np.outer(norms, norms)) > MAX_CONDITION:
         raise UserError(
-            f"The directions span no {len(directions)}D space to project onto: one is zero, or two parallel."
+            f"The directions do not span {len(directions)} dimensions to project onto: one is zero, or two are "
+            f"parallel. Choose other directions."
         )
     coords, residual = [np.zeros(len(directions))], [0.0]
     for step in steps:
-        along = np.array([inner(direction, step) for direction in directions])
-        coords.append(np.linalg.solve(gram, along))
+        products = np.array([inner(direction, step) for direction in directions])
+        coords.append(np.linalg.solve(gram, products))
         square = inner(step, step)
-        residual.append(float(np.sqrt(max(1 - coords[-1] @ along / square, 0))) if square else 0.0)
+        residual.append(float(np.sqrt(max(1 - coords[-1] @ products / square, 0))) if square else 0.0)
     return Trajectory(name, np.array(coords), np.array(residual))
 
 
 def save_trajectories(trajectories: Sequence[Trajectory], directory: str | Path) -> None:
-    """Write `trajectory.json` beside a landscape."""
-    content = [
+    """Write `trajectory.json` into the directory of a landscape.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    records = [
         {"name": path.name, "coords": path.coords.tolist(), "residual": path.residual.tolist()} for path in trajectories
     ]
     try:
-        write_whole(Path(directory) / FILE_NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_whole(Path(directory) / FILE_NAME, json.dumps(records, indent=1, allow_nan=False) + "\n")
     except OSError as error:
-        raise UserError(f"The trajectories cannot be written to {directory} ({error}).") from error
+        raise UserError(f"The trajectories cannot be written to {directory} ({reason(error)}).") from error
 
 
 def load_trajectories(directory: str | Path) -> list[Trajectory]:
-    """Read `trajectory.json`, if a run's directory has one.
+    """Read `trajectory.json` from the directory of a landscape; an empty list if there is none.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     path = Path(directory) / FILE_NAME
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        found = []
-        for item in content:
-            coords, residual = (np.array(item[key], np.float64) for key in ("coords", "residual"))
+        records: Any = json.loads(path.read_text(encoding="utf-8"))
+        trajectories = []
+        for record in records:
+            coords, residual = (np.array(record[key], np.float64) for key in ("coords", "residual"))
             if coords.ndim != 2 or residual.shape != coords.shape[:1]:
-                raise ValueError(f"coordinates of shape {coords.shape}")
-            found.append(Trajectory(str(item["name"]), coords, residual))
-        return found
+                raise ValueError(f"coords has shape {coords.shape}, and residual {residual.shape}")
+            trajectories.append(Trajectory(str(record["name"]), coords, residual))
+        return trajectories
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not a file of trajectories ({type(error).__name__}).") from error
+        raise UserError(f"{path} is not a file of trajectories ({reason(error)}).") from error

@@ -44,7 +44,7 @@ def test_parts_of_a_set(tmp_path: Path) -> None:
     assert js.load_chats("safe:3") == whole[:3]
     assert js.load_chats("safe:2:5") == whole[2:5]
     path = write_jsonl(tmp_path / "odd:1.jsonl", [USER, ASSISTANT])
-    assert len(js.load_chats(path)) == 1  # a file of that name comes first
+    assert len(js.load_chats(path)) == 1  # an existing file wins over SET:N
     for part in ("safe:0", "safe:5:5", "safe:5:2", "safe:100000"):
         with pytest.raises(js.UserError, match="there is no part"):
             js.load_chats(part)
@@ -53,7 +53,7 @@ def test_parts_of_a_set(tmp_path: Path) -> None:
 def test_every_safe_response_is_a_refusal_and_harmless_prompts_are_none_of_the_evaluated() -> None:
     safe, harmless = js.load_chats("safe"), js.load_prompts("harmless")
     assert all(js.is_refusal(chat[1]["content"]) for chat in safe)
-    assert len({chat[1]["content"] for chat in safe}) > 200  # varied words
+    assert len({chat[1]["content"] for chat in safe}) > 200  # the refusals vary in wording
     learned = {chat[0]["content"].lower() for chat in safe} | {prompt.lower() for prompt in harmless}
     assert len(learned) == len(safe) + len(harmless)
     assert not learned & {prompt.lower() for name in ("harmful", "benign") for prompt in js.load_prompts(name)}
@@ -75,17 +75,17 @@ def test_identity_shift_has_the_format_of_the_known_one() -> None:
 
 
 BAD_CHATS: list[tuple[Any, str]] = [
-    ('{"messages": [{"role": "user", "content": "Hi"}]}', "line 1: the chat has no assistant's turn"),
+    ('{"messages": [{"role": "user", "content": "Hi"}]}', "line 1: the chat has no assistant's turn to learn"),
     ('{"messages": [', "line 1: not valid JSON"),
-    ('{"messages": {}}', "no chat there"),
-    ('{"prompt": "Hi"}', "no chat there"),
-    ("[]", "no chat there"),
+    ('{"messages": {}}', "not a chat, which is an object with a list"),
+    ('{"prompt": "Hi"}', "not a chat, which is an object with a list"),
+    ("[]", "not a chat, which is an object with a list"),
     ('{"messages": [{"role": "robot", "content": "Hi"}]}', "the role 'robot'"),
     ('{"messages": [{"role": "user", "content": 3}]}', "a message of the user has no text"),
     ('{"messages": [{"role": "assistant", "content": " "}]}', "a message of the assistant has no text"),
     ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "has no text"),
     ('{"messages": [{"role": "assistant", "content": "a", "weight": 2}]}', "weights are 0 or 1"),
-    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}', "nothing to learn"),
+    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}', "no assistant's turn to learn"),
     ("[" * 100_000, "not valid JSON"),
     ("", "has no chats"),
 ]
@@ -174,11 +174,11 @@ def test_models_without_a_usable_chat_template(tiny: js.Model) -> None:
 
 
 def test_tokenizers_that_put_a_space_before_a_text(tiny: js.Model) -> None:
-    """SentencePiece's way: a piece of a text, tokenized alone, would get a space that is not there in the whole."""
+    """SentencePiece puts a space before a text: a turn that is tokenized alone gets one that its chat does not have."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    # Words, so that no token goes across them.
+    # The corpus is single words, so that no token spans two of them.
     corpus = ["[INST]", "How", "are", "you?", "[/INST]", "Fine,", "thanks."] * 9
     tokenizer.train_from_iterator(
         corpus, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)

@@ -1,4 +1,4 @@
-"""Finetuning: against torch and PEFT, batches, schedules, checkpoints, and what goes wrong."""
+"""Finetuning: comparison with torch and PEFT, batches, schedules, checkpoints, resumed runs and errors."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import jaxscape as js
 from jaxscape.directions.path import load_path
 from jaxscape.directions.sums import inner
-from jaxscape.finetuning.batches import bucket, epoch_batches, learning_rates, split
+from jaxscape.finetuning.batches import bucket, epoch_batches, hold_out, learning_rates
 from jaxscape.finetuning.chats import tokenize
 from jaxscape.finetuning.options import TARGETS
 from jaxscape.finetuning.training import train_step
@@ -91,7 +91,7 @@ def test_only_the_widths_of_batches_are_compiled(tiny: js.Model) -> None:
     chats = [
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "well " * n}] for n in (2, 3, 12, 14) * 8
     ]
-    training = replace(SHORT, alpha=3.25)  # not compiled by another test
+    training = replace(SHORT, alpha=3.25)  # a value that no other test compiles
     js.finetune(tiny, chats, training, progress=False)
     widths = {bucket(len(example.tokens)) for example in tokenize(tiny, chats, 512).examples}
     compiled = train_step._cache_size()
@@ -106,10 +106,10 @@ def test_validation_is_held_out(tiny: js.Model, tmp_path: Path) -> None:
     found = [record["validation_loss"] for record in result.log if "validation_loss" in record]
     assert len(found) == 2
     examples = tokenize(tiny, CHATS, 512).examples
-    learning, held_out = split(examples, 0.25, 0)
+    learning, held_out = hold_out(examples, 0.25, 0)
     assert (len(learning), len(held_out)) == (16, 6)
     assert {example.tokens.tobytes() for example in learning}.isdisjoint(e.tokens.tobytes() for e in held_out)
-    # What is held out is judged with the finetuned weights: checked with the logits of the result.
+    # The validation loss is that of the finetuned weights: computed here from the logits of the result.
     total = count = 0.0
     for tokens, learned in held_out:
         logits = np.asarray(result.model(tokens[None]))[0, :-1]
@@ -203,7 +203,7 @@ def test_a_killed_finetuning_ends_with_the_same_weights(
     assert start(tmp_path / "unbroken", tiny_dir, data, *options).wait() == 0
     killed = tmp_path / "killed"
     log = killed / "log.jsonl"
-    for count in moments:  # steps: in the first epoch, and in the middle of later ones
+    for count in moments:  # logged steps before the kill: in the first epoch, and in the middle of a later one
         process = start(killed, tiny_dir, data, *options)
         while not (log.exists() and log.read_bytes().count(b"\n") >= count) and process.poll() is None:
             time.sleep(0.001)
@@ -214,17 +214,17 @@ def test_a_killed_finetuning_ends_with_the_same_weights(
     assert len(result_of(killed)) == 1
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, 6 * 6 + 1))
-    # And a finished one is not trained again.
+    # A finished run is not trained again.
     before = log.read_bytes()
     assert start(killed, tiny_dir, data, *options).wait() == 0
     assert log.read_bytes() == before
 
 
 def test_a_kill_between_the_two_checkpoints_of_an_epoch(tiny: js.Model, tmp_path: Path) -> None:
-    """The weights of an epoch are there and its optimiser is not: the epoch is done again."""
+    """If the weights of an epoch are on disk but its optimiser is not, the epoch is trained again."""
     expected = js.finetune(tiny, CHATS, replace(SHORT, epochs=3), progress=False)
-    keeper = finetune_module._Keeper
-    save = keeper.save
+    checkpoints = finetune_module.Checkpoints
+    save = checkpoints.save
 
     class Killed(BaseException):
         pass
@@ -235,7 +235,7 @@ def test_a_kill_between_the_two_checkpoints_of_an_epoch(tiny: js.Model, tmp_path
         save(self, epoch, state, last=last)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keeper, "save", half)
+        patch.setattr(checkpoints, "save", half)
         with pytest.raises(Killed):
             js.finetune(tiny, CHATS, replace(SHORT, epochs=3), out=tmp_path, progress=False)
     found = js.finetune(tiny, CHATS, replace(SHORT, epochs=3), out=tmp_path, progress=False)
@@ -298,7 +298,7 @@ def test_several_devices_share_a_batch(tiny_dir: Path, tiny: js.Model, tmp_path:
     found = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     alone = js.finetune(tiny, CHATS, SHORT, progress=False)
     np.testing.assert_allclose(found, losses(alone), rtol=1e-3)
-    # What several devices wrote, one reads.
+    # One device reads the checkpoints that several wrote.
     assert len(list(load_path(tmp_path / "run", tiny))) == 2
 
 
@@ -363,7 +363,7 @@ def test_a_path_is_read_in_the_dtype_it_was_made_in(tiny_dir: Path, tiny: js.Mod
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
-    training = object.__new__(js.Training)  # its own check, not that of the types, which only runs in tests
+    training = object.__new__(js.Training)  # `check` itself, not the checks of types, which only run in tests
     training.__dict__.update(vars(js.Training()) | options)
     with pytest.raises(js.UserError, match=message):
         training.check()
@@ -394,7 +394,10 @@ def test_an_adapter_goes_on_training(tiny: js.Model) -> None:
     assert losses(more)[-1] < losses(first)[-1]
     assert_same_tree(first.adapter.factors, kept)
     for other in ({"rank": 4}, {"alpha": 1.0}, {"targets": ("q_proj",)}, {"method": "full"}):
-        with pytest.raises(js.UserError, match="Only a LoRA training of the same rank, alpha and targets"):
+        with pytest.raises(
+            js.UserError,
+            match="choose the method lora, and the rank, alpha and targets of the adapter",
+        ):
             js.finetune(tiny, CHATS, replace(SHORT, **other), start=first.adapter, progress=False)
 
 

@@ -1,4 +1,4 @@
-"""Paths of finetunings, projected onto planes."""
+"""The paths of finetunings: projection onto a plane, principal components, and `trajectory.json`."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from jaxscape.models.checkpoint import Params
 
 
 def trees(rows: np.ndarray) -> list[Params]:
-    """Each row of 12 numbers as a tree of two tensors."""
+    """A tree of two tensors for each row of 12 numbers."""
     return [{"a": jnp.asarray(row[:6].reshape(2, 3)), "b": {"c": jnp.asarray(row[6:])}} for row in np.float32(rows)]
 
 
@@ -55,7 +55,7 @@ def test_principal_directions_are_those_of_the_singular_value_decomposition(seed
     right = np.linalg.svd(steps)[2][:2]
     unit = found / np.linalg.norm(found, axis=1, keepdims=True)
     gap = np.linalg.svd(steps)[1]
-    if gap[0] > 1.05 * gap[1] and (count == 2 or gap[1] > 1.05 * gap[2]):  # else they may turn among each other
+    if gap[0] > 1.05 * gap[1] and (count == 2 or gap[1] > 1.05 * gap[2]):  # otherwise the components are not unique
         np.testing.assert_allclose(np.abs((unit * right).sum(1)), 1, atol=1e-2)
     path = project("p", trees(steps), trees(found))
     assert np.abs(path.coords[:, 0]).max() == pytest.approx(1, abs=1e-3)
@@ -70,9 +70,9 @@ def test_paths_and_directions_that_span_no_plane() -> None:
         principal_directions(trees(line))
     with pytest.raises(js.UserError, match=r"checkpoints \(1\) span fewer than 2 dimensions"):
         principal_directions(trees(line[:1]))
-    with pytest.raises(js.UserError, match="span no 2D space to project onto"):
+    with pytest.raises(js.UserError, match="do not span 2 dimensions to project onto"):
         project("p", trees(line), trees(line[:2]))
-    with pytest.raises(js.UserError, match="span no 1D space to project onto"):
+    with pytest.raises(js.UserError, match="do not span 1 dimensions to project onto"):
         project("p", trees(line), trees(np.zeros((1, 12))))
 
 

@@ -11,12 +11,11 @@ import pytest
 from helpers import MakeModel
 
 import jaxscape as js
-from jaxscape.finetuning.batches import Batch
-from jaxscape.finetuning.training import Settings, _loss_and_count
 from jaxscape.forecast import hlo
 from jaxscape.forecast.known_models import shape_config
 from jaxscape.models import kernels
-from jaxscape.runtime.sharding import MeshShape, make_mesh
+from jaxscape.models.loss import summed_loss
+from jaxscape.runtime.sharding import MeshShape, make_mesh, on_mesh
 
 
 @pytest.fixture
@@ -55,16 +54,16 @@ def test_a_model_learns_the_same_with_it(
     directory, _ = make_model(head_dim=128, num_hidden_layers=1, max_position_embeddings=512, initializer_range=0.1)
     model = js.load_model(directory, "bfloat16", mesh_shape=split)
     rng = np.random.default_rng(0)
-    rows = Batch(
-        rng.integers(3, 300, (2, 256)).astype(np.int32), np.array([256, 140], np.int32), np.ones((2, 256), np.float32)
-    )
-    rows.learned[1, 140:] = 0
+    lengths = np.array([256, 140], np.int32)
+    tokens = rng.integers(3, 300, (2, 256)).astype(np.int32)
+    counted = (np.arange(256) < lengths[:, None]).astype(np.float32)
 
     def of(kernel: bool) -> tuple[float, Any]:
-        settings = Settings(model.mesh, "bfloat16", None, 0.0, 1.0, remat=True, kernel=kernel)
-        loss, gradient = jax.jit(jax.value_and_grad(_sum), static_argnums=(2, 3))(
-            model.params, rows, model.config, settings
-        )
+        def loss_of(params: Any) -> jax.Array:
+            with on_mesh(model.mesh):
+                return summed_loss(model.config, params, tokens, lengths, counted, remat=True, kernel=kernel)
+
+        loss, gradient = jax.jit(jax.value_and_grad(loss_of))(model.params)
         return float(loss), jax.tree.map(lambda g: np.asarray(g, np.float32), gradient)
 
     (plain, expected), (loss, found) = of(False), of(True)
@@ -72,10 +71,6 @@ def test_a_model_learns_the_same_with_it(
     assert loss == pytest.approx(plain, rel=1e-3)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         assert np.linalg.norm(a - b) < 0.03 * np.linalg.norm(a)
-
-
-def _sum(params: Any, rows: Batch, config: Any, settings: Settings) -> jax.Array:
-    return _loss_and_count(params, {}, rows, config=config, settings=settings)[0]
 
 
 def test_a_tpu_moves_fewer_bytes_with_it() -> None:
