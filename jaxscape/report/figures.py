@@ -1,7 +1,7 @@
 """Figures of landscapes."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ PATH_COLOURS = ("#FFFFFF", "#E69F00", "#56B4E9")
 COLOUR_MAP = "cividis"  # its lightness rises evenly, so it reads the same in grey
 GREEK = {"alpha": "\N{GREEK SMALL LETTER ALPHA}", "beta": "\N{GREEK SMALL LETTER BETA}"}
 
+Draw = Callable[[Landscape, Sequence[Trajectory]], Figure]
+"""A function that draws a landscape, complete or not, with the trajectories of finetunings on it."""
+
 
 def plot_landscape(landscape: Landscape, trajectories: Sequence[Trajectory] = ()) -> Figure:
     """Draw a landscape, be it complete or not.
@@ -34,11 +37,15 @@ def plot_landscape(landscape: Landscape, trajectories: Sequence[Trajectory] = ()
 
 
 def save_figure(
-    landscape: Landscape, path: str | Path, dpi: int = 150, trajectories: Sequence[Trajectory] = ()
+    landscape: Landscape,
+    path: str | Path,
+    dpi: int = 150,
+    trajectories: Sequence[Trajectory] = (),
+    draw: Draw = plot_landscape,
 ) -> None:
-    """Write `plot_landscape`'s figure as a PNG file; the same landscape gives the same bytes."""
+    """Write the figure that `draw` makes as a PNG file; the same landscape gives the same bytes."""
     content = io.BytesIO()
-    plot_landscape(landscape, trajectories).savefig(content, format="png", dpi=dpi, metadata={"Software": None})
+    draw(landscape, trajectories).savefig(content, format="png", dpi=dpi, metadata={"Software": None})
     try:
         write_whole(Path(path), content.getvalue())
     except OSError as error:
