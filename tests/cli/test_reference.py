@@ -31,8 +31,8 @@ def test_the_page_has_every_option_of_every_verb_with_its_default(
         main([verb, "--help"])
     output = capsys.readouterr().out
     options = {}
-    for entry in re.split(r"^[│|] (?=--)", output, flags=re.M)[1:]:
-        text = " ".join(re.sub(r"^[│|]|[│|]$", "", entry, flags=re.M).split())
+    for entry in re.split(r"^. (?=--[a-z])", output, flags=re.M)[1:]:
+        text = " ".join(entry.replace("│", " ").split())
         default = re.search(r"\(default: (.*?)\)(?: |$)", text)
         assert default is not None, text
         options[text.split()[0]] = default[1]
