@@ -1,6 +1,6 @@
 """The model families: how a transformers configuration of each says what the decoder computes.
 
-`docs/families.md` tells how to add one.
+`docs/how-to/add-a-model-family.md` says how to add one.
 """
 
 from collections.abc import Callable, Mapping
