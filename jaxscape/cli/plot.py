@@ -1,4 +1,4 @@
-"""`jaxscape plot`: draw the figure of a run again, finished or not."""
+"""`jaxscape plot`: draw a figure of a run again, finished or not."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +7,12 @@ from typing import Annotated
 import tyro
 
 from jaxscape.cli.options import write_line
+from jaxscape.runtime.help import shown
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Draw the figure of a run again, finished or not.
+    """Draw a figure of a run again, finished or not.
 
     Examples:
       jaxscape plot runs/smollm2-135m-safe-1d
@@ -20,13 +21,10 @@ class Plot:
 
     directory: Annotated[Path, tyro.conf.Positional]
     """The run's directory."""
+    figure: Annotated[str, shown(metavar="NAME")] = "landscape"
+    """What to draw: landscape (the ASR at each point)."""
 
     def run(self) -> None:
-        from jaxscape.finetuning.trajectory import load_trajectories
-        from jaxscape.landscapes.landscape import Landscape
-        from jaxscape.landscapes.store import FIGURE
-        from jaxscape.report.figures import save_figure
+        from jaxscape.report.registry import draw_run
 
-        landscape, trajectories = Landscape.load(self.directory), load_trajectories(self.directory)
-        save_figure(landscape, self.directory / FIGURE, trajectories=trajectories)
-        write_line(f"{self.directory / FIGURE}")
+        write_line(f"{draw_run(self.directory, self.figure)}")

@@ -37,8 +37,8 @@ def principal_directions(steps: Sequence[Params], count: int = 2) -> list[Params
     values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
     if len(steps) < count or values[-1] <= 1e-9 * values[0]:
         raise UserError(
-            f"The given checkpoints ({len(steps)}) span fewer than {count} dimensions: give finetunings with more epochs, "
-            f"or a second finetuning."
+            f"The given checkpoints ({len(steps)}) span fewer than {count} dimensions: give finetunings with more "
+            f"epochs, or a second finetuning."
         )
     vectors = vectors * np.where(vectors[-1] < 0, -1, 1)
     scale = np.abs(vectors[:, 0]).max() * np.sqrt(values[0])

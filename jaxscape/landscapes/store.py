@@ -30,7 +30,7 @@ SCAN = rundir.RunKind(
     "scan",
     state=GENERATIONS,
     marks=frozenset({"weights", "directions", "axes"}),
-    computed=(landscape.FILE_NAME, FIGURE, trajectory.FILE_NAME, "output*.jsonl"),
+    computed=(landscape.FILE_NAME, FIGURE, "landscape-*.png", trajectory.FILE_NAME, "output*.jsonl"),
     descriptive=frozenset({"direction_names"}),
 )
 

@@ -1,17 +1,6 @@
 """The model families: how the decoder's options follow from a transformers configuration of each family.
 
-To add a family:
-
-1. Add its `model_type` to `FAMILIES`, with the name of its class in transformers and a function that returns the
-   `ModelConfig` options in which it differs from Llama.
-2. Let the function read every field that changes the logits. A model is refused if a field that was not read differs
-   from its default. Fields that need no reading, because transformers turns them into other fields, go into
-   `derived_from`.
-3. If `ModelConfig` lacks an option, add it with a default that changes no other family, and use it in
-   `jaxscape.models.decoder`.
-4. Add two small configurations to tests/models/test_families.py, which compares them with transformers.
-
-See docs/how-to/add-a-model-family.md for the details.
+`docs/how-to/add-a-model-family.md` says how to add one.
 """
 
 from collections.abc import Callable, Mapping

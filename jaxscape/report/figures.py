@@ -1,7 +1,7 @@
 """Figures of landscapes: curves with intervals in 1D, contours and surfaces in 2D."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ COLOUR_MAP = "cividis"  # its lightness rises evenly, so that it reads the same 
 GREEK = {"alpha": "\N{GREEK SMALL LETTER ALPHA}", "beta": "\N{GREEK SMALL LETTER BETA}"}
 ASR_LABEL = "attack success rate (%)"
 
+Draw = Callable[[Landscape, Sequence[Trajectory]], Figure]
+"""A function that draws a landscape, complete or not, with the trajectories of finetunings on it."""
+
 
 def plot_landscape(landscape: Landscape, trajectories: Sequence[Trajectory] = ()) -> Figure:
     """A figure of a landscape, which may be unfinished. Its title gives VISAGE.
@@ -38,15 +41,19 @@ def plot_landscape(landscape: Landscape, trajectories: Sequence[Trajectory] = ()
 
 
 def save_figure(
-    landscape: Landscape, path: str | Path, dpi: int = 150, trajectories: Sequence[Trajectory] = ()
+    landscape: Landscape,
+    path: str | Path,
+    dpi: int = 150,
+    trajectories: Sequence[Trajectory] = (),
+    draw: Draw = plot_landscape,
 ) -> None:
-    """Write the figure of `plot_landscape` as a PNG file. The same landscape always gives the same bytes.
+    """Write the figure that `draw` makes as a PNG file. The same landscape always gives the same bytes.
 
     Raises:
         UserError: the file cannot be written.
     """
     content = io.BytesIO()
-    plot_landscape(landscape, trajectories).savefig(content, format="png", dpi=dpi, metadata={"Software": None})
+    draw(landscape, trajectories).savefig(content, format="png", dpi=dpi, metadata={"Software": None})
     try:
         write_whole(Path(path), content.getvalue())
     except OSError as error:

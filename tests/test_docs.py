@@ -1,0 +1,62 @@
+"""The documents: links lead to files, the README is short, and the Python reference names every public name."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import jaxscape as js
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+CODE = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
+
+
+def without_code(document: Path) -> str:
+    return CODE.sub("", document.read_text(encoding="utf-8"))
+
+
+def links(document: Path) -> Iterator[str]:
+    """The relative links of a document."""
+    for target in LINK.findall(without_code(document)):
+        if "://" not in target:
+            yield target
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = HEADING.findall(without_code(document))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file_and_to_a_heading_in_it(document: Path) -> None:
+    for link in links(document):
+        name, _, anchor = link.partition("#")
+        target = (document.parent / name).resolve() if name else document
+        assert target.exists(), f"{document.name} links to {link}, which does not exist"
+        assert not anchor or anchor in anchors(target), f"{document.name} links to {link}, which is no heading"
+
+
+def test_every_document_can_be_reached_from_the_readme() -> None:
+    reached, waiting = set[Path](), [ROOT / "README.md"]
+    while waiting:
+        document = waiting.pop()
+        if document in reached or document.suffix != ".md":
+            continue
+        reached.add(document)
+        waiting += [(document.parent / link.partition("#")[0]).resolve() for link in links(document)]
+    assert set(DOCUMENTS) <= reached
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_python_reference_has_a_line_for_every_public_name() -> None:
+    text = (ROOT / "docs/reference/python.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `js\.(\w+)", text, re.MULTILINE)
+    assert sorted(named) == sorted(js.__all__)
