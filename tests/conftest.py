@@ -1,14 +1,18 @@
 """Fixtures: a tiny random model on disk in the Hugging Face format, and the real SmolLM2-135M."""
 
-import json
 import os
 
-from helpers import SHARED, TINY, MakeModel, tiny_tokenizer
+# JAX reads these when it is imported, and the processes that tests start inherit them.
+os.environ["JAX_PLATFORMS"] = "cpu"  # the tests expect a CPU's results
+os.environ["NPROC"] = "32"  # threads of XLA: each device may block several, and with too few all would wait
+# Most of the time goes into compiling programs for tiny models, so they are compiled quickly and not optimised.
+# Models of one device live on the first of the eight.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # the expectations here are a CPU's
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # for meshes; models are on one of them
-os.environ["NPROC"] = "32"  # XLA's threads: each device may block several, and all would wait if there were no more
-
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers import SHARED, TINY, MakeModel, tiny_tokenizer
 from hypothesis import settings
 
 import jaxscape as js

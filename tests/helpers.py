@@ -1,6 +1,8 @@
 """What several test modules share: a tiny tokenizer, comparisons, and what PyTorch computes."""
 
 import copy
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,11 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 MakeModel = Callable[..., tuple[Path, transformers.PreTrainedModel]]
+
+
+def device_flags(count: int) -> dict[str, str]:
+    """The environment of a process that has `count` CPU devices, and compiles as these tests do."""
+    return {"XLA_FLAGS": re.sub(r"(?<=device_count=)\d+", str(count), os.environ["XLA_FLAGS"])}
 
 
 def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:

@@ -69,8 +69,6 @@ def test_the_noise_is_that_of_the_first_release(tiny: js.Model) -> None:
 def test_noise_is_bit_identical_on_many_devices() -> None:
     """Drawn on one device, and sharded over eight."""
     script = """
-import os
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax, numpy as np
 import jaxscape as js
 from jax.sharding import NamedSharding, PartitionSpec

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import MakeModel, assert_same_tree, losses, torch_losses, with_peft
+from helpers import MakeModel, assert_same_tree, device_flags, losses, torch_losses, with_peft
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -289,7 +289,7 @@ def test_several_devices_share_a_batch(tiny_dir: Path, tiny: js.Model, tmp_path:
     command = [sys.executable, "-m", "jaxscape", "finetune", "--model", str(tiny_dir), "--data", str(data)]
     command += ["--epochs", "2", "--learning-rate", "5e-3", "--out", str(tmp_path / "run"), "--mesh", "points=4"]
     command += ["--batch-size"]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = os.environ | device_flags(4)
     failed = subprocess.run([*command, "6"], env=env, capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert "batch size 6 is not a multiple of the 4 devices" in failed.stderr

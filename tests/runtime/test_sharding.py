@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import MakeModel, assert_same_tree, spelled
+from helpers import MakeModel, assert_same_tree, device_flags, spelled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -239,7 +239,7 @@ def processes(
     port = free_port()
     found = []
     for number in range(2):
-        env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+        env = os.environ | device_flags(4)
         env |= environment[number] if environment else {}
         others = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", str(number)]
         found.append(
