@@ -7,6 +7,12 @@ from pathlib import Path
 import pytest
 
 import jaxscape as js
+from jaxscape.finetuning import chats
+from jaxscape.forecast.known_models import SHAPES
+from jaxscape.models import builtin
+from jaxscape.models.families import FAMILIES, TEXT_MODELS
+from jaxscape.prompts import sets
+from jaxscape.prompts.chat_format import SYSTEM_PROMPTS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -60,3 +66,24 @@ def test_the_python_reference_has_a_line_for_every_public_name() -> None:
     text = (ROOT / "docs/reference/python.md").read_text(encoding="utf-8")
     named = re.findall(r"^\| `js\.(\w+)", text, re.MULTILINE)
     assert sorted(named) == sorted(js.__all__)
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("sets.md", [*builtin.NAMES, *sets.NAMES, *chats.SETS, *SYSTEM_PROMPTS, *SHAPES]),
+        ("families.md", [*FAMILIES, *TEXT_MODELS]),
+    ],
+)
+def test_reference_pages_name_everything_that_is_known_by_name(page: str, names: list[str]) -> None:
+    text = (ROOT / "docs/reference" / page).read_text(encoding="utf-8")
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_the_architecture_page_lists_the_files_of_the_package() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    modules = {
+        str(path.relative_to(ROOT / "jaxscape")) for path in ROOT.glob("jaxscape/*/*.py") if path.stem != "__init__"
+    }
+    rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    assert set(re.findall(r"`(\w+/\w+\.py)`", rows)) == modules
