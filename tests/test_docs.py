@@ -1,12 +1,15 @@
 """The documents: links lead to files, the README is short, and the Python reference names every public name."""
 
+import importlib
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import jaxscape as js
+from jaxscape.cli.main import VERBS, main
 from jaxscape.finetuning import chats
 from jaxscape.forecast.known_models import SHAPES
 from jaxscape.models import builtin
@@ -87,3 +90,24 @@ def test_the_architecture_page_lists_the_files_of_the_package() -> None:
     }
     rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
     assert set(re.findall(r"`(\w+/\w+\.py)`", rows)) == modules
+
+
+BASH = re.compile(r"^ *```bash\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(rf"jaxscape ({'|'.join(VERBS)})\b([^\n\"]*(?:\"[^\"\n]*\"[^\n\"]*)*)")
+
+
+def commands(document: Path) -> Iterator[list[str]]:
+    """The commands in a document's shell blocks, without the dots that stand for further options."""
+    for block in BASH.findall(document.read_text(encoding="utf-8")):
+        for verb, options in COMMAND.findall(block.replace("\\\n", " ")):
+            yield [verb, *(part for part in shlex.split(options, comments=True) if part != "...")]
+
+
+COMMANDS = [command for document in DOCUMENTS for command in commands(document)]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_in_the_documents_is_understood(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = getattr(importlib.import_module(f"jaxscape.cli.{command[0]}"), VERBS[command[0]].options)
+    monkeypatch.setattr(options, "run", lambda self: None)
+    main(command)
