@@ -1,12 +1,21 @@
 """The documents: links lead to files, the README is short, and the Python reference names every public name."""
 
+import importlib
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import jaxscape as js
+from jaxscape.cli.main import VERBS, main
+from jaxscape.finetuning import chats
+from jaxscape.forecast.known_models import SHAPES
+from jaxscape.models import builtin
+from jaxscape.models.families import FAMILIES, TEXT_MODELS
+from jaxscape.prompts import sets
+from jaxscape.prompts.chat_format import SYSTEM_PROMPTS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -60,3 +69,45 @@ def test_the_python_reference_has_a_line_for_every_public_name() -> None:
     text = (ROOT / "docs/reference/python.md").read_text(encoding="utf-8")
     named = re.findall(r"^\| `js\.(\w+)", text, re.MULTILINE)
     assert sorted(named) == sorted(js.__all__)
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("sets.md", [*builtin.NAMES, *sets.NAMES, *chats.SETS, *SYSTEM_PROMPTS, *SHAPES]),
+        ("families.md", [*FAMILIES, *TEXT_MODELS]),
+    ],
+)
+def test_reference_pages_name_everything_that_is_known_by_name(page: str, names: list[str]) -> None:
+    text = (ROOT / "docs/reference" / page).read_text(encoding="utf-8")
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_the_architecture_page_lists_the_files_of_the_package() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    modules = {
+        str(path.relative_to(ROOT / "jaxscape")) for path in ROOT.glob("jaxscape/*/*.py") if path.stem != "__init__"
+    }
+    rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    assert set(re.findall(r"`(\w+/\w+\.py)`", rows)) == modules
+
+
+BASH = re.compile(r"^ *```bash\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(rf"jaxscape ({'|'.join(VERBS)})\b([^\n\"]*(?:\"[^\"\n]*\"[^\n\"]*)*)")
+
+
+def commands(document: Path) -> Iterator[list[str]]:
+    """The commands in a document's shell blocks, without the dots that stand for further options."""
+    for block in BASH.findall(document.read_text(encoding="utf-8")):
+        for verb, options in COMMAND.findall(block.replace("\\\n", " ")):
+            yield [verb, *(part for part in shlex.split(options, comments=True) if part != "...")]
+
+
+COMMANDS = [command for document in DOCUMENTS for command in commands(document)]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_in_the_documents_is_understood(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = getattr(importlib.import_module(f"jaxscape.cli.{command[0]}"), VERBS[command[0]].options)
+    monkeypatch.setattr(options, "run", lambda self: None)
+    main(command)
