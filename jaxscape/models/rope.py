@@ -79,7 +79,7 @@ def make_rope(head_dim: int, options: Mapping[str, Any], max_positions: int, may
     return rope
 
 
-def _rotated_features(head_dim: int, theta: float, rotated_part: float, may_be_partial: bool) -> int:
+def _rotated_features(head_dim: int, theta: int | float, rotated_part: int | float, may_be_partial: bool) -> int:
     """The number of rotated features of a head, after checking the values that all types of RoPE have."""
     if not 0 < theta < math.inf:
         raise UserError(f"The model's RoPE has the base {theta}: rope_theta must be positive and finite.")
@@ -110,7 +110,7 @@ def _llama3_frequency(frequency: float, context: int, factor: float, low: float,
 
 def _yarn(
     frequencies: tuple[float, ...],
-    theta: float,
+    theta: int | float,
     context: int,
     max_positions: int,
     truncate: bool,
