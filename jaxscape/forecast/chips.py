@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.shape import ModelShape, model_shape
 from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.hardware import compiling_for_absent_devices
 from jaxscape.runtime.sharding import MeshShape, default_mesh_shape, make_mesh
 
 # Without these, libtpu would look for a TPU on this machine and lock it against other processes.
@@ -114,7 +115,8 @@ def open_slice(name: str) -> Slice:
     for variable, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        with compiling_for_absent_devices():
+            topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:  # the compiler's plugin raises several types
         raise UserError(
             f"The TPU compiler has no topology {name!r}: choose another shape ({reason(error)})."

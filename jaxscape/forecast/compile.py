@@ -11,7 +11,7 @@ import jax
 from jaxscape.forecast import hlo
 from jaxscape.forecast.chips import Chip, ProgramCounts, Slice
 from jaxscape.models.shape import ModelShape, model_shape
-from jaxscape.runtime.hardware import without_compilation_cache
+from jaxscape.runtime.hardware import compiling_for_absent_devices
 
 UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}  # bytes, as the compiler's messages abbreviate them
 COLLECTIVE_LATENCY = 2e-6  # seconds that a collective takes in addition to sending its bytes
@@ -107,7 +107,7 @@ def _cached_counts(tpu_slice: Slice, lower: Callable[[], Any], count_traffic: Co
 def compile_program(lowered: Any, count_traffic: CountTraffic) -> ProgramCounts:
     """Compile a lowered program, and count what it takes."""
     try:
-        with without_compilation_cache():
+        with compiling_for_absent_devices():
             compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
     except jax.errors.JaxRuntimeError as error:
         # The message gives the memory that the program needs, and then the memory that there is.

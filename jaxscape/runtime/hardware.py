@@ -42,15 +42,21 @@ def enable_compilation_cache() -> None:
 
 
 @contextmanager
-def without_compilation_cache() -> Iterator[None]:
-    """A context in which JAX writes no compiled program to the cache. It could not load a program that is compiled for
-    a device which this machine does not have."""
+def compiling_for_absent_devices() -> Iterator[None]:
+    """A context in which programs are compiled for devices that this machine does not have.
+
+    JAX writes no compiled program to the cache, because it could not load one of these. `XLA_FLAGS` is hidden, because
+    the compiler of another platform ends the process when it meets a flag that it does not know.
+    """
     min_seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+    flags = os.environ.pop("XLA_FLAGS", None)
     try:
         yield
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", min_seconds)
+        if flags is not None:
+            os.environ["XLA_FLAGS"] = flags
 
 
 def free_memory() -> int | None:

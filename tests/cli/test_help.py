@@ -8,7 +8,7 @@ from jaxscape.cli.main import VERBS, main
 from jaxscape.engine.options import FormOption, StorageOption
 from jaxscape.evaluate.evaluators import EVALUATORS
 from jaxscape.prompts.chat_format import SYSTEM_PROMPTS
-from jaxscape.prompts.sets import NAMES
+from jaxscape.prompts.sets import PROMPT_SETS
 
 
 def help_of(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
@@ -46,5 +46,5 @@ def test_the_options_of_a_scan_are_in_groups_and_name_their_choices(capfd: pytes
         text.index(f"╭─ {group} options") for group in groups
     )
     words = plain(text)
-    for name in (*NAMES, *SYSTEM_PROMPTS, *EVALUATORS, *FormOption.__args__, *StorageOption.__args__):  # type: ignore[attr-defined]
+    for name in (*PROMPT_SETS, *SYSTEM_PROMPTS, *EVALUATORS, *FormOption.__args__, *StorageOption.__args__):  # type: ignore[attr-defined]
         assert re.search(rf"\b{re.escape(name)}\b", words), name

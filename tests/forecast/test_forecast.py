@@ -26,7 +26,7 @@ from jaxscape.forecast.known_models import SHAPES, shape_config
 from jaxscape.forecast.table import as_json, describe
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import parameter_shapes
-from jaxscape.runtime.hardware import Roofline, without_compilation_cache
+from jaxscape.runtime.hardware import Roofline, compiling_for_absent_devices
 from jaxscape.runtime.sharding import MeshShape, make_mesh, replicated, sharding
 
 pytest.importorskip("libtpu")
@@ -185,7 +185,7 @@ def test_bytes_are_counted_once(eight: Slice, mesh_shape: MeshShape) -> None:
 
         return jax.lax.fori_loop(0, steps, step, x)
 
-    with without_compilation_cache():
+    with compiling_for_absent_devices():
         moved = hlo.loop_traffic(loop.lower(x, w, 5).compile().as_text())
     matrix = 8192 * 8192 * 2 / mesh_shape.model
     assert matrix <= moved.hbm_bytes < 1.1 * matrix
@@ -201,11 +201,11 @@ def test_bytes_are_counted_once(eight: Slice, mesh_shape: MeshShape) -> None:
         return jax.lax.fori_loop(0, steps, step, (x, state))
 
     x, state = (jax.ShapeDtypeStruct((n, 4096), jnp.bfloat16, sharding=replicated(mesh)) for n in (8, 4096))
-    with without_compilation_cache():
+    with compiling_for_absent_devices():
         moved = hlo.loop_traffic(loop_with_state.lower(x, state, 5).compile().as_text())
     assert moved.hbm_bytes < 1e6, "the loop-carried buffer stays on the chip"
     assert 2 * 4096**2 <= moved.on_chip_bytes < 1.1 * 2 * 4096**2
-    with pytest.raises(ValueError, match="no loop"), without_compilation_cache():
+    with pytest.raises(ValueError, match="no loop"), compiling_for_absent_devices():
         hlo.loop_traffic(jax.jit(jnp.tanh).lower(x).compile().as_text())
 
 
