@@ -74,7 +74,7 @@ def test_the_python_reference_has_a_line_for_every_public_name() -> None:
 @pytest.mark.parametrize(
     ("page", "names"),
     [
-        ("sets.md", [*builtin.NAMES, *sets.NAMES, *chats.SETS, *SYSTEM_PROMPTS, *SHAPES]),
+        ("sets.md", [*builtin.NAMES, *sets.PROMPT_SETS, *chats.SETS, *SYSTEM_PROMPTS, *SHAPES]),
         ("families.md", [*FAMILIES, *TEXT_MODELS]),
     ],
 )
