@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, normalizers, trainers
 
 import jaxscape as js
 from jaxscape.finetuning.chats import tokenize
+from jaxscape.runtime.errors import is_utf8
 
 USER = {"role": "user", "content": "How are you?"}
 ASSISTANT = {"role": "assistant", "content": "Fine, thanks."}
@@ -136,7 +137,7 @@ def test_what_is_learned_is_what_the_assistant_says_and_the_end_of_its_turn(tiny
 
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=6))
 def test_any_text_is_learned_token_by_token_as_it_would_be_generated(tiny: js.Model, texts: list[str]) -> None:
-    texts = [text for text in texts if js.errors.is_utf8(text)]
+    texts = [text for text in texts if is_utf8(text)]
     chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     if len(chat) < 2:
         return
