@@ -50,7 +50,7 @@ def project(name: str, steps: Iterable[Params], directions: Sequence[Params]) ->
     norms = np.sqrt(np.diag(gram))
     if not norms.all() or np.linalg.cond(gram / np.outer(norms, norms)) > MAX_CONDITION:
         raise UserError(
-            f"The directions do not span {len(directions)} dimensions to project onto: one is zero, or two are "
+            f"The directions do not span a {len(directions)}D space to project onto: one is zero, or two are "
             f"parallel. Choose other directions."
         )
     coords, residual = [np.zeros(len(directions))], [0.0]

@@ -70,9 +70,9 @@ def test_paths_and_directions_that_span_no_plane() -> None:
         principal_directions(trees(line))
     with pytest.raises(js.UserError, match=r"checkpoints \(1\) span fewer than 2 dimensions"):
         principal_directions(trees(line[:1]))
-    with pytest.raises(js.UserError, match="do not span 2 dimensions to project onto"):
+    with pytest.raises(js.UserError, match="do not span a 2D space to project onto"):
         project("p", trees(line), trees(line[:2]))
-    with pytest.raises(js.UserError, match="do not span 1 dimensions to project onto"):
+    with pytest.raises(js.UserError, match="do not span a 1D space to project onto"):
         project("p", trees(line), trees(np.zeros((1, 12))))
 
 
