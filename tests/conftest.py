@@ -101,6 +101,14 @@ def smollm2(smollm2_file: Path) -> js.Model:
 
 
 @pytest.fixture(scope="session")
+def smollm2_dir(smollm2: js.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 as a directory that transformers reads much faster than the GGUF file."""
+    directory = tmp_path_factory.mktemp("smollm2")
+    js.save_model(smollm2, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def torch_smollm2(smollm2_file: Path) -> Any:
     """transformers' own reading of the same file."""
     return transformers.AutoModelForCausalLM.from_pretrained(
