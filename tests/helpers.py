@@ -215,3 +215,13 @@ def with_peft(model: js.Model, torch_model: Any, training: js.Training) -> Any:
             path = f"base_model.model.{name.removesuffix('.weight')}.lora_{part.upper()}.default.weight"
             state[path].copy_(torch.from_numpy(np.array(pair[part])))
     return adapted
+
+
+def random_landscape(ndim: int, num_sets: int = 1, done: int | None = None) -> js.Landscape:
+    """A landscape with one basin, five points along each axis; `done` leaves the points after the first ones out."""
+    axes = symmetric_axes(ndim, 4, 0.5)
+    shape = (num_sets, *[5] * ndim)
+    distance = np.hypot.reduce(np.meshgrid(*(axis.values for axis in axes), indexing="ij"), axis=0)
+    refused = np.random.default_rng(0).random((*shape, 20)) > 2 * distance[None, ..., None]
+    evaluated = np.arange(np.prod(shape)) < (np.prod(shape) if done is None else done)
+    return js.Landscape.from_outcomes(axes, refused, np.zeros(shape, int), evaluated.reshape(shape))

@@ -4,25 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import random_landscape
 from matplotlib import colormaps
 
 import jaxscape as js
-from jaxscape.landscapes.axes import symmetric_axes
 from jaxscape.report import figures as plotting
-
-
-def landscape(ndim: int, num_sets: int = 1, done: int | None = None) -> js.Landscape:
-    axes = symmetric_axes(ndim, 4, 0.5)
-    shape = (num_sets, *[5] * ndim)
-    distance = np.hypot.reduce(np.meshgrid(*(axis.values for axis in axes), indexing="ij"), axis=0)
-    refused = np.random.default_rng(0).random((*shape, 20)) > 2 * distance[None, ..., None]
-    evaluated = np.arange(np.prod(shape)) < (np.prod(shape) if done is None else done)
-    return js.Landscape.from_outcomes(axes, refused, np.zeros(shape, int), evaluated.reshape(shape))
 
 
 @pytest.mark.parametrize("num_sets", [1, 3])
 def test_a_1d_figure_shows_each_direction_with_its_interval(num_sets: int) -> None:
-    land = landscape(1, num_sets)
+    land = random_landscape(1, num_sets)
     (axes,) = js.plot_landscape(land).axes
     assert f"VISAGE {land.visage():.1f} (95 % interval" in axes.get_title()
     assert axes.get_ylabel() == "attack success rate (%)"
@@ -49,7 +40,7 @@ def test_interpolations_name_both_ends() -> None:
 
 @pytest.mark.parametrize("num_sets", [1, 2])
 def test_a_2d_figure_has_a_contour_and_a_surface(num_sets: int) -> None:
-    figure = js.plot_landscape(landscape(2, num_sets))
+    figure = js.plot_landscape(random_landscape(2, num_sets))
     assert "VISAGE" in figure.get_suptitle()
     names = [axes.name for axes in figure.axes]
     assert names.count("3d") == num_sets
@@ -59,7 +50,7 @@ def test_a_2d_figure_has_a_contour_and_a_surface(num_sets: int) -> None:
 
 @pytest.mark.parametrize(("ndim", "done"), [(1, 0), (1, 3), (2, 0), (2, 7)])
 def test_unfinished_landscapes_are_drawn_too(ndim: int, done: int, tmp_path: Path) -> None:
-    land = landscape(ndim, done=done)
+    land = random_landscape(ndim, done=done)
     figure = js.plot_landscape(land)
     assert f"unfinished: {done} of {5**ndim} points" in (
         figure.axes[0].get_title() if ndim == 1 else figure.get_suptitle()
@@ -75,7 +66,7 @@ def test_the_colour_map_rises_in_lightness() -> None:
 
 def test_the_same_landscape_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        plotting.save_figure(landscape(1), tmp_path / name)
+        plotting.save_figure(random_landscape(1), tmp_path / name)
     content = (tmp_path / "a.png").read_bytes()
     assert content == (tmp_path / "b.png").read_bytes()
     assert content.startswith(b"\x89PNG")
@@ -83,4 +74,4 @@ def test_the_same_landscape_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_figure_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(js.UserError, match="cannot be written"):
-        plotting.save_figure(landscape(1), tmp_path / "no" / "a.png")
+        plotting.save_figure(random_landscape(1), tmp_path / "no" / "a.png")
