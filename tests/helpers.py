@@ -23,6 +23,7 @@ from jaxscape.engine.sampling import Sampling
 from jaxscape.engine.scheduler import Completion
 from jaxscape.finetuning.batches import epoch_batches
 from jaxscape.finetuning.chats import Example
+from jaxscape.landscapes.axes import symmetric_axes
 from jaxscape.models.lora import init_factors
 from jaxscape.prompts.chat_format import chat_text
 
