@@ -83,7 +83,10 @@ class RunOptions:
     """Number of this process, counted from 0."""
 
     def start(self) -> None:
-        """Select the platform and join the other processes."""
+        """Select JAX's platform, and join the other processes of the run if there are any.
+
+        To be called before JAX is used.
+        """
         from jaxscape.runtime.hardware import enable_compilation_cache
         from jaxscape.runtime.processes import join_processes
 

@@ -258,7 +258,7 @@ class Planner:
         return 2 if form.batches_points else 1
 
     def _step_seconds(self, plan: Plan) -> tuple[float, float]:
-        """Seconds that a decode step takes to read the weights, and to compute."""
+        """Two estimates for a decode step, in seconds: the time to read the weights, and the time of the arithmetic."""
         tensors = self._tensors_per_use(plan.form)
         flops = plan.layout.batch * tensors * self._flops_per_token / self._mesh_shape.size
         return tensors * self._weight_bytes / self._speed.bandwidth, flops / self._speed.flops

@@ -136,7 +136,8 @@ class Results:
         num_prompts: int,
     ) -> None:
         self._tokenizer, self._limit, self._stop_when = tokenizer, max_new_tokens, stop_when
-        self._undecided = np.zeros(num_points * num_prompts, int)  # tokens at which each text was not decided yet
+        # For each answer, the largest number of its tokens at which `stop_when` was asked and said no.
+        self._undecided = np.zeros(num_points * num_prompts, int)
         self._done: list[Completion | None] = [None] * (num_points * num_prompts)
         self._num_prompts, self._num_given = num_prompts, 0
 

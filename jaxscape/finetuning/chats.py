@@ -202,10 +202,10 @@ def tokenize(model: Model, chats: Sequence[Chat], max_length: int) -> Examples:
 
 
 def _turns(model: Model, chat: Chat, number: int) -> tuple[list[int], list[bool]]:
-    """The tokens of a chat up to the end of its last assistant's turn, and whether each is learned.
+    """The tokens of a chat up to the end of the assistant's last turn, and for each token whether its loss counts.
 
     Arguments:
-        number: of the chat, counted from 1, for the error.
+        number: the chat's number, counted from 1, for the error.
     """
     tokens: list[int] = []
     learned: list[bool] = []

@@ -133,7 +133,8 @@ def _config(model: Model, data: Examples, training: Training, start: Adapter | N
 
 
 def _trainable(model: Model, training: Training, start: Adapter | None) -> Any:
-    """What is trained, in float32: see `initial_trainable`, or a copy of the factors of the adapter `start`."""
+    """The numbers to train, in float32: a copy of the factors of the adapter `start`, or without one those of
+    `initial_trainable`."""
     new = initial_trainable(model, training)
     if start is None:
         return new

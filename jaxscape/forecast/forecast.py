@@ -281,7 +281,13 @@ def _programs(shape: ModelShape, workload: Workload, plan: Plan) -> Programs:
 
 
 def _most_rows(plan: Plan, programs: dict[str, ProgramCost], chip: Chip, cache: int) -> int:
-    """The number of rows that would fill a chip's memory, if each takes as much as a row does now."""
+    """An estimate of how many rows of a batch fit into a chip's memory beside the weights.
+
+    Each row is assumed to take as many bytes as a row of `plan`, by its compiled programs.
+
+    Arguments:
+        cache: bytes of the key-value caches on each chip, for the rows of `plan`.
+    """
     used = [program.used_bytes for program in programs.values() if program.used_bytes is not None]
     if len(used) < len(programs):
         return 0

@@ -184,7 +184,7 @@ def _instruction_traffic(
         called = computations.get(instruction.attribute("calls"), [])
         return Traffic(sum(inner.num_bytes for inner in called if inner.is_root))
     if opcode in ("copy-start", "slice-start", "dynamic-slice", "slice", "gather"):
-        # They read as many bytes as their result has, which may be fewer than their operands have.
+        # They read only the bytes that they copy out, which may be fewer than their operands have.
         sizes = [buffer.num_bytes for buffer in instruction.results]
         read = sizes[1] if opcode == "slice-start" and len(sizes) > 1 else sizes[0]
         return Traffic(read if opcode.endswith("-start") else read + instruction.hbm_bytes)

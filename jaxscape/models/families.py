@@ -96,7 +96,9 @@ def _gemma2(c: ConfigReader) -> Options:
 
 
 def _gemma3(c: ConfigReader) -> Options:
-    if c.attn_logit_softcapping:  # transformers has the field but ignores it
+    if (
+        c.attn_logit_softcapping
+    ):  # transformers has the field and ignores it, so that what the model should compute is not known
         raise _unsupported({"attn_logit_softcapping": c.attn_logit_softcapping})
     return _gemma2(c) | {"qk_norm": "head"}
 

@@ -54,7 +54,7 @@ Tensors = Mapping[str, gguf.ReaderTensor]
 Options = dict[str, Any]
 """Fields of a transformers configuration."""
 
-# Keys that do not change what the decoder computes.
+# Keys that may have any value, because they do not change what the model computes. Other unknown keys are an error.
 _IRRELEVANT = ("vocab_size", "attention.causal", "rope.scaling.finetuned", "tensor_data_layout")
 
 

@@ -111,7 +111,10 @@ def _byte_level(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
 
 def _sentencepiece(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
     if (longest := max(map(len, tokens))) > MAX_CHARACTERS:
-        raise UserError(f"The file has a token of {longest} characters; it is damaged, so download it again.")
+        raise UserError(
+            f"The vocabulary has a token of {longest} characters, more than the limit of {MAX_CHARACTERS}: the file is "
+            f"damaged, so download it again."
+        )
     vocab = {token: index for index, token in enumerate(tokens)}
     scores = dict(zip(tokens, map(float, fields["tokenizer.ggml.scores"]), strict=True))
     unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]

@@ -103,7 +103,7 @@ def parse_mesh_shape(text: str) -> MeshShape:
             raise ValueError
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"Cannot parse --mesh {text!r}: write points=N,model=M, for example points=2,model=4."
+            f"Cannot parse --mesh {text!r}: write points=N,model=M with whole numbers, for example points=2,model=4."
         ) from error
     return mesh_shape
 
