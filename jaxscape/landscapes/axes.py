@@ -38,8 +38,8 @@ def symmetric_axes(ndim: int, steps: int, radius: float) -> tuple[Axis, ...]:
 
 
 def interpolation_axis(steps: int, extra_steps: int = 0, name: str = "interpolation") -> Axis:
-    """An axis from one model, at 0, to another, at 1, in `steps` equal intervals, with `extra_steps` further intervals of
-    the same width beyond each end.
+    """An axis from one model, at 0, to another, at 1, in `steps` equal intervals, with `extra_steps` further intervals
+    of the same width beyond each end.
 
     Raises:
         UserError: `steps` is less than 1, or `extra_steps` is negative.

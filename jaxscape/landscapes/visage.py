@@ -29,8 +29,8 @@ def visage(asr: Any, kind: str = "paper", ndim: int = 1) -> float:
     values = np.asarray(asr, np.float64)
     if values.ndim < ndim or values.size == 0:
         raise UserError(
-            f"VISAGE in {ndim}D needs the ASR over a grid, an array whose last {ndim} dimensions are the grid's, and not "
-            f"one of shape {values.shape}."
+            f"VISAGE in {ndim}D needs the ASR over a grid, an array whose last {ndim} dimensions are the grid's, and "
+            f"not one of shape {values.shape}."
         )
     if np.isnan(values).any():
         raise UserError(
