@@ -66,7 +66,11 @@ def run_program(program: Any, arguments: Sequence[str] | None = None, name: str 
         name: what the program is called in its help.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is first imported
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands, tyro.conf.DisallowNone)
     description = inspect.getdoc(program)  # with its examples, which tyro would leave out
     command = tyro.cli(program, prog=name, description=description, args=arguments, config=config)

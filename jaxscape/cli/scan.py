@@ -110,7 +110,7 @@ class Scan:
             interpolate_to=options.interpolate_to,
             trajectories=trajectories,
         )
-        axes = choose_axes(sets[0], options.steps, options.radius, options.extra_steps)
+        axes = choose_axes(sets, options.steps, options.radius, options.extra_steps)
         find_evaluator(options.evaluator)
         prompts = load_prompts(source, self.prompts.num_prompts)
         if self.prompts.num_prompts is None:

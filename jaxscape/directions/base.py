@@ -1,6 +1,5 @@
 """The protocol of a recipe: a description from which the same directions can be made again."""
 
-from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxscape.directions.storage import Direction
@@ -37,12 +36,8 @@ class Recipe(Protocol):
         """
         ...
 
-    def make(self, model: Model, earlier: Sequence[Direction], storage: str) -> list[Direction]:
+    def make(self, model: Model) -> list[Direction]:
         """The directions, each a tree like `model.params`.
-
-        Arguments:
-            earlier: the directions that stand before these in the same direction set.
-            storage: how a random direction is stored, see `jaxscape.directions.random.random_direction`.
 
         Raises:
             UserError: a file or model cannot be read, or does not fit this model.

@@ -1,6 +1,5 @@
 """Directions from one model to another."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,6 +40,6 @@ class To:
     def __str__(self) -> str:
         return f"{self.kind}:{self.model}"
 
-    def make(self, model: Model, earlier: Sequence[Direction], storage: str) -> list[Direction]:
+    def make(self, model: Model) -> list[Direction]:
         other = load_model(self.model, model.dtype, mesh_shape=mesh_shape_of(model.mesh))
         return [difference(model, other)]

@@ -1,6 +1,5 @@
 """Directions in safetensors files."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -76,5 +75,5 @@ class File:
     def __str__(self) -> str:
         return f"{self.kind}:{self.path}"
 
-    def make(self, model: Model, earlier: Sequence[Direction], storage: str) -> list[Direction]:
+    def make(self, model: Model) -> list[Direction]:
         return [load_direction(self.path, model)]

@@ -3,9 +3,9 @@
 A direction's name is `KIND:OPTION`, for example `random:0`, `file:direction.safetensors` or `to:MODEL`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +15,11 @@ from jaxscape.directions.difference import To
 from jaxscape.directions.files import File, check_direction
 from jaxscape.directions.point import materialise
 from jaxscape.directions.principal import Principal
-from jaxscape.directions.random import Random
+from jaxscape.directions.random import Random, random_direction
 from jaxscape.directions.storage import Direction, on_model_mesh, stored
 from jaxscape.models.checkpoint import Params, fingerprint
 from jaxscape.models.model import Model
-from jaxscape.runtime.errors import UserError, check_seed
+from jaxscape.runtime.errors import UserError
 
 KINDS: tuple[type[Recipe], ...] = (Random, File, To, Principal)
 """All kinds of directions. A new kind is one more class here."""
@@ -27,10 +27,15 @@ KINDS: tuple[type[Recipe], ...] = (Random, File, To, Principal)
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """Directions that are already made, by the caller or by the recipe of this name."""
+    """Directions that are already made, by the caller or by the recipe of this name.
+
+    Attributes:
+        ids: a checksum of each direction; None if they were not computed yet.
+    """
 
     directions: tuple[Params, ...]
     name: str = "given"
+    ids: tuple[str, ...] | None = None
 
     is_interpolation: ClassVar[bool] = False
 
@@ -41,13 +46,13 @@ class Given:
     def __str__(self) -> str:
         return self.name
 
-    def make(self, model: Model, earlier: Sequence[Direction], storage: str) -> list[Direction]:
+    def make(self, model: Model) -> list[Direction]:
         for direction in self.directions:
             check_direction(direction, model)
         return list(self.directions)
 
 
-DirectionLike = Params | int | np.integer | str | Recipe | Given
+DirectionLike = Mapping[str, Any] | int | np.integer | str | Recipe | Given
 """A direction as `scan` and `model_at` take it: a tree like `model.params`, the seed of a random direction, a name such
 as `random:0`, or a recipe."""
 
@@ -66,12 +71,16 @@ def parse_direction(name: str) -> Recipe:
 
 
 def recipe_of(direction: DirectionLike) -> Recipe | Given:
-    """The recipe of a direction, however it is given."""
+    """The recipe of a direction, however it is given. Nothing is read or computed.
+
+    Raises:
+        UserError: the direction is none of these.
+    """
     if isinstance(direction, str):
         return parse_direction(direction)
     if isinstance(direction, int | np.integer):
-        return Random(check_seed(int(direction)))
-    return Given((direction,)) if isinstance(direction, dict) else direction
+        return Random(int(direction))
+    return Given((dict(direction),)) if isinstance(direction, Mapping) else direction
 
 
 def make_directions(directions: Sequence[DirectionLike], model: Model, storage: str = "exact") -> list[Direction]:
@@ -87,29 +96,32 @@ def make_directions(directions: Sequence[DirectionLike], model: Model, storage: 
     """
     made: list[Direction] = []
     for recipe in map(recipe_of, directions):
-        new = recipe.make(model, made, storage)
-        if not isinstance(recipe, Random):  # a random direction is made on the mesh and in its storage
-            new = [on_model_mesh(direction, model) for direction in new]
-            new = [stored(direction, storage) if storage in ("bfloat16", "int8") else direction for direction in new]
-        made += new
+        if isinstance(recipe, Random):
+            first = made[0] if made else None
+            made.append(random_direction(model, recipe.seed, orthogonal_to=first, storage=storage))
+            continue
+        for direction in recipe.make(model):
+            placed = on_model_mesh(direction, model)
+            made.append(stored(placed, storage) if storage in ("bfloat16", "int8") else placed)
     return made
 
 
-def prepare(direction: DirectionLike, model: Model) -> tuple[Random | Given, list[int | str]]:
+def prepare(recipe: Recipe | Given, model: Model) -> tuple[Random | Given, list[int | str]]:
     """A direction that can be made without reading files, and what identifies it in a run's configuration.
 
     Returns:
-        A random direction's recipe and its seed, which makes it when it is needed; or the made directions of any other
-        recipe, and a checksum of each.
+        A random direction's recipe and its seed; such a direction is made when it is needed. Of any other recipe, the
+        directions themselves and a checksum of each.
 
     Raises:
         UserError: a file or model cannot be read, or does not fit the model.
     """
-    recipe = recipe_of(direction)
     if isinstance(recipe, Random):
         return recipe, [recipe.seed]
-    made = recipe.make(model, (), "exact")
-    return Given(tuple(made), str(recipe)), [fingerprint(one) for one in made]
+    made = tuple(recipe.make(model))
+    known = recipe.ids if isinstance(recipe, Given) else None
+    ids = tuple(map(fingerprint, made)) if known is None else known
+    return Given(made, str(recipe), ids), list(ids)
 
 
 def model_at(model: Model, directions: Sequence[DirectionLike], coords: Sequence[float]) -> Model:

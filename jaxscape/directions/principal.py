@@ -57,6 +57,13 @@ class Principal:
 
     runs: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if not all(self.runs) or any("," in run for run in self.runs):
+            raise UserError(
+                f"Cannot use the finetunings {', '.join(map(repr, self.runs))}: give directories without a comma in "
+                f"their names."
+            )
+
     kind: ClassVar[str] = "principal"
     usage: ClassVar[str] = "principal:RUN[,RUN…]"
     is_interpolation: ClassVar[bool] = False
@@ -69,5 +76,5 @@ class Principal:
     def __str__(self) -> str:
         return f"{self.kind}:{','.join(self.runs)}"
 
-    def make(self, model: Model, earlier: Sequence[Direction], storage: str) -> list[Direction]:
+    def make(self, model: Model) -> list[Direction]:
         return list(principal_directions([step for run in self.runs for step in load_path(run, model)], self.count))

@@ -1,7 +1,6 @@
 """Random, layer-normalised directions."""
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -83,9 +82,12 @@ def _drawn(
 
 @dataclass(frozen=True)
 class Random:
-    """`random:SEED`: the random direction of a seed, orthogonal to the direction before it in the same set."""
+    """`random:SEED`: the random direction of a seed. In a set with other directions, see `make_directions`."""
 
     seed: int
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     kind: ClassVar[str] = "random"
     usage: ClassVar[str] = "random:SEED"
@@ -96,10 +98,10 @@ class Random:
     def parse(cls, option: str) -> "Random":
         if not option.isdecimal():
             raise UserError(f"The direction 'random:{option}' has no seed: write {cls.usage}, for example random:0.")
-        return cls(check_seed(int(option)))
+        return cls(int(option))
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.seed}"
 
-    def make(self, model: Model, earlier: Sequence[Direction], storage: str) -> list[Direction]:
-        return [random_direction(model, self.seed, orthogonal_to=earlier[0] if earlier else None, storage=storage)]
+    def make(self, model: Model) -> list[Direction]:
+        return [random_direction(model, self.seed)]

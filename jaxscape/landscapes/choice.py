@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jaxscape.directions.base import Recipe
 from jaxscape.directions.difference import To
 from jaxscape.directions.files import File
-from jaxscape.directions.kinds import parse_direction
+from jaxscape.directions.kinds import Given, parse_direction
 from jaxscape.directions.principal import Principal
 from jaxscape.directions.random import Random
 from jaxscape.landscapes.axes import Axis, interpolation_axis, symmetric_axes
@@ -42,21 +42,24 @@ def choose_directions(
     Raises:
         UserError: the options contradict one another, or do not fill the sets.
     """
-    _check(ndim, num_directions, names, files, interpolate_to, trajectories)
+    option = _check(ndim, num_directions, names, files, interpolate_to)
     if names or files:
         given = [parse_direction(name) for name in names] or [File(file) for file in files]
-        return _grouped(given, ndim)
-    if interpolate_to:
-        ends = tuple(To(model) for model in interpolate_to)
-        if len(ends) == ndim:
-            return [ends]
-        return [(*ends, Random(seed + i)) for i in range(num_directions)]
-    if trajectories:
-        return [(Principal(tuple(trajectories)),)]
-    return _grouped([Random(seed + i) for i in range(num_directions * ndim)], ndim)
+        sets = _grouped(given, ndim, option)
+    elif interpolate_to:
+        ends: DirectionSet = tuple(To(model) for model in interpolate_to)
+        others = [(Random(seed + i),) for i in range(num_directions)] if len(ends) < ndim else [()]
+        sets = [ends + other for other in others]
+    elif trajectories:
+        sets = [(Principal(tuple(trajectories)),)]
+    else:
+        sets = _grouped([Random(seed + i) for i in range(num_directions * ndim)], ndim, option)
+    if trajectories and (ndim != 2 or num_directions != 1 or len(sets) != 1):
+        raise UserError("--trajectory is drawn on one plane: give --ndim 2 and at most one pair of directions.")
+    return sets
 
 
-def _grouped(recipes: Sequence[Recipe], ndim: int) -> list[DirectionSet]:
+def _grouped(recipes: Sequence[Recipe], ndim: int, option: str) -> list[DirectionSet]:
     """The recipes in sets of `ndim` directions."""
     sets: list[DirectionSet] = []
     current: DirectionSet = ()
@@ -67,11 +70,15 @@ def _grouped(recipes: Sequence[Recipe], ndim: int) -> list[DirectionSet]:
             sets.append(current)
             current = ()
         elif size > ndim:
-            raise UserError(f"The direction {recipe} fills {recipe.count} axes: give it alone with --ndim 2.")
+            raise UserError(
+                f"The direction {recipe} fills {recipe.count} axes at once: give it with --ndim {recipe.count}, not "
+                f"beside a single direction."
+            )
     if current:
+        count = sum(recipe.count for recipe in recipes)
         raise UserError(
-            f"A {ndim}D landscape takes {ndim} directions each, but {len(recipes)} were given: give another one, or "
-            f"leave one out."
+            f"With --ndim {ndim}, directions come in sets of {ndim}, but {option} gives {count}: add one or leave one "
+            f"out."
         )
     return sets
 
@@ -82,8 +89,8 @@ def _check(
     names: Sequence[str],
     files: Sequence[str],
     interpolate_to: Sequence[str],
-    trajectories: Sequence[str],
-) -> None:
+) -> str:
+    """Raise a `UserError` if options contradict one another; return the option that chooses the directions."""
     given = {"--direction": names, "--directions": files, "--interpolate-to": interpolate_to}
     used = [option for option, values in given.items() if values]
     if len(used) > 1:
@@ -98,12 +105,13 @@ def _check(
         )
     if num_directions != 1 and len(interpolate_to) == ndim:
         raise UserError("--num-directions counts random directions, and this interpolation has none: leave it out.")
-    if trajectories and (ndim != 2 or num_directions != 1 or len(names) > 2 or len(files) > 2):
-        raise UserError("--trajectory is drawn on one plane: give --ndim 2 and at most one pair of directions.")
+    return used[0] if used else "--num-directions"
 
 
-def choose_axes(directions: DirectionSet, steps: int, radius: float | None, extra_steps: int = 0) -> tuple[Axis, ...]:
-    """The axes along the directions of a set.
+def choose_axes(
+    sets: Sequence[Sequence[Recipe | Given]], steps: int, radius: float | None, extra_steps: int = 0
+) -> tuple[Axis, ...]:
+    """The axes that all direction sets of a landscape share.
 
     An axis to another model runs from 0 to 1; any other runs from −radius to radius.
 
@@ -113,8 +121,18 @@ def choose_axes(directions: DirectionSet, steps: int, radius: float | None, extr
         extra_steps: intervals beyond both ends of an interpolation.
 
     Raises:
-        UserError: a number is out of range.
+        UserError: a number is out of range, or the sets differ in the axes that they need.
     """
+    axes, *others = (_axes(directions, steps, radius, extra_steps) for directions in sets)
+    if any(other != axes for other in others):
+        raise UserError(
+            "All direction sets of a landscape share its axes, but these need different ones: scan directions to other "
+            "models, principal components and other directions in runs of their own."
+        )
+    return axes
+
+
+def _axes(directions: Sequence[Recipe | Given], steps: int, radius: float | None, extra_steps: int) -> tuple[Axis, ...]:
     num_interpolated = sum(recipe.count for recipe in directions if recipe.is_interpolation)
     num_symmetric = sum(recipe.count for recipe in directions) - num_interpolated
     if extra_steps and not num_interpolated:

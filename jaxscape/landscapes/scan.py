@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Unpack
 
-from jaxscape.directions.kinds import DirectionLike, make_directions, prepare
+from jaxscape.directions.kinds import DirectionLike, make_directions, prepare, recipe_of
 from jaxscape.directions.random import Random
 from jaxscape.engine.batching import Workload, encode
 from jaxscape.engine.engine import Engine
@@ -20,7 +20,8 @@ from jaxscape.engine.planner import Plan, make_plan
 from jaxscape.engine.sampling import Sampling, SamplingOptions
 from jaxscape.evaluate.base import Evaluator, stop_when, verdicts
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluator
-from jaxscape.landscapes.axes import Axis, symmetric_axes
+from jaxscape.landscapes.axes import Axis
+from jaxscape.landscapes.choice import choose_axes
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.store import Run, open_run
 from jaxscape.models.checkpoint import fingerprint
@@ -39,7 +40,7 @@ def scan(
     *,
     prompts: Sequence[str],
     steps: int = 20,
-    radius: float = 0.5,
+    radius: float | None = None,
     axes: Sequence[Axis] | None = None,
     system_prompt: str = "default",
     evaluator: str | Evaluator = DEFAULT_EVALUATOR,
@@ -57,7 +58,9 @@ def scan(
             tree like `model.params`, the seed of a random direction, or a name such as `random:0`,
             `file:direction.safetensors` or `to:MODEL`. In a pair, a random second direction is made orthogonal to the
             first.
-        steps: intervals along each axis from −radius to radius; even, so that the model itself is a point.
+        steps: intervals along each axis. An axis to another model (`to:MODEL`) runs from 0 to 1. Any other runs from
+            −radius to radius, and its `steps` are even, so that the model itself is a point.
+        radius: None for the default: 1.25 along principal components, and else 0.5.
         axes: one for each direction of a set, instead of those that steps and radius describe.
         system_prompt: `default`, `none`, a name or a text, see `jaxscape.prompts.chat_format.chat_text`.
         evaluator: what judges the answers: a name, or an `Evaluator` of your own. Unless `options` ask for full texts,
@@ -77,13 +80,12 @@ def scan(
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
     """
     sets = [tuple(item) if isinstance(item, list | tuple) else (item,) for item in directions]
-    prepared = [[prepare(direction, model) for direction in item] for item in sets]
-    recipes = [[recipe for recipe, _ in item] for item in prepared]
+    recipes = [[recipe_of(direction) for direction in item] for item in sets]
     sizes = {sum(recipe.count for recipe in item) for item in recipes}
     if len(sizes) != 1:
         raise UserError("Give at least one direction, and either single directions or pairs of them, not both.")
     ndim = sizes.pop()
-    axes = symmetric_axes(ndim, steps, radius) if axes is None else tuple(axes)
+    axes = choose_axes(recipes, steps, radius) if axes is None else tuple(axes)
     if len(axes) != ndim:
         raise UserError(f"There are {len(axes)} axes but {ndim} directions in a set: give one axis for each direction.")
     settings, judge = Sampling(**sampling), find_evaluator(evaluator)
@@ -97,6 +99,7 @@ def scan(
         ndim=ndim,
         num_random=max(sum(isinstance(recipe, Random) for recipe in item) for item in recipes),
     )
+    prepared = [[prepare(recipe, model) for recipe in item] for item in recipes]
     directory = None if out is None else Path(out)
     options = options or EngineOptions()
     form = from_first(lambda: rundir.recorded_value(directory, "form"))
@@ -109,7 +112,7 @@ def scan(
         "weights": fingerprint(model.params),
         "dtype": model.dtype,
         "directions": [[identity for _, ids in item for identity in ids] for item in prepared],
-        "direction_names": [[str(recipe) for recipe in item] for item in recipes],
+        "direction_names": [[str(recipe) for recipe, _ in item] for item in prepared],
         "axes": [asdict(axis) for axis in axes],
         "num_prompts": len(prompts),
         "prompts": checksum(list(prompts)),
@@ -130,10 +133,10 @@ def scan(
     ):
         for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
             made = None  # frees the previous set's directions before the next ones are made
-            made = make_directions(recipes[index], model, plan.storage)
+            made = make_directions([recipe for recipe, _ in prepared[index]], model, plan.storage)
             for completions in engine.complete(made, [coords for _, coords in points]):
                 scores = judge.score(prompts, [completion.text for completion in completions])
-                run.append(completions, verdicts(scores))
+                run.append(completions, verdicts(judge, scores, len(prompts)))
                 report_point()
         return run.landscape()
 

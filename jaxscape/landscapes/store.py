@@ -31,7 +31,7 @@ SCAN = rundir.RunKind(
     state=GENERATIONS,
     marks=frozenset({"weights", "directions", "axes"}),
     computed=(landscape.FILE_NAME, FIGURE, "landscape-*.png", trajectory.FILE_NAME, "output*.jsonl"),
-    descriptive=frozenset({"direction_names"}),
+    descriptive=frozenset({"direction_names", "direction_files", "interpolate_to"}),  # checksums identify directions,
 )
 
 Point = tuple[int, tuple[float, ...]]

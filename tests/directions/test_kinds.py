@@ -1,6 +1,5 @@
 """Recipes: one way to name a direction, and the model at a point along it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from helpers import MakeModel, assert_same_tree
 import jaxscape as js
 from jaxscape.directions import kinds
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import KINDS, parse_direction, prepare
+from jaxscape.directions.kinds import KINDS, parse_direction, prepare, recipe_of
 from jaxscape.directions.point import materialise
 from jaxscape.directions.random import Random
 from jaxscape.models.checkpoint import fingerprint
@@ -65,10 +64,10 @@ def test_a_random_direction_is_orthogonal_to_the_one_before_it(tiny: js.Model) -
 
 
 def test_what_identifies_a_direction_in_a_run(tiny: js.Model) -> None:
-    recipe, ids = prepare("random:7", tiny)
+    recipe, ids = prepare(Random(7), tiny)
     assert (recipe, ids) == (Random(7), [7]), "a random direction is made when it is needed"
     tree = js.random_direction(tiny, 7)
-    recipe, ids = prepare(tree, tiny)
+    recipe, ids = prepare(recipe_of(tree), tiny)
     assert ids == [fingerprint(tree)]
 
 
@@ -103,7 +102,7 @@ class Zero:
     def __str__(self) -> str:
         return "zero:0"
 
-    def make(self, model: js.Model, earlier: Sequence[Any], storage: str) -> list[Any]:
+    def make(self, model: js.Model) -> list[Any]:
         return [jax.tree.map(jnp.zeros_like, model.params)]
 
 
@@ -111,3 +110,19 @@ def test_a_new_kind_is_one_class_in_the_registry(tiny: js.Model, monkeypatch: py
     monkeypatch.setattr(kinds, "KINDS", (*KINDS, Zero))
     land = js.scan(tiny, ["zero:0"], prompts=["Hi", "Why?"], steps=2, max_new_tokens=4, progress=False)
     assert len(set(land.asr.ravel().tolist())) == 1
+
+
+def test_the_axis_to_another_model_runs_from_0_to_1(tiny: js.Model, make_model: MakeModel) -> None:
+    directory, _ = make_model(seed=5)
+    options: dict[str, Any] = {"prompts": ["Hi", "Why?"], "steps": 2, "max_new_tokens": 4, "progress": False}
+    (axis,) = js.scan(tiny, [f"to:{directory}"], **options).axes
+    assert (axis.name, axis.values) == ("interpolation", (0.0, 0.5, 1.0))
+    with pytest.raises(js.UserError, match="these need different ones"):
+        js.scan(tiny, [0, f"to:{directory}"], **options)
+
+
+def test_seeds_are_checked_before_anything_is_written(tiny: js.Model, tmp_path: Path) -> None:
+    for directions in ([-1], [2**32], ["random:4294967296"], [(0, 2**32)]):
+        with pytest.raises(js.UserError, match="seed"):
+            js.scan(tiny, directions, prompts=["Hi"], steps=2, max_new_tokens=4, out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()

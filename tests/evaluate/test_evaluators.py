@@ -37,7 +37,7 @@ def records(directory: Path) -> list[dict[str, Any]]:
 def test_the_keyword_evaluator_is_the_keyword_metric(answers: list[str]) -> None:
     evaluator = find_evaluator("keywords")
     scores = evaluator.score(["prompt"] * len(answers), answers)
-    assert verdicts(scores) == [js.is_refusal(answer) for answer in answers]
+    assert verdicts(evaluator, scores, len(answers)) == [js.is_refusal(answer) for answer in answers]
     decides = stop_when(evaluator)
     assert decides is not None
     assert [decides(answer) for answer in answers] == [js.is_refusal(answer) for answer in answers]
@@ -53,6 +53,22 @@ def test_evaluators_are_found_by_name_and_keep_the_protocol() -> None:
     assert stop_when(own) is None
     with pytest.raises(js.UserError, match="Unknown evaluator 'judge': choose keywords"):
         find_evaluator("judge")
+    own.name = "keywords"
+    with pytest.raises(js.UserError, match="'keywords' is that of another evaluator"):
+        find_evaluator(own)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([0.0], "gave 1 scores for 2 answers"),
+        ([0.0, float("nan")], "gave the score nan"),
+        ([0.0, 1.5], "gave the score 1.5: scores are numbers from 0 to 1"),
+    ],
+)
+def test_scores_that_are_none(scores: list[float], message: str) -> None:
+    with pytest.raises(js.UserError, match=f"'length' {message}"):
+        verdicts(Length(), np.array(scores), 2)
 
 
 def test_a_scan_with_an_evaluator_of_ones_own(tiny: js.Model, tmp_path: Path) -> None:

@@ -37,13 +37,17 @@ def test_directions(ndim: int, options: dict[str, Any], expected: list[list[str]
         (1, {"names": ["random:0"], "files": ["a"]}, "only one of --direction and --directions"),
         (1, {"files": ["a"], "num_directions": 2}, "either --directions or --num-directions"),
         (1, {"files": ["a"], "interpolate_to": ["m"]}, "only one of --directions and --interpolate-to"),
-        (2, {"files": ["a", "b", "c"]}, "takes 2 directions each, but 3 were given"),
+        (2, {"files": ["a", "b", "c"]}, "directions come in sets of 2, but --directions gives 3"),
         (2, {"names": ["random:0", "principal:r"]}, "principal:r fills 2 axes"),
         (1, {"names": ["principal:r"]}, "principal:r fills 2 axes"),
         (1, {"names": ["randm:0"]}, "Unknown direction 'randm:0'"),
         (1, {"interpolate_to": ["m", "n"]}, "at most 1 models with --ndim 1, but 2 were given"),
         (2, {"interpolate_to": ["m", "n"], "num_directions": 2}, "this interpolation has none"),
         (1, {"trajectories": ["r"]}, "--trajectory is drawn on one plane"),
+        (2, {"trajectories": ["r"], "names": ["principal:r", "principal:s"]}, "--trajectory is drawn on one plane"),
+        (1, {"seed": 2**32 - 1, "num_directions": 2}, "seed"),
+        (2, {"names": ["principal:r,"]}, "directories without a comma"),
+        (2, {"trajectories": ["r,s"]}, "directories without a comma"),
         (2, {"trajectories": ["r"], "num_directions": 2}, "--trajectory is drawn on one plane"),
     ],
 )
@@ -53,16 +57,21 @@ def test_contradictions(ndim: int, options: dict[str, Any], message: str) -> Non
 
 
 def test_axes_follow_the_directions() -> None:
-    (line,) = choose_directions(1)
+    line = choose_directions(1)
     (alpha,) = choose_axes(line, 2, None)
     assert (alpha.name, alpha.values) == ("alpha", (-0.5, 0.0, 0.5))
-    (mixed,) = choose_directions(2, names=["random:0", "to:m"])
+    mixed = choose_directions(2, names=["random:0", "to:m"])
     alpha, end = choose_axes(mixed, 2, 1.0, extra_steps=1)
     assert (alpha.name, alpha.values) == ("alpha", (-1.0, 0.0, 1.0))
     assert (end.name, end.values) == ("interpolation", (-0.5, 0.0, 0.5, 1.0, 1.5))
-    (plane,) = choose_directions(2, trajectories=["r"])
+    plane = choose_directions(2, trajectories=["r"])
     first, second = choose_axes(plane, 2, None)
     assert (first.name, second.name, first.values[-1]) == ("alpha", "beta", 1.25)
     assert choose_axes(plane, 2, 2.0)[0].values[-1] == 2.0
     with pytest.raises(js.UserError, match="--extra-steps continue an interpolation"):
         choose_axes(line, 2, None, extra_steps=1)
+    for names in (["random:0", "to:m"], ["to:m", "file:a"]):
+        with pytest.raises(js.UserError, match="these need different ones"):
+            choose_axes(choose_directions(1, names=names), 2, None)
+    with pytest.raises(js.UserError, match="these need different ones"):
+        choose_axes(choose_directions(2, names=["principal:r", "random:0", "random:1"]), 2, None)
