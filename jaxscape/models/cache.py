@@ -1,4 +1,4 @@
-"""The kv cache: its arrays, the order of their dimensions, and what else the tokens of a call attend to."""
+"""The kv cache: its arrays, the order of their dimensions, and what else the tokens of a decoder call attend to."""
 
 from typing import NamedTuple
 
@@ -7,19 +7,20 @@ from jaxtyping import Array, Float, Int
 from jaxscape.runtime.sharding import Axes
 
 KeysValues = tuple[Float[Array, "_ _ _ _"], Float[Array, "_ _ _ _"]]
-"""One layer's keys and values, with the dimensions of a `CacheOrder`."""
+"""One layer's keys and values; a `CacheOrder` says the order of their dimensions."""
 
 
 class CacheOrder(NamedTuple):
     """The order of the dimensions of cached keys and values: b rows, k key-value heads, s slots, h features of a head.
 
     Attributes:
-        keys, values: the order, for example "bksh".
-        is_read_first: attention reads the cache before the new tokens are written to it. XLA for TPUs updates the cache
-            in place only in this case; otherwise it updates a copy in on-chip memory and writes all of it back. On a
-            CPU it is faster to write first.
-        min_queries: a product with a single query is padded with zero rows to this many. XLA for TPUs computes a
-            product of one row on the vector unit, which takes several times as long as reading the cache.
+        keys, values: the order of the dimensions of keys and of values, for example "bksh".
+        is_read_first: whether attention reads the cache before the new tokens are written to it. XLA for TPUs updates
+            the cache in place only in this case; otherwise it updates a copy in on-chip memory and writes all of it
+            back. On a CPU it is faster to write first.
+        min_queries: the least number of queries in a matrix product with the cache; a single query is padded with zero
+            rows to this number. XLA for TPUs computes a product with one row on the vector unit, which takes several
+            times as long as reading the cache.
     """
 
     keys: str
@@ -39,7 +40,8 @@ class CacheOrder(NamedTuple):
         return keys, values
 
 
-# The orders in which attention reads a cache without copying it. On a CPU the slots of keys are the last dimension.
+# For each platform, the order in which attention reads the cache without transposing it, which would be a copy. On a
+# CPU the last dimension of keys is the slots.
 CPU_ORDER = CacheOrder("bkhs", "bksh", is_read_first=False)
 GPU_ORDER, TPU_ORDER = CacheOrder("bksh", "bksh"), CacheOrder("bksh", "bksh", min_queries=8)
 
@@ -47,11 +49,12 @@ GPU_ORDER, TPU_ORDER = CacheOrder("bksh", "bksh"), CacheOrder("bksh", "bksh", mi
 class KVCache(NamedTuple):
     """Keys and values of each layer.
 
-    A query at position p attends to the slots with the positions 0 to p. So a token may lie in any slot, and rows may
-    be padded on either side.
+    A query at position p attends to the slots whose tokens have positions from 0 to p, or only to the last of them if
+    the layer has a window. The order of the slots does not matter, so a token may lie in any slot, and rows may be
+    padded on either side.
 
     Attributes:
-        keys, values: one array for each layer, with the dimensions of a `CacheOrder`.
+        keys, values: one array for each layer; a `CacheOrder` says the order of its dimensions.
         positions: int32[B, S], the position of the token in each slot; -1 for an empty slot, which no query attends to.
     """
 
@@ -61,15 +64,16 @@ class KVCache(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What the B rows of T tokens in a call attend to besides one another.
+    """What the tokens of a decoder call, B rows of T tokens, attend to besides the tokens of their own row.
 
     Attributes:
         cache: the cache that earlier calls returned for these rows; None starts a new one.
         slot: the first of the T cache slots that this call's tokens are written to.
-        prefix: the cache of a text that rows begin with. It may have fewer rows, N: each is shared by B / N consecutive
-            rows of the call. Its tokens stand at the positions before the rows' own.
-        segments: int32[B, T], for rows of several packed texts, the text that each token belongs to. A token attends
-            only to its own text. Not supported together with `cache`.
+        prefix: the cache of the texts that the rows begin with. It may have fewer rows, N: each is shared by B / N
+            consecutive rows of the call. Its tokens have the positions before those of the call's tokens.
+        segments: int32[B, T], the number of the text that each token belongs to, if several texts are packed into a
+            row; None if each row is one text. A token attends only to the prefix and to its own text. Not supported
+            together with `cache`.
     """
 
     cache: KVCache | None = None

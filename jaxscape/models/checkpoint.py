@@ -25,7 +25,8 @@ from jaxscape.runtime.sharding import sharding
 Params = dict[str, Any]
 """A nested dictionary of arrays, whose paths joined with dots are Hugging Face parameter names."""
 
-# Tokens that end a turn in the usual chat formats; a model's files often name only the token that ends a text.
+# Tokens that end a turn or a text in the usual chat formats. An answer ends at each of them that the model has, because
+# a model's files often name only the token that ends a text.
 END_OF_TURN = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"),
     *("<|end_of_text|>", "<|endoftext|>", "</s>"),
@@ -74,7 +75,7 @@ class Checkpoint:
         read: a function of a tensor's name and an index (slices, or `...` for all of it), which returns that part of
             the tensor as a numpy array.
         eos_token_ids: tokens that end a text or a turn.
-        transformers_config: the same configuration as transformers' class, with which the model is saved.
+        transformers_config: the configuration as an object of transformers' class, which is saved with the model.
         files: the files that the tensors are read from.
     """
 
@@ -103,14 +104,15 @@ def tensor_shapes(tree: Params) -> dict[str, tuple[int, ...]]:
 
 
 def load_params(checkpoint: Checkpoint, dtype: jnp.dtype, origin: str, mesh: Mesh | None) -> Params:
-    """Read the decoder's parameters in `dtype`, tensor by tensor. Each process reads only what its devices hold.
+    """Read the decoder's parameters in `dtype`, tensor by tensor. With a mesh, each process reads only the shards that
+    its devices hold.
 
     Arguments:
-        origin: what the checkpoint was loaded from, for errors.
+        origin: what the checkpoint was loaded from, for error messages.
         mesh: the devices to shard the parameters over; None leaves numpy arrays in host memory.
 
     Raises:
-        UserError: tensors are missing, unexpected or of another shape; all of them are listed.
+        UserError: tensors are missing, unexpected or of another shape; the message lists up to 20 of them.
     """
     check_checkpoint(checkpoint, origin)
     if mesh is None:
@@ -120,7 +122,7 @@ def load_params(checkpoint: Checkpoint, dtype: jnp.dtype, origin: str, mesh: Mes
 
 
 def check_checkpoint(checkpoint: Checkpoint, origin: str) -> None:
-    """Raise a `UserError` that lists the tensors in which the checkpoint differs from the decoder's parameters."""
+    """Raise a `UserError` if the checkpoint's tensors differ in names or shapes from the decoder's parameters."""
     check_tensors(tensor_shapes(parameter_shapes(checkpoint.config)), checkpoint.shapes, origin)
 
 
@@ -226,7 +228,7 @@ def to_dtype(values: Any, dtype: jnp.dtype) -> jnp.ndarray:
 def check_tensors(
     expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]], origin: str, limit: int = 20
 ) -> None:
-    """Raise a `UserError` that lists the differences in names and shapes, at most `limit` of them."""
+    """Raise a `UserError` that lists up to `limit` differences if tensors have other names or shapes than expected."""
     problems = [f"missing {name}" for name in sorted(expected.keys() - actual.keys())]
     problems += [f"not expected {name}" for name in sorted(actual.keys() - expected.keys())]
     problems += [

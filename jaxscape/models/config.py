@@ -38,16 +38,17 @@ class ModelConfig:
     """The sizes and options of a decoder. It is hashable, so that it can be a static argument of `jax.jit`.
 
     Attributes:
-        max_positions: tokens of the model's context.
-        layers: the kinds of layers; layer i has the kind i modulo their number.
-        qkv_bias, o_bias, mlp_bias: the projections of queries, keys and values, the output projection, and the
-            feed-forward layer have biases.
-        is_fused: one matrix projects to queries, keys and values, and one to gate and up.
-        qk_norm: queries and keys are normalised, each head by itself ("head") or all heads together ("heads").
+        max_positions: the length of the model's context in tokens.
+        layers: the kinds of the layers, which repeat: layer i has the kind `layers[i % len(layers)]`.
+        qkv_bias, o_bias, mlp_bias: whether the projections of queries, keys and values, the output projection, and
+            the feed-forward layer have biases.
+        is_fused: whether one matrix projects to queries, keys and values, and another to gate and up.
+        qk_norm: how queries and keys are normalised: each head by itself ("head"), all heads together ("heads"), or not
+            at all (None).
         norm_offset: a number that is added to the weights of norms.
-        norm_in_float32: norms multiply by their weights in float32, before rounding to the activations' dtype.
-        embedding_scale: factor of the token embeddings.
-        attention_scale: factor of the products of queries and keys; None for `head_dim ** -0.5`.
+        norm_in_float32: whether norms multiply by their weights in float32, before rounding to the activations' dtype.
+        embedding_scale: the number that token embeddings are multiplied by.
+        attention_scale: the number that products of queries and keys are multiplied by; None for `head_dim ** -0.5`.
         attention_softcap, logit_softcap: the cap c of attention scores and of logits, which become c × tanh(x / c);
             None for no cap.
     """
@@ -114,7 +115,7 @@ class ModelConfig:
 
     @property
     def score_scale(self) -> float:
-        """The factor of the products of queries and keys."""
+        """The number that products of queries and keys are multiplied by."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def for_length(self, longest: int) -> "ModelConfig":

@@ -25,13 +25,13 @@ from jaxscape.models.config import ModelConfig
 from jaxscape.models.rope import Rotation, apply_rope, make_rotation
 from jaxscape.runtime.sharding import Axes, constrain
 
-# By default, accelerators round the float32 inputs of matrix products to fewer bits.
+# The precision is given because accelerators, by default, round the float32 inputs of matrix products to fewer bits.
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @runtime_checkable
 class SummedWeight(Protocol):
-    """A weight that is not one array, for example a sum of arrays."""
+    """A weight that is not one array but, for example, a sum of arrays. `apply_weight` says how the decoder uses it."""
 
     def apply(self, use: Callable[[Array], Array]) -> Array: ...
 
@@ -106,14 +106,14 @@ class Embedding(nn.Module):
 
 
 class LayerContext(NamedTuple):
-    """One layer's part of a `Context`, and what all layers of its kind share.
+    """One layer's part of a `Context`, and the mask and the rotation, which all layers of its kind share.
 
     Attributes:
         cache, prefix: this layer's keys and values in the cache and in the prefix.
         slot: as in `Context`.
-        visible: which keys each token attends to; the keys are those of the prefix, of the cache and, if the cache is
-            read before it is written to, of the new tokens, in this order.
-        rotation: None for a layer without RoPE.
+        visible: True where a token attends to a key. The keys are, in this order, those of the prefix, of the cache
+            and of the new tokens; the last only if there is no cache or it is read before it is written to.
+        rotation: RoPE's rotation of the new tokens; None for a layer without RoPE.
     """
 
     cache: KeysValues | None
@@ -126,8 +126,8 @@ class LayerContext(NamedTuple):
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al., arXiv 2305.13245).
 
-    A call returns the output and this layer's keys and values, dimensions in `order`: the cache with the new tokens
-    written to it, or, without a cache, those of the new tokens.
+    A call returns the output, and this layer's keys and values with dimensions in the order `order`: the cache with the
+    new tokens written to it, or, without a cache, the keys and values of the new tokens.
     """
 
     config: ModelConfig
@@ -175,7 +175,8 @@ class Attention(nn.Module):
     def _grouped(
         self, q: Float[Array, "batch time heads head_dim"]
     ) -> Float[Array, "batch kv_heads group time head_dim"]:
-        """Queries by key-value head: those of a head become the rows of one matrix product, also for a single token."""
+        """Queries grouped by key-value head, so that all queries of such a head are rows of one matrix product, even
+        those of a single token."""
         batch, time, _, head_dim = q.shape
         q = q.reshape(batch, time, self.config.num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
         return constrain(q, "rows", "kv_heads", "group", None, None)
@@ -192,7 +193,8 @@ class Attention(nn.Module):
     def _attend(
         self, q: Float[Array, "batch kv_heads group time head_dim"], new: KeysValues, context: LayerContext
     ) -> tuple[Float[Array, "batch kv_heads queries head_dim"], KeysValues]:
-        """Attention of the queries to the prefix, the cache and the new tokens, float32; and the updated cache."""
+        """The float32 output of the queries' attention to the prefix, the cache and the new tokens; and the cache with
+        the new tokens written to it."""
         c, order, cache = self.config, self.order, context.cache
         batch, kv_heads, _, time, head_dim = q.shape
         q = q.reshape(batch, kv_heads, -1, head_dim)
@@ -214,7 +216,7 @@ class Attention(nn.Module):
         return sum(outputs[1:], start=outputs[0]), updated
 
     def _output(self, y: Float[Array, "batch kv_heads *queries head_dim"]) -> Float[Array, "batch time dim"]:
-        """The output projection of all heads; `queries` is [g, t] or [q]."""
+        """The output projection of all heads. The dimensions `queries` of y are [g, t] or [q]."""
         c = self.config
         batch = y.shape[0]
         y = y.reshape(batch, c.num_heads, -1, c.head_dim).swapaxes(1, 2)  # [b, t, heads, h]
@@ -246,7 +248,7 @@ def _write(cache: KeysValues, new: KeysValues, slot: Int[Array, ""] | int, order
 
 
 def _prepend(prefix: KeysValues, rows: KeysValues, order: CacheOrder) -> KeysValues:
-    """The keys and values of rows behind those of their prefixes, in new arrays."""
+    """New arrays with each row's keys and values: first those of its prefix, then its own."""
 
     def joined(shared: Array, own: Array, dimensions: str) -> Array:
         row_axis, slot_axis = dimensions.index("b"), dimensions.index("s")
@@ -277,7 +279,7 @@ def _cache_einsum(
 ) -> Array:
     """`einsum(f"{x_dims},{cache_dims}->{output_dims}", x, cached)` in float32; the third dimension of x is queries.
 
-    The cached array may have fewer rows than x: each of them is shared by len(x) / rows consecutive rows of x.
+    The cached array may have fewer rows than x, N: each is shared by len(x) / N consecutive rows of x.
     """
     rows = cached.shape[cache_dims.index("b")]
     if rows < x.shape[0]:
@@ -289,8 +291,8 @@ def _cache_einsum(
     equation = f"{x_dims},{cache_dims}->{output_dims}"
     if x.shape[2] > 1:
         return _einsum(equation, x, cached, preferred_element_type=jnp.float32)
-    # A single query is padded with zeros to `min_queries`. The results of the padding are zeros too. They are summed
-    # up because XLA would undo the padding if the first result were sliced out.
+    # A single query is padded with zeros to `min_queries`. The results of the padding are zeros too, so the sum of all
+    # results is that of the query. If its result were sliced out instead, XLA would undo the padding.
     x = jnp.pad(x, ((0, 0), (0, 0), (0, min_queries - 1), (0, 0)))
     y = _einsum(equation, x, cached, preferred_element_type=jnp.float32)
     return y.sum(2, keepdims=True) if min_queries > 1 else y
@@ -309,11 +311,11 @@ def _masked(scores: Float[Array, "batch kv_heads queries keys"], visible: Bool[A
 
 
 def _softmax(parts: Sequence[Float[Array, "batch kv_heads queries _"]]) -> list[Array]:
-    """Softmax over the last axis of all parts together, part by part.
+    """Softmax over the last axis of all parts together; the result has the same parts.
 
     Concatenating the parts and splitting the result would copy them twice on a TPU.
     """
-    if len(parts) == 1:  # the gradient of jax.nn.softmax keeps only its result
+    if len(parts) == 1:  # its gradient keeps only its result, which saves memory in training
         return [jax.nn.softmax(parts[0], axis=-1)]
     largest = reduce(jnp.maximum, (part.max(-1, keepdims=True) for part in parts))
     powers = [jnp.exp(part - largest) for part in parts]
@@ -340,7 +342,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and the feed-forward layer, each with a residual connection; see `ModelConfig.norms`."""
+    """Attention and the feed-forward layer, each with a residual connection and norms (see `ModelConfig.norms`)."""
 
     config: ModelConfig
     order: CacheOrder
@@ -364,7 +366,8 @@ class Layer(nn.Module):
 
 
 class Layers(nn.Module):
-    """The layers, in a Python loop instead of a scan: each layer's cache is a buffer that XLA updates in place."""
+    """The layers, in a Python loop instead of `jax.lax.scan`, so that each layer's cache is a buffer of its own, which
+    XLA can update in place."""
 
     config: ModelConfig
     remat: bool
@@ -412,11 +415,12 @@ def _visible(
     order: CacheOrder,
     window: int | None,
 ) -> Bool[Array, "batch time keys"]:
-    """Which keys each token attends to; the keys are listed in `LayerContext`.
+    """The mask `LayerContext.visible` of the layers with this window.
 
     Arguments:
-        positions: of the new tokens.
-        slot_positions: of the cache slots after the new tokens are written; the same as `positions` without a cache.
+        positions: the positions of the new tokens.
+        slot_positions: the position of the token in each cache slot after the new tokens are written; without a cache,
+            the same as `positions`.
     """
 
     def in_window(keys: Int[Array, "batch keys"]) -> Bool[Array, "batch time keys"] | Bool[Array, ""]:
@@ -509,9 +513,9 @@ def forward(
         params: the decoder's parameters; a leaf is an array or a `SummedWeight`.
         tokens: int32[B, T].
         positions: int32[B, T], each token's position in its text, from 0; -1 marks padding.
-        context: what the tokens attend to besides one another, see `Context`.
-        remat: keep only each layer's input for the gradient, and compute the rest again: less memory, about a third
-            more time.
+        context: what the tokens attend to besides those of their own row, see `Context`.
+        remat: keep only each layer's input for the backward pass, and compute the rest again there: a gradient takes
+            less memory and about a third more time.
         order: the order of dimensions of all caches, those in the context and the returned one.
         kernel: compute attention with JAX's TPU kernel, see `jaxscape.models.kernels`; only without a context.
 

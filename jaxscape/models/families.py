@@ -14,9 +14,10 @@ from jaxscape.models.rope import Rope, make_rope
 from jaxscape.runtime.errors import UserError
 
 Options = dict[str, Any]
-"""Arguments of `ModelConfig`."""
+"""Arguments of `ModelConfig`, by name."""
 
-# Fields that do not change the logits: they concern training, generation, other programs, or the configuration itself.
+# Fields of a configuration that may have any value, because they do not change the logits: they concern training,
+# generation, other programs, or the configuration itself.
 _IGNORED_FIELDS = {
     *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "max_sequence_length"),
@@ -31,7 +32,8 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 
 
 class ConfigReader:
-    """A transformers configuration that records which of its fields were read."""
+    """A transformers configuration that records which of its fields were read, so that a field that nothing reads is
+    not ignored by mistake (see `_check_unread_fields`)."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self._config, self.fields_read = config, set[str]()
@@ -48,12 +50,14 @@ class ConfigReader:
 
 @dataclass(frozen=True)
 class Family:
-    """The models of one class of transformers.
+    """A model family: all models that one class of transformers can load.
 
     Attributes:
         architecture: the name of the class.
-        options: from a configuration, the `ModelConfig` options in which the family differs from Llama without biases.
-        derived_from: fields that `options` does not read, because transformers turns them into fields that it reads.
+        options: a function from a configuration to the arguments of `ModelConfig` in which the family differs from
+            Llama without biases.
+        derived_from: fields of the configuration that `options` does not read, because transformers computes other
+            fields from them, which it does read.
     """
 
     architecture: str
@@ -96,9 +100,8 @@ def _gemma2(c: ConfigReader) -> Options:
 
 
 def _gemma3(c: ConfigReader) -> Options:
-    if (
-        c.attn_logit_softcapping
-    ):  # transformers has the field and ignores it, so that what the model should compute is not known
+    # transformers has this field but ignores it, so it is not known what a model that sets it should compute.
+    if c.attn_logit_softcapping:
         raise _unsupported({"attn_logit_softcapping": c.attn_logit_softcapping})
     return _gemma2(c) | {"qk_norm": "head"}
 
@@ -110,7 +113,7 @@ def _phi3(c: ConfigReader) -> Options:
 def _smollm3(c: ConfigReader) -> Options:
     if len(c.no_rope_layers) < c.num_hidden_layers:
         raise _unsupported({"no_rope_layers": c.no_rope_layers})
-    kinds = zip(c.no_rope_layers, _layers_by_type(c), strict=False)  # no_rope_layers may be longer
+    kinds = zip(c.no_rope_layers, _layers_by_type(c), strict=False)  # no_rope_layers may have more entries than layers
     layers = tuple(kind if has_rope else replace(kind, rope=None) for has_rope, kind in kinds)
     return _attention_biases(c) | {"mlp_bias": c.mlp_bias, "layers": layers}
 
@@ -133,9 +136,9 @@ FAMILIES: Mapping[str, Family] = {
     "smollm3": Family("SmolLM3ForCausalLM", _smollm3, (*_WINDOWS, "no_rope_layer_interval")),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2),
 }
-"""The families by `model_type`, as config.json names them."""
+"""The supported families, by the `model_type` in config.json."""
 TEXT_MODELS = {"gemma3": "language_model."}
-"""Multimodal models whose text model can be loaded, by `model_type`: the prefix of its tensors' names."""
+"""For each `model_type` of multimodal models whose text model can be loaded: the prefix of its tensors' names."""
 
 
 def family_of(model_type: Any) -> Family:
@@ -175,7 +178,8 @@ def from_transformers(config: PreTrainedConfig) -> ModelConfig:
 
 
 def _check_unread_fields(config: PreTrainedConfig, known_fields: set[str]) -> None:
-    """Raise a `UserError` if a field that is not known differs from its default: ignoring it may give wrong logits.
+    """Raise a `UserError` if a field that is not in `known_fields` differs from its default, and so may change the
+    logits.
 
     A field that is None, False, zero or empty counts as switched off, so these values are equal to each other.
     """
@@ -193,7 +197,7 @@ def _unsupported(options: Options) -> UserError:
 
 
 def _activation(c: ConfigReader, field: str) -> str:
-    """The decoder's name of the activation that a field names."""
+    """The activation function that a field of the configuration names, by its name in `ModelConfig`."""
     name = getattr(c, field)
     if name not in _ACTIVATIONS:
         raise _unsupported({field: name})
@@ -206,12 +210,13 @@ def _head_dim(c: ConfigReader) -> int:
 
 
 def _rope(c: ConfigReader, layer_type: str | None = None, may_be_partial: bool = False) -> Rope:
-    """The RoPE of all layers, or of the layers of a type if each type has its own."""
+    """The RoPE of the layers of type `layer_type`, or the one RoPE of all layers if they share it."""
     c.standardize_rope_params()  # transformers calls it too, when it builds the model
     options = c.rope_parameters
     if layer_type is not None and layer_type in options:
         options = options[layer_type]
-        if not options.get("truncate", True):  # transformers ignores `truncate` inside of a layer type
+        # transformers ignores `truncate` inside of a layer type, so it is not known what the model should compute.
+        if not options.get("truncate", True):
             raise _unsupported({"truncate": options["truncate"]})
     return make_rope(_head_dim(c), options, c.max_position_embeddings, may_be_partial)
 

@@ -30,7 +30,8 @@ TENSOR_TYPES = (
     GGMLQuantizationType.Q6_K,
 )
 
-# RoPE scaling of Llama 3.1 (factor 8) and 3.2 (factor 32). A GGUF file has only the divisors that follow from it.
+# RoPE scaling of Llama 3.1 (factor 8) and 3.2 (factor 32). A GGUF file has only the divisors of the frequencies that
+# follow from it, so `_config` tries which factor gives these divisors.
 LLAMA3_FACTORS = (8.0, 32.0)
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -38,7 +39,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# llama.cpp's defaults for files that do not name them.
+# The softcaps that llama.cpp uses for a Gemma 2 file that does not name any.
 GEMMA2_SOFTCAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 ROPE_DIVISORS, SHORT_FACTORS, LONG_FACTORS = (
@@ -50,18 +51,18 @@ ROPE_DIVISORS, SHORT_FACTORS, LONG_FACTORS = (
 Fields = Mapping[str, Any]
 """The metadata of a file, by key."""
 Tensors = Mapping[str, gguf.ReaderTensor]
-"""The tensors of a file, by the file's names."""
+"""The tensors of a file, by their names in the file."""
 Options = dict[str, Any]
-"""Fields of a transformers configuration."""
+"""Fields of a transformers configuration, by name."""
 
 # Keys that may have any value, because they do not change what the model computes. Other unknown keys are an error.
 _IRRELEVANT = ("vocab_size", "attention.causal", "rope.scaling.finetuned", "tensor_data_layout")
 
 
 class _Metadata:
-    """The metadata of a file's architecture, by keys without the architecture's name.
+    """The part of a file's metadata that describes the model: the file's key `llama.block_count` is `block_count` here.
 
-    It remembers which keys were read: a key that is not read would be ignored in silence.
+    It records which keys were read, so that an option that nothing reads becomes an error and is not ignored.
     """
 
     def __init__(self, fields: Fields) -> None:
@@ -77,7 +78,7 @@ class _Metadata:
         return self._fields.get(self._prefix + key, default)
 
     def unread(self) -> list[str]:
-        """The full keys that have a value and were not read."""
+        """The keys, as in the file, that were not read and whose value is not zero, false or empty."""
         keys = {key for key, value in self._fields.items() if key.startswith(self._prefix) and value}
         return sorted(keys - self._read)
 
@@ -111,7 +112,7 @@ def _gemma3(metadata: _Metadata, tensors: Tensors, rope: Options) -> Options:
 
 def _gemma(metadata: _Metadata) -> Options:
     """Options that Gemma 2 and 3 share."""
-    # The 27B models (46 and 62 layers) scale scores by hidden size / heads, which is not their head dimension.
+    # The 27B models (46 and 62 layers) scale scores by (hidden size / heads)^-0.5 instead of head_dim^-0.5.
     if metadata["block_count"] in (46, 62):
         scalar = metadata["embedding_length"] // metadata["attention.head_count"]
     else:
@@ -143,11 +144,11 @@ class Architecture:
 
     Attributes:
         family: transformers' `model_type`.
-        tensor_names: the table of tensor names in the gguf library.
-        options: returns the family's own options, beside the sizes and RoPE that all families have, from the metadata,
-            the tensors and transformers' `rope_parameters`.
-        is_interleaved: whether the converter interleaves the two halves of each query and key head.
-        norm_offset: what the converter adds to the weights of norms.
+        tensor_names: the gguf library's key for the architecture's table of tensor names.
+        options: a function from the metadata, the tensors and transformers' `rope_parameters` to the fields of the
+            transformers configuration that this family has besides the sizes and RoPE of all families.
+        is_interleaved: whether llama.cpp's converter interleaves the two halves of each query and key head.
+        norm_offset: the number that llama.cpp's converter adds to the weights of norms.
     """
 
     family: str
@@ -165,7 +166,7 @@ ARCHITECTURES = {
     "gemma3": Architecture("gemma3_text", gguf.MODEL_ARCH.GEMMA3, _gemma3, norm_offset=1.0),
     "phi3": Architecture("phi3", gguf.MODEL_ARCH.PHI3, _phi3),
 }
-"""The supported architectures, by `general.architecture`."""
+"""The supported architectures, by the value of `general.architecture` in a file's metadata."""
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -229,7 +230,8 @@ _VALUE_BYTES = {
     **dict.fromkeys((GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.FLOAT32), 4),
     **dict.fromkeys((GGUFValueType.UINT64, GGUFValueType.INT64, GGUFValueType.FLOAT64), 8),
 }
-# The longest list that is read: longer than any vocabulary. The library needs about a kilobyte for each value.
+# The largest number of values in a list of the metadata; no vocabulary has more. A longer list, in a damaged file,
+# could fill the memory: the gguf library needs about a kilobyte for each value.
 _MAX_ELEMENTS = 2**20
 _MAX_DIMENSIONS = 4  # ggml's limit
 
@@ -330,7 +332,7 @@ def _config(architecture: Architecture, fields: Fields, tensors: Tensors) -> tup
         scaled_configs = _make_configs(architecture, options | llama3)
         if np.allclose(_frequencies(scaled_configs[0]), frequencies, rtol=1e-5, atol=0):
             return scaled_configs
-    # Other scalings cannot be written as a transformers configuration.
+    # Other scalings cannot be written as a transformers configuration, so `check_saveable` refuses to save the model.
     return replace(config, layers=(LayerKind(Rope(frequencies)),)), transformers_config
 
 
@@ -340,10 +342,11 @@ def _make_configs(architecture: Architecture, options: Options) -> tuple[ModelCo
 
 
 def _sizes(metadata: _Metadata, tensors: Tensors) -> Options:
-    """The sizes of the model.
+    """The sizes of the model, as fields of a transformers configuration.
 
     Raises:
-        UserError: values are not as wide as keys, or the tensors are too few or too small for the sizes.
+        UserError: an attention head's values have another size than its keys, or the tensors are too few or too
+            small for the sizes.
     """
     num_heads, num_layers = metadata["attention.head_count"], metadata["block_count"]
     head_dim = metadata.get("attention.key_length", metadata["embedding_length"] // num_heads)
@@ -395,9 +398,10 @@ def _frequencies(config: ModelConfig) -> tuple[float, ...]:
 
 
 def _tensor_names(config: ModelConfig, architecture: Architecture, stored_names: Collection[str]) -> dict[str, str]:
-    """The file's name for each Hugging Face parameter name that it has.
+    """A table from Hugging Face parameter names to the names of the file's tensors.
 
-    Tensors that the model does not have keep the file's name, so that one error can list them.
+    Parameters that the file lacks are not in it, and tensors that the model lacks stand in it under their names in the
+    file, so that one error can list all of them.
     """
     table = gguf.get_tensor_name_map(architecture.tensor_names, config.num_layers)
     names = {}
@@ -410,7 +414,8 @@ def _tensor_names(config: ModelConfig, architecture: Architecture, stored_names:
 
 
 def _read_tensor(name: str, tensor: gguf.ReaderTensor, architecture: Architecture, config: ModelConfig) -> np.ndarray:
-    """A tensor in float32 and the Hugging Face layout, with the converter's changes undone."""
+    """A tensor in float32 and the Hugging Face layout. The changes that llama.cpp's converter made to heads and norms
+    are undone."""
     values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
     if architecture.is_interleaved and ".q_proj." in name:
         return _unpermute(values, config.num_heads)
@@ -426,7 +431,7 @@ def _unpermute(values: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
-    """The end tokens that the metadata names, and the control tokens in `END_OF_TURN`."""
+    """The ids of the end tokens that the metadata names, and of the control tokens that are in `END_OF_TURN`."""
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
     named = {fields[key] for key in keys if key in fields}
     tokens = zip(fields["tokenizer.ggml.tokens"], token_types(fields), strict=True)

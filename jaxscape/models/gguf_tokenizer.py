@@ -25,7 +25,8 @@ SPLITS = {
 }
 # Phi-3's special tokens remove the white space after them, except these.
 UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
-# The longest SentencePiece token that is read. Merges are searched at every position of a token.
+# The largest number of characters of a SentencePiece token. A damaged file may have a much longer one, and the search
+# for merges tries every position in it.
 MAX_CHARACTERS = 4096
 
 
@@ -73,7 +74,7 @@ def read_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], fields: Mapping[str, Any]) -> None:
-    """Add the tokens that are found in a text before it is split: control tokens and the user's own."""
+    """Add the tokens that are found in a text before it is split: those of the types control and user-defined."""
     types = list(zip(tokens, token_types(fields), strict=True))
     # In Phi-3's files, no metadata says that special tokens remove the white space after them.
     is_phi3 = fields["general.architecture"] == "phi3" and fields["tokenizer.ggml.model"] == "llama"

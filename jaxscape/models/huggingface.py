@@ -33,7 +33,9 @@ IGNORE_PATTERNS = ["*/*", "consolidated*"]  # other formats of the same weights
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-MAX_LAYERS = 2**16  # transformers makes a list of the layers before their number can be checked
+# The largest number of layers in a config.json. It is checked first, because transformers makes a list with an entry
+# for each layer, which could fill the memory.
+MAX_LAYERS = 2**16
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; values of other dtypes are quantised
 
 
@@ -92,7 +94,7 @@ def open_directory(path: Path) -> Checkpoint:
             f"them is damaged, so download the model again."
         )
     if config.tie_word_embeddings and _has_untied_head(tensors):
-        # The tensors win over config.json, as in transformers.
+        # The output head in the files is used although config.json ties it to the embedding, as in transformers.
         config = replace(config, tie_word_embeddings=False)
         transformers_config.tie_word_embeddings = False
     parameters = {
@@ -205,7 +207,8 @@ def save_directory(
         )
     leaves = named_leaves(params)
     config = copy.deepcopy(transformers_config)
-    if config.pad_token_id is not None and config.pad_token_id < 0:  # how old checkpoints say that they have none
+    # A negative id is how old checkpoints say that they have no padding token.
+    if config.pad_token_id is not None and config.pad_token_id < 0:
         config.pad_token_id = None
     config.architectures = [family_of(config.model_type).architecture]
     config.dtype = str(next(iter(leaves.values())).dtype)
@@ -266,7 +269,10 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def _eos_token_ids(
     path: Path, config_fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> tuple[int, ...]:
-    """All end tokens that the model's files name: chat models end a turn and a text with different ones."""
+    """The ids of all end tokens that the model's files name, and of the added tokens that are in `END_OF_TURN`.
+
+    All are needed, because chat models end a turn and a text with different tokens.
+    """
     generation = path / "generation_config.json"
     values = [config_fields.get("eos_token_id"), tokenizer.eos_token_id]
     if generation.exists():
@@ -292,7 +298,7 @@ def _safetensors_files(path: Path) -> list[Path]:
     if index.exists():
         return _indexed_files(path, index)
     if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]  # other files, such as a direction, are not the model's
+        return [path / "model.safetensors"]  # other files, such as a saved direction, are not the model's
     if files := sorted(path.glob("*.safetensors")):
         return files
     if any(file.suffix in PICKLE_SUFFIXES for file in path.iterdir()):

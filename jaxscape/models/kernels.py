@@ -16,10 +16,12 @@ from jaxscape.models.config import ModelConfig
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.sharding import partition
 
-LANES = 128  # of a TPU's vector registers; the kernel's blocks and heads must be multiples of it
-ON_CHIP_BYTES = 64 * 2**20  # XLA keeps smaller score matrices in on-chip memory by itself
-MAX_BLOCK = 512  # tokens
-TOLERANCE = 0.02  # relative; a few roundings to bfloat16, which has 8 significant bits
+# The number of lanes of a TPU's vector registers. The kernel's block size and head dimension must be multiples of it.
+LANES = 128
+ON_CHIP_BYTES = 64 * 2**20  # XLA keeps smaller score matrices in on-chip memory, where the kernel would save nothing
+MAX_BLOCK = 512  # the kernel's largest block size, in tokens
+# The largest relative error at which the kernel is used: a few roundings to bfloat16, which has 8 significant bits.
+TOLERANCE = 0.02
 
 Queries = Float[Array, "batch kv_heads group time head_dim"]
 Keys = Float[Array, "batch kv_heads time head_dim"]
@@ -103,7 +105,7 @@ def _block_size(time: int) -> int:
 
 
 def matches_reference(mesh: Mesh) -> bool:
-    """Whether the mesh consists of TPUs on which the kernel agrees with plain attention; it is tested once."""
+    """Whether the mesh consists of TPUs on which the kernel agrees with plain attention. One device is tested, once."""
     return mesh.devices.flat[0].platform == "tpu" and from_first(lambda: _is_accurate(jax.local_devices()[0]))
 
 
@@ -120,9 +122,10 @@ def _is_accurate(device: jax.Device) -> bool:
 
 
 def relative_error(device: jax.Device) -> float:
-    """The largest difference between the kernel and plain attention, relative to the largest number.
+    """The relative error of the kernel, measured against plain attention for random bfloat16 inputs.
 
-    Outputs and the gradients of queries, keys and values are compared, for random bfloat16 inputs.
+    It is computed for the outputs and for the gradients of queries, keys and values, and the largest of these four is
+    returned: in each, the largest absolute difference divided by the largest absolute number of plain attention.
     """
     keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), 4)
     shapes = [(2, 2, 2, 2 * LANES, LANES), *[(2, 2, 2 * LANES, LANES)] * 2, (2, 2, 2, 2 * LANES, LANES)]

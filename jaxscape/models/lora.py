@@ -22,11 +22,12 @@ from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-# Matrices that some families fuse, and the linear layers that they consist of.
+# The fused matrices of some families, and the linear layers that each of them consists of.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _PEFT_PREFIX = "base_model.model."
 
-# PEFT's options that must have one of these values, and those that may have any. Every other option must be off.
+# PEFT's options that must have one of these values, and those that may have any. Every other option must be off:
+# None, false, zero or empty.
 _SUPPORTED_VALUES = {
     "peft_type": ("LORA",),
     "bias": ("none",),

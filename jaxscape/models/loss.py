@@ -26,15 +26,16 @@ def token_losses(
     This is a pure function for jitted programs. On a mesh, it is traced inside `on_mesh`.
 
     Arguments:
-        params: arrays, or what stands for them in the decoder (see `apply_weight`), in the dtype that computes.
+        params: the decoder's parameters in the dtype of the activations; a leaf is an array or a `SummedWeight`.
         tokens: int32[B, T], right-padded.
         lengths: int32[B], the number of tokens of each row that are not padding.
         remat: recompute each layer's activations in the backward pass: less memory, more time.
         kernel: compute attention with JAX's splash attention kernel where that reduces memory traffic (see
-            `kernels.saves_traffic`). Only for devices on which `kernels.matches_reference`.
+            `kernels.saves_traffic`). Allowed only if `kernels.matches_reference` is true of the
+            devices.
 
     Returns:
-        float32[B, T - 1]: entry t belongs to token t + 1. Entries of padding mean nothing.
+        float32[B, T - 1]: entry t is the loss of token t + 1. If that token is padding, the entry is meaningless.
     """
     batch, width = tokens.shape
     time = jnp.arange(width)
@@ -69,6 +70,6 @@ def _dtype(params: Params) -> str:
 
 
 def _num_devices() -> int:
-    """The number of devices of the mesh that is traced for."""
+    """The number of devices of the mesh that the program is traced for; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.size

@@ -99,8 +99,8 @@ def load_model(
             the devices. By default only if the devices cannot hold the parameters twice.
         mesh_shape: the number of devices that batch rows (`points`) and weights (`model`) are sharded over. By default
             the weights are sharded over the fewest devices that can hold three copies; a CPU counts as one device.
-        keep: keep the parameters in the cache, as an Orbax checkpoint that makes the next load faster. Ignored for
-            parameters in host memory.
+        keep: keep the parameters in the cache directory, as an Orbax checkpoint that makes the next load faster.
+            Ignored for parameters in host memory.
         split: the former name of `mesh_shape`.
 
     Raises:
@@ -133,7 +133,7 @@ def load_model(
 
 def _default_mesh_shape(size: int, free: int | None) -> MeshShape:
     """The mesh for weights of `size` bytes on devices with `free` bytes each; None if that is not known."""
-    # Further devices of a CPU share the same cores.
+    # A CPU counts as one device, because all devices that JAX may make of it share the same cores.
     count = 1 if jax.default_backend() == "cpu" and jax.process_count() == 1 else jax.device_count()
     return MeshShape(*from_first(lambda: default_mesh_shape(size, free, count)))
 
@@ -186,8 +186,9 @@ def _open(source: str, dtype: jnp.dtype, adapters: tuple[Path, ...] = ()) -> Che
     """Open the checkpoint at `source`, see `load_model`.
 
     Arguments:
-        dtype: in which adapters are added to their base.
-        adapters: the directories of the adapters that this checkpoint is the base of.
+        dtype: the dtype in which adapters are added to their base.
+        adapters: the directories of the adapters that this checkpoint is the base of. If it is one of them itself, the
+            adapter is its own base, which is an error.
     """
     path = Path(source)
     if source in builtin.MODELS:

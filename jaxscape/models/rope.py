@@ -19,10 +19,10 @@ class Rope:
     Attributes:
         frequencies: radians per position, one number for each rotated pair of features. The first
             `2 * len(frequencies)` features of a head are rotated, and the others stay as they are.
-        scale: factor of the rotated features.
-        long_frequencies: the frequencies of a run whose longest text has more than `context` tokens (LongRoPE, Ding et
-            al., arXiv 2402.13753); None for other kinds of RoPE.
-        context: tokens of the model's original context; 0 without `long_frequencies`.
+        scale: the number that the rotated features are multiplied by.
+        long_frequencies: the frequencies that replace `frequencies` in a run whose longest text has more than `context`
+            tokens (LongRoPE, Ding et al., arXiv 2402.13753); None for other kinds of RoPE.
+        context: the length of the model's original context in tokens; 0 without `long_frequencies`.
     """
 
     frequencies: tuple[float, ...]
@@ -40,8 +40,8 @@ def make_rope(head_dim: int, options: Mapping[str, Any], max_positions: int, may
     Arguments:
         options: a transformers `rope_parameters` dictionary: `rope_theta`, `rope_type` (`default`, `linear`, `llama3`,
             `yarn` or `longrope`) and the parameters of that type.
-        max_positions: tokens of the model's extended context.
-        may_be_partial: the family can rotate only a part of each head's features.
+        max_positions: the length of the model's context in tokens, after its extension.
+        may_be_partial: whether models of this family may rotate only a part of each head's features.
 
     Raises:
         UserError: the type or one of its parameters is not supported, or a value is impossible.
@@ -50,7 +50,8 @@ def make_rope(head_dim: int, options: Mapping[str, Any], max_positions: int, may
     unread = {name: value for name, value in options.items() if value is not None and name != "truncate"}
     rope_type = unread.pop("rope_type", "default")
     theta, rotated_part = unread.pop("rope_theta"), unread.pop("partial_rotary_factor", 1.0)
-    # Old configurations give the type under this name too, and name an original context that their type does not use.
+    # These two are no error if the RoPE type does not use them: old configurations give the type under the name `type`
+    # too, and name an original context.
     unread.pop("type", None)
     context = unread.pop("original_max_position_embeddings", max_positions)
     size = _rotated_features(head_dim, theta, rotated_part, may_be_partial)

@@ -49,8 +49,9 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: st
 
     Arguments:
         system_prompt: `default` for what the chat template inserts by itself, `none` for no system prompt, a name in
-            `SYSTEM_PROMPTS`, or the text of a system prompt. Some templates insert a system prompt of their own if
-            there is none, and others insert an empty frame for an empty one; `none` takes the shorter of both texts.
+            `SYSTEM_PROMPTS`, or the text of a system prompt. With `none`, the template is rendered without a system
+            message and with an empty one, and the shorter text is taken: some templates insert a system prompt of their
+            own if there is no system message, and others insert an empty frame for an empty one.
 
     Returns:
         The text, in which special tokens are spelled out.

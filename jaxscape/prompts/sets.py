@@ -177,4 +177,5 @@ PARSERS: dict[str, Callable[[str, str], list[str]]] = {
     ".jsonl": _jsonl_prompts,
     ".txt": _txt_prompts,
 }
-"""For each file ending, a function from a file's text, and its name for error messages, to its prompts."""
+"""For each file ending, the function that returns the prompts in a file's text. Its second argument is the file's name
+for error messages."""

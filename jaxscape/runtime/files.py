@@ -89,7 +89,10 @@ def cached_file(name: str, sha256: str, fetch: Callable[[Path], None]) -> Path:
 
 
 def checksum(value: Any) -> str:
-    """SHA-256 of a value's `repr`, which must not depend on the process: numbers, texts, tuples and lists of them."""
+    """SHA-256 of a value's `repr`, in hexadecimal.
+
+    Every process must get the same `repr`, so the value may consist only of numbers, texts, tuples and lists.
+    """
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 

@@ -45,8 +45,8 @@ def enable_compilation_cache() -> None:
 def compiling_for_absent_devices() -> Iterator[None]:
     """A context in which programs are compiled for devices that this machine does not have.
 
-    JAX writes no compiled program to the cache, because it could not load one of these. `XLA_FLAGS` is hidden, because
-    the compiler of another platform ends the process when it meets a flag that it does not know.
+    JAX does not write these programs to its cache, because this machine could not load them. `XLA_FLAGS` is hidden,
+    because the compiler of another platform ends the process when it meets a flag that it does not know.
     """
     min_seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
@@ -109,11 +109,13 @@ def roofline(dtype: str) -> Roofline:
 
 
 def measure_roofline(dtype: str) -> Roofline:
-    """Measure the roofline of the first device: the fastest of several matrix products of each kind."""
+    """Measure the roofline of the first device, with the fastest of several large matrix products and the fastest of
+    several products with few rows."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     square = jnp.full((size, size), 0.5, dtype)
     flops = 2 * size**3 / _seconds(_product, square, square)
-    # This matrix is too large for a CPU's caches, and its product takes much longer than launching a kernel does.
+    # This matrix is too large for a CPU's caches, and its product takes much longer than launching a kernel does, so
+    # the time is that of reading it from memory.
     matrix = jnp.full((16 * size, size // 2), 0.5, dtype)
     rows = jnp.full((2, size // 2), 0.5, dtype)
     return Roofline(flops, matrix.nbytes / _seconds(_product, rows, matrix))
@@ -125,7 +127,7 @@ def _product(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Floa
 
 
 def _seconds(function: Callable[..., Array], *arguments: Array, rounds: int = 10) -> float:
-    """The shortest time of `rounds` calls, after a first call that compiles the function."""
+    """The time of the fastest of `rounds` calls, in seconds, after a first call that compiles the function."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(rounds):

@@ -23,14 +23,15 @@ from jax.experimental import multihost_utils
 from jaxscape.runtime.errors import UserError, reason
 
 HEARTBEAT_SECONDS = 20  # a process that is silent for this long is taken for dead by the others
-# Set by `_supervise` to its process id; a process that finds it has a supervisor.
+# The environment variable that tells a process that it has a supervisor: `_supervise` sets it for its child process to
+# the supervisor's process id.
 _SUPERVISED = "JAXSCAPE_SUPERVISED"
-# The number of processes that a launcher started, in the environment of each of them.
+# The environment variables in which a launcher tells each process how many it has started.
 _SLURM_SIZE, _OPEN_MPI_SIZE = "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"
 
 
 class _Membership(NamedTuple):
-    """This process's place among the processes of a run. JAX detects whatever is None.
+    """This process's place among the processes of a run. JAX detects each attribute that is None.
 
     Attributes:
         coordinator: HOST:PORT of the first process.
@@ -48,11 +49,12 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
     """Join the other processes of this run, if there are any. Must be called before JAX computes anything.
 
     Arguments:
-        coordinator: HOST:PORT of the first process. It needs the other two numbers, unless Open MPI started the
-            processes.
+        coordinator: HOST:PORT of the first process. The next two arguments must be given with it, unless Open MPI
+            started the processes.
         num_processes: the number of processes.
         process_id: the number of this process, counted from 0.
-        detect: let JAX find the other processes, as on a TPU pod. Those of SLURM and Open MPI are always found.
+        detect: let JAX find the other processes by itself, as on a TPU pod. Processes that SLURM or Open MPI started
+            find one another without it.
 
     Raises:
         UserError: the arguments are incomplete or wrong, or the other processes cannot be found.
@@ -75,7 +77,8 @@ def _launched_by(size_variable: str) -> bool:
 
 
 def _open_mpi_membership(coordinator: str | None) -> _Membership:
-    """The membership in Open MPI's environment, which lacks only the coordinator. Each process uses one GPU."""
+    """The membership that Open MPI's environment variables describe. They do not name the coordinator, which must be
+    given. Each process uses one GPU."""
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     if coordinator is None:
         raise UserError("Open MPI does not say where its first process is: give --coordinator HOST:PORT.")

@@ -23,8 +23,8 @@ class RunKind:
 
     Attributes:
         name: the kind in messages to the user.
-        state: name of the state file, which grows during the run.
-        marks: configuration keys by which a run of this kind is recognised.
+        state: name of the state file, to which the run appends its finished work.
+        marks: configuration keys that every run of this kind has, and by which it is recognised.
         computed: glob patterns of files and folders that are computed from the state; starting over removes them.
         descriptive: configuration keys that do not affect results, so that a resumed run may differ in them.
     """
@@ -47,7 +47,8 @@ def open_run_directory(
 
     Arguments:
         directory: None keeps the run in memory only.
-        config: what `config.json` records. A run is resumed only if it was started with the same values.
+        config: what `config.json` records. A run is resumed only if it was started with the same values, apart
+            from those of `RunKind.descriptive`.
         overwrite: start over if the directory holds a run.
 
     Raises:

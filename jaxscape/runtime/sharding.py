@@ -18,9 +18,11 @@ from jaxtyping import Array
 
 from jaxscape.runtime.errors import UserError, reason
 
-MODEL_AXES = ("kv", "q")  # which make up `model`
+MODEL_AXES = ("kv", "q")  # the two axes of JAX's mesh that make up `model`
 MESH_AXES = ("points", *MODEL_AXES)
-WEIGHT_COPIES = 3  # the model's weights, those of a point, and a direction should fit on the devices together
+# The devices should have room for this many arrays of the weights' size: the weights of the model, those of a point of
+# the landscape, and a direction.
+WEIGHT_COPIES = 3
 
 RULES: dict[str | None, tuple[str, ...]] = {
     "rows": ("points",),  # the rows of a batch do not depend on one another
@@ -28,7 +30,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "embed": MODEL_AXES,  # features of these two tensors, for a vocabulary that does not divide evenly
     "heads": MODEL_AXES,  # query heads in the weights: heads do not depend on one another before the output projection
     "kv_heads": ("kv",),  # in weights and caches; replicated along q, since there may be fewer of them than devices
-    "group": ("q",),  # the query heads of one key-value head, which each device along q has a copy of
+    "group": ("q",),  # the query heads of one key-value head, whose keys and values are replicated along q
     "mlp": MODEL_AXES,  # hidden features: up and gate are sharded by columns, down by rows, and one all-reduce follows
     None: (),  # everything else is replicated: features of the residual stream, positions, the head dimension
 }
@@ -58,7 +60,11 @@ Split = MeshShape  # the name of MeshShape in earlier versions
 
 
 def make_mesh(mesh_shape: MeshShape, num_kv_heads: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over the first of these devices, by default JAX's.
+    """A mesh over the first `mesh_shape.size` of the devices, by default of `jax.devices()`.
+
+    Arguments:
+        num_kv_heads: the model's number of key-value heads. The size of the axis `kv` is the greatest common divisor of
+            this number and `mesh_shape.model`.
 
     Raises:
         UserError: there are too few devices; or there are several processes and the mesh does not use all devices, so
@@ -74,7 +80,7 @@ def make_mesh(mesh_shape: MeshShape, num_kv_heads: int, devices: Sequence[Any] |
     kv = math.gcd(num_kv_heads, mesh_shape.model)
     sizes = (mesh_shape.points, kv, mesh_shape.model // kv)
     try:
-        # An axis of a TPU's torus may be longer than one of the mesh; JAX may split it into several.
+        # An axis of a TPU's torus may be longer than any axis of the mesh, so JAX may split it over several of them.
         used = mesh_utils.create_device_mesh(sizes, available[: mesh_shape.size], allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError, ValueError) as error:
         raise UserError(
@@ -111,8 +117,9 @@ def parse_mesh_shape(text: str) -> MeshShape:
 def default_mesh_shape(weight_bytes: int, free_bytes: int | None, num_devices: int) -> MeshShape:
     """The mesh shape that shards the weights over the fewest devices that can hold three copies of them.
 
-    The copies are the model's weights, those of a point, and a direction. All other devices shard the batch. The
-    model axis is a power of two, because other sizes rarely divide the dimensions of a model.
+    The three copies are the model's weights, those of a point of the landscape, and a direction. `points` is the
+    number of devices divided by `model`. `model` is a power of two, because other sizes rarely divide the dimensions of
+    a model.
 
     Arguments:
         weight_bytes: bytes of the weights.
