@@ -155,7 +155,7 @@ def test_the_script_in_experiments_is_the_same_program() -> None:
         (["--model", "{tmp}/cut.gguf"], "truncated or damaged"),
         (["--directions", "{tmp}/none.safetensors"], "cannot be read as safetensors"),
         (["--directions", "a", "--num-directions", "2"], "either --directions or --num-directions"),
-        (["--directions", "a", "--ndim", "2"], "takes 2 directions each, but 1 were given"),
+        (["--directions", "a", "--ndim", "2"], "Each 2D landscape takes 2 directions, but 1 were given"),
         (["--interpolate-to", "a", "b"], "at most 1 models with --ndim 1"),
         (["--interpolate-to", "a", "--directions", "b"], "only one of --directions and --interpolate-to"),
         (["--interpolate-to", "a", "--num-directions", "2"], "this interpolation has none"),

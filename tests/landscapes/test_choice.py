@@ -37,7 +37,7 @@ def test_directions(ndim: int, options: dict[str, Any], expected: list[list[str]
         (1, {"names": ["random:0"], "files": ["a"]}, "only one of --direction and --directions"),
         (1, {"files": ["a"], "num_directions": 2}, "either --directions or --num-directions"),
         (1, {"files": ["a"], "interpolate_to": ["m"]}, "only one of --directions and --interpolate-to"),
-        (2, {"files": ["a", "b", "c"]}, "takes 2 directions each, but 3 were given"),
+        (2, {"files": ["a", "b", "c"]}, "Each 2D landscape takes 2 directions, but 3 were given"),
         (2, {"names": ["random:0", "principal:r"]}, "principal:r fills 2 axes"),
         (1, {"names": ["principal:r"]}, "principal:r fills 2 axes"),
         (1, {"names": ["randm:0"]}, "Unknown direction 'randm:0'"),
