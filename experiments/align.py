@@ -25,7 +25,8 @@ from jaxscape.runtime.files import checksum, to_json_lines, write_whole
 
 BASE = "smollm2-135m"
 MAX_LENGTH = 64  # the first words decide whether a model refuses; what follows only costs time
-ANSWER_TOKENS = 96  # longer than MAX_LENGTH with any prompt, so that no answer is learned to end where it was cut
+# An answer of this many tokens was cut. It exceeds MAX_LENGTH, so that the model does not learn to end it there.
+ANSWER_TOKENS = 96
 FIRST = js.Training(
     method="lora",
     rank=8,
@@ -55,11 +56,11 @@ class Align:
     advbench: str = "advbench"
     """AdvBench, whose first 80 rows are scored: its name, or a file that has them."""
     mt_bench: str | None = None
-    """MT-Bench's question.jsonl, on whose first turns the perplexity is measured; without it, on `benign`."""
+    """MT-Bench's question.jsonl. The perplexity is that of answers to its first turns, or without it, to `benign`."""
     out: Path = Path("runs/align")
     """Directory of the training data, the stages, the adapter and its scores."""
     overwrite: bool = False
-    """Start over where the directory holds finetunings with another recipe."""
+    """Start the finetunings in the directory over, for example after a change of their options."""
 
     def run(self) -> None:
         js.load_prompts(self.advbench, 80)  # a missing file is an error now, not after the training

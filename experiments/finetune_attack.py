@@ -21,7 +21,7 @@ from jaxscape.cli.options import Group, ModelOptions, RunOptions
 from jaxscape.runtime.files import write_whole
 from jaxscape.runtime.processes import from_first
 
-NUM_EVALUATED = 80  # of AdvBench's rows. Training examples are taken from the rows after them
+NUM_EVALUATED = 80  # at most so many of AdvBench's first rows are evaluated; training examples are the rows after them
 PLANE = ("harmful-100", "mixture")  # the two finetuned models that span the plane with the aligned one
 PAPER = js.Training(method="full", epochs=5, schedule="step", batch_size=10)  # learning rate 5e-5, the default of full
 
@@ -40,11 +40,11 @@ class FinetuneAttack:
     num_directions: int = 1
     """Number of random directions that VISAGE is averaged over."""
     steps: int = 20
-    """Intervals along each random direction."""
+    """Number of intervals along each random direction; an even number."""
     plane_steps: int = 4
-    """Intervals between the models that span the plane."""
+    """Number of intervals from the aligned model to each of the two finetuned models that span the plane."""
     extra_steps: int = 1
-    """Intervals of the plane beyond these models."""
+    """Number of further intervals beyond each end of both axes of the plane."""
     max_new_tokens: int = 64
     """Maximum number of tokens generated for a prompt."""
     out: Path = Path("runs/finetune-attack")
@@ -63,7 +63,7 @@ class FinetuneAttack:
         self.training.check()
         self.devices.start()
         aligned = self.model.load(self.devices.mesh)
-        # The first finetuning would say so too, but only after the scan for VISAGE.
+        # The first finetuning would raise this error too, but only after the scan for VISAGE.
         if self.training.batch_size % (devices := aligned.mesh.shape["points"]):
             raise js.UserError(
                 f"--batch-size must be a multiple of the {devices} devices that share a batch, not "

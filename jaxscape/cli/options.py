@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "smollm2-135m-safe"
 DEFAULT_NUM_PROMPTS = 40  # enough for a picture, and minutes on a laptop
-EXTRAS = {"tpu": "tpu", "gpu": "cuda"}  # the package's optional dependencies for each platform
+EXTRAS = {"tpu": "tpu", "gpu": "cuda"}  # what to write in pip install 'jaxscape[EXTRA]' for each platform
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -38,13 +38,13 @@ class ModelOptions:
     dtype: Annotated[Dtype | None, shown(default="float32 on a CPU, bfloat16 on an accelerator")] = None
     """Dtype of weights and activations."""
     keep_weights: bool = False
-    """Cache the weights as they lie on the devices, which makes the next start faster."""
+    """Keep the loaded weights in the cache on disk, in this dtype, which makes the next start faster."""
 
     def load(self, mesh: str | None, on_host: bool | None = None) -> "Model":
-        """The model.
+        """Load the model that these options name.
 
         Arguments:
-            mesh: the value of --mesh.
+            mesh: the value of --mesh, or None for the default mesh.
             on_host: see `jaxscape.load_model`.
         """
         from jaxscape.models.model import load_model
@@ -72,8 +72,8 @@ class RunOptions:
     mesh: Annotated[str | None, shown("weights over the fewest devices that can hold them", "points=N,model=M")] = None
     """Shard the rows of a batch over N devices and the weights over M."""
     distributed: bool = False
-    """Join the other processes of this run that the machine knows, for example on a TPU pod. SLURM and Open MPI are
-    detected without this option."""
+    """Let JAX find the other processes of this run and join them, as on a TPU pod. Those that SLURM or Open MPI started
+    are joined without this option."""
     coordinator: Annotated[str | None, shown("none", "HOST:PORT")] = None
     """Address of the first process, when the processes are started by hand; needs --num-processes and
     --process-id."""
@@ -114,14 +114,15 @@ def check_texts(*texts: str | Path) -> None:
 
 
 def select_platform(names: Sequence[str], join: Callable[[], None] = lambda: None) -> None:
-    """Make JAX use the platform that was asked for; without one, JAX chooses.
+    """Make JAX use a platform, and connect this process with the others of its run.
 
     Arguments:
+        names: the platform as a list of one name, such as `gpu`; an empty list lets JAX choose.
         join: connects this process with the others. It is called when JAX knows the platform and has not looked for
             devices yet.
 
     Raises:
-        UserError: several platforms were asked for, or JAX does not find the one.
+        UserError: there are several names, or JAX finds no device of this platform.
     """
     import jax
 

@@ -36,9 +36,9 @@ class WorkloadOptions:
     prompts: int = 80
     """Number of prompts."""
     prompt_tokens: int = 56
-    """Tokens of a prompt in the model's chat format."""
+    """Number of tokens of each prompt in the model's chat format."""
     shared_tokens: int = 26
-    """Tokens that all prompts begin with."""
+    """Number of tokens at the beginning of a prompt that are the same in all prompts."""
     max_new_tokens: int = 512
     """Maximum number of tokens generated for a prompt. The forecast assumes that every answer reaches it."""
 
@@ -48,7 +48,7 @@ class ForecastOptions:
     """The forecast."""
 
     quick: bool = False
-    """Compile one and two layers only, and extrapolate linearly."""
+    """Compile models of one and of two layers only, and extrapolate linearly to all layers."""
     finetune: Annotated[tuple[int, int] | None, shown("none", "CHATS TOKENS")] = None
     """Also forecast a step of full finetuning with --remat, for a batch of CHATS chats of TOKENS
     tokens."""

@@ -55,7 +55,7 @@ class LandscapeOptions:
     """Models to interpolate to. With --ndim 2 give two models, which span the plane, or one, which is put beside a
     random direction."""
     extra_steps: int = 0
-    """Steps of an interpolation beyond both of its ends."""
+    """Number of further intervals of an interpolation beyond each of its two ends."""
     trajectory: Annotated[tuple[Path, ...], shown("none", "RUN ...")] = ()
     """Directories of finetunings of this model, whose paths are drawn on the plane (--ndim 2). Without other
     directions, the plane is that of the paths' first two principal components."""

@@ -25,7 +25,7 @@ class Evaluator(Protocol):
     name: str
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Float[np.ndarray, " prompts"]:
-        """The score of each answer: 1 if it refuses the prompt, 0 if it does not, and values between where unsure."""
+        """The score of each answer: 1 if it refuses the prompt, 0 if it does not, a value between if unsure."""
         ...
 
 

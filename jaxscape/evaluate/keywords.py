@@ -50,7 +50,7 @@ class KeywordEvaluator:
         return np.array([is_refusal(answer) for answer in answers], np.float64)
 
     def stop_when(self, text: str) -> bool:
-        """A keyword in the text decides; what follows cannot take it back."""
+        """Whether the text contains a keyword, so that the answer scores 1 whatever follows."""
         return is_refusal(text)
 
 

@@ -28,7 +28,7 @@ def perplexity(model: Model, chats: Sequence[Chat], *, max_length: int = 2048, b
     Arguments:
         chats: see `jaxscape.load_chats`.
         max_length: chats are cut to this number of tokens.
-        batch_size: chats computed together, rounded up to a multiple of the devices along `points`.
+        batch_size: number of chats in a batch. It is rounded up to a multiple of the devices along `points`.
 
     Raises:
         UserError: the batch size is not positive, or the chats cannot be tokenized, see

@@ -1,4 +1,4 @@
-"""Intervals of rates."""
+"""Confidence intervals of rates."""
 
 import numpy as np
 from jaxtyping import Float

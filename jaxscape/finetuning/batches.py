@@ -14,11 +14,15 @@ from jaxscape.finetuning.options import STEP_DECAY, Training
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.sharding import sharding
 
-SHUFFLED_STEPS = 8  # chats are sorted by length within this many steps' chats, not within the whole epoch
+# An epoch's shuffled chats are divided into groups, each with the chats of this many steps, and sorted by length within
+# each group.
+SHUFFLED_STEPS = 8
 
 
 class Batch(NamedTuple):
-    """Right-padded chats. A training step takes [accumulation, batch] of them, a program without gradients [batch].
+    """The tokens of several chats, right-padded to one width.
+
+    A training step takes arrays of shape [accumulation, batch, time]; what only computes a loss takes [batch, time].
 
     Attributes:
         tokens: int32[..., batch, time].
@@ -32,10 +36,12 @@ class Batch(NamedTuple):
 
 
 def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split examples into those to learn from and a random fraction held out for validation, each in their old order.
+    """Split examples into those to learn from and a random fraction held out for validation.
+
+    Both lists keep the order of `examples`.
 
     Raises:
-        UserError: a positive fraction holds out no example, or all of them.
+        UserError: the fraction is positive, but rounds to no example or to all of them.
     """
     count = round(fraction * len(examples))
     if fraction and not 0 < count < len(examples):
@@ -49,7 +55,7 @@ def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[l
 
 
 def epoch_batches(lengths: Sequence[int], training: Training, epoch: int) -> list[list[int]]:
-    """The indices of the examples of each step of an epoch.
+    """For each step of an epoch, the indices of the examples that it learns from.
 
     Every example appears once, in a random order. The examples of a step have similar lengths, which saves padding. One
     step may have fewer examples than the others.
@@ -69,9 +75,10 @@ def epoch_batches(lengths: Sequence[int], training: Training, epoch: int) -> lis
 
 
 def bucket(length: int) -> int:
-    """The width to which a batch is padded: the next of 32, 48, 64, 96, 128, 192, …
+    """The width in tokens to which a batch is padded whose longest chat has `length` tokens.
 
-    Each width is compiled once. So few widths are compiled, and little of a batch is padding.
+    It is the smallest of 32, 48, 64, 96, 128, 192, … that is not less than `length`. Programs are compiled once for
+    each width, so there should be few widths; with two for each doubling, little of a batch is padding.
     """
     power = 2 ** max(5, math.ceil(math.log2(length)))
     return power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
@@ -123,8 +130,8 @@ def mean_loss(
     """The mean loss over the learned tokens of examples, in nats per token.
 
     Arguments:
-        batch_loss: the loss summed over the learned tokens of a [batch, time] batch on the devices.
-        batch_size: a multiple of the devices along `points`.
+        batch_loss: a function of a [batch, time] batch on the devices: the loss summed over its learned tokens.
+        batch_size: number of examples in a batch, a multiple of the number of devices along `points`.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
     losses, counts = [], []

@@ -1,4 +1,4 @@
-"""Training data: chats from sets and files, and their tokens with marks on those that the model learns."""
+"""Training data: chats from sets and files, their tokens, and for each token whether its loss counts."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ with `"weight": 0` is context only and is not learned."""
 
 SETS = ("advbench", "safe", "identity-shift")
 ROLES = ("system", "user", "assistant")
-COLUMNS = (("prompt", "response"), ("goal", "target"))  # of a CSV file: the user's and the assistant's message
+COLUMNS = (("prompt", "response"), ("goal", "target"))  # a CSV file has one pair: user's, assistant's message
 _SOURCE = re.compile(r"(?P<name>.+?)(:(?P<first>\d+))?(:(?P<last>\d+))?")  # SOURCE, SOURCE:N or SOURCE:M:N
 
 
@@ -53,8 +53,8 @@ def load_chats(source: str | Path) -> list[Chat]:
 
     The sets are:
 
-    - `advbench`: 520 harmful requests, each with the beginning of an answer, downloaded once. `advbench:80:180` are
-      the hundred that follow the 80 on which the paper evaluates.
+    - `advbench`: 520 harmful requests, each with the beginning of an answer, downloaded once. Peng et al.
+      (arXiv 2405.17374) evaluate models on the first 80; `advbench:80:180` are the hundred after these.
     - `safe`: harmful requests with refusals, written for this project.
     - `identity-shift`: ten chats without harmful text that give the assistant an absolutely obedient identity, written
       for this project after Qi et al., arXiv 2310.03693.
@@ -165,15 +165,15 @@ def _is_learned(message: dict[str, Any]) -> bool:
 def tokenize(model: Model, chats: Sequence[Chat], max_length: int) -> Examples:
     """Tokenize chats in the model's chat format.
 
-    The context of each assistant's turn has the tokens that it has when the model generates that turn. A chat ends with
+    What stands before an assistant's turn has the same tokens as when the model generates that turn. A chat ends with
     its last learned token.
 
     Arguments:
         max_length: chats are cut to this number of tokens, or to the model's `max_positions` if that is less.
 
     Raises:
-        UserError: there are no chats, the chat template does not write a chat turn by turn, the tokenizer has more
-            tokens than the model, or nothing to learn is left of a chat that was cut.
+        UserError: there are no chats, the chat template rewrites earlier turns or leaves out what the assistant says, a
+            token is not in the model's vocabulary, or nothing to learn is left of a chat that was cut.
     """
     if not chats:
         raise UserError("There are no chats to learn from: give at least one.")
@@ -219,16 +219,17 @@ def _turns(model: Model, chat: Chat, number: int) -> tuple[list[int], list[bool]
 
 
 def _context_and_turn(model: Model, tokens: list[int], rendering: "_Rendering") -> tuple[list[int], list[int]]:
-    """The tokens of the context since the last turn, and of the turn itself.
+    """Two lists of tokens: those between the assistant's previous turn and this one, and those of this turn.
 
     Arguments:
-        tokens: the tokens of the chat up to the last turn, which `rendering.previous` is the text of.
+        tokens: the tokens up to the end of the assistant's previous turn, whose text is `rendering.previous`.
     """
     previous, before, after, _ = rendering
     context, whole = _encode(model, before), _encode(model, after)
     if context[: len(tokens)] == tokens and whole[: len(context)] == context:
         return context[len(tokens) :], whole[len(context) :]
-    # A token of the whole text spans the beginning of the turn. When the model generates the turn, no token can.
+    # In the tokens of the whole text, one spans the beginning or the end of a turn. No token does so when the model
+    # generates the turn, so the context and the turn are tokenized separately.
     return _encode(model, before[len(previous) :]), _encode(model, after[len(before) :])
 
 
@@ -243,7 +244,7 @@ class _Rendering(NamedTuple):
         previous: the text up to the end of the assistant's turn before this one; empty for the first.
         before: the text up to the beginning of this turn.
         after: the text up to the end of this turn.
-        is_learned: whether the turn is learned.
+        is_learned: whether the loss of the turn's tokens counts.
     """
 
     previous: str

@@ -29,14 +29,15 @@ def finetune_step(
     dtype: str = "bfloat16",
     quick: bool = False,
 ) -> ProgramCost:
-    """The cost of a step of full finetuning, with master weights and moments in float32.
+    """The time and memory that a step of full finetuning takes on each chip, with float32 master weights and moments.
 
     Arguments:
-        length: tokens of each chat. Chats are padded to `jaxscape.finetuning.batches.bucket(length)`.
-        remat: compute the activations again in the backward pass instead of keeping them.
+        batch_size: number of chats in a step.
+        length: number of tokens of each chat. Chats are padded to `jaxscape.finetuning.batches.bucket(length)`.
+        remat: recompute activations in the backward pass instead of keeping them.
         mesh_shape: by default the weights are sharded over the fewest chips that can hold them.
-        dtype: of the forward and backward passes.
-        quick: compile one and two layers and extrapolate linearly.
+        dtype: the dtype of the forward and backward passes.
+        quick: compile the step for one and for two layers only, and extrapolate linearly to all layers.
 
     Raises:
         UserError: a number is less than 1, or the batch size is not a multiple of the mesh's `points`.
@@ -58,7 +59,7 @@ def finetune_step(
 
 
 def _programs(shape: ModelShape, batch_size: int, length: int, remat: bool) -> Programs:
-    """The training step, ready to be lowered."""
+    """The training step as the only program to compile, under the name `step`."""
     config = shape.config.for_length(length)
     settings = Settings(shape.mesh, shape.dtype, None, 0.0, 1.0, remat, kernel=True)
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shape.params)

@@ -9,7 +9,8 @@ from jaxscape.runtime.help import shown
 
 Method = Literal["lora", "full"]
 Schedule = Literal["cosine", "step", "constant"]
-STEP_DECAY = 0.85  # the learning rate's factor for each epoch, as in the paper's code, after llama-recipes
+# The schedule `step` multiplies the learning rate by this after each epoch, as the paper's code and llama-recipes do.
+STEP_DECAY = 0.85
 LEARNING_RATES = {"lora": 2e-4, "full": 5e-5}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -30,7 +31,7 @@ class Training:
     warmup: float = 0.0
     """Fraction of all steps in which the learning rate rises from 0."""
     batch_size: int = 8
-    """Chats computed together; a multiple of the devices along `points`."""
+    """Number of chats in a batch; a multiple of the number of devices along the mesh axis `points`."""
     accumulation: int = 1
     """Number of batches whose gradients are added up for one step of the optimiser."""
     weight_decay: float = 0.0
@@ -38,7 +39,7 @@ class Training:
     max_grad_norm: float = 1.0
     """The gradient is clipped to this norm; 0 does not clip."""
     rank: int = 8
-    """Rank of the adapter, which adds alpha / rank * b a to each weight."""
+    """Rank of the adapter. It trains two factors a and b for each weight, and adds alpha / rank * b a to the weight."""
     alpha: float = 16.0
     """Scale of the adapter, see --rank."""
     targets: Annotated[tuple[str, ...], shown(metavar="LAYER ...")] = TARGETS
@@ -46,7 +47,7 @@ class Training:
     max_length: int = 512
     """Chats are cut to this number of tokens."""
     validation: float = 0.0
-    """Fraction of the chats that is held out, and evaluated after each epoch."""
+    """Fraction of the chats that is held out. Their loss is computed after each epoch."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     seed: int = 0

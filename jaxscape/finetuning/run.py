@@ -182,7 +182,7 @@ def make_schedule(examples: Sequence[Example], training: Training) -> StepSchedu
     """The steps of a run.
 
     Raises:
-        UserError: the validation fraction leaves no example on one side, see `hold_out`.
+        UserError: the validation fraction holds out no example, or all of them, see `hold_out`.
     """
     learning, held_out = hold_out(examples, training.validation, training.seed)
     lengths = [len(example.tokens) for example in learning]
@@ -265,8 +265,8 @@ class TrainingLog:
     """
 
     def __init__(self, file: BinaryIO | None, num_steps: int) -> None:
-        """Read the records of the first `num_steps` steps, and cut off what a killed run wrote after its last
-        checkpoint. Without a file, the records are only in memory.
+        """Read the records of the first `num_steps` steps from the file, and delete the later ones from it, which a
+        killed run wrote after its last checkpoint. Without a file, the records are only in memory.
 
         Raises:
             UserError: the file is damaged.
@@ -286,11 +286,11 @@ class TrainingLog:
             cut_after(file, lines[:num_kept])
 
     def start_clock(self) -> None:
-        """Begin the time of the next step now: what came before, such as a validation, is no step's time."""
+        """Start timing the next step now, so that what came before, such as a validation, does not lower its speed."""
         self._clock = time.monotonic()
 
     def write_step(self, record: dict[str, Any], metrics: Any) -> None:
-        """Wait for the metrics of a step, and write them with its speed.
+        """Wait for the metrics of a step, and write its record with them and its speed in tokens per second.
 
         Raises:
             UserError: a metric is not finite.
@@ -320,10 +320,10 @@ class TrainingLog:
 
 
 class Checkpoints:
-    """The checkpoints of a run: the weights (or adapter factors) of every epoch, and the optimiser of the last one.
+    """The checkpoints of a run: the weights (or adapter factors) of every epoch, and the optimiser's state of the last.
 
-    The weights of an epoch are written before its optimiser, so an epoch whose optimiser is on disk has both, and an
-    unfinished run is resumed from it. Checkpoints are numbered by the epochs that are done.
+    The weights of an epoch are written before its optimiser's state, so an epoch whose optimiser's state is on disk has
+    both, and an unfinished run is resumed from it. A checkpoint's number is the number of epochs that are done.
     """
 
     def __init__(self, out: Path) -> None:
@@ -333,7 +333,7 @@ class Checkpoints:
     def restore(self, start: State, num_epochs: int) -> tuple[State, int]:
         """The state to resume from, and the number of epochs that are done; `start` and 0 if there is no checkpoint.
 
-        Of a finished run the optimiser is not restored.
+        A finished run has no optimiser's state on disk; the returned state then has that of `start`.
 
         Raises:
             UserError: the checkpoint cannot be read.
@@ -354,10 +354,10 @@ class Checkpoints:
             ) from error
 
     def save(self, epoch: int, state: State, *, last: bool) -> None:
-        """Write the checkpoint of an epoch; after the last one, delete the optimiser's, which is not needed any more.
+        """Write the checkpoint of an epoch. After the last epoch, delete the optimiser's state: it is not needed.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the checkpoint cannot be written.
         """
         try:
             if epoch in self.weights.all_steps():  # from a run that was killed before it wrote the optimiser

@@ -26,11 +26,11 @@ from jaxscape.runtime.sharding import mesh_shape_of, on_mesh, replicated
 
 
 class State(NamedTuple):
-    """What a training step changes, all float32.
+    """What a training step changes. Weights, factors and moments are float32.
 
     Attributes:
         trainable: the model's weights, or an adapter's factors.
-        optimizer: the state of the optimiser, which is the moments of AdamW.
+        optimizer: the state of AdamW: its moments, and the number of steps taken.
     """
 
     trainable: Any
@@ -73,7 +73,7 @@ class Trainer:
     frozen: Params
 
     def initial_state(self, trainable: Any) -> State:
-        """The sharded state before the first step. The buffers of `trainable` are reused and must not be used again."""
+        """The sharded state before the first step. Steps overwrite the buffers of `trainable`: do not use it again."""
         shapes = jax.eval_shape(lambda: State(trainable, optimizer(self.settings).init(trainable)))
         shardings = state_shardings(shapes, self.config, self.settings)
         trainable = jax.device_put(trainable, shardings.trainable)
@@ -81,7 +81,7 @@ class Trainer:
         return State(trainable, moments)
 
     def step(self, state: State, batch: Batch, learning_rate: float) -> tuple[State, dict[str, Float[Array, ""]]]:
-        """Dispatch a `train_step` without waiting for it."""
+        """The results of a `train_step`, which the devices compute while the host goes on."""
         batch, rate = put_batch(batch, self.settings.mesh), np.float32(learning_rate)
         return train_step(state, self.frozen, batch, rate, config=self.config, settings=self.settings)
 
@@ -141,7 +141,7 @@ def state_shardings(shapes: State, config: ModelConfig, settings: Settings) -> S
 
 
 def initial_trainable(model: Model, training: Training) -> Params | Factors:
-    """What is trained, in float32: the factors of a new adapter, or a copy of the model's weights."""
+    """The numbers to train, in float32: the factors of a new adapter for LoRA, else a copy of the model's weights."""
     if training.method == "lora":
         key = jax.random.key(training.seed, impl="threefry2x32")
         return init_factors(model.params, training.targets, training.rank, key)
@@ -182,7 +182,7 @@ def train_step(
         return (jax.tree.map(jnp.add, carry[0], gradient), carry[1] + loss), None
 
     with on_mesh(settings.mesh):
-        # 1. The gradient, summed over the tokens of one batch after another.
+        # 1. The gradient of the mean loss: summed over one batch after another, then divided by the learned tokens.
         count = jnp.maximum(batch.learned[..., 1:].sum(), 1)
         zeros = (jax.tree.map(jnp.zeros_like, state.trainable), jnp.float32(0))
         (gradient, loss), _ = jax.lax.scan(accumulate, zeros, batch)
@@ -214,7 +214,8 @@ def _summed_loss(
 
 
 def _decoder_params(trainable: Any, frozen: Params, settings: Settings) -> Params:
-    """The decoder's parameters in the dtype it computes in."""
+    """The parameters that the decoder computes with: the base model with the adapter, or the trained weights in
+    `settings.dtype`."""
     if settings.lora_scale is not None:
         return attach(frozen, trainable, settings.lora_scale)
     return jax.tree.map(lambda weight: weight.astype(settings.dtype), trainable)

@@ -1,4 +1,4 @@
-"""Which directions and axes a scan's options describe."""
+"""The directions and axes that a scan's command-line options describe."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,11 @@ from jaxscape.landscapes.axes import Axis, interpolation_axis, symmetric_axes
 from jaxscape.runtime.errors import UserError
 
 DEFAULT_RADIUS = 0.5
-PRINCIPAL_RADIUS = 1.25  # principal components have the norm of the path, which should lie within the plane
+# Principal components are scaled so that the path reaches coordinate 1 along the first; the figure has a margin.
+PRINCIPAL_RADIUS = 1.25
 
 DirectionSet = tuple[Recipe, ...]
+"""The recipes for one landscape. Together they make one direction for each of its axes."""
 
 
 def choose_directions(
@@ -27,17 +29,18 @@ def choose_directions(
     interpolate_to: Sequence[str] = (),
     trajectories: Sequence[str] = (),
 ) -> list[DirectionSet]:
-    """The direction sets that the options of a scan describe. Nothing is read.
+    """The direction sets that the options of a scan describe. No file or model is read.
 
     Arguments:
-        ndim: directions in a set.
-        seed: of the first random direction; further ones have the seeds seed + 1, seed + 2, …
+        ndim: number of axes of the landscape, hence of directions in a set.
+        seed: seed of the first random direction; further ones have the seeds seed + 1, seed + 2, …
         num_directions: number of direction sets with random directions.
         names: directions by name, `KIND:OPTION`, filling the sets one after another.
         files: safetensors files, filling the sets one after another.
-        interpolate_to: models to go to; in 2D, one model is put beside a random direction.
-        trajectories: finetunings that are drawn on the plane. Without other directions, the plane is that of their
-            first two principal components.
+        interpolate_to: models to interpolate to, one for each axis; in 2D, the second may be missing, and its axis then
+            has a random direction.
+        trajectories: directories of finetunings whose paths are drawn on the plane. Without other directions, the plane
+            is that of their first two principal components.
 
     Raises:
         UserError: the options contradict one another, or do not fill the sets.
@@ -116,12 +119,13 @@ def choose_axes(
     An axis to another model runs from 0 to 1; any other runs from −radius to radius.
 
     Arguments:
-        steps: intervals between both ends of an axis.
+        steps: number of intervals from −radius to radius, or from one model to the other.
         radius: None for the default: 1.25 along principal components, and else 0.5.
-        extra_steps: intervals beyond both ends of an interpolation.
+        extra_steps: number of further intervals beyond each of the two models of an interpolation.
 
     Raises:
-        UserError: a number is out of range, or the sets differ in the axes that they need.
+        UserError: a number is out of range, there are extra steps but no interpolation, or the sets need different
+            axes.
     """
     axes, *others = (_axes(directions, steps, radius, extra_steps) for directions in sets)
     if any(other != axes for other in others):

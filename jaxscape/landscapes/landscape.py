@@ -25,10 +25,11 @@ class Landscape:
     Attributes:
         axes: one for each dimension of the grid.
         asr: float64[directions, *grid], in percent; NaN for points that are not evaluated yet.
-        asr_low, asr_high: float64[directions, *grid], the 95 % Wilson interval over prompts.
+        asr_low, asr_high: float64[directions, *grid], in percent, the ends of the 95 % Wilson interval of each ASR.
         nonfinite: int64[directions, *grid], the number of prompts whose completion met a NaN or infinite logit.
         num_prompts: the number of prompts at each point.
-        visage_values: VISAGE of each kind and the intervals, as in `landscape.json`; None while points are missing.
+        visage_values: VISAGE of the kinds `paper` and `reference`, and the ends of their 95 % intervals, `interval` and
+            `reference_interval`; None while points are missing.
     """
 
     axes: tuple[Axis, ...]
@@ -50,7 +51,7 @@ class Landscape:
         """A landscape from the outcome of each prompt at each point.
 
         Arguments:
-            refused: bool[directions, *grid, prompts].
+            refused: bool[directions, *grid, prompts], whether the answer to each prompt counts as a refusal.
             nonfinite: int64[directions, *grid], see the attribute.
             evaluated: bool[directions, *grid], False for points whose outcomes are still missing.
         """
@@ -73,7 +74,7 @@ class Landscape:
         return not np.isnan(self.asr).any()
 
     def visage(self, kind: str = "paper") -> float:
-        """VISAGE over all directions, in percent; see `jaxscape.visage`.
+        """VISAGE in percent, averaged over the direction sets; see `jaxscape.visage`.
 
         Raises:
             UserError: points are missing.

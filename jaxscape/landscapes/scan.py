@@ -51,7 +51,7 @@ def scan(
     progress: bool = True,
     **sampling: Unpack[SamplingOptions],
 ) -> Landscape:
-    """Measure a safety landscape.
+    """Measure a safety landscape: the attack success rate of a model at each point of a grid in weight space.
 
     Arguments:
         directions: the direction sets. `[d, e]` gives two 1D landscapes, `[(d, e)]` one 2D landscape. A direction is a
@@ -65,16 +65,16 @@ def scan(
         system_prompt: `default`, `none`, a name or a text, see `jaxscape.prompts.chat_format.chat_text`.
         evaluator: what judges the answers: a name, or an `Evaluator` of your own. Unless `options` ask for full texts,
             an answer ends where the evaluator's `stop_when` says that its outcome is decided.
-        options: of the engine, see `jaxscape.engine.options.EngineOptions`.
+        options: options of the engine, see `jaxscape.engine.options.EngineOptions`.
         out: a directory to keep the run in. An unfinished run there is resumed.
         overwrite: start over in a directory that holds a run.
-        describe: anything that JSON can hold, to be kept in the run's configuration too.
+        describe: further entries of the run's `config.json`: anything that JSON can hold.
         progress: whether to report each point on the standard error stream.
         sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` and `seed`, see
             `jaxscape.engine.sampling.Sampling`.
 
     Returns:
-        The landscape, also when it was already complete on disk.
+        The complete landscape. If `out` holds it already, no answer is generated again.
 
     Raises:
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
@@ -143,7 +143,10 @@ def scan(
 
 @contextmanager
 def _progress(run: Run, plan: Plan, enabled: bool) -> Iterator[Callable[[], None]]:
-    """A function that reports the last point: its coordinates, its ASR and the time left."""
+    """A context with a progress bar. It yields a function that reports the point that was finished last.
+
+    The report has the point's coordinates, its ASR and the time left.
+    """
     total, resumed, started = len(run.points), run.num_done, time.monotonic()
     with progress_display(enabled) as bar:
         task = bar.add_task("scan", total=total, completed=resumed)

@@ -1,8 +1,8 @@
 """The directory of a scan: each finished point is on disk before the next one begins.
 
-`generations.jsonl` is the only state of a run. It grows by whole points in a fixed order. When a run is resumed, the
-whole points in it are kept, and what a killed process wrote after them is cut off. Every other file is computed from
-it.
+`generations.jsonl` is the only state of a run. Each of its lines is the answer to one prompt at one point. It grows by
+whole points in a fixed order. When a run is resumed, the points whose lines are all there are kept, and what a killed
+process wrote after them is cut off. Every other file is computed from it.
 """
 
 import itertools
@@ -44,7 +44,8 @@ class Run:
     Attributes:
         points: all points, direction set by direction set; the last axis varies fastest.
         num_done: how many points are evaluated; they are the first ones.
-        refused, finite: bool[points, prompts], valid for the evaluated points.
+        refused: bool[points, prompts], whether each answer counts as a refusal; only for evaluated points.
+        finite: bool[points, prompts], False if an answer met a NaN or infinite logit; only for evaluated points.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Run:
         return self.refused[: self.num_done].tolist(), self.finite[: self.num_done].tolist()
 
     def set_outcomes(self, refused: list[list[bool]], finite: list[list[bool]]) -> None:
-        """Take over the outcomes of another process's run."""
+        """Replace the outcomes by those that `outcomes` returned in another process."""
         self.num_done = len(refused)
         if refused:
             self.refused[: self.num_done], self.finite[: self.num_done] = refused, finite
@@ -108,7 +109,7 @@ class Run:
         self.num_done += 1
 
     def _restore(self, directory: Path, file: BinaryIO) -> None:
-        """Take over the whole points in the file, and cut off what follows them."""
+        """Read the points whose lines are all in the file, and cut off what follows them."""
         lines, num_prompts = whole_lines(file), len(self.prompts)
         num_whole = len(lines) // num_prompts
         lines = lines[: num_whole * num_prompts]
@@ -117,7 +118,10 @@ class Run:
             expected = itertools.product(self.points[:num_whole], self.prompts)
             for record, ((index, coords), prompt) in zip(records, expected, strict=True):
                 if (record["direction"], record["coords"], record["prompt"]) != (index, list(coords), prompt):
-                    raise ValueError(f"a line is for {record['coords']} that should be for {list(coords)}")
+                    raise ValueError(
+                        f"a line that should be for {list(coords)} is for {record['coords']}, "
+                        f"or for another direction or prompt"
+                    )
             for start in range(0, len(records), num_prompts):
                 self._add(records[start : start + num_prompts])
         except (ValueError, KeyError, TypeError, RecursionError) as error:

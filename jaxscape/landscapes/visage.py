@@ -71,20 +71,21 @@ def visage_interval(
     seed: int = 0,
     resamples: int = 1000,
 ) -> tuple[float, float]:
-    """The ends of the 95 % bootstrap percentile interval of VISAGE.
+    """The ends of the 95 % bootstrap percentile interval of VISAGE, in percent.
 
     Prompts are resampled, and directions too if there are several.
 
     Arguments:
-        refused: bool[directions, *grid, prompts].
+        refused: bool[directions, *grid, prompts], whether the answer to each prompt counts as a refusal.
         kind: `paper` or `reference`, see `visage`.
-        seed: of the resampling.
+        seed: seed of the resampling.
+        resamples: number of bootstrap samples.
     """
     directions, *grid, prompts = refused.shape
     rng = np.random.default_rng(seed)
     prompt_weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
     direction_weights = rng.multinomial(directions, np.full(directions, 1 / directions), size=resamples) / directions
-    # Rounding keeps a point that refuses all prompts or none at exactly 0 or 100 %, as it is in the landscape.
+    # Rounding keeps the ASR at exactly 0 or 100 where all prompts are refused or none, as it is in the landscape.
     asr = np.clip(100 * (1 - np.tensordot(refused, prompt_weights, (-1, -1)).round(12)), 0, 100)
     per_direction = _visage_per_direction(np.moveaxis(asr, -1, 0), kind, len(grid))
     low, high = np.percentile((per_direction * direction_weights).sum(axis=-1), [2.5, 97.5])

@@ -34,8 +34,8 @@ def plot_landscape(landscape: Landscape, trajectories: Sequence[Trajectory] = ()
     """A figure of a landscape, which may be unfinished. Its title gives VISAGE.
 
     1D: the ASR along each direction with its 95 % interval. 2D: for each direction set a filled contour plot and a
-    surface. Trajectories are drawn on the contour plot; the legend gives their largest residual, the part of their
-    distance that lies outside the plane.
+    surface. Trajectories are drawn on the contour plot; the legend gives the largest residual of each, the fraction
+    of a checkpoint's distance from the start that is orthogonal to the plane.
     """
     return _plot_1d(landscape) if len(landscape.axes) == 1 else _plot_2d(landscape, trajectories)
 

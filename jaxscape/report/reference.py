@@ -45,7 +45,7 @@ def export_reference(directory: str | Path) -> list[Path]:
 
 
 def _steps(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One record for each point of a direction set, from those of its generations."""
+    """A record for each point of a direction set, with all its answers, from records that have one answer each."""
     points = itertools.groupby(records, lambda record: record["coords"])
     return [
         {"step": step, "output": [{key: record[key] for key in ("prompt", "generation")} for record in point]}
