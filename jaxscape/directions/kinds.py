@@ -27,7 +27,7 @@ KINDS: tuple[type[Recipe], ...] = (Random, File, To, Principal)
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """Directions that are already made, by the caller or by the recipe of this name."""
+    """Directions that are already made, by the caller or by the recipe whose name is `name`."""
 
     directions: tuple[Params, ...]
     name: str = "given"
@@ -88,7 +88,7 @@ def make_directions(directions: Sequence[DirectionLike], model: Model, storage: 
     made: list[Direction] = []
     for recipe in map(recipe_of, directions):
         new = recipe.make(model, made, storage)
-        if not isinstance(recipe, Random):  # a random direction is made on the mesh and in its storage
+        if not isinstance(recipe, Random):  # a random direction is already on the mesh and in its storage
             new = [on_model_mesh(direction, model) for direction in new]
             new = [stored(direction, storage) if storage in ("bfloat16", "int8") else direction for direction in new]
         made += new
@@ -99,8 +99,8 @@ def prepare(direction: DirectionLike, model: Model) -> tuple[Random | Given, lis
     """A direction that can be made without reading files, and what identifies it in a run's configuration.
 
     Returns:
-        A random direction's recipe and its seed, which makes it when it is needed; or the made directions of any other
-        recipe, and a checksum of each.
+        For a random direction: its recipe, by which it is made when it is needed, and its seed. For any other: the
+        directions, already made, and a checksum of each.
 
     Raises:
         UserError: a file or model cannot be read, or does not fit the model.

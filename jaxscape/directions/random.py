@@ -56,7 +56,7 @@ def random_direction(
 
 
 def tensor_key(seed: int, name: str) -> Key[Array, ""]:
-    """The key of a tensor's noise. CRC-32 and threefry are standards, so every version and machine draws the same."""
+    """The random key of a tensor's noise. CRC-32 and threefry are standards, so all machines draw the same."""
     return jax.random.fold_in(jax.random.key(check_seed(seed), impl="threefry2x32"), zlib.crc32(name.encode()))
 
 
@@ -83,7 +83,7 @@ def _drawn(
 
 @dataclass(frozen=True)
 class Random:
-    """`random:SEED`: the random direction of a seed, orthogonal to the direction before it in the same set."""
+    """`random:SEED`: the random direction of a seed, orthogonal to the first direction of its set."""
 
     seed: int
 
