@@ -176,7 +176,7 @@ class Planner:
         kv_heads = config.num_kv_heads // model.mesh.shape["kv"]
         self._bytes_per_cache_slot = 2 * config.num_layers * kv_heads * config.head_dim * self._itemsize
         if workload.ndim == 0 and options.form == Form.FACTORISED:
-            raise UserError("The factorised form computes points along a direction, and there is none: choose another form.")
+            raise UserError("The factorised form needs a direction, and there is none: choose another form.")
         if options.direction_storage == "seed" and not workload.num_random:
             raise UserError("The direction storage 'seed' is for random directions only, and this scan has none.")
 
