@@ -3,13 +3,13 @@
 Run one of the three comparisons from the repository's root:
 
     python benchmarks/benchmark.py                      # with Hugging Face generate; an hour on two CPU cores
-    python benchmarks/benchmark.py --compare forms      # of the forms of the weights; some minutes
+    python benchmarks/benchmark.py --compare forms      # between forms of the weights; some minutes
     python benchmarks/benchmark.py --compare memory     # peak memory of a scan's process; a minute or two
 
 The first one runs generate at batch 4, the default of the paper's code, and at the fastest of some larger batches. At
 every point of the landscape the engine and both batch sizes take turns, with the same float32 weights, prompts and
-numbers of new tokens. Reported times are medians over rounds. To save time, a batch size with many batches runs only
-every n-th of them in each of the n rounds, other ones in each round, and the measured time is scaled up.
+numbers of new tokens. Reported times are medians over n rounds. To save time, a batch size with at least n batches runs
+only every n-th batch in a round, other batches in each round, and the measured time is scaled up to all prompts.
 """
 
 import copy
@@ -56,8 +56,9 @@ class Benchmark:
     """Measure the speed and memory of the engine on a landscape along one random direction."""
 
     compare: Literal["reference", "forms", "memory"] = "reference"
-    """reference: the engine with Hugging Face generate. forms: the factorised with the materialised form, and a 2D with
-    a 1D landscape. memory: the peak memory of a scan's process with that of a process that only starts."""
+    """reference compares the engine with Hugging Face generate; forms compares the factorised with the materialised
+    form of the weights, and a 2D with a 1D landscape; memory compares the peak memory of a scan's process with that of
+    a process that only starts."""
     model: str = DEFAULT_MODEL
     """A model, as in `jaxscape scan`."""
     prompts: str = "advbench"
@@ -65,7 +66,7 @@ class Benchmark:
     num_prompts: int | None = None
     """Number of prompts; by default 80, and 4 to compare forms."""
     steps: int = 20
-    """Intervals along the direction, from -RADIUS to RADIUS."""
+    """Number of intervals along the direction, from -RADIUS to RADIUS."""
     radius: float = 0.5
     """Largest coordinate along the direction."""
     max_new_tokens: int = 64
@@ -119,7 +120,7 @@ class Task:
         return tokenize(self.model, self.prompts, "default", self.sampling.max_new_tokens)
 
     def engine(self, form: str, ndim: int = 1, full_text: bool = False) -> Engine:
-        """An engine for this line, or for the grid of two such lines."""
+        """An engine for this line, or with `ndim` 2 for a grid with such a line along both axes."""
         num_points = len(self.alphas)
         workload = Workload(self.tokenized(), self.sampling, num_points**ndim, num_points, ndim, num_random=ndim)
         plan = make_plan(self.model, workload, js.EngineOptions(form=form))  # type: ignore[arg-type]
@@ -127,7 +128,7 @@ class Task:
 
 
 def compare_forms(task: Task, rounds: int) -> None:
-    """Compare the factorised with the materialised form on a line, and lines of a grid with that line.
+    """Compare the speed of the factorised and the materialised form on a line, and that of a line and a 2D grid.
 
     All answers are generated to their ends.
     """
@@ -220,7 +221,7 @@ def report_utilisation(engine: Engine, completions: list[list[Completion]], tota
     """Write the engine's seconds in each phase, and the share of the peak FLOP/s that the useful FLOPs reached.
 
     Arguments:
-        total: seconds of a round.
+        total: median of the seconds that a round takes.
     """
     seconds = {phase: value / rounds for phase, value in (engine.seconds or {}).items()}
     seconds["host"] = total - sum(seconds.values())
@@ -237,7 +238,7 @@ def report_utilisation(engine: Engine, completions: list[list[Completion]], tota
 
 
 def useful_flops(engine: Engine, completions: list[list[Completion]]) -> dict[str, float]:
-    """FLOPs of the tokens that had to be computed, for products with weights and for attention.
+    """FLOPs of the tokens that had to be computed, in products with weights and in attention, by phase.
 
     These tokens are the common prefix once for each point, each prompt's own tokens, and the generated tokens.
     """
@@ -245,7 +246,7 @@ def useful_flops(engine: Engine, completions: list[list[Completion]]) -> dict[st
     sizes = {name: leaf.size for name, leaf in named_leaves(engine.model.params).items() if leaf.ndim > 1}
     head = config.vocab_size * config.hidden_size
     layers = sum(sizes.values()) - sizes["model.embed_tokens.weight"] - sizes.get("lm_head.weight", 0)
-    attention = 4 * config.num_layers * config.num_heads * config.head_dim  # for each token attended to
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim  # for each token that a token attends to
     prefix = engine.workload.prefix_length
     prefill = decode = 0.0
     for point in completions:
@@ -264,7 +265,7 @@ def report_answers(
     completions: list[list[Completion]],
     answers: dict[str, list[dict[int, Answer]]],
 ) -> None:
-    """Write every contestant's ASR at each point, and how close to a tie the logits are where two texts part."""
+    """Write every contestant's ASR at each point, and how close to a tie the logits are where texts begin to differ."""
     prompts = range(len(task.prompts))
     asr = {"engine": [js.attack_success_rate([c.text for c in point]) for point in completions]}
     for name, points in answers.items():
@@ -346,7 +347,8 @@ class Reference:
     ) -> tuple[float, dict[int, Answer]]:
         """Seconds for all prompts at a point, and the answers by prompt.
 
-        If there are at least `rounds` batches, only every `rounds`-th is run, and the seconds are scaled up.
+        If there are at least `rounds` batches, only every `rounds`-th is run; the seconds are then scaled up to all
+        prompts, and the answers are only those of the batches that were run.
         """
         self.move_to(alpha)
         num_prompts = len(self._prompts)
@@ -378,7 +380,7 @@ class Reference:
         return [Answer(text, tokens) for text, tokens in zip(texts, new, strict=True)]
 
     def describe_tie(self, alpha: float, prompt: int, engine_tokens: list[int], tokens: list[int]) -> str:
-        """Where two answers to a prompt part, and PyTorch's logits of the two tokens there."""
+        """A text: at which token two answers to a prompt begin to differ, and PyTorch's logits of both tokens."""
         self.move_to(alpha)
         end = self._task.model.eos_token_ids[0]
         pairs = enumerate(itertools.zip_longest(engine_tokens, tokens, fillvalue=end))

@@ -9,7 +9,8 @@ The forecast is of a landscape's points per hour on slices of up to 64 chips, in
 figure are written to docs/scaling.md. Forecasts that are already in docs/scaling.jsonl are not made again, so that
 writing both anew takes seconds; each new forecast takes one to several minutes.
 
-With `--measure`, 1, 2, 4, … of the devices answer the same prompts each, and the texts are checked to be the same.
+With `--measure`, weak scaling is measured: each of 1, 2, 4, … devices answers the same prompts, and the texts are
+checked to be the same.
 """
 
 import io
@@ -47,12 +48,13 @@ SLICE_SHAPES = {"v5e": SHAPES_2D, "v5p": SHAPES_3D, "v6e": SHAPES_2D}
 
 GROUP = 4  # weak scaling starts from this many chips
 FORMS = ("materialised", "factorised")
-# The standard prompts in Llama-2's chat format: tokens of the longest one, and tokens that all begin with.
+# Numbers of tokens of the standard prompts in Llama-2's chat format: in the longest one, and at the start of all.
 PROMPT_TOKENS, SHARED_TOKENS = 56, 26
 
 Question = dict[str, Any]
-"""A forecast to make: `model`, `kind` (of chip), `chips`, `grid`, `prompts` and `max_new_tokens`; for weak scaling also
-`groups_of` (chips), `form` and `slots`."""
+"""A forecast to make. Its keys are `model`, `kind` (of chip), `chips` (their number), `grid` (points along each axis),
+`prompts` (their number) and `max_new_tokens`; for weak scaling also `groups_of` (number of chips that share the
+weights), `form` and `slots`."""
 
 Record = dict[str, Any]
 """A line of scaling.jsonl: a question, and the forecast of one form that answers it."""
@@ -65,24 +67,24 @@ class Scaling:
     measure: bool = False
     """Measure on the devices of this machine, instead of forecasting for TPUs."""
     models: tuple[str, ...] = ("llama-2-7b", "llama-2-13b", "llama-3-70b")
-    """Models that `jaxscape plan` knows by name."""
+    """Models to forecast, by the names that `jaxscape plan` knows."""
     kinds: tuple[str, ...] = tuple(SLICE_SHAPES)
-    """Kinds of TPU chips."""
+    """Kinds of TPU chips to forecast for."""
     chips: tuple[int, ...] = (4, 16, 64)
-    """Numbers of chips. Slices that cannot even hold the weights are left out. Give smaller numbers to find the
-    smallest slices."""
+    """Numbers of chips in a slice. Slices that cannot even hold the weights are left out. Give smaller numbers to find
+    the smallest slices."""
     points: int = 21
-    """Points along each axis."""
+    """Number of points along each axis of the landscape."""
     prompts: int = 80
     """Number of prompts."""
     max_new_tokens: int = 512
-    """Tokens generated for each prompt."""
+    """Number of tokens generated for each prompt."""
     out: Path = Path("docs")
     """Directory of scaling.md, scaling.png and scaling.jsonl. Forecasts in scaling.jsonl are not made again."""
     measured_model: str = DEFAULT_MODEL
     """The model to measure with."""
     measured_form: str = "materialised"
-    """The form to measure."""
+    """The form of the weights to measure with."""
 
     def run(self) -> None:
         if self.measure:
@@ -99,7 +101,7 @@ class Scaling:
         if not scans:
             raise js.UserError("None of these slices can hold the weights: ask for more --chips.")
         weak = [record for question in self._weak_scaling(scans) for record in records.answer(question)]
-        # The smallest slice is looked for among all the forecasts that were ever made.
+        # The smallest slice is looked for among all forecasts of such landscapes in the file.
         all_scans = [
             record
             for model in self.models
@@ -116,7 +118,7 @@ class Scaling:
         write_line(f"{self.out / 'scaling.md'}\n{self.out / 'scaling.png'}")
 
     def _scans(self) -> Iterator[Question]:
-        """The same landscapes on slices of different kinds and sizes."""
+        """The forecasts to make of the same landscapes on slices of different kinds and sizes."""
         for model in self.models:
             weight_bytes = 2 * sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(shape_config(model))))
             for kind in self.kinds:
@@ -125,7 +127,11 @@ class Scaling:
                         yield self._question(model, kind, chips, ndim)
 
     def _weak_scaling(self, scans: Sequence[Record]) -> Iterator[Question]:
-        """The scans of the first model on `GROUP` chips, with the prompts and slots multiplied like the chips."""
+        """The forecasts to make for weak scaling.
+
+        They are the first model's 1D scans that fit on `GROUP` chips, with chips, prompts and slots multiplied by the
+        same factor.
+        """
         for scan in scans:
             if (scan["model"], scan["chips"], len(scan["grid"])) != (self.models[0], GROUP, 1) or not scan["fits"]:
                 continue
@@ -180,7 +186,7 @@ def make_forecasts(question: Question) -> list[Forecast]:
 
 
 def to_record(result: Forecast) -> Record:
-    """A forecast as it is kept. `step_…` are those of a decode step on each chip."""
+    """What a record keeps of a forecast. The keys `step_…` describe one decode step on one chip."""
     decode = result.programs["decode"]
     return {
         "form": result.form,
@@ -199,7 +205,7 @@ def to_record(result: Forecast) -> Record:
 
 
 def draw(scans: Sequence[Record]) -> Figure:
-    """Points per hour against chips, for each model and kind of chip."""
+    """A figure of points per hour against chips, for each model and kind of chip; short bars are the limits."""
     models, kinds = (list(dict.fromkeys(scan[key] for scan in scans)) for key in ("model", "kind"))
     figure = Figure(figsize=(3.6 * len(kinds), 3 * len(models)), layout="constrained")
     all_axes = figure.subplots(len(models), len(kinds), sharex=True, sharey="row", squeeze=False)
@@ -306,7 +312,7 @@ def _scan_row(scan: Record, scans: Sequence[Record]) -> str:
 
 
 def _weak_scaling_section(scaling: Scaling, weak: Sequence[Record]) -> list[str]:
-    """Weak scaling along the mesh's axis `points`: more chips with as many more prompts."""
+    """The section on weak scaling along the mesh axis `points`: as many prompts for each chip on every slice."""
     rows, efficiencies = [], dict[tuple[str, str], list[tuple[int, str]]]()
     for record in weak:
         first = next(r for r in weak if all(r[key] == record[key] for key in ("kind", "form")))
@@ -345,7 +351,7 @@ def _slice_name(record: Record) -> str:
 
 
 def measure(scaling: Scaling) -> None:
-    """Answer the same prompts on each device, on one device, two, four, and so on."""
+    """Measure weak scaling over the devices of this machine: each of 1, 2, 4, … devices answers the same prompts."""
     num_devices = len(jax.devices())
     prompts = js.load_prompts("harmful", min(scaling.prompts, 40))
     (axis,) = symmetric_axes(1, 2, 0.1)

@@ -32,7 +32,7 @@ class Recipe(Protocol):
         """The recipe that the text after `KIND:` describes.
 
         Raises:
-            UserError: the text describes none.
+            UserError: the text describes no direction of this kind.
         """
         ...
 

@@ -13,7 +13,9 @@ from jaxscape.runtime.sharding import mesh_shape_of
 
 
 def difference(model: Model, other: Model) -> Params:
-    """The direction from one model to another, which lies at coordinate 1: a float32 tree like `model.params`.
+    """The direction from one model to another: the weights of `other` minus those of `model`.
+
+    `other` lies at coordinate 1 along it. The direction is a float32 tree like `model.params`.
 
     Raises:
         UserError: the models do not have the same parameters; the message lists the differences.

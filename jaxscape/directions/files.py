@@ -34,7 +34,8 @@ def load_direction(path: str | Path, model: Model) -> Params:
         A tree like `model.params`, in the parameters' dtypes, on the model's mesh.
 
     Raises:
-        UserError: the file cannot be read, or its tensors are not those of the model; the message lists them.
+        UserError: the file cannot be read, or the names or shapes of its tensors are not those of the model; the
+            message lists the differences.
     """
     try:
         with safe_open(path, framework="flax") as file:
@@ -53,7 +54,8 @@ def load_direction(path: str | Path, model: Model) -> Params:
 
 
 def check_direction(direction: Params, model: Model) -> None:
-    """Raise a `UserError` that lists the tensors in which a direction differs from the model's parameters."""
+    """Raise a `UserError` if a direction's tensors do not have the names and shapes of the model's parameters; it lists
+    the differences."""
     check_tensors(tensor_shapes(model.params), tensor_shapes(direction), "the direction")
 
 

@@ -1,6 +1,7 @@
 """The path of a finetuning through weight space, read from the directory in which `jaxscape.finetune` kept the run.
 
-The names of the files that are read here are defined here too, because `finetuning/`, which writes them, lies above.
+The names of the files that are read here are defined here too, because `finetuning/`, which writes them, may import
+`directions/`, but not the reverse.
 """
 
 from collections.abc import Iterator
@@ -81,7 +82,8 @@ def load_path(directory: str | Path, model: Model) -> Iterator[Params]:
 
 
 def _trained(config: dict[str, Any], directory: Path, model: Model) -> tuple[bool, Any, float]:
-    """Whether all weights were trained, the float32 shapes of what was trained, and an adapter's scale."""
+    """Whether all weights were trained; the float32 shapes of what was trained (all weights, or an adapter's factors);
+    and the adapter's scale, which is 1 without an adapter."""
     try:
         if config["method"] == "full":
             return True, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), model.params), 1.0
@@ -95,6 +97,10 @@ def _trained(config: dict[str, Any], directory: Path, model: Model) -> tuple[boo
 
 
 def checkpoint_manager(directory: Path, max_to_keep: int | None) -> ocp.CheckpointManager:
-    """Orbax's manager of a directory of checkpoints, one for each epoch."""
+    """Orbax's manager of a directory of checkpoints, one for each epoch.
+
+    Arguments:
+        max_to_keep: number of checkpoints to keep, the latest ones; None keeps all.
+    """
     options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=False)
     return ocp.CheckpointManager(directory, options=options)

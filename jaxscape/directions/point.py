@@ -38,7 +38,7 @@ class PerturbedWeight:
         """`use(W + Σ cᵢ Dᵢ)`, for a function `use` that is linear in the weight; in the dtype of `use(W)`."""
         total = use(self.weight)
         for c, tensor in zip(self.coords, self.tensors, strict=True):
-            if isinstance(tensor, Scaled):  # scale the product; the values keep the magnitude of weights
+            if isinstance(tensor, Scaled):  # scale the product; `values` have about the magnitude of weights
                 one = 128 if tensor.values.dtype == jnp.int8 else 1
                 values = tensor.values.astype(self.weight.dtype) / one
                 product = tensor.scale * one * use(values).astype(jnp.float32)
@@ -46,7 +46,7 @@ class PerturbedWeight:
                 product = use(dense(tensor).astype(self.weight.dtype)).astype(jnp.float32)
             if c.ndim:  # one coordinate for each row, also where the product has more dimensions, such as heads
                 c = c.reshape(c.shape + (1,) * (product.ndim - c.ndim))
-            # At c = 0 the result has the bits of use(W), even where the direction overflows.
+            # At c = 0 the result has the bits of use(W), even where the product with the direction overflows.
             product = jnp.where(c == 0, 0, c * product)
             total = (total.astype(jnp.float32) + product).astype(total.dtype)
         return total
@@ -92,8 +92,8 @@ def materialise_streamed(
 ) -> Params:
     """θ(c) as `materialise` computes it, from parameters in host memory.
 
-    Tensors are sent one by one, so the devices hold the point's parameters, one tensor of the model, and whatever of
-    the directions is stored.
+    Tensors are sent one by one, so the devices hold the parameters at the point, one tensor of θ₀ at a time, and the
+    directions as they are stored.
 
     Arguments:
         shardings: a tree like `params`, the sharding of each parameter.

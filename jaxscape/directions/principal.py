@@ -18,10 +18,10 @@ from jaxscape.runtime.errors import UserError
 
 
 def principal_directions(steps: Sequence[Params], count: int = 2) -> list[Params]:
-    """The first principal components of paths, about the start of the paths (Li et al., arXiv 1712.09913).
+    """The first principal components of finetuning paths, about their common start (Li et al., arXiv 1712.09913).
 
-    All directions have the same norm, the largest coordinate of a step along the first component, so that the plane has
-    one scale. The signs make the last step's coordinates non-negative.
+    All directions have the same norm, the distance of the farthest step along the first component, so that the axes of
+    the plane have the same scale. Their signs make the last step's coordinates non-negative.
 
     Arguments:
         steps: the difference of each checkpoint from the start, trees like the model's parameters.

@@ -55,7 +55,7 @@ def random_direction(
 
 
 def tensor_key(seed: int, name: str) -> Key[Array, ""]:
-    """The key of a tensor's noise. CRC-32 and threefry are standards, so every version and machine draws the same."""
+    """The random key of a tensor's noise. CRC-32 and threefry are standards, so all machines draw the same."""
     return jax.random.fold_in(jax.random.key(check_seed(seed), impl="threefry2x32"), zlib.crc32(name.encode()))
 
 

@@ -47,7 +47,8 @@ class Seeded:
 
     Attributes:
         scale: float32, the factor that gives the noise its norm.
-        other, along: a tensor that the noise is made orthogonal to, and its coefficient; both None without one.
+        other, along: a tensor and a float32 factor. `along` × `other` is subtracted from the noise, which makes them
+            orthogonal. Both are None if nothing is subtracted.
         dtype: the dtype that the tensor is rounded to.
         sharding: the devices that draw the tensor, each its own part.
     """

@@ -1,4 +1,4 @@
-"""Sums over tensors that do not depend on the mesh: the same bits however a tensor is sharded."""
+"""Sums over tensors whose results have the same bits on every mesh, however the tensors are sharded."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from jaxscape.models.checkpoint import Params
 def order_free_sum(x: Float[Array, "*shape"]) -> Float[Array, ""]:
     """The sum of float32 numbers, float32, with the same bits in whatever order they are added.
 
-    Each number is rounded to 24 bits below the largest one, and the integers are added in pieces of 12 bits. An int32
-    holds the sum of 2¹⁸ such pieces, so the last axis is summed first and then the others.
+    Each number is rounded to a multiple of 2⁻²⁴ times the power of two above the largest one. These integers are added
+    in pieces of 12 bits. An int32 holds the exact sum of 2¹⁸ pieces, so the last axis is summed first, and its sums are
+    cut into pieces again before they are summed over the other axes.
     """
     x = jnp.atleast_2d(x)
     highest = jnp.abs(x).max()
@@ -22,7 +23,8 @@ def order_free_sum(x: Float[Array, "*shape"]) -> Float[Array, ""]:
     sums = jnp.stack([rows >> 24, (rows >> 12) & 4095, rows & 4095]).sum(range(2, rows.ndim + 1)).astype(jnp.float32)
     total = jnp.float32(0)
     for i, j in np.ndindex(sums.shape):  # the highest pieces first, because a negative sum cancels most of them
-        total += sums[i, j] * 2.0 ** (36 - 12 * (i + j))  # exact except for the addition, also as an FMA
+        # The product is exact, so a fused multiply-add gives the same bits.
+        total += sums[i, j] * 2.0 ** (36 - 12 * (i + j))
     return jnp.where(jnp.isfinite(highest), jnp.ldexp(total, -shift), highest)
 
 
@@ -32,7 +34,7 @@ def tensor_norm(x: Float[Array, "*shape"]) -> Float[Array, ""]:
 
 
 def inner(a: Params, b: Params) -> float:
-    """The inner product of two trees, the same on every mesh: float32 for each tensor, float64 over the tensors."""
+    """The inner product of two trees, the same on every mesh: summed in float32 within each tensor, then in float64."""
     return float(sum(np.float64(part) for part in jax.device_get(_inner_products(a, b))))
 
 

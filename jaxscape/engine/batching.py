@@ -9,7 +9,7 @@ from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_text
 from jaxscape.runtime.errors import UserError
 
-LENGTH_MULTIPLE = 16  # text lengths are padded to a multiple of this, so that few shapes are compiled
+LENGTH_MULTIPLE = 16  # lengths in tokens are padded to a multiple of this, so that programs are compiled for few shapes
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Workload:
         num_points: number of points of the direction set.
         points_per_line: number of consecutive points that differ in their last coordinate only.
         ndim: number of directions of the set.
-        num_random: how many of these directions are random ones, which are drawn when the run gets there.
+        num_random: how many of these directions are random ones. They are drawn when the run reaches this set.
     """
 
     prompt_tokens: Sequence[Sequence[int]]
@@ -37,7 +37,7 @@ class Workload:
 
     @cached_property
     def prefix_length(self) -> int:
-        """Number of tokens that all prompts begin with."""
+        """Length in tokens of the beginning that all prompts share, see `common_prefix`."""
         return common_prefix(self.prompt_tokens)
 
     @cached_property
@@ -47,7 +47,7 @@ class Workload:
 
     @property
     def ring_slots(self) -> int:
-        """Cache slots that a row needs after the prefix: for the longest prompt, padded, and the new tokens."""
+        """Number of cache slots in a row's ring: for the longest prompt without prefix, padded, and the new tokens."""
         return padded_length(max(self.own_lengths)) + self.sampling.max_new_tokens
 
 
@@ -57,11 +57,11 @@ def tokenize(model: Model, prompts: Sequence[str], system_prompt: str, max_new_t
 
 
 def encode(model: Model, texts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
-    """The token ids of texts in which the special tokens are already spelled out.
+    """The token ids of each text. Special tokens must be spelled out in the texts, because none are added.
 
     Raises:
         UserError: there are no texts, a text has no tokens, a text and its new tokens exceed the model's context, or
-            the tokenizer does not belong to the model.
+            the tokenizer produces a token id that the model's vocabulary lacks.
     """
     if not texts:
         raise UserError("There are no prompts: give at least one.")

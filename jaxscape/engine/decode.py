@@ -1,8 +1,8 @@
 """The jitted programs of the engine: `insert` prefills, `decode_chunk` adds tokens, `compact` shrinks the batch.
 
 `jaxscape.engine.layout` describes the batch. All rows take their decode steps together, so one clock counts the steps
-of the whole run, and what is written at step t goes to ring slot t modulo the ring's size. The tokens of a prompt that
-is inserted at step t lie in the ring slots just before t. The scheduler decides which program runs when.
+of the whole run. In every row's ring of cache slots, the keys and values of step t go to slot t modulo the ring's size;
+those of a prompt that is inserted at step t go to the slots just before. The scheduler decides which program runs when.
 """
 
 from collections.abc import Callable
@@ -36,8 +36,9 @@ class Generated(NamedTuple):
 
     Attributes:
         tokens: int32[B, new]; the first `lengths` tokens of a row count. End tokens are not stored.
-        lengths: int32[B].
-        ended: bool[B], the row met an end token, the limit, or a NaN or infinite logit.
+        lengths: int32[B], the number of new tokens of each row.
+        ended: bool[B], True for a row that takes no further tokens: it met an end token, the limit, or a NaN or
+            infinite logit, or it has no unfinished answer.
         finite: bool[B], False for a row that met a NaN or infinite logit.
     """
 
@@ -53,8 +54,8 @@ class Slots(NamedTuple):
     Attributes:
         generated: the new tokens.
         prompt_lengths, prompt_ids: int32[B], see `Groups`.
-        cache: the ring of each row, which holds what follows the prefix.
-        prefix: the cached prefix, one row for each point; None if the prompts have no common prefix.
+        cache: the keys and values of the tokens that follow the prefix, in the ring of each row.
+        prefix: the keys and values of the prompts' common prefix, one row for each point; None if they have none.
         coords: float32[N, n], each point's coordinates along the directions that are not added to the weights.
         clock: int32, the number of decode steps so far.
     """
@@ -69,17 +70,20 @@ class Slots(NamedTuple):
 
 
 class Insertion(NamedTuple):
-    """M groups to insert, and which rows and points take them.
+    """M groups of prompts to insert, and where they go in a batch of B rows at N points.
 
     Attributes:
-        groups: int32[M], indices into `Groups`. To keep the shape, the last group may be repeated; nobody takes the
-            copies.
-        coords: float32[M, n], the point of each group.
-        new_coords: float32[K, n], the points whose prefix is not cached yet, the last one repeated.
-        prefix_source: int32[M], where the prefix of each group comes from: the index of the point in flight that has
-            it, or -1 - k for the k-th new point.
-        row_source: int32[B], the row that each row of the batch takes, counted through the M groups; -1 keeps its own.
-        point_source: int32[N], the group whose point each point in flight takes; -1 keeps its own.
+        groups: int32[M], indices into `Groups`. If fewer than M groups are left, the last one is repeated, and no row
+            takes the copies.
+        coords: float32[M, n], the coordinates of each group's point.
+        new_coords: float32[K, n], the coordinates of the points whose prefix is not cached yet, filled up to K with the
+            last group's point.
+        prefix_source: int32[M], where the prefix of each group comes from: the index, among the batch's N points, of
+            the point that has it cached; or -1 - k for point k of `new_coords`.
+        row_source: int32[B], the inserted prompt that each row of the batch takes, counted through the M groups; -1 for
+            a row that stays as it is.
+        point_source: int32[N], which of the M groups brings the new point for each point of the batch; -1 for a point
+            that stays as it is.
     """
 
     groups: Int[Array | np.ndarray, " inserted"]
@@ -91,7 +95,7 @@ class Insertion(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The parameters, and the directions that are not added to them, along which `Slots.coords` count."""
+    """The parameters, and the directions that are not added to them; `Slots.coords` are coordinates along these."""
 
     params: Params
     directions: tuple[Direction, ...] = ()
@@ -126,7 +130,8 @@ def empty_slots(static: StaticArguments, dtype: str, layout: BatchLayout) -> Slo
 
 
 def slot_shapes(static: StaticArguments, dtype: str, layout: BatchLayout) -> Any:
-    """`Slots` of `jax.ShapeDtypeStruct`s with shardings: rows and points over `points`, key-value heads over `kv`."""
+    """`Slots` of `jax.ShapeDtypeStruct`s with shardings: rows and points are sharded over the mesh axis `points`,
+    key-value heads over `kv`."""
     slots = jax.eval_shape(partial(_blank_slots, static, dtype, layout))
 
     def sharded(x: jax.ShapeDtypeStruct, axes: Axes) -> jax.ShapeDtypeStruct:
@@ -171,7 +176,7 @@ def _slot_axes(slots: Slots, order: CacheOrder) -> Any:
 
 
 def _constrained(slots: Slots, order: CacheOrder) -> Slots:
-    """The slots with sharding constraints, so that every mesh runs the same few compiled programs."""
+    """The slots with sharding constraints, because with other shardings the next program would be compiled again."""
     return jax.tree.map(lambda x, axes: constrain(x, *axes), slots, _slot_axes(slots, order))
 
 
@@ -186,7 +191,7 @@ def insert(
     *,
     static: StaticArguments,
 ) -> Slots:
-    """Prefill groups of prompts, each at its point, choose their first tokens, and put them into the batch.
+    """Prefill groups of prompts, each at its point, choose each prompt's first new token, and put them into the batch.
 
     Arguments:
         slots: the batch; its buffers are donated.
@@ -234,7 +239,7 @@ def insert(
 
 
 def _params_at(weights: Weights, coords: Float[Array | np.ndarray, "points ndim"], rows: int) -> Params:
-    """The parameters for inputs of `rows` rows for each of the points."""
+    """The parameters for inputs that have `rows` consecutive rows at each of the points."""
     return at_point(weights.params, weights.directions, jnp.repeat(jnp.asarray(coords), rows, axis=0))
 
 
@@ -274,11 +279,12 @@ def _filled_rings(
     """The rings of the batch, in which the rows that take a prompt hold its keys and values.
 
     Arguments:
-        positions, cache: of the packed lines.
-        first, lengths: where each inserted prompt begins, counted through all lines, and its tokens there.
+        positions, cache: the position, and the keys and values, of each token in the packed lines.
+        first, lengths: for each inserted prompt, the index of its first token, counted through all lines, and the
+            number of its tokens there.
     """
     order, heads = static.order, (static.config.num_kv_heads, static.config.head_dim)
-    # Ring slot s of a row holds token number `token` of its prompt, if the prompt has that many tokens.
+    # Slot s of row b's ring takes token number `token[b, s]` of the row's prompt, if the prompt has that many tokens.
     takes, row = insertion.row_source >= 0, jnp.maximum(insertion.row_source, 0)
     ring = slots.cache.positions.shape[1]
     token = (jnp.arange(ring) - (slots.clock - lengths[row][:, None])) % ring
@@ -290,13 +296,14 @@ def _filled_rings(
         by_token = new.transpose(*map(dimensions.index, "bskh")).reshape(-1, *heads)
         filled = jnp.where(is_filled[..., None, None], by_token[index], 0)
         filled = filled.transpose(*map("bskh".index, dimensions))
-        # Without this constraint, XLA for TPUs merges the rings in the gather's layout and copies every layer's back.
+        # Without this constraint, XLA for TPUs merges old and new rings in the gather's layout, and then copies the
+        # rings of every layer back to their own.
         filled = with_layout_constraint(filled, Layout(tuple(range(4))))
         return jnp.where(jnp.expand_dims(takes, [axis for axis in range(4) if dimensions[axis] != "b"]), filled, old)
 
     done: list[tuple[Array, Array]] = []
     for old, new in zip(zip(*slots.cache[:2], strict=True), zip(*cache[:2], strict=True), strict=True):
-        if done:  # one layer after the other, because gathering all layers at once would take a second cache
+        if done:  # one layer after the other: gathering all layers at once would take the memory of a second cache
             new, done[-1] = jax.lax.optimization_barrier((new, done[-1]))
         done.append((in_rings(order.keys, old[0], new[0]), in_rings(order.values, old[1], new[1])))
     keys, values = zip(*done, strict=True)
@@ -305,7 +312,7 @@ def _filled_rings(
 
 
 def _take_rows(index: Int[Array | np.ndarray, " rows"], old: Any, new: Any, order: CacheOrder) -> Any:
-    """For each array of two trees, row `index[i]` of the new array as row i, and the old row where that is negative."""
+    """Two trees merged array by array: row i is row `index[i]` of the new array, or the old row if that is negative."""
     numbers = jnp.asarray(index)
 
     def merge(old: Array, new: Array, row_axis: int) -> Array:
@@ -316,13 +323,13 @@ def _take_rows(index: Int[Array | np.ndarray, " rows"], old: Any, new: Any, orde
 
 
 def _gather_rows(tree: Any, index: Int[Array | np.ndarray, " rows"], order: CacheOrder) -> Any:
-    """Row `index[i]` of each array as row i."""
+    """The tree with row `index[i]` of each array as its row i."""
     return _map_rows(lambda x, row_axis: jnp.take(x, jnp.asarray(index), axis=row_axis), order, tree)
 
 
 def _map_rows(function: Callable[..., Array], order: CacheOrder, *trees: Any) -> Any:
-    """`function(*arrays, row_axis)` for the corresponding arrays of trees, whose caches have their rows where `order`
-    says."""
+    """A tree of `function(*arrays, row_axis)` for the corresponding arrays of trees. `row_axis` is 0; only for keys and
+    values it is the one that `order` says."""
 
     def map_cache(*caches: KVCache) -> KVCache:
         keys, values, positions = zip(*caches, strict=True)
@@ -348,7 +355,7 @@ def decode_chunk(
     *,
     static: StaticArguments,
 ) -> tuple[Slots, Generated]:
-    """Add up to `steps` tokens to the rows that are alive.
+    """Add up to `steps` tokens to each row that has an unfinished answer (`is_alive`).
 
     Arguments:
         slots: the batch; its buffers are donated.
@@ -392,7 +399,7 @@ def compact(
     *,
     static: StaticArguments,
 ) -> Slots:
-    """A smaller batch with the given rows and points of `slots`, which stays valid."""
+    """A smaller batch with the given rows and points of `slots`, whose buffers are not donated."""
     moved = (slots.generated, slots.prompt_lengths, slots.prompt_ids, slots.cache)
     by_row = _gather_rows(moved, rows, static.order)
     by_point = _gather_rows((slots.prefix, slots.coords), points, static.order)

@@ -1,11 +1,11 @@
-"""The engine: answers prompts at many landscape points, and spends arithmetic only on tokens that count.
+"""The engine: answers prompts at many landscape points with continuous batching: finished rows take the next prompts.
 
 Pairs of a point and a group of prompts wait in a queue. The loop repeats four steps until all answers are finished:
   1. Insert waiting groups into free rows.
-  2. When nothing waits and few rows are left, move them to a smaller batch.
+  2. When no group waits and few rows are unfinished, move these to a smaller batch.
   3. Decode a few tokens in all rows.
   4. Read the tokens, end the rows whose outcome is decided, and free them.
-What a row generates depends on none of these decisions.
+The tokens of an answer do not depend on when it is inserted, moved or read.
 """
 
 import itertools
@@ -48,10 +48,10 @@ class Engine:
     """Answers the prompts of a workload at any number of points.
 
     Attributes:
-        stop_when: ends a row at the token with which its text's outcome is decided; None lets every row go on to its
-            end.
-        seconds: if given, the seconds spent on `weights`, `prefill` and `decode` are added up in it, and the host waits
-            for each program.
+        stop_when: called with the text of an unfinished answer; True ends the answer at the first token with which
+            that holds. None generates every answer to its end.
+        seconds: a dictionary in which the seconds spent in the phases `weights`, `prefill` and `decode` are added up.
+            The host then waits for each program to end; with None, it does not and nothing is measured.
     """
 
     model: Model
@@ -70,9 +70,9 @@ class Engine:
         self._slots: Slots | None = None
 
     def complete(self, directions: Sequence[Direction], points: Sequence[Coords]) -> Iterator[list[Completion]]:
-        """The answers to all prompts at each point, in the points' order."""
+        """For each point in order: the answers to all prompts."""
         params, num_factored = None, self.plan.layout.num_factored
-        added = len(directions) - num_factored  # directions that are added to the weights
+        added = len(directions) - num_factored  # number of directions that are added to the weights
         if self.plan.form.batches_points:
             batches = itertools.groupby(points, key=lambda coords: tuple(coords[:added]))
         else:

@@ -8,8 +8,9 @@ class Form(StrEnum):
 
     MATERIALISED: θ(c) is formed on the device, one point at a time.
     STREAMED: the same, but θ₀ stays in host memory and is sent to the device one tensor at a time.
-    FACTORISED: θ(c) is never formed. Every use of a weight is a product with W and a product with each D, and points
-    that differ in their last coordinate only decode in one batch.
+    FACTORISED: every direction but the last is added to θ₀. Each use of a weight is a product with the result and one
+    with the last direction's tensor, so that points which differ in nothing but their last coordinate decode in one
+    batch.
     """
 
     MATERIALISED = "materialised"

@@ -1,8 +1,9 @@
 """How prompts lie in the rows of a batch.
 
-A batch has B rows. It holds N points at a time, and B / N consecutive rows belong to each point. All prompts begin with
-the same prefix (the chat template's opening and the system prompt), whose keys and values are cached once for each
-point. The rest of a prompt and its new tokens lie in the ring of cache slots that each row has to itself.
+A batch has B rows, each of which generates one answer at a time. It holds N points at a time, and B / N consecutive
+rows belong to each point. All prompts begin with the same prefix (the chat template's opening and the system prompt),
+whose keys and values are cached once for each point. The rest of a prompt and its new tokens lie in the ring of cache
+slots that each row has to itself.
 
 Prompts enter the batch in groups. So that prefill computes hardly any padding, the prompts of a group are packed into
 few lines, and a token attends to its own prompt only.
@@ -21,19 +22,19 @@ from jaxscape.engine.batching import LENGTH_MULTIPLE, Workload, padded_length
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """The sizes that the planner, the engine and the forecast share.
+    """The sizes of a batch. The planner chooses them, and the engine and the forecast use them.
 
     Attributes:
-        points_in_flight: N, the points that decode together.
-        rows_per_point: B / N, the rows of each of these points.
-        prompts_per_group: prompts that enter the batch together; divides `rows_per_point`.
-        groups_per_insert: groups that one call of `decode.insert` prefills.
-        compact_slots: rows of the smaller batch that the last unfinished rows move to; 0 if they stay where they are.
+        points_in_flight: N, the number of points that decode together.
+        rows_per_point: B / N, the number of rows of each of these points.
+        prompts_per_group: number of prompts that enter the batch together; divides `rows_per_point`.
+        groups_per_insert: number of groups that one call of `decode.insert` prefills.
+        compact_slots: number of rows of the smaller batch that the last unfinished rows move to; 0 if they do not move.
             With several points in flight it is a multiple of `rows_per_point`.
-        num_groups: groups that the prompts of one point make.
-        prefix_slots: cache slots of the common prefix.
-        ring_slots: cache slots of each row.
-        num_factored: coordinates of a point that are not yet added to the weights.
+        num_groups: number of groups that all prompts make at one point.
+        prefix_slots: number of cache slots for the common prefix of each point.
+        ring_slots: number of cache slots in the ring of each row.
+        num_factored: number of directions that are multiplied separately, see `Form.num_factored`.
     """
 
     points_in_flight: int
@@ -53,7 +54,11 @@ class BatchLayout:
 
     @property
     def max_new_points(self) -> int:
-        """The most points that one insertion can begin: its groups come in the points' order."""
+        """The largest number of points that the groups of one insertion belong to.
+
+        The groups come in the points' order, so only the first and the last point may have groups in other insertions
+        too.
+        """
         return min(self.groups_per_insert, (self.groups_per_insert - 2) // self.num_groups + 2)
 
 
@@ -63,10 +68,10 @@ class Groups(NamedTuple):
     Attributes:
         tokens: int32[G, L, T].
         positions: int32[G, L, T], each token's position in its whole prompt; -1 for padding.
-        segments: int32[G, L, T], which prompt of its group each token belongs to.
-        first_token: int32[G, R], where each prompt begins, counted through the lines of its group.
-        own_lengths: int32[G, R], tokens of each prompt after the prefix; 0 for a row that only fills up its group.
-        prompt_lengths: int32[G, R], tokens of each whole prompt, which is the position of its first new token.
+        segments: int32[G, L, T], the index in its group of the prompt that each token belongs to.
+        first_token: int32[G, R], the index of each prompt's first token, counted through the lines of its group.
+        own_lengths: int32[G, R], number of tokens of each prompt after the prefix; 0 where a group has fewer than R.
+        prompt_lengths: int32[G, R], number of tokens of each whole prompt, and so the position of its first new token.
         prompt_ids: int32[G, R], the index of each prompt, on which its random stream depends.
     """
 
@@ -82,18 +87,18 @@ class Groups(NamedTuple):
 def pack(
     workload: Workload, prompts_per_group: int, groups_per_insert: int = 1, point_devices: int = 1
 ) -> tuple[Int[np.ndarray, " prefix"], Groups]:
-    """The tokens of the common prefix, and the groups.
+    """The token ids of the common prefix, and the rest of the prompts packed into groups.
 
     Arguments:
-        point_devices: number of devices that share the rows of a batch. The lines of an insertion are a multiple of
-            it.
+        point_devices: number of devices that share the rows of a batch. The number of lines in an insertion is a
+            multiple of it.
     """
     prefix = workload.prefix_length
     texts = [tokens[prefix:] for tokens in workload.prompt_tokens]
     starts = range(0, len(texts), prompts_per_group)
     groups = [range(i, min(i + prompts_per_group, len(texts))) for i in starts]
     multiple = point_devices // math.gcd(point_devices, groups_per_insert)
-    # Of several widths, take the one that leaves the least padding.
+    # Of several line widths, take the one with the least padding.
     narrowest = padded_length(max(map(len, texts)))
     widths = range(narrowest, narrowest + 8 * LENGTH_MULTIPLE, LENGTH_MULTIPLE)
     counts = [max(max(_assign_lines(texts, group, width)) + 1 for group in groups) for width in widths]
@@ -116,7 +121,7 @@ def pack(
 
 
 def _assign_lines(texts: Sequence[Sequence[int]], group: Sequence[int], width: int) -> list[int]:
-    """The line of each text of a group: first fit, the longest texts first."""
+    """The index of the line that takes each text of a group: first fit, the longest texts first."""
     free: list[int] = []
     chosen = {}
     for number in sorted(group, key=lambda number: -len(texts[number])):

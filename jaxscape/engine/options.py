@@ -33,12 +33,13 @@ class EngineOptions:
     weights that stay in host memory; factorised decodes many points in one batch, which share the weights and the
     directions."""
     slots: Annotated[int | None, shown(default="planned", metavar="N")] = None
-    """Number of rows that decode together. Fewer rows take less memory and more time."""
+    """Number of rows of the batch, each of which generates one answer at a time. Fewer rows take less memory and more
+    time."""
     chunk: Annotated[int | None, shown(default="8", metavar="N")] = None
-    """Maximum number of tokens that are decoded before the host checks for finished rows."""
+    """Maximum number of tokens that each row decodes before the host checks which answers are finished."""
     direction_storage: StorageOption = "auto"
-    """How directions are stored: exact; seed draws a random direction again wherever it is used, with the same values;
-    bfloat16 and int8 round the direction, which makes it a different one."""
+    """How directions are stored: exact stores them as they are; seed draws a random direction again wherever it is
+    used, with the same values; bfloat16 and int8 round the direction, which makes it a different one."""
     full_text: bool = False
     """Generate every answer to its end, even after a refusal keyword has decided the outcome."""
 

@@ -20,13 +20,15 @@ from jaxscape.runtime.hardware import Roofline, free_memory, roofline
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.sharding import mesh_shape_of
 
-ROWS_PER_POINT = 4  # when points share a batch: few rows free a point soon, and still share its prefix
+# Number of a point's rows when points share a batch: few, so that a finished point soon makes room for the next one,
+# but more than one, because rows share their point's cached prefix.
+ROWS_PER_POINT = 4
 MAX_MEMORY_FRACTION = 0.9  # of the free memory, that a plan may use
 MAX_BATCH_OVER_BALANCE = 8  # beyond 8 times the compute/bandwidth balance point, larger batches stop helping
 HOST_BANDWIDTH = 1e10  # bytes per second from host memory to a device over PCIe
-FLOPS_PER_RANDOM_NUMBER = 4500  # what drawing a number from a seed costs, at the speed of a large product
-MAX_GROUPS_PER_INSERT = 16  # for each device along `points`
-TILE = 8  # rows of an accelerator's memory tile; XLA copies caches that are cut elsewhere
+FLOPS_PER_RANDOM_NUMBER = 4500  # drawing a number takes as long as this many FLOPs in a large product
+MAX_GROUPS_PER_INSERT = 16  # for each device along the mesh axis `points`
+TILE = 8  # rows of an accelerator's memory tile; XLA copies caches that are not sharded by whole tiles
 DEFAULT_CHUNK = 8
 
 _STORED = {"seed": "drawn from their seeds", "bfloat16": "in bfloat16", "int8": "in int8"}
@@ -38,11 +40,11 @@ class Plan:
 
     Attributes:
         chunk: maximum number of decode steps before the host checks for finished rows.
-        chunks_in_flight: chunks that the device is given before the host has read the last one's tokens.
+        chunks_in_flight: number of further chunks that the device is given before the host reads a chunk's tokens.
         storage: how directions are stored, see `jaxscape.directions.random.random_direction`.
         cache_bytes: bytes of the key-value caches on each device.
-        memory_bytes: bytes of weights, directions, caches and work space on each device.
-        reason: the estimate that decided, as a text for the user.
+        memory_bytes: estimated bytes of weights, directions, caches and work space on each device.
+        reason: the estimated times of a decode step, as a text for the user.
     """
 
     form: Form
@@ -75,8 +77,10 @@ class Hardware:
 
     Attributes:
         speed: the roofline of each device.
-        free_bytes: bytes that each device can still allocate; None if that is unknown.
-        is_host: whether the devices are the host's own cores, which idle while the host reads tokens.
+        free_bytes: bytes that each device can still allocate; None if that is unknown, so that every plan counts as
+            fitting.
+        is_host: whether the devices are the host's own cores. The host then reads the tokens of each chunk before the
+            next one runs, and rows are not rounded up to tiles.
     """
 
     speed: Roofline
@@ -85,7 +89,7 @@ class Hardware:
 
 
 def this_hardware(dtype: str) -> Hardware:
-    """The devices of this process."""
+    """The devices of this process, with their speed for this dtype."""
     return Hardware(roofline(dtype), free_memory(), jax.default_backend() == "cpu")
 
 
@@ -98,7 +102,7 @@ def make_plan(
     """The plan with the shortest estimated time among those that fit into the devices' memory.
 
     Arguments:
-        model: only the shapes, dtypes and shardings of its parameters are used.
+        model: only its configuration and the shapes, dtypes and shardings of its parameters are used.
         hardware: by default that of this machine; with several processes, the first one's plan is used by all.
 
     Raises:
@@ -138,9 +142,9 @@ class RunCounts(NamedTuple):
     """How often a plan runs its programs for one direction set, if every row decodes to its limit.
 
     Attributes:
-        batches: times that the whole batch is filled and decoded.
-        insertions: calls of `decode.insert`.
-        parameter_sets: times that parameters are formed.
+        batches: number of times that the whole batch is filled and decoded to its end.
+        insertions: number of calls of `decode.insert`.
+        parameter_sets: number of times that parameters are computed from θ₀ and directions.
     """
 
     batches: int
@@ -172,7 +176,7 @@ class Planner:
         kv_heads = config.num_kv_heads // model.mesh.shape["kv"]
         self._bytes_per_cache_slot = 2 * config.num_layers * kv_heads * config.head_dim * self._itemsize
         if workload.ndim == 0 and options.form == Form.FACTORISED:
-            raise UserError("The factorised form shares weights between points along directions: give a direction.")
+            raise UserError("The factorised form needs a direction, and there is none: choose another form.")
         if options.direction_storage == "seed" and not workload.num_random:
             raise UserError("The direction storage 'seed' is for random directions only, and this scan has none.")
 
@@ -209,10 +213,10 @@ class Planner:
         return (plan for form in self.forms() for plan in self.plans(form))
 
     def plans(self, form: Form) -> Iterator[Plan]:
-        """Plans of one form with fewer and fewer rows, with random directions stored or drawn from their seeds.
+        """Plans of one form with fewer and fewer rows, each with random directions stored and drawn from their seeds.
 
-        When points share a batch, seeds are only used on demand: the directions would be drawn in each step, a program
-        that the TPU compiler had not finished after eight minutes.
+        When points share a batch, seeds are used only if the options ask for them: the directions would be drawn in
+        each decode step, and the TPU compiler takes many minutes for such a program.
         """
         storage = self._options.direction_storage
         may_draw = self._workload.num_random and not form.batches_points
@@ -254,7 +258,7 @@ class Planner:
         return RunCounts(batches, lines * -(-groups // layout.groups_per_insert), lines)
 
     def _tensors_per_use(self, form: Form) -> int:
-        """How many tensors each use of a weight reads and multiplies with."""
+        """How many tensors a use of a weight multiplies with: the weight, and in the factorised form a direction's."""
         return 2 if form.batches_points else 1
 
     def _step_seconds(self, plan: Plan) -> tuple[float, float]:
@@ -269,12 +273,12 @@ class Planner:
         return max(1, round(MAX_BATCH_OVER_BALANCE * read / compute))
 
     def _rounded(self, count: int, rows: int = 1) -> int:
-        """Round `count` blocks of `rows` rows up to a multiple of devices × tile."""
+        """`count`, rounded up so that this many blocks of `rows` rows are whole tiles on each device along `points`."""
         multiple = self._mesh_shape.points * (1 if self._hardware.is_host else max(1, TILE // rows))
         return -(-count // multiple) * multiple
 
     def _layout(self, form: Form, slots: int) -> BatchLayout:
-        """The batch layout with at most about `slots` rows."""
+        """The batch layout with at most `slots` rows, before rounding up to whole tiles on each device."""
         workload, prompts = self._workload, self._workload.num_prompts
         points, inserts = 1, 1
         if form.batches_points:
@@ -322,13 +326,13 @@ class Planner:
         """Bytes of the rings and prefixes on each device, with the smaller batch that the last rows move to."""
         devices = self._mesh_shape.points
         rows = layout.batch // devices + layout.compact_slots // devices
-        prefixes = 2  # a single point's prefix is on every device, and there are two batches
+        prefixes = 2  # one point's prefix is replicated: one copy for the batch, one for the smaller batch
         if form.batches_points:
             prefixes = -(-(layout.points_in_flight + layout.compact_slots // layout.rows_per_point) // devices)
         return (rows * layout.ring_slots + prefixes * layout.prefix_slots) * self._bytes_per_cache_slot
 
     def _direction_and_weight_bytes(self, form: Form, storage: str) -> int:
-        """Bytes of the weights, of a point's own weights and of the directions on each device."""
+        """Bytes of the model's weights, of a point's weights and of the directions on each device."""
         ndim = self._workload.ndim
         copies = {
             Form.MATERIALISED: min(ndim, 1) + 1,
@@ -345,7 +349,8 @@ class Planner:
         return copies * self._weight_bytes + bytes_per_number * self._parameters_per_device + one_tensor
 
     def _work_space(self, layout: BatchLayout) -> int:
-        """Bytes of the largest layer of a prefill, its keys and values, and the logits."""
+        """Estimated bytes of temporary arrays on each device: a prefill's largest layer, its keys and values, and the
+        logits."""
         c, (points, model) = self._config, self._mesh_shape
         inserts, group, prefix = layout.groups_per_insert, layout.prompts_per_group, layout.prefix_slots
         longest = layout.ring_slots - self._workload.sampling.max_new_tokens

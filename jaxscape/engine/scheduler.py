@@ -16,7 +16,7 @@ Coords = Sequence[float]
 """A point's coordinates, one for each direction."""
 
 StopWhen = Callable[[str], bool]
-"""Whether a text's outcome is decided, whatever may follow it."""
+"""A function of an unfinished answer's text: whether its outcome is decided, whatever may follow."""
 
 
 class Completion(NamedTuple):
@@ -36,15 +36,16 @@ class Completion(NamedTuple):
 
 
 class Scheduler:
-    """Which job is in which row, and which groups wait. A job is one prompt at one point.
+    """Which job is in which row, and which groups of prompts wait to be inserted. A job is one prompt at one point.
 
     Attributes:
-        jobs: int[B], the job in each row: point × number of prompts + prompt; -1 for a free row.
+        jobs: int[B], the job in each row: index of the point × number of prompts + index of the prompt; -1 for a free
+            row.
     """
 
     def __init__(self, layout: BatchLayout, groups: Groups, points: Sequence[Coords]) -> None:
         self._layout, self._points = layout, points
-        # The prompts of each group; -1 for a row that only fills it up.
+        # int[G, R], the index of each prompt of each group; -1 where a group has fewer than R prompts.
         self._prompt_ids = np.where(groups.own_lengths > 0, groups.prompt_ids, -1)
         self._num_prompts = int((self._prompt_ids >= 0).sum())
         self._queue = deque((point, group) for point in range(len(points)) for group in range(layout.num_groups))
@@ -61,7 +62,11 @@ class Scheduler:
         self.jobs[np.isin(self.jobs, list(finished))] = -1
 
     def insertions(self) -> Iterator[Insertion]:
-        """The insertions to run now. One waits until there is room for all groups that a program inserts at once."""
+        """The insertions to run now.
+
+        An insertion waits until there are free rows for all its groups: as many as one call of `insert` takes, or those
+        that are left.
+        """
         layout, size = self._layout, self._layout.groups_per_insert
         while self._queue:
             blocks = self.jobs.reshape(-1, layout.prompts_per_group)
@@ -74,9 +79,9 @@ class Scheduler:
     def _insert(
         self, chosen: list[tuple[int, int]], blocks: Int[np.ndarray, "blocks group"], free: Int[np.ndarray, " free"]
     ) -> Insertion:
-        """Put chosen (point, group) pairs into free blocks of rows, and describe that for the device."""
+        """Assign chosen (point, group) pairs to free blocks of rows, and return the insertion that does so."""
         layout = self._layout
-        # Where each point's prefix comes from: the point in flight that has it, or the new points.
+        # For each point, where its prefix comes from, as `Insertion.prefix_source` says it.
         source = {int(point): index for index, point in enumerate(self._in_flight) if point >= 0}
         new = list(dict.fromkeys(point for point, _ in chosen if point not in source))
         source |= {point: -1 - k for k, point in enumerate(new)}
@@ -89,7 +94,7 @@ class Scheduler:
             ids = self._prompt_ids[group]
             blocks[block] = np.where(ids < 0, -1, point * self._num_prompts + ids)
             self._in_flight[index] = point
-        # Repeating the last entries keeps the shapes, and nobody takes the copies.
+        # Repeating the last entries keeps the shapes, so that `insert` is compiled once. No row takes the copies.
         inserted = [chosen[min(i, len(chosen) - 1)] for i in range(layout.groups_per_insert)]
         begun = (new + [chosen[-1][0]] * layout.max_new_points)[: layout.max_new_points]
         return Insertion(
@@ -106,11 +111,12 @@ class Scheduler:
         return np.array(coords, np.float32).reshape(len(points), self._layout.num_factored)
 
     def compacted(self) -> tuple[Int[np.ndarray, " fewer"], Int[np.ndarray, " fewer_points"]] | None:
-        """The rows and points of the smaller batch, once nothing waits and the unfinished rows fit into it."""
+        """The indices of the rows and points that make the smaller batch, which `jobs` then describes; None as long as
+        groups wait or the unfinished rows do not fit into it."""
         layout = self._layout
         if self._queue:
             return None
-        # Rows of one point move one by one; otherwise all rows of a point move together.
+        # With one point in flight, rows move one by one; with several, all rows of a point move together.
         is_one_point = layout.points_in_flight == 1
         size = 1 if is_one_point else layout.rows_per_point
         room = layout.compact_slots // size
@@ -143,11 +149,11 @@ class Results:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every point was given out."""
+        """Whether the answers at all points have been given out."""
         return self._num_given * self._num_prompts == len(self._done)
 
     def record(self, generated: Generated, jobs: Int[np.ndarray, " batch"]) -> set[int]:
-        """Record the tokens of rows that held these jobs, and return the jobs that this finishes."""
+        """Record the new tokens of rows, which held these jobs, and return the jobs whose answers are now finished."""
         out = jax.device_get(generated)
         unfinished = [(job, row) for row, job in enumerate(jobs.tolist()) if job >= 0 and self._done[job] is None]
         texts = self._texts([out.tokens[row, : out.lengths[row]] for _, row in unfinished])
@@ -155,7 +161,7 @@ class Results:
         for (job, row), text in zip(unfinished, texts, strict=True):
             length, tokens = int(out.lengths[row]), out.tokens[row]
             if self._stop_when is not None and self._stop_when(text):
-                # The answer ends at the very token that decided, wherever the chunks were cut.
+                # The answer ends at the first token with which `stop_when` is true, wherever the chunks end.
                 length = next(n for n in range(self._undecided[job], length + 1) if self._is_decided(tokens[:n]))
                 self._done[job] = Completion(self._texts([tokens[:length]])[0], length, cut=length < self._limit)
             elif out.ended[row]:

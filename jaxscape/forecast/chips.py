@@ -1,4 +1,4 @@
-"""TPU chips and slices of them that need not be here, and how a model is sharded over a slice."""
+"""TPU chips and slices, which this machine need not have, and how a model is sharded over a slice."""
 
 import importlib.util
 import math
@@ -65,6 +65,7 @@ class ProgramCounts(NamedTuple):
         on_chip_bytes: size of the loop-carried buffers that stay on the chip, outside HBM.
         compiler_seconds: the compiler's own estimate of the time; zero or negative where it has none.
         missing_bytes: bytes of HBM by which the program is too large, if the compiler refused it for that; else None.
+            The other counts of a refused program are 0.
     """
 
     argument_bytes: float = 0.0
@@ -86,7 +87,8 @@ class Slice:
     Attributes:
         name: a kind of chip and the slice's shape, for example v5e:2x4.
         devices: the abstract devices of the slice.
-        counts: the counts of the programs that were compiled for the slice, by what was counted and the program's text.
+        counts: a cache of the counts of programs that were compiled for the slice. A key is the name of the function
+            that counted the traffic, and the program's text.
     """
 
     name: str
@@ -134,7 +136,8 @@ def shape_on(config: ModelConfig, tpu_slice: Slice, mesh_shape: MeshShape | None
     """The shapes of a model, sharded over a slice.
 
     Arguments:
-        mesh_shape: by default the weights are sharded over the fewest chips that can hold them.
+        mesh_shape: by default the weights are sharded over the fewest chips that can hold three copies of them, see
+            `jaxscape.runtime.sharding.default_mesh_shape`.
     """
     if mesh_shape is None:
         weights = bytes_per_chip(model_shape(config, make_mesh(MeshShape(), 1, tpu_slice.devices), dtype).params)

@@ -16,7 +16,8 @@ from jaxscape.runtime.hardware import compiling_for_absent_devices
 UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}  # bytes, as the compiler's messages abbreviate them
 COLLECTIVE_LATENCY = 2e-6  # seconds that a collective takes in addition to sending its bytes
 
-# The compiler cannot parse its own text of a gather on a SparseCore, which v5p chips would use (libtpu 0.0.52).
+# Gathers are not offloaded to the SparseCores of v5p chips, because the compiler cannot parse its own text of such a
+# gather (libtpu 0.0.52).
 COMPILER_OPTIONS = {
     "xla_tpu_offload_gather_to_sparsecore": "false",
     "xla_tpu_offload_all_supported_gathers_to_sparsecore": "false",
@@ -35,7 +36,8 @@ class ProgramCost:
         sent_bytes: bytes sent to other chips.
         collectives: number of collective operations.
         compiler_seconds: the compiler's own estimate of the time; None where that is unusable (zero or negative).
-        seconds: the roofline estimate of the time: the longer of computing and HBM traffic, plus inter-chip traffic.
+        seconds: the roofline estimate of the time: the longer of computing and HBM traffic, plus inter-chip traffic;
+            infinite if the compiler refused the program.
         used_bytes: bytes of HBM in use while the program runs, with what stays resident beside it; None if the compiler
             refused the program.
         missing_bytes: bytes of HBM by which the program does not fit; None if it fits.
@@ -63,11 +65,11 @@ Programs = dict[str, tuple[Callable[[], Any], CountTraffic]]
 def compile_all(
     shape: ModelShape, programs: Callable[[ModelShape], Programs], tpu_slice: Slice, quick: bool
 ) -> dict[str, ProgramCounts]:
-    """Compile programs for a slice, and count what each takes.
+    """Compile programs for a slice, and count what each takes, by the program's name.
 
     Arguments:
-        programs: makes the programs for a model of these shapes.
-        quick: compile one and two layers and extrapolate linearly.
+        programs: a function from a model's shapes to the programs for it.
+        quick: compile the programs for one layer and for two, and extrapolate the counts linearly to all layers.
     """
     num_layers = shape.config.num_layers
     if not quick or num_layers < 3:
@@ -82,13 +84,13 @@ def compile_all(
 
 
 def _extrapolate(one: ProgramCounts, two: ProgramCounts, num_layers: int) -> ProgramCounts:
-    """The counts for `num_layers` layers, from those for one and two."""
+    """The counts for `num_layers` layers, extrapolated from those for one and two; a refused program's as they are."""
     for counts in (one, two):
         if counts.missing_bytes is not None:
             return counts
     is_unusable = min(one.compiler_seconds, two.compiler_seconds) <= 0
-    # The chip holds no more of all layers' caches than of two layers'. HBM traffic is therefore extrapolated as if
-    # nothing stayed on the chip, and what two layers keep there is subtracted once.
+    # On-chip memory is assumed to hold no more of all layers' caches than of two layers'. HBM traffic is therefore
+    # extrapolated as if nothing stayed on the chip, and what two layers keep there is subtracted once.
     on_chip_bytes = two.on_chip_bytes
     one, two = (counts._replace(hbm_bytes=counts.hbm_bytes + counts.on_chip_bytes) for counts in (one, two))
     total = ProgramCounts(*(max(b, a + (num_layers - 1) * (b - a)) for a, b in zip(one[:-1], two[:-1], strict=True)))
@@ -105,7 +107,7 @@ def _cached_counts(tpu_slice: Slice, lower: Callable[[], Any], count_traffic: Co
 
 
 def compile_program(lowered: Any, count_traffic: CountTraffic) -> ProgramCounts:
-    """Compile a lowered program, and count what it takes."""
+    """Compile a lowered program, and count what it takes: memory, FLOPs and traffic."""
     try:
         with compiling_for_absent_devices():
             compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)

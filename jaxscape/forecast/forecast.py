@@ -32,10 +32,10 @@ RETRIES = 4  # attempts with fewer rows, when the compiler needs more memory tha
 
 @dataclass(frozen=True)
 class Forecast:
-    """The forecast of a run in one form.
+    """The forecast of a run with one form of the weights.
 
     Attributes:
-        programs: the cost of `insert` (prefill), `decode` (one step) and `materialise`, where the run needs them.
+        programs: the costs of `insert` (prefill), of `decode` (one step) and, if the run needs it, of `materialise`.
         fits: whether all programs fit into the memory of each chip.
         most_rows: estimated maximum number of rows that can decode together; 0 if that is unknown.
         decode_limit: seconds that a decode step takes at least: to read the weights and the cache once, or to compute,
@@ -43,7 +43,7 @@ class Forecast:
         decode_share: `decode_limit` divided by the step's forecast seconds.
         point_seconds, landscape_seconds: seconds for a point and for the whole run, if every row decodes to its limit.
         point_limit: seconds for a point that consists of decode steps only, each taking `decode_limit`.
-        slots: the value of --slots to run it with, where the planner would choose more rows than fit; else None.
+        slots: the value of --slots that the run needs, where the planner would choose more rows than fit; else None.
     """
 
     form: str
@@ -75,8 +75,8 @@ def make_workload(
     """The workload of one random direction set, with made-up prompts of the given length.
 
     Arguments:
-        prompt_tokens: tokens of each prompt.
-        shared_tokens: tokens that all prompts begin with.
+        prompt_tokens: number of tokens of each prompt.
+        shared_tokens: number of tokens that all prompts begin with.
         grid: number of points along each axis.
 
     Raises:
@@ -109,12 +109,12 @@ def forecast(
     options: EngineOptions | None = None,
     quick: bool = False,
 ) -> list[Forecast]:
-    """One forecast for each form: first those that fit, the fastest first.
+    """One forecast for each form that the options allow: first those that fit, the fastest first.
 
     Arguments:
         num_sets: number of direction sets.
-        mesh_shape: by default the weights are sharded over the fewest chips that can hold them.
-        quick: compile one and two layers and extrapolate linearly.
+        mesh_shape: by default the weights are sharded over the fewest chips that can hold three copies of them.
+        quick: compile the programs for one layer and for two, and extrapolate linearly to all layers.
 
     Raises:
         UserError: an option is out of range, or the form is `streamed`, whose time depends on the host.
@@ -129,7 +129,7 @@ def forecast(
     hardware = Hardware(Roofline(chip.flops, chip.bandwidth), free, is_host=False)
     forms: list[Any] = [options.form]
     if options.form == "auto":
-        # Directions that are drawn from seeds in each step take the TPU compiler more than minutes.
+        # The factorised form draws directions from seeds in each step, which takes the TPU compiler too long.
         forms = [Form.MATERIALISED] + [Form.FACTORISED] * (options.direction_storage != "seed")
     tile = TILE * mesh_shape_of(shape.mesh).points
     forecasts = []
@@ -167,7 +167,7 @@ def _forecast(
     if not shape.config.tie_word_embeddings:  # an embedding that is looked up is not read
         bytes_read -= sum(bytes_per_chip(named_leaves(tree)["model.embed_tokens.weight"]) for tree in trees_read)
     counts = compile_all(shape, lambda shape: _programs(shape, workload, plan), tpu_slice, quick)
-    if quick:  # one or two layers may stay on the chip in part, which all layers cannot
+    if quick:  # part of one or two layers may stay on the chip, but each step reads all layers
         hbm_bytes = max(counts["decode"].hbm_bytes, bytes_read - counts["decode"].on_chip_bytes)
         counts["decode"] = counts["decode"]._replace(hbm_bytes=hbm_bytes)
     programs = {

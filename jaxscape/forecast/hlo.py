@@ -1,7 +1,7 @@
 """The HBM and inter-chip traffic of a compiled program, counted in its optimised HLO text.
 
-The compiler's own count takes a buffer that is prefetched into on-chip memory twice: when it is fetched, and when it is
-used.
+The compiler's own count is not used, because it counts a buffer that is prefetched into on-chip memory twice: when it
+is fetched, and when it is used.
 """
 
 import math
@@ -16,7 +16,7 @@ _ITEM_BYTES = {
 _BUFFER = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"\s*(ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# These instructions move nothing: they only name or order buffers, or are made on the chip.
+# These instructions move nothing: they only name or order buffers, or make their result on the chip.
 _WITHOUT_TRAFFIC = (
     "parameter",
     "constant",
@@ -37,7 +37,7 @@ class Traffic(NamedTuple):
 
     Attributes:
         hbm_bytes: bytes read from and written to HBM.
-        sent_bytes: bytes that a device sends to others, with ring algorithms.
+        sent_bytes: bytes that a device sends to others, if collectives use ring algorithms.
         collectives: number of collective operations.
         on_chip_bytes: size of the loop-carried buffers that are kept on the chip, and so cause no HBM traffic.
     """
@@ -77,16 +77,16 @@ class _Instruction:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the result."""
+        """Bytes of the result."""
         return sum(buffer.num_bytes for buffer in self.results)
 
     @property
     def hbm_bytes(self) -> int:
-        """Size of the part of the result that is in HBM."""
+        """Bytes of the part of the result that is in HBM."""
         return sum(buffer.num_bytes for buffer in self.results if buffer.in_hbm)
 
     def attribute(self, name: str) -> str:
-        """The computation that an attribute refers to, or an empty string."""
+        """The name of the computation that an attribute refers to; empty if there is no such attribute."""
         match = re.search(rf"\b{name}=%([^\s,)}}]+)", self.attributes)
         return match[1] if match else ""
 
@@ -126,7 +126,7 @@ def program_traffic(text: str) -> Traffic:
 
 
 def _parse(text: str) -> _Computations:
-    """The instructions of each computation."""
+    """The instructions of each computation, by the computation's name."""
     computations: _Computations = {}
     current: list[_Instruction] = []
     for line in text.splitlines():
@@ -164,7 +164,8 @@ def _instruction_traffic(
     """The traffic of one instruction.
 
     Arguments:
-        counted_channels: the channels of the fused collectives that have been counted; this one's is added.
+        counted_channels: the channels of the fused collectives that have been counted. If this instruction has a fused
+            collective, its channel is added.
     """
     opcode = instruction.opcode
     if opcode in _WITHOUT_TRAFFIC or opcode.endswith("-done"):
@@ -220,7 +221,8 @@ def _fused_collective_traffic(
         operands: the operands of the fusion.
     """
     total = Traffic()
-    # An asynchronous collective appears in several fusions, which compute something else while it is under way.
+    # An asynchronous collective appears in several fusions, which compute something else while it is under way. It
+    # counts only in the first of them.
     channel = re.findall(r"channel_id=\d+", collective.attributes)
     if not channel or channel[0] not in counted_channels:
         total = _collective_traffic(collective, collective_operands)
@@ -238,7 +240,8 @@ def _fused_collective_traffic(
 def _read_and_written(computations: _Computations, instruction: _Instruction, operands: list[_Instruction]) -> float:
     """Bytes of HBM that an instruction or fusion reads and writes.
 
-    A table that rows are gathered from is not read, and of a buffer that is updated in place only the update counts.
+    A table that rows are gathered from does not count as read, only the rows do. Of a buffer that is updated in place,
+    only the update counts.
     """
     fused = computations.get(instruction.attribute("calls"), [instruction])
     inner = {called.name: called for called in fused}

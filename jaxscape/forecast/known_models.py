@@ -47,7 +47,7 @@ TIED = (
     *("llama-3.2-1b", "llama-3.2-3b", "gemma-2-9b", "gemma-2-27b", "gemma-3-4b", "gemma-3-27b", "phi-4-mini"),
     *("smollm3-3b", "smollm2-135m"),
 )
-"""Models whose output head is their embedding."""
+"""Models whose output head is their embedding table."""
 
 
 def shape_config(source: str) -> ModelConfig:
@@ -63,7 +63,7 @@ def shape_config(source: str) -> ModelConfig:
     if source in SHAPES:
         family, sizes = SHAPES[source]
         fields = dict(zip(_FIELDS, sizes, strict=True))
-        # The context's length changes no shape, and must not limit the plan.
+        # The context's length changes no shape. It is larger than any plan needs, so that it limits none.
         config = AutoConfig.for_model(
             family, **fields, tie_word_embeddings=source in TIED, max_position_embeddings=2**20
         )

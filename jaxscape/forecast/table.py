@@ -20,7 +20,8 @@ JSON_KEYS = {
     "used_bytes": "used",
     "missing_bytes": "missing",
 }
-"""Fields of `ProgramCost` whose keys in JSON have other names, which earlier versions wrote."""
+"""The JSON keys of fields of `ProgramCost` that were renamed: their names in earlier versions. Other fields have their
+own name as key."""
 
 COLUMNS = ("form", "program", "arguments GB", "temporaries GB", "TFLOP", "HBM GB", "sent MB", "ms", "compiler ms")
 
@@ -41,7 +42,7 @@ def describe(forecasts: Sequence[Forecast], step: ProgramCost | None, title: str
 
     Arguments:
         forecasts: the best form first, as `jaxscape.forecast.forecast.forecast` returns them.
-        step: a step of finetuning, if one was forecast.
+        step: the cost of a finetuning step, if that was forecast.
     """
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for column in COLUMNS:
@@ -103,8 +104,8 @@ def _summary(forecast: Forecast) -> str:
 
 
 def _shortfall(program: ProgramCost) -> str:
-    """By how much a program does not fit."""
-    # The compiler may have refused a program of one or two layers, of which all layers would be larger.
+    """A text that says how many GB of a chip's memory a program lacks."""
+    # The compiler may have refused the program for one or two layers; that for all layers would lack more.
     least = "at least " if _was_refused(program) else ""
     return f"by {least}{(program.missing_bytes or 0.0) / 1e9:.2f} GB a chip"
 
