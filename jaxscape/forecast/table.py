@@ -23,12 +23,36 @@ JSON_KEYS = {
 """The JSON keys of fields of `ProgramCost` that were renamed: their names in earlier versions. Other fields have their
 own name as key."""
 
+PLAN_KEYS = {
+    "form": "form",
+    "points_in_flight": "places",
+    "rows_per_point": "rows",
+    "prompts_per_group": "group",
+    "groups_per_insert": "inserts",
+    "chunk": "chunk",
+    "chunks_in_flight": "ahead",
+    "compact_slots": "few",
+    "storage": "storage",
+    "cache_bytes": "cache",
+    "memory_bytes": "memory",
+    "reason": "reason",
+}
+"""The JSON key of each field of a plan and of its batch layout that is written: its name in earlier versions."""
+
 COLUMNS = ("form", "program", "arguments GB", "temporaries GB", "TFLOP", "HBM GB", "sent MB", "ms", "compiler ms")
 
 
 def as_json(results: Sequence[Forecast | ProgramCost]) -> list[dict[str, Any]]:
     """A dictionary that JSON can hold for each forecast or program; numbers that are not finite become None."""
-    return [_to_json(asdict(result)) for result in results]
+    return [_to_json(_with_plan_keys(asdict(result))) for result in results]
+
+
+def _with_plan_keys(result: dict[str, Any]) -> dict[str, Any]:
+    """A forecast's dictionary with the plan under its JSON keys; a program's has no plan and is returned as it is."""
+    if "plan" not in result:
+        return result
+    fields = result["plan"] | result["plan"]["layout"]
+    return result | {"plan": {key: fields[name] for name, key in PLAN_KEYS.items()}}
 
 
 def _to_json(value: Any) -> Any:
