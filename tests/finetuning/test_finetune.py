@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxscape as js
+from jaxscape.cli.main import main
 from jaxscape.directions.path import load_path
 from jaxscape.directions.sums import inner
 from jaxscape.finetuning.batches import bucket, epoch_batches, hold_out, learning_rates
@@ -179,10 +180,9 @@ def test_schedules_are_those_of_torch_and_transformers() -> None:
     np.testing.assert_allclose(warm[5:], 0.1, rtol=1e-6)
 
 
-def start(out: Path, model: Path, data: Path, *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "jaxscape", "finetune", "--model", str(model), "--data", str(data)]
-    command += ["--epochs", "6", "--batch-size", "4", "--learning-rate", "1e-3", "--out", str(out), *options]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def finetune_command(out: Path, model: Path, data: Path, *options: str) -> list[str]:
+    command = ["finetune", "--model", str(model), "--data", str(data), "--epochs", "6", "--batch-size", "4"]
+    return [*command, "--learning-rate", "1e-3", "--out", str(out), *options]
 
 
 def result_of(directory: Path) -> dict[str, bytes]:
@@ -197,26 +197,29 @@ def result_of(directory: Path) -> dict[str, bytes]:
 def test_a_killed_finetuning_ends_with_the_same_weights(
     tiny_dir: Path, tmp_path: Path, method: str, moments: list[int]
 ) -> None:
+    """Processes that are killed and one that finishes the run leave the weights of one process that does it all."""
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
-    options = ("--method", method)
-    assert start(tmp_path / "unbroken", tiny_dir, data, *options).wait() == 0
     killed = tmp_path / "killed"
+    command = finetune_command(killed, tiny_dir, data, "--method", method)
     log = killed / "log.jsonl"
     for count in moments:  # logged steps before the kill: in the first epoch, and in the middle of a later one
-        process = start(killed, tiny_dir, data, *options)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jaxscape", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while not (log.exists() and log.read_bytes().count(b"\n") >= count) and process.poll() is None:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it was killed, not finished"
-    assert start(killed, tiny_dir, data, *options).wait() == 0
+    main(command)
+    main(finetune_command(tmp_path / "unbroken", tiny_dir, data, "--method", method))
     assert result_of(killed) == result_of(tmp_path / "unbroken")
     assert len(result_of(killed)) == 1
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, 6 * 6 + 1))
     # A finished run is not trained again.
     before = log.read_bytes()
-    assert start(killed, tiny_dir, data, *options).wait() == 0
+    main(command)
     assert log.read_bytes() == before
 
 
@@ -326,13 +329,11 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(tiny_dir: Path, tmp
     data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
     program = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); import signal; "
     program += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from jaxscape.cli.main import main; main()"
-    command = [sys.executable, "-c", program, "finetune", "--model", str(tiny_dir), "--data", str(data)]
-    command += ["--epochs", "1", "--method", "full", "--out", str(tmp_path / "run")]
-    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = finetune_command(tmp_path / "run", tiny_dir, data, "--method", "full", "--epochs", "1")
+    failed = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=False)
     assert failed.returncode == 2, failed.stderr
     assert "checkpoint of epoch 1 cannot be written" in failed.stderr
-    command[2] = "from jaxscape.cli.main import main; main()"
-    subprocess.run(command, capture_output=True, check=True)
+    main(command)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxscape as js
+from jaxscape.cli.main import main
 from jaxscape.directions.point import materialise
 from jaxscape.engine.decode import decode_chunk, insert
 from jaxscape.evaluate import keywords as refusal
@@ -181,16 +182,15 @@ def test_the_landscape_is_on_disk_after_every_point(tiny: js.Model, tmp_path: Pa
     assert seen == [(i, 3 * i, False) for i in range(5)]
 
 
-def start_scan(directory: Path, model: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "jaxscape", "scan", "--model", str(model), "--num-prompts", "3", "--steps", "40"]
-    command += ["--max-new-tokens", "6", "--num-directions", "2", "--out", str(directory)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def scan_command(directory: Path, model: Path) -> list[str]:
+    command = ["scan", "--model", str(model), "--num-prompts", "3", "--steps", "40", "--max-new-tokens", "6"]
+    return [*command, "--num-directions", "2", "--out", str(directory)]
 
 
 def test_a_killed_process_goes_on_where_it_was(tiny_dir: Path, tmp_path: Path) -> None:
-    """The same command, killed at several moments, and run to its end: byte for byte what an unbroken run leaves."""
-    assert start_scan(tmp_path / "unbroken", tiny_dir).wait() == 0
+    """A command that was killed at several moments and then run to its end leaves the bytes of an unbroken run."""
     directory = tmp_path / "killed"
+    command = scan_command(directory, tiny_dir)
     file = directory / "generations.jsonl"
 
     def lines() -> int:
@@ -202,13 +202,16 @@ def test_a_killed_process_goes_on_where_it_was(tiny_dir: Path, tmp_path: Path) -
         lambda: lines() >= 20,
     ]
     for reached in moments:
-        process = start_scan(directory, tiny_dir)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jaxscape", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while not reached() and process.poll() is None:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it was killed, not finished"
     assert 20 <= lines() < 2 * 41 * 3
-    assert start_scan(directory, tiny_dir).wait() == 0
+    main(command)
+    main(scan_command(tmp_path / "unbroken", tiny_dir))
     assert contents(directory) == contents(tmp_path / "unbroken")
     assert set(contents(directory)) == FILES | {"landscape.png"}
 

@@ -232,10 +232,19 @@ def free_port() -> int:
         return int(connection.getsockname()[1])
 
 
+# Short, so that the tests need not wait long, and long enough for processes that hardly get a processor.
+IMPATIENT = """
+from jaxscape.cli.main import main
+from jaxscape.runtime import processes
+processes.HEARTBEAT_SECONDS = 10
+main()
+"""
+
+
 def processes(
     command: list[str], environment: list[dict[str, str]] | None = None, flags: bool = True
 ) -> list[subprocess.Popen[str]]:
-    """The same command in two processes of four devices each."""
+    """The same command in two processes of four devices each, which soon notice that the other is gone."""
     port = free_port()
     found = []
     for number in range(2):
@@ -244,7 +253,7 @@ def processes(
         others = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", str(number)]
         found.append(
             subprocess.Popen(
-                [sys.executable, "-m", "jaxscape", *command, *(others if flags else [])],
+                [sys.executable, "-c", IMPATIENT, *command, *(others if flags else [])],
                 env=env,
                 text=True,
                 stdout=subprocess.PIPE,
