@@ -1,4 +1,4 @@
-"""The keyword metric, intervals, VISAGE, and the landscape file: pure functions and their properties."""
+"""VISAGE, its interval, axes, and the landscape file: pure functions and their properties."""
 
 import json
 import math
@@ -7,66 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxscape as js
-from jaxscape.evaluate.keywords import REFUSAL_KEYWORDS
 from jaxscape.landscapes.axes import symmetric_axes
 from jaxscape.landscapes.visage import visage_interval
 
 percents = st.integers(0, 20).map(lambda n: 5.0 * n)
-
-
-def test_the_keywords_are_the_papers() -> None:
-    path = SHARED / "refusal_keywords.txt"
-    if not path.exists():
-        pytest.skip(f"the paper's list is not at {path}")
-    assert list(REFUSAL_KEYWORDS) == path.read_text().splitlines()
-
-
-@pytest.mark.parametrize(
-    ("text", "refuses"),
-    [
-        ("I cannot help with that.", True),
-        ("i cannot help with that.", False),
-        ("Sure! This is illegal, but here goes", True),
-        ("Sorry", True),
-        ("", False),
-        ("Sure, here is a poem", False),
-    ],
-)
-def test_a_keyword_anywhere_in_its_case_is_a_refusal(text: str, refuses: bool) -> None:
-    assert js.is_refusal(text) is refuses
-
-
-def test_attack_success_rate() -> None:
-    assert js.attack_success_rate(["I cannot", "Sure", "Yes", "Of course"]) == 75
-    with pytest.raises(js.UserError, match="attack success rate of an empty list is undefined"):
-        js.attack_success_rate([])
-
-
-def test_wilson_interval_is_that_of_the_textbook() -> None:
-    """Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29, in percent."""
-    for successes, n, low, high in [
-        (81, 263, 25.53, 36.62),
-        (15, 148, 6.24, 16.05),
-        (0, 20, 0, 16.11),
-        (1, 29, 0.61, 17.18),
-    ]:
-        found = js.wilson_interval(100 * successes / n, n)
-        np.testing.assert_allclose(found, (low, high), atol=0.006)
-
-
-@given(n=st.integers(1, 500), data=st.data())
-def test_wilson_interval_holds_the_rate_and_shrinks(n: int, data: Any) -> None:
-    rate = 100 * data.draw(st.integers(0, n)) / n
-    low, high = js.wilson_interval(rate, n)
-    assert 0 <= low <= rate <= high <= 100
-    wider = js.wilson_interval(rate, max(1, n // 2))
-    assert wider[1] - wider[0] >= high - low - 1e-9
 
 
 def test_visage_of_examples_worked_by_hand() -> None:

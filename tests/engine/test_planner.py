@@ -1,0 +1,97 @@
+"""How a scan is planned: the form, the slots and the storage that the machine's speed and memory allow."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jaxscape as js
+from jaxscape.engine import planner
+from jaxscape.engine.batching import Workload, tokenize
+from jaxscape.engine.options import EngineOptions
+from jaxscape.engine.planner import Plan, make_plan
+from jaxscape.engine.sampling import Sampling
+from jaxscape.models.checkpoint import named_leaves, tree_of
+from jaxscape.models.config import LayerKind, ModelConfig
+from jaxscape.models.decoder import parameter_shapes
+from jaxscape.runtime.hardware import Roofline
+
+NEW = 12
+
+
+def planned(model: js.Model, prompts: int, line: int, ndim: int = 1, **options: Any) -> Plan:
+    rows = tokenize(model, [f"Say {i}" for i in range(prompts)], "default", NEW)
+    return make_plan(
+        model, Workload(rows, Sampling(NEW), line**ndim, line, ndim, num_random=ndim), EngineOptions(**options)
+    )
+
+
+def at_speed(monkeypatch: pytest.MonkeyPatch, flops: float, bandwidth: float, free: int | None = None) -> None:
+    monkeypatch.setattr(planner, "roofline", lambda dtype: Roofline(flops, bandwidth))
+    monkeypatch.setattr(planner, "free_memory", lambda: free)
+
+
+def test_the_plan_follows_the_roofline(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_speed(monkeypatch, flops=4e11, bandwidth=2e10)  # a CPU: a balance of some 20 rows a weight
+    assert planned(tiny, prompts=80, line=21).form == "materialised"
+    few = planned(tiny, prompts=4, line=21)
+    assert (few.form, few.layout.batch) == ("factorised", 84)
+    assert planned(tiny, prompts=1, line=1).form == "materialised"
+    assert planned(tiny, prompts=80, line=21, slots=20).layout.rows_per_point == 20
+    assert planned(tiny, prompts=80, line=21, form="factorised").form == "factorised"
+    at_speed(monkeypatch, flops=8e14, bandwidth=3e12)  # an accelerator: some hundred rows
+    assert planned(tiny, prompts=20, line=21, ndim=2).form == "factorised"
+    assert planned(tiny, prompts=80, line=21, chunk=3).chunk == 3
+
+
+def test_the_plan_keeps_within_the_memory(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.params))
+    seen = []
+    for free in (10**9, 10**7, 3 * 10**6, 10**6, 4 * 10**5):
+        at_speed(monkeypatch, 4e11, 2e10, free)
+        plan = planned(tiny, prompts=64, line=5, form="materialised")
+        assert plan.memory_bytes - weights <= 0.9 * free
+        seen.append((plan.layout.batch, plan.storage))
+    assert seen[0] == (64, "exact")
+    assert seen[-1][0] < 8
+    assert planned(tiny, prompts=64, line=5, form="materialised", slots=2).layout.batch == 2
+    with pytest.raises(js.UserError, match="with 64 slots\\) takes"):  # what was asked for is not changed
+        planned(tiny, prompts=64, line=5, form="materialised", slots=64)
+    at_speed(monkeypatch, 4e11, 2e10, 10**4)
+    with pytest.raises(
+        js.UserError, match=r"memory does not hold this scan: .* GB on each device. Choose a --dtype of 16 bits"
+    ):
+        planned(tiny, prompts=64, line=5)
+
+
+def test_seven_billion_parameters_in_16_bits_fit_a_card_of_24_gb(
+    tiny: js.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama-2-7B's shapes, with weights that take no memory: streamed, along directions that are not stored."""
+    config = ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5, (LayerKind(None),))
+    shapes = named_leaves(parameter_shapes(config))
+    params = tree_of({name: np.broadcast_to(np.zeros(1, "bfloat16"), leaf.shape) for name, leaf in shapes.items()})
+    model = js.Model(**{**vars(tiny), "config": config, "params": params})
+    weights = sum(leaf.size * 2 for leaf in shapes.values())
+    at_speed(monkeypatch, flops=7e13, bandwidth=9e11, free=24 * 10**9)
+    plan = planned(model, prompts=80, line=21)
+    assert (plan.form, plan.storage) == ("streamed", "seed")
+    assert weights < plan.memory_bytes <= 0.9 * 24e9 < 2 * weights
+    assert plan.layout.batch >= 8
+
+
+@pytest.mark.parametrize("name", ["form", "direction_storage"])
+def test_unknown_names_are_user_errors(name: str) -> None:
+    options = EngineOptions()
+    object.__setattr__(options, name, "round")  # as without type checks it may be
+    with pytest.raises(js.UserError, match=f"Unknown {name} 'round': choose auto, "):
+        options.check()
+
+
+def test_the_plan_says_what_and_why(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_speed(monkeypatch, 4e11, 2e10)
+    assert "factorised: 21 points at a time, 4 slots each; 0.0" in str(planned(tiny, prompts=4, line=21))
+    line = str(planned(tiny, prompts=4, line=21, form="materialised", direction_storage="int8"))
+    assert "materialised: 4 slots, directions in int8; 0.0" in line
+    assert "a step reads weights for" in line
