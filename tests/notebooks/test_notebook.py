@@ -11,7 +11,8 @@ PATH = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
 
 @pytest.mark.real
 @pytest.mark.filterwarnings("default")  # the kernel's own, of other packages
-def test_the_notebook_runs_with_small_settings() -> None:
+def test_the_notebook_runs_with_small_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_FLAGS")  # the kernel runs a real model, for which optimised programs pay
     notebook = nbformat.read(PATH, as_version=4)
     (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     settings.source = "NUM_PROMPTS = 2\nSTEPS = 2\nMAX_NEW_TOKENS = 4"
