@@ -36,6 +36,33 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core; torch's threads woul
 enable_compilation_cache()  # as the command line does: many tests and their processes compile the same ones
 
 
+# In this order, before all others, so that the workers end at about the same time.
+SLOW_FILES = (
+    "test_processes.py",
+    "test_families.py",
+    "test_real_finetuning.py",
+    "test_forecast.py",
+    "test_finetuning_run.py",
+    "test_engine.py",
+    "test_cli.py",
+    "test_real_model.py",
+    "test_sharding.py",
+    "test_notebook.py",
+    "test_real_decoding.py",
+    "test_scan.py",
+    "test_safe_model.py",
+    "test_finetune.py",
+    "test_damaged.py",
+    "test_decode.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests by file, the slow files first."""
+    places = {name: place for place, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 WITHOUT_TORCH = """
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
