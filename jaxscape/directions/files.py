@@ -11,7 +11,7 @@ from safetensors.flax import save_file
 from jaxscape.directions.storage import Direction
 from jaxscape.models.checkpoint import Params, check_tensors, named_leaves, tensor_shapes, to_dtype, tree_of
 from jaxscape.models.model import Model
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, reason
 
 
 def save_direction(direction: Params, path: str | Path, model: Model) -> None:
@@ -24,7 +24,7 @@ def save_direction(direction: Params, path: str | Path, model: Model) -> None:
     try:
         save_file(named_leaves(direction), path, metadata={"format": "flax", "model": model.name})
     except (OSError, SafetensorError) as error:
-        raise UserError(f"The direction cannot be written to {path} ({error}).") from error
+        raise UserError(f"The direction cannot be written to {path} ({reason(error)}).") from error
 
 
 def load_direction(path: str | Path, model: Model) -> Params:
@@ -50,7 +50,7 @@ def load_direction(path: str | Path, model: Model) -> Params:
                 }
             )
     except (SafetensorError, OSError) as error:
-        raise UserError(f"The direction {path} cannot be read as safetensors ({error}).") from error
+        raise UserError(f"The direction {path} cannot be read as safetensors ({reason(error)}).") from error
 
 
 def check_direction(direction: Params, model: Model) -> None:

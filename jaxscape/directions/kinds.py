@@ -70,17 +70,24 @@ def parse_direction(name: str) -> Recipe:
     raise UserError(f"Unknown direction {name!r}: write one of {', '.join(recipe.usage for recipe in KINDS)}.")
 
 
-def recipe_of(direction: DirectionLike) -> Recipe | Given:
-    """The recipe of a direction, however it is given. Nothing is read or computed.
+def recipe_of(direction: Any) -> Recipe | Given:
+    """The recipe of a `DirectionLike`. Nothing is read or computed.
 
     Raises:
-        UserError: the direction is none of these.
+        UserError: the argument is no `DirectionLike`.
     """
     if isinstance(direction, str):
         return parse_direction(direction)
     if isinstance(direction, int | np.integer):
         return Random(int(direction))
-    return Given((dict(direction),)) if isinstance(direction, Mapping) else direction
+    if isinstance(direction, Mapping):
+        return Given((dict(direction),))
+    if isinstance(direction, Recipe | Given):
+        return direction
+    raise UserError(
+        f"A direction cannot be a {type(direction).__name__}: give a tree like the model's parameters, a seed, a name "
+        f"such as random:0, or a recipe."
+    )
 
 
 def make_directions(directions: Sequence[DirectionLike], model: Model, storage: str = "exact") -> list[Direction]:

@@ -38,8 +38,8 @@ def verdicts(evaluator: Evaluator, scores: Float[np.ndarray, " prompts"], num_an
     """Whether each answer counts as refused.
 
     Raises:
-        UserError: the evaluator gave another number of scores than there are answers, or a score from 0 to 1 for not
-            all of them.
+        UserError: the evaluator gave another number of scores than there are answers, or a score that is not a number
+            from 0 to 1.
     """
     if len(scores) != num_answers:
         raise UserError(f"The evaluator {evaluator.name!r} gave {len(scores)} scores for {num_answers} answers.")

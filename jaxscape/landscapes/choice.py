@@ -1,4 +1,4 @@
-"""The directions and axes that a scan's command-line options describe."""
+"""The direction sets and the axes of a landscape, as the options of a scan describe them."""
 
 from collections.abc import Sequence
 

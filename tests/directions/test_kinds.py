@@ -126,3 +126,10 @@ def test_seeds_are_checked_before_anything_is_written(tiny: js.Model, tmp_path: 
         with pytest.raises(js.UserError, match="seed"):
             js.scan(tiny, directions, prompts=["Hi"], steps=2, max_new_tokens=4, out=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("direction", [None, 0.5, Path("d.safetensors")])
+def test_what_is_no_direction_is_a_user_error(direction: Any) -> None:
+    message = f"A direction cannot be a {type(direction).__name__}: give a tree"
+    with pytest.raises(js.UserError, match=message):
+        recipe_of(direction)

