@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxscape.directions.storage import Direction, Scaled, dense
 from jaxscape.models.checkpoint import Params, named_leaves, tree_of
+from jaxscape.models.fusion import fuse
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["weight", "tensors", "coords"], meta_fields=[])
@@ -65,21 +66,25 @@ def at_point(params: Params, directions: Sequence[Direction], coords: Float[Arra
     return jax.tree.map(lambda weight, *tensors: PerturbedWeight(weight, tensors, by_direction), params, *directions)
 
 
-@partial(jax.jit, donate_argnums=3, keep_unused=True)
+@partial(jax.jit, donate_argnums=3, keep_unused=True, static_argnames="is_fused")
 def materialise(
     params: Params,
     directions: Sequence[Direction],
     coords: Float[Array | np.ndarray, " ndim"],
     previous: Params | None = None,
+    *,
+    is_fused: bool = False,
 ) -> Params:
     """θ(c), computed in float32 from θ₀ and rounded once to each parameter's dtype.
 
     Arguments:
         coords: float32[n], one for each direction.
         previous: the previous point's parameters. Their buffers are donated to the result.
+        is_fused: fuse the projections of the result, see `jaxscape.models.fusion`.
     """
     del previous
-    return jax.tree.map(partial(_moved, coords), params, *directions)
+    moved: Params = jax.tree.map(partial(_moved, coords), params, *directions)
+    return fuse(moved) if is_fused else moved
 
 
 def materialise_streamed(

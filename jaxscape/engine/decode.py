@@ -21,13 +21,16 @@ from jaxscape.directions.point import at_point
 from jaxscape.directions.storage import Direction
 from jaxscape.engine.batching import Workload
 from jaxscape.engine.layout import BatchLayout, Groups
+from jaxscape.engine.platforms import cache_order
 from jaxscape.engine.sampling import Sampling, greedy, sample
-from jaxscape.models.cache import CPU_ORDER, GPU_ORDER, TPU_ORDER, CacheOrder, Context, KVCache
+from jaxscape.models.cache import CacheOrder, Context, KVCache
 from jaxscape.models.checkpoint import Params
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import forward, head, hidden_states
+from jaxscape.models.fusion import fused_config
 from jaxscape.models.model import Model
 from jaxscape.models.shape import ModelShape
+from jaxscape.runtime.hardware import platform_jit
 from jaxscape.runtime.sharding import Axes, constrain, on_mesh, sharding
 
 
@@ -112,14 +115,20 @@ class StaticArguments:
     order: CacheOrder
 
 
-def static_arguments(model: Model | ModelShape, workload: Workload) -> StaticArguments:
-    """The static arguments for a model on the devices of its mesh."""
+def static_arguments(model: Model | ModelShape, workload: Workload, is_fused: bool = False) -> StaticArguments:
+    """The static arguments for a model on the devices of its mesh.
+
+    Arguments:
+        is_fused: whether the programs get fused projections, see `jaxscape.models.fusion`.
+    """
     longest = max(map(len, workload.prompt_tokens)) + workload.sampling.max_new_tokens
-    orders = {"cpu": CPU_ORDER, "tpu": TPU_ORDER}
-    order = orders.get(model.mesh.devices.flat[0].platform, GPU_ORDER)
+    config = model.config.for_length(longest)
     # The seed is not part of the program: another seed must not compile it again.
     sampling = replace(workload.sampling, seed=0)
-    return StaticArguments(model.config.for_length(longest), sampling, model.eos_token_ids, model.mesh, order)
+    order = cache_order(model.mesh, model.dtype, config)
+    return StaticArguments(
+        fused_config(config) if is_fused else config, sampling, model.eos_token_ids, model.mesh, order
+    )
 
 
 def empty_slots(static: StaticArguments, dtype: str, layout: BatchLayout) -> Slots:
@@ -180,7 +189,7 @@ def _constrained(slots: Slots, order: CacheOrder) -> Slots:
     return jax.tree.map(lambda x, axes: constrain(x, *axes), slots, _slot_axes(slots, order))
 
 
-@partial(jax.jit, static_argnames="static", donate_argnames="slots")
+@platform_jit(static_argnames="static", donate_argnames="slots")
 def insert(
     weights: Weights,
     slots: Slots,
@@ -345,7 +354,7 @@ def _map_rows(function: Callable[..., Array], order: CacheOrder, *trees: Any) ->
     return jax.tree.map(map_leaf, *trees, is_leaf=lambda x: isinstance(x, KVCache))
 
 
-@partial(jax.jit, static_argnames="static", donate_argnames="slots")
+@platform_jit(static_argnames="static", donate_argnames="slots")
 def decode_chunk(
     weights: Weights,
     slots: Slots,
@@ -391,7 +400,7 @@ def decode_chunk(
         return slots, jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), slots.generated)
 
 
-@partial(jax.jit, static_argnames="static")
+@platform_jit(static_argnames="static")
 def compact(
     slots: Slots,
     rows: Int[Array | np.ndarray, " fewer"],

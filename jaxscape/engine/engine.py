@@ -39,6 +39,7 @@ from jaxscape.engine.planner import Plan, make_plan
 from jaxscape.engine.sampling import Sampling, SamplingOptions
 from jaxscape.engine.scheduler import Completion, Coords, Results, Scheduler, StopWhen
 from jaxscape.models.checkpoint import Params
+from jaxscape.models.fusion import fuse
 from jaxscape.models.model import Model
 from jaxscape.runtime.sharding import mesh_shape_of, replicated
 
@@ -66,8 +67,9 @@ class Engine:
         # The prompts stay on the devices for the whole run.
         self._prompts_on_device = jax.device_put((prefix, self._groups), replicated(self.model.mesh))
         self._stream = jax.random.key(self.workload.sampling.seed, impl="threefry2x32")
-        self._static = static_arguments(self.model, self.workload)
+        self._static = static_arguments(self.model, self.workload, self.plan.is_fused)
         self._slots: Slots | None = None
+        self._unperturbed: Params | None = None  # the model's parameters as they are decoded
 
     def complete(self, directions: Sequence[Direction], points: Sequence[Coords]) -> Iterator[list[Completion]]:
         """For each point in order: the answers to all prompts."""
@@ -77,17 +79,20 @@ class Engine:
             batches = itertools.groupby(points, key=lambda coords: tuple(coords[:added]))
         else:
             batches = ((tuple(coords), iter([coords])) for coords in points)  # type: ignore[assignment]
+        factored = tuple(map(fuse, directions[added:])) if self.plan.is_fused else tuple(directions[added:])
         for coords, batch in batches:
             params = self._params_at(directions[:added], coords, params)
-            weights = Weights(params, tuple(directions[added:]))
+            weights = Weights(params, factored)
             yield from self._decode(weights, [tuple(point[added:]) for point in batch])
 
     def _params_at(self, directions: Sequence[Direction], coords: Coords, previous: Params | None) -> Params:
         """The parameters at a point, in the buffers of the previous point's parameters."""
         form = self.plan.form
         if not directions and not form.keeps_weights_on_host:
-            return self.model.params
-        at: Callable[..., Params] = materialise
+            if self._unperturbed is None:
+                self._unperturbed = fuse(self.model.params) if self.plan.is_fused else self.model.params
+            return self._unperturbed
+        at: Callable[..., Params] = partial(materialise, is_fused=self.plan.is_fused)
         if form.keeps_weights_on_host:
             at = partial(materialise_streamed, shardings=self.model.shardings)
         return self._timed("weights", at, self.model.params, directions, np.asarray(coords, np.float32), previous)

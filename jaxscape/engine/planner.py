@@ -1,5 +1,6 @@
 """The planner: which form, batch layout and storage decode a workload fastest within the devices' memory."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +13,9 @@ from jaxscape.engine.batching import Workload
 from jaxscape.engine.forms import Form
 from jaxscape.engine.layout import BatchLayout
 from jaxscape.engine.options import EngineOptions
+from jaxscape.engine.platforms import fuses_projections
 from jaxscape.models.checkpoint import named_leaves, parameter_shardings
+from jaxscape.models.fusion import is_part
 from jaxscape.models.model import Model
 from jaxscape.models.shape import ModelShape
 from jaxscape.runtime.errors import UserError
@@ -42,6 +45,7 @@ class Plan:
         chunk: maximum number of decode steps before the host checks for finished rows.
         chunks_in_flight: number of further chunks that the device is given before the host reads a chunk's tokens.
         storage: how directions are stored, see `jaxscape.directions.random.random_direction`.
+        is_fused: whether the weights are decoded with fused projections, see `jaxscape.models.fusion`.
         cache_bytes: bytes of the key-value caches on each device.
         memory_bytes: estimated bytes of weights, directions, caches and work space on each device.
         reason: the estimated times of a decode step, as a text for the user.
@@ -52,6 +56,7 @@ class Plan:
     chunk: int
     chunks_in_flight: int
     storage: str
+    is_fused: bool
     cache_bytes: int
     memory_bytes: int
     reason: str
@@ -173,6 +178,8 @@ class Planner:
         # An embedding table that is not also the output head is looked up, not multiplied with.
         looked_up = 0 if config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
         self._flops_per_token = 2 * (self._num_parameters - looked_up)
+        self._fuses_projections = fuses_projections(model.mesh, config)
+        self._fused_numbers = sum(size for name, size in sizes.items() if is_part(name))
         kv_heads = config.num_kv_heads // model.mesh.shape["kv"]
         self._bytes_per_cache_slot = 2 * config.num_layers * kv_heads * config.head_dim * self._itemsize
         if workload.ndim == 0 and options.form == Form.FACTORISED:
@@ -221,11 +228,21 @@ class Planner:
         storage = self._options.direction_storage
         may_draw = self._workload.num_random and not form.batches_points
         storages = [storage] if storage != "auto" else ["exact", "seed"] if may_draw else ["exact"]
-        for stored in storages:
+        for stored, is_fused in itertools.product(storages, (True, False)):
+            if is_fused and not self._can_fuse(form, stored):
+                continue
             slots = self._options.slots or self._most_useful_slots()
             while slots:
-                yield self._plan(form, stored, slots)
+                yield self._plan(form, stored, is_fused, slots)
                 slots = 0 if self._options.slots else slots // 2
+
+    def _can_fuse(self, form: Form, storage: str) -> bool:
+        """Whether decoding with fused projections is faster on these devices, and possible.
+
+        Streamed weights arrive one by one, and directions that are not stored as arrays cannot be fused.
+        """
+        are_arrays = storage == "exact" or not form.num_factored(self._workload.ndim)
+        return self._fuses_projections and not form.keeps_weights_on_host and are_arrays
 
     def seconds(self, plan: Plan) -> float:
         """Estimated seconds for a direction set, if every row decodes to its limit."""
@@ -306,7 +323,7 @@ class Planner:
             num_factored=form.num_factored(workload.ndim),
         )
 
-    def _plan(self, form: Form, storage: str, slots: int) -> Plan:
+    def _plan(self, form: Form, storage: str, is_fused: bool, slots: int) -> Plan:
         layout = self._layout(form, slots)
         cache = self._cache_bytes(form, layout)
         plan = Plan(
@@ -315,8 +332,14 @@ class Planner:
             chunk=self._options.chunk or DEFAULT_CHUNK,
             chunks_in_flight=0 if self._hardware.is_host else 1,
             storage=storage,
+            is_fused=is_fused,
             cache_bytes=cache,
-            memory_bytes=round(self._direction_and_weight_bytes(form, storage) + cache + self._work_space(layout)),
+            memory_bytes=round(
+                self._direction_and_weight_bytes(form, storage)
+                + (self._fused_bytes(form) if is_fused else 0)
+                + cache
+                + self._work_space(layout)
+            ),
             reason="",
         )
         read, compute = (1e3 * seconds for seconds in self._step_seconds(plan))
@@ -347,6 +370,12 @@ class Planner:
         }[storage]
         one_tensor = 4 * self._largest_tensor if form.keeps_weights_on_host or storage == "seed" else 0
         return copies * self._weight_bytes + bytes_per_number * self._parameters_per_device + one_tensor
+
+    def _fused_bytes(self, form: Form) -> int:
+        """Bytes of the fused copies of weights and directions; a point's own weights are formed fused."""
+        factored = form.num_factored(self._workload.ndim)
+        copies = factored + (1 if factored == self._workload.ndim else 0)
+        return copies * self._fused_numbers * self._itemsize
 
     def _work_space(self, layout: BatchLayout) -> int:
         """Estimated bytes of temporary arrays on each device: a prefill's largest layer, its keys and values, and the

@@ -156,6 +156,8 @@ class Results:
         """Record the new tokens of rows, which held these jobs, and return the jobs whose answers are now finished."""
         out = jax.device_get(generated)
         unfinished = [(job, row) for row, job in enumerate(jobs.tolist()) if job >= 0 and self._done[job] is None]
+        if self._stop_when is None:  # only the model ends an answer, so no text is read before
+            unfinished = [(job, row) for job, row in unfinished if out.ended[row]]
         texts = self._texts([out.tokens[row, : out.lengths[row]] for _, row in unfinished])
         finished = set()
         for (job, row), text in zip(unfinished, texts, strict=True):
@@ -186,6 +188,8 @@ class Results:
         return self._stop_when is not None and self._stop_when(self._texts([tokens])[0])
 
     def _texts(self, rows: Sequence[Int[np.ndarray, " _"]]) -> list[str]:
+        if not rows:  # transformers decodes an empty batch to one empty text
+            return []
         texts: list[str] = self._tokenizer.batch_decode(
             [row.tolist() for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

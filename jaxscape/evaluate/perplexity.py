@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
@@ -17,6 +16,7 @@ from jaxscape.models.config import ModelConfig
 from jaxscape.models.loss import summed_loss
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.hardware import platform_jit
 from jaxscape.runtime.sharding import mesh_shape_of, on_mesh
 
 
@@ -53,7 +53,7 @@ def perplexity(model: Model, chats: Sequence[Chat], *, max_length: int = 2048, b
     return math.exp(mean_loss(batch_loss, examples, rounded_size, model.mesh))
 
 
-@partial(jax.jit, static_argnames=("config", "mesh", "kernel"))
+@platform_jit(static_argnames=("config", "mesh", "kernel"))
 def _batch_loss(params: Params, batch: Batch, *, config: ModelConfig, mesh: Mesh, kernel: bool) -> Float[Array, ""]:
     with on_mesh(mesh):
         return summed_loss(config, params, batch.tokens, batch.lengths, batch.learned, kernel=kernel)

@@ -22,6 +22,7 @@ from jaxscape.models.lora import Factors, attach, init_factors
 from jaxscape.models.loss import summed_loss
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.hardware import platform_jit
 from jaxscape.runtime.sharding import mesh_shape_of, on_mesh, replicated
 
 
@@ -149,7 +150,7 @@ def initial_trainable(model: Model, training: Training) -> Params | Factors:
     return jax.tree.map(lambda weight: jnp.array(weight, jnp.float32, copy=True), model.params)
 
 
-@partial(jax.jit, static_argnames=("config", "settings"), donate_argnames="state")
+@platform_jit(static_argnames=("config", "settings"), donate_argnames="state")
 def train_step(
     state: State,
     frozen: Params,
@@ -221,7 +222,7 @@ def _decoder_params(trainable: Any, frozen: Params, settings: Settings) -> Param
     return jax.tree.map(lambda weight: weight.astype(settings.dtype), trainable)
 
 
-@partial(jax.jit, static_argnames=("config", "settings"))
+@platform_jit(static_argnames=("config", "settings"))
 def _batch_loss(
     trainable: Any, frozen: Params, rows: Batch, *, config: ModelConfig, settings: Settings
 ) -> Float[Array, ""]:

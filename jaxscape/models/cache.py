@@ -21,12 +21,15 @@ class CacheOrder(NamedTuple):
         min_queries: the least number of queries in a matrix product with the cache; a single query is padded with zero
             rows to this number. XLA for TPUs computes a product with one row on the vector unit, which takes several
             times as long as reading the cache.
+        kernel: whether the attention of a single new token to the cache is computed by the GPU kernel of
+            `jaxscape.models.decode_attention`, for which the cache has the order "bksh" and is not read first.
     """
 
     keys: str
     values: str
     is_read_first: bool = True
     min_queries: int = 1
+    kernel: bool = False
 
     @property
     def keys_and_values(self) -> tuple[str, str]:
@@ -43,7 +46,9 @@ class CacheOrder(NamedTuple):
 # For each platform, the order in which attention reads the cache without transposing it, which would be a copy. On a
 # CPU the last dimension of keys is the slots.
 CPU_ORDER = CacheOrder("bkhs", "bksh", is_read_first=False)
-GPU_ORDER, TPU_ORDER = CacheOrder("bksh", "bksh"), CacheOrder("bksh", "bksh", min_queries=8)
+TPU_ORDER = CacheOrder("bksh", "bksh", min_queries=8)
+GPU_ORDER = CacheOrder("bksh", "bksh", is_read_first=False, kernel=True)
+GPU_ORDER_WITHOUT_KERNEL = CacheOrder("bksh", "bksh")
 
 
 class KVCache(NamedTuple):

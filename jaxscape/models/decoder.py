@@ -19,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxscape.models import kernels
+from jaxscape.models import decode_attention, kernels
 from jaxscape.models.cache import CPU_ORDER, CacheOrder, Context, KeysValues, KVCache
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.rope import Rotation, apply_rope, make_rotation
@@ -141,14 +141,20 @@ class Attention(nn.Module):
         q, k, v = self._projections(x)  # [b, t, heads, h]
         if context.rotation is not None:
             q, k = apply_rope(q, context.rotation), apply_rope(k, context.rotation)
-        k, v = _without_nonfinite_values(k, v, positions)
+        # The kernel for decode steps does not read values that are masked.
+        uses_decode_kernel = self.order.kernel and context.cache is not None and x.shape[1] == 1
+        if not uses_decode_kernel:
+            k, v = _without_nonfinite_values(k, v, positions)
         heads_first = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [b, k, t, h], as the kernel takes them
         new = self._in_cache_order(k, v)
         q = self._grouped(q)  # [b, k, g, t, h]
         if self.kernel:
             y = kernels.attention(q * self.config.score_scale, *heads_first, positions >= 0)
             return self._output(y), new
-        y, updated = self._attend(q, new, context)
+        if uses_decode_kernel:
+            y, updated = self._attend_with_kernel(q[..., 0, :], new, context)
+        else:
+            y, updated = self._attend(q, new, context)
         return self._output(y.astype(x.dtype)), updated
 
     def _projections(self, x: Float[Array, "batch time dim"]) -> list[Float[Array, "batch time _ head_dim"]]:
@@ -206,7 +212,6 @@ class Attention(nn.Module):
             sources = [context.prefix, *sources]
         elif context.prefix is not None:  # for many tokens, a copy of the prefix costs little
             sources = [_prepend(context.prefix, sources[0], order), *sources[1:]]
-
         scores = [_scores(q, keys, order) for keys, _ in sources]
         visible = jnp.split(context.visible, np.cumsum([part.shape[-1] for part in scores])[:-1], axis=-1)
         capped = (_softcapped(part * c.score_scale, c.attention_softcap) for part in scores)
@@ -214,6 +219,16 @@ class Attention(nn.Module):
         pairs = zip(weights, (values for _, values in sources), strict=True)
         outputs = [_weighted_values(w.astype(values.dtype), values, order) for w, values in pairs]
         return sum(outputs[1:], start=outputs[0]), updated
+
+    def _attend_with_kernel(
+        self, q: Float[Array, "batch kv_heads group head_dim"], new: KeysValues, context: LayerContext
+    ) -> tuple[Float[Array, "batch kv_heads group head_dim"], KeysValues]:
+        """`_attend` for one new token in each row, by the GPU kernel; the output has the dtype of the queries."""
+        assert context.cache is not None
+        updated = _write(context.cache, new, context.slot, self.order)
+        sources = [updated] if context.prefix is None else [context.prefix, updated]
+        scale, softcap = self.config.score_scale, self.config.attention_softcap
+        return decode_attention.attention(q, sources, context.visible[:, 0], scale=scale, softcap=softcap), updated
 
     def _output(self, y: Float[Array, "batch kv_heads *queries head_dim"]) -> Float[Array, "batch time dim"]:
         """The output projection of all heads. The dimensions `queries` of y are [g, t] or [q]."""

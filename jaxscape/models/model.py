@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,7 +18,7 @@ from jaxscape.models.decoder import forward
 from jaxscape.models.families import from_transformers
 from jaxscape.models.gguf import open_gguf
 from jaxscape.runtime.errors import UserError
-from jaxscape.runtime.hardware import free_memory
+from jaxscape.runtime.hardware import free_memory, platform_jit
 from jaxscape.runtime.processes import from_first, gathered
 from jaxscape.runtime.sharding import MeshShape, default_mesh_shape, make_mesh, on_mesh
 
@@ -69,7 +68,7 @@ class Model:
         save_model(self, directory)
 
 
-@partial(jax.jit, static_argnums=(2, 3))
+@platform_jit(static_argnums=(2, 3))
 def _logits(
     params: Params, tokens: Int[Array | np.ndarray, "batch time"], config: ModelConfig, mesh: Mesh
 ) -> Float[Array, "batch time vocab"]:

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property, update_wrapper
 from pathlib import Path
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,9 @@ from jaxtyping import Array, Float
 
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.files import cache_dir, write_whole
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,59 @@ class Roofline:
 
     flops: float
     bandwidth: float
+
+
+_COMMAND_BUFFERS = ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION")  # XLA's default
+COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
+    "gpu": {
+        # XLA tries many Triton kernels for every matrix product, which takes most of the compile time; the products of
+        # cuBLAS are as fast.
+        "xla_gpu_enable_triton_gemm": False,
+        # With loops in command buffers, the GPU runs all steps of a loop without waiting for the host.
+        "xla_gpu_enable_command_buffer": ",".join((*_COMMAND_BUFFERS, "WHILE", "CONDITIONAL")),
+    },
+}
+"""XLA's options for the package's programs, by platform."""
+
+
+class PlatformJit(Generic[P, R]):
+    """A function jitted with `COMPILER_OPTIONS` for JAX's default platform, without those that `XLA_FLAGS` sets.
+
+    It can be called and lowered like the result of `jax.jit`. A lowered program has no such options, because it may be
+    compiled for another platform.
+
+    Arguments:
+        options: the keyword arguments of `jax.jit`.
+    """
+
+    def __init__(self, function: Callable[P, R], **options: Any) -> None:
+        self._function, self._options = function, options
+        self._plain = jax.jit(function, **options)
+        update_wrapper(self, function)
+
+    @cached_property
+    def _jitted(self) -> Any:
+        flags = os.environ.get("XLA_FLAGS", "")
+        chosen = COMPILER_OPTIONS.get(jax.default_backend(), {})
+        used = {name: value for name, value in chosen.items() if name not in flags}
+        return jax.jit(self._function, compiler_options=used, **self._options) if used else self._plain
+
+    def __call__(self, *arguments: P.args, **options: P.kwargs) -> R:
+        result: R = self._jitted(*arguments, **options)
+        return result
+
+    def lower(self, *arguments: Any, **options: Any) -> jax.stages.Lowered:
+        return self._plain.lower(*arguments, **options)
+
+    def _cache_size(self) -> int:
+        """The number of compiled programs."""
+        size: int = self._jitted._cache_size()
+        return size
+
+
+def platform_jit(**options: Any) -> Callable[[Callable[P, R]], PlatformJit[P, R]]:
+    """A decorator that makes a `PlatformJit` with these keyword arguments of `jax.jit`."""
+    return lambda function: PlatformJit(function, **options)
 
 
 def enable_compilation_cache() -> None:
@@ -121,7 +179,7 @@ def measure_roofline(dtype: str) -> Roofline:
     return Roofline(flops, matrix.nbytes / _seconds(_product, rows, matrix))
 
 
-@jax.jit
+@platform_jit()
 def _product(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
     return jnp.einsum("ri,oi->ro", x, weight, precision=jax.lax.Precision.HIGHEST)
 

@@ -1,0 +1,53 @@
+"""What the engine does differently on each platform."""
+
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+
+from jaxscape.models import decode_attention
+from jaxscape.models.cache import CPU_ORDER, GPU_ORDER, GPU_ORDER_WITHOUT_KERNEL, TPU_ORDER, CacheOrder
+from jaxscape.models.config import ModelConfig
+from jaxscape.runtime.sharding import mesh_shape_of
+
+
+@dataclass(frozen=True)
+class Platform:
+    """The choices for a platform.
+
+    Attributes:
+        order: how the cache lies in memory and is read.
+        order_without_kernel: the same where the kernel of `order` is not used; the same order if it has none.
+        fuses_projections: whether decoding is faster with fused projections, see `jaxscape.models.fusion`. On several
+            devices along the mesh axis `model` they are never fused, because a fused matrix is sharded as one, and its
+            parts would be exchanged.
+    """
+
+    order: CacheOrder
+    order_without_kernel: CacheOrder
+    fuses_projections: bool = False
+
+
+PLATFORMS = {
+    "cpu": Platform(CPU_ORDER, CPU_ORDER),
+    "gpu": Platform(GPU_ORDER, GPU_ORDER_WITHOUT_KERNEL, fuses_projections=True),
+    "tpu": Platform(TPU_ORDER, TPU_ORDER),
+}
+"""The choices by the name that JAX gives to a device's platform."""
+
+
+def platform_of(mesh: Mesh) -> Platform:
+    """The choices for the devices of a mesh."""
+    return PLATFORMS[mesh.devices.flat[0].platform]
+
+
+def cache_order(mesh: Mesh, dtype: str, config: ModelConfig) -> CacheOrder:
+    """The order of the cache for a model on these devices."""
+    platform = platform_of(mesh)
+    if platform.order.kernel and not decode_attention.matches_reference(mesh, dtype, config.head_dim):
+        return platform.order_without_kernel
+    return platform.order
+
+
+def fuses_projections(mesh: Mesh, config: ModelConfig) -> bool:
+    """Whether decoding would be faster with projections that are not fused yet."""
+    return platform_of(mesh).fuses_projections and mesh_shape_of(mesh).model == 1 and not config.is_fused
