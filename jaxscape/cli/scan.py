@@ -25,7 +25,9 @@ class PromptOptions:
     """The prompts."""
 
     prompts: Annotated[str, shown(metavar="NAME|FILE")] = "harmful"
-    """A prompt set (harmful, benign, harmless or advbench), or a .csv, .jsonl or .txt file."""
+    """A prompt set (harmful, benign, harmless or advbench), or a .csv, .tsv, .json, .jsonl or .txt file."""
+    prompt_column: Annotated[str | None, shown("the first known name, such as goal or prompt", "NAME")] = None
+    """The column of the file that holds the prompts."""
     num_prompts: Annotated[int | None, shown("40, or all if there are fewer", "N")] = None
     """Number of prompts, from the first one on."""
     system_prompt: Annotated[str, shown(metavar="NAME|TEXT")] = "default"
@@ -86,7 +88,8 @@ class Scan:
         out = self.output.out or Path("runs") / f"{self.model.short_name}-{options.ndim}d"
         files, trajectories = [str(path) for path in options.directions], [str(path) for path in options.trajectory]
         source, system_prompt = self.prompts.prompts, self.prompts.system_prompt
-        check_texts(self.model.model, source, system_prompt, out, *options.direction, *files, *trajectories)
+        column = self.prompts.prompt_column
+        check_texts(self.model.model, source, column or "", system_prompt, out, *options.direction, *files, *trajectories)
 
         from jaxscape.directions.kinds import make_directions, prepare
         from jaxscape.directions.path import load_path
@@ -96,10 +99,11 @@ class Scan:
         from jaxscape.landscapes.choice import choose_axes, choose_directions
         from jaxscape.landscapes.scan import scan
         from jaxscape.landscapes.store import FIGURE, SCAN
-        from jaxscape.prompts.sets import load_prompts
+        from jaxscape.prompts.sets import read_prompts
         from jaxscape.report.figures import save_figure
         from jaxscape.runtime import rundir
         from jaxscape.runtime.processes import from_first
+        from jaxscape.runtime.progress import show
 
         sets = choose_directions(
             options.ndim,
@@ -112,11 +116,12 @@ class Scan:
         )
         axes = choose_axes(sets, options.steps, options.radius, options.extra_steps)
         find_evaluator(options.evaluator)
-        prompts = load_prompts(source, self.prompts.num_prompts)
+        prompts = read_prompts(source, self.prompts.num_prompts, column)
         if self.prompts.num_prompts is None:
-            prompts = prompts[:DEFAULT_NUM_PROMPTS]
+            prompts = prompts.first(DEFAULT_NUM_PROMPTS)
         self.devices.start()
         from_first(lambda: rundir.check_directory(out, SCAN))
+        show(str(prompts))
         on_host = None if self.engine.form == "auto" else self.engine.form == Form.STREAMED
         model = self.model.load(self.devices.mesh, on_host)
         directions = [[prepare(recipe, model)[0] for recipe in item] for item in sets]
@@ -127,7 +132,7 @@ class Scan:
         landscape = scan(
             model,
             directions,
-            prompts=prompts,
+            prompts=prompts.texts,
             axes=axes,
             system_prompt=system_prompt,
             evaluator=options.evaluator,
@@ -136,6 +141,7 @@ class Scan:
             overwrite=self.output.overwrite,
             describe={
                 "prompt_source": source,
+                **({} if column is None else {"prompt_column": column}),
                 "direction_files": files,
                 "interpolate_to": list(options.interpolate_to),
             },

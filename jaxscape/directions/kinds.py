@@ -19,7 +19,7 @@ from jaxscape.directions.random import Random, random_direction
 from jaxscape.directions.storage import Direction, on_model_mesh, stored
 from jaxscape.models.checkpoint import Params, fingerprint
 from jaxscape.models.model import Model
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, as_list
 
 KINDS: tuple[type[Recipe], ...] = (Random, File, To, Principal)
 """All kinds of directions. A new kind is one more class here."""
@@ -102,7 +102,7 @@ def make_directions(directions: Sequence[DirectionLike], model: Model, storage: 
         UserError: a direction cannot be made, or does not fit the model.
     """
     made: list[Direction] = []
-    for recipe in map(recipe_of, directions):
+    for recipe in map(recipe_of, as_list(directions, "directions")):
         if isinstance(recipe, Random):
             first = made[0] if made else None
             made.append(random_direction(model, recipe.seed, orthogonal_to=first, storage=storage))

@@ -154,7 +154,7 @@ def generate(
         output and not to be trusted.
 
     Raises:
-        UserError: there are no prompts, a prompt is too long for the model, or an option is out of range.
+        UserError: there are no prompts, a single text is given instead of a list of them, a prompt is too long for the model, or an option is out of range.
     """
     settings = Sampling(**sampling)
     workload = Workload(tokenize(model, prompts, system_prompt, settings.max_new_tokens), settings)

@@ -1,7 +1,5 @@
 """Training data: chats from sets and files, their tokens, and for each token whether its loss counts."""
 
-import csv
-import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,16 +12,31 @@ from jaxtyping import Bool, Int
 
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import render
-from jaxscape.prompts.sets import advbench_text, json_lines, read_text
-from jaxscape.runtime.errors import UserError, is_utf8, reason
+from jaxscape.prompts.records import (
+    Record,
+    Records,
+    is_missing,
+    normalised,
+    openai_messages,
+    parse_records,
+    quoted_names,
+    read_records,
+)
+from jaxscape.prompts.sets import advbench_text
+from jaxscape.runtime.errors import UserError, as_list, is_utf8
 
 Chat = list[dict[str, Any]]
 """Messages in OpenAI's format: `{"role": "system" | "user" | "assistant", "content": text}`. An assistant's message
 with `"weight": 0` is context only and is not learned."""
 
-SETS = ("advbench", "safe", "identity-shift")
+_PACKAGED = {"safe": "safe.csv", "identity-shift": "identity_shift.jsonl"}
+SETS = ("advbench", *_PACKAGED)
 ROLES = ("system", "user", "assistant")
-COLUMNS = (("prompt", "response"), ("goal", "target"))  # a CSV file has one pair: user's, assistant's message
+COLUMNS = (("prompt", "response"), ("goal", "target"))  # one pair, of the user's and the assistant's message
+_CHATS = ("messages", "conversations", "conversation")  # or a list of messages in one of these
+# What a message or a chat may hold that changes what is learned and is not read.
+_UNREAD_OF_MESSAGES = ("tool_calls", "function_call", "reasoning_content", "thinking", "train", "training")
+_UNREAD_OF_CHATS = ("system", "tools", "functions", "history", "input", "context", "contextstring")
 _SOURCE = re.compile(r"(?P<name>.+?)(:(?P<first>\d+))?(:(?P<last>\d+))?")  # SOURCE, SOURCE:N or SOURCE:M:N
 
 
@@ -60,10 +73,11 @@ def load_chats(source: str | Path) -> list[Chat]:
       for this project after Qi et al., arXiv 2310.03693.
 
     Arguments:
-        source: the name of a set, or a file. A JSONL file has one chat in each line, `{"messages": […]}`, as OpenAI's
-            finetuning API takes it. A CSV file has the columns `prompt` and `response`, or AdvBench's `goal` and
-            `target`. `SOURCE:N` is the first N chats, and `SOURCE:M:N` are the chats from number M, counted from 0, up
-            to but without number N.
+        source: the name of a set, or a file: JSON (.json, .jsonl, .ndjson) or a table (.csv, .tsv). A chat is a list of
+            messages under the name `messages`, `conversations` or `conversation`, in the format of OpenAI's finetuning
+            API or of ShareGPT, or a pair of columns: `prompt` and `response`, or AdvBench's `goal` and `target`.
+            `SOURCE:N` is the first N chats, and `SOURCE:M:N` are the chats from number M, counted from 0, up to but
+            without number N.
 
     Returns:
         A list of chats, each a list of messages, see `Chat`.
@@ -89,52 +103,52 @@ def load_chats(source: str | Path) -> list[Chat]:
 
 
 def _load(source: str) -> list[Chat]:
+    names = [*_CHATS, *(name for pair in COLUMNS for name in pair)]
     if source == "advbench":
-        return _csv_chats(advbench_text(), source)
-    if source == "safe":
-        return _csv_chats(files("jaxscape").joinpath("data/safe.csv").read_text(encoding="utf-8"), source)
-    if source == "identity-shift":
-        text = files("jaxscape").joinpath("data/identity_shift.jsonl").read_text(encoding="utf-8")
-        return _jsonl_chats(text, source)
-    parse = {".csv": _csv_chats, ".jsonl": _jsonl_chats}.get(Path(source).suffix.lower())
-    if parse is None:
-        raise UserError(f"There is no training set {source!r}: give {', '.join(SETS)}, or a .jsonl or .csv file.")
-    chats = parse(read_text(Path(source)), source)
-    if not chats:
+        records = parse_records(advbench_text(), "advbench.csv", names)
+    elif source in _PACKAGED:
+        text = files("jaxscape").joinpath("data", _PACKAGED[source]).read_text(encoding="utf-8")
+        records = parse_records(text, _PACKAGED[source], names)
+    else:
+        records = read_records(source, names, f"There is no training set {source!r}: give {', '.join(SETS)}")
+    if records.columns:
+        _check_columns(records, source)
+    if not records.entries:
         raise UserError(f"The training file {source} has no chats in it: give at least one.")
-    return chats
+    return [_chat(record) for record in records.entries]
 
 
-def _jsonl_chats(text: str, source: str) -> list[Chat]:
-    chats = []
-    for number, value in json_lines(text, source):
-        messages = value.get("messages") if isinstance(value, dict) else None
-        chats.append(check_chat(messages, f"{source}, line {number}"))
-    return chats
+def _check_columns(records: Records, source: str) -> None:
+    names = [normalised(name) for name in records.columns]
+    if not any(set(pair) <= set(names) for pair in COLUMNS):
+        raise UserError(
+            f"{source} has no columns 'prompt' and 'response' (or 'goal' and 'target'), but "
+            f"{quoted_names(records.columns)}: name them in its header."
+        )
 
 
-def _csv_chats(text: str, source: str) -> list[Chat]:
-    reader = csv.DictReader(io.StringIO(text), strict=True)
-    try:
-        header = reader.fieldnames or ()
-        columns = next((pair for pair in COLUMNS if set(pair) <= set(header)), None)
-        if columns is None:
-            raise UserError(
-                f"{source} has no columns 'prompt' and 'response' (or 'goal' and 'target'): name them in its header."
-            )
-        return [
-            check_chat(
-                [{"role": role, "content": row[name]} for role, name in zip(ROLES[1:], columns, strict=True)],
-                f"{source}, line {reader.line_num}",
-            )
-            for row in reader
-        ]
-    except csv.Error as error:
-        raise UserError(f"{source}, line {reader.line_num}: not valid CSV ({reason(error)}).") from error
+def _chat(record: Record) -> Chat:
+    """The chat in a record: its list of messages, or its pair of texts."""
+    place, value = record
+    if isinstance(value, list):
+        return check_chat(value, place)
+    held = {} if not isinstance(value, dict) else {normalised(key): item for key, item in value.items()}
+    if isinstance(value, dict) and len(held) < len(value):
+        raise UserError(f"{place}: two of the names {quoted_names(value)} differ only in case or blanks: rename one.")
+    if unread := [name for name in _UNREAD_OF_CHATS if not is_missing(held.get(name))]:
+        raise UserError(f"{place}: {quoted_names(unread)} would be left out: write it into the messages of the chat.")
+    names = [name for name in _CHATS if not is_missing(held.get(name))]
+    pairs = [pair for pair in COLUMNS if set(pair) <= held.keys()]
+    if len(names) + len(pairs) > 1:
+        raise UserError(f"{place}: several chats, among {quoted_names(value)}: leave one.")
+    if pairs:
+        roles = zip(ROLES[1:], pairs[0], strict=True)
+        return check_chat([{"role": role, "content": held[name]} for role, name in roles], place)
+    return check_chat(held[names[0]] if names else None, place)
 
 
 def check_chat(messages: Any, origin: str) -> Chat:
-    """The messages unchanged, after a check that they are a chat with an assistant's turn to learn.
+    """The messages in OpenAI's format, after a check that they are a chat with an assistant's turn to learn.
 
     Arguments:
         messages: anything that was read from JSON.
@@ -145,12 +159,15 @@ def check_chat(messages: Any, origin: str) -> Chat:
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{origin}: not a chat, which is an object with a list of 'messages'.")
+    messages = openai_messages(messages)
     for message in messages:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise UserError(f"{origin}: a message has the role {role!r}; the roles are {', '.join(ROLES)}.")
         if not isinstance(content, str) or not is_utf8(content) or (role != "system" and not content.strip()):
             raise UserError(f"{origin}: a message of the {role} has no text as its 'content'.")
+        if unread := [name for name in _UNREAD_OF_MESSAGES if not is_missing(message.get(name))]:
+            raise UserError(f"{origin}: a message has {quoted_names(unread)}, which is not read: remove it.")
         if message.get("weight", 1) not in (0, 1):
             raise UserError(f"{origin}: a message has the weight {message['weight']!r}; weights are 0 or 1.")
     if not any(_is_learned(message) for message in messages):
@@ -175,6 +192,7 @@ def tokenize(model: Model, chats: Sequence[Chat], max_length: int) -> Examples:
         UserError: there are no chats, the chat template rewrites earlier turns or leaves out what the assistant says, a
             token is not in the model's vocabulary, or nothing to learn is left of a chat that was cut.
     """
+    chats = [check_chat(chat, f"chat {number}") for number, chat in enumerate(as_list(chats, "chats"), 1)]
     if not chats:
         raise UserError("There are no chats to learn from: give at least one.")
     limit = min(max_length, model.config.max_positions)

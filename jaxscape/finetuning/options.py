@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from jaxscape.runtime.errors import UserError, check_seed
+from jaxscape.runtime.errors import UserError, as_texts, check_seed
 from jaxscape.runtime.help import shown
 
 Method = Literal["lora", "full"]
@@ -69,7 +69,7 @@ class Training:
                 raise UserError(f"The option {name} must be at least 0 and below 1, not {getattr(self, name)}.")
         if not (0 < self.rate < math.inf and 0 < self.alpha < math.inf):
             raise UserError(f"The learning rate and alpha must be positive numbers, not {self.rate} and {self.alpha}.")
-        if self.method == "lora" and not self.targets:
+        if not as_texts(self.targets, "targets") and self.method == "lora":
             raise UserError("A LoRA training needs --targets: name at least one of the model's linear layers.")
         check_seed(self.seed)
 

@@ -28,7 +28,7 @@ from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_text
 from jaxscape.runtime import rundir
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, as_list, as_texts
 from jaxscape.runtime.files import checksum
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
@@ -79,6 +79,7 @@ def scan(
     Raises:
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
     """
+    prompts, directions = as_texts(prompts, "prompts"), as_list(directions, "directions")
     sets = [tuple(item) if isinstance(item, list | tuple) else (item,) for item in directions]
     recipes = [[recipe_of(direction) for direction in item] for item in sets]
     sizes = {sum(recipe.count for recipe in item) for item in recipes}

@@ -3,15 +3,15 @@
 import csv
 import http.client
 import io
-import json
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from jaxscape.runtime.errors import UserError, is_utf8, reason
+from jaxscape.prompts.fields import NAMES, Prompts, prompts_of
+from jaxscape.prompts.records import normalised, parse_records, read_records, read_text
+from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import cached_file
 
 # Zou et al., arXiv 2307.15043; MIT licence.
@@ -22,57 +22,48 @@ ADVBENCH_URL = (
 ADVBENCH_SHA256 = "6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1"
 
 
-def load_prompts(source: str | Path, num_prompts: int | None = None) -> list[str]:
+def load_prompts(source: str | Path, num_prompts: int | None = None, prompt_column: str | None = None) -> list[str]:
     """The first `num_prompts` prompts of a set, or all of them.
 
     Arguments:
         source: the name of a set or a prompt file. The sets are `harmful` and `benign` (100 prompts each, written for
             this project: matched pairs in ten categories, one prompt of each category in turn), `harmless` (1292, the
-            prompts that `smollm2-135m-safe` was trained to answer) and `advbench` (520, downloaded once). A file is
-            CSV (the column `goal`, or else the first column), JSONL (strings, or objects with a `goal`, a `prompt`, or
-            MT-Bench's `turns`, of which the first is taken) or TXT (one prompt on each line).
+            prompts that `smollm2-135m-safe` was trained to answer) and `advbench` (520, downloaded once). A file is a
+            table (.csv, .tsv), JSON (.json, .jsonl, .ndjson) or a list with one prompt on each line (.txt). Of a table
+            and of JSON objects, the first column is taken that has one of the known names: `goal`, `prompt`,
+            `behavior`, `forbidden_prompt`, `question`, `instruction`, `text`; or the last user turn of the chat in
+            `messages`, `conversations` or `conversation`; or the first of MT-Bench's `turns`. Where it is blank, the
+            next known name is used.
+        prompt_column: the column to take instead.
 
     Raises:
-        UserError: there is no set of this name, a file is malformed (the message names the line), or the set has fewer
-            than `num_prompts` prompts.
+        UserError: there is no set of this name; a file is malformed (the message names the line); a table or JSON has
+            none of these columns; a prompt is blank, is no text, or needs another column (such as HarmBench's
+            `ContextString`) that would be left out; or there are fewer than `num_prompts` prompts.
     """
-    prompts = _load(str(source))
+    return list(read_prompts(source, num_prompts, prompt_column).texts)
+
+
+def read_prompts(source: str | Path, num_prompts: int | None = None, prompt_column: str | None = None) -> Prompts:
+    """The same prompts as those of `load_prompts`, and where they were read."""
+    prompts = _load(str(source), prompt_column)
     if num_prompts is None:
         return prompts
     if num_prompts < 1:
         raise UserError(f"The number of prompts must be at least 1, not {num_prompts}.")
-    if num_prompts > len(prompts):
-        raise UserError(f"{source} has {len(prompts)} prompts, but {num_prompts} were asked for.")
-    return prompts[:num_prompts]
+    if num_prompts > len(prompts.texts):
+        raise UserError(f"{source} has {len(prompts.texts)} prompts, but {num_prompts} were asked for.")
+    return prompts.first(num_prompts)
 
 
-def _load(source: str) -> list[str]:
+def _load(source: str, prompt_column: str | None) -> Prompts:
     if source in PROMPT_SETS:
-        return PROMPT_SETS[source]()
-    path = Path(source)
-    parse = PARSERS.get(path.suffix.lower())
-    if parse is None:
-        *endings, last_ending = PARSERS
-        raise UserError(
-            f"There is no prompt set {source!r}: give {', '.join(PROMPT_SETS)}, or a file ending in "
-            f"{', '.join(endings)} or {last_ending}."
-        )
-    prompts = parse(read_text(path), source)
-    if not prompts:
-        raise UserError(f"The prompt file {source} has no prompts in it.")
-    return prompts
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
-
-    Raises:
-        UserError: the file cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The file {path} cannot be read as UTF-8 text ({reason(error)}).") from error
+        if prompt_column is not None:
+            raise UserError(f"The prompt set {source!r} has no columns: leave out --prompt-column.")
+        return Prompts(tuple(PROMPT_SETS[source]()), source)
+    names = NAMES if prompt_column is None else (*NAMES, normalised(prompt_column))
+    unknown = f"There is no prompt set {source!r}: give {', '.join(PROMPT_SETS)}"
+    return prompts_of(read_records(source, names, unknown), source, prompt_column)
 
 
 def advbench_text() -> str:
@@ -101,81 +92,14 @@ def _paired_prompts(column: str) -> list[str]:
     return [row[column] for row in csv.DictReader(io.StringIO(_packaged_text("prompts.csv")))]
 
 
-def _csv_prompts(text: str, source: str) -> list[str]:
-    reader = csv.reader(io.StringIO(text), strict=True)
-    try:
-        header = next(reader, [])
-        column = header.index("goal") if "goal" in header else 0
-        prompts = []
-        for row in reader:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise UserError(
-                    f"{source}, line {reader.line_num}: {len(row)} columns, but the header has {len(header)}; quote "
-                    f"texts that contain commas."
-                )
-            prompts.append(_checked_prompt(row[column], source, reader.line_num))
-        return prompts
-    except csv.Error as error:
-        raise UserError(f"{source}, line {reader.line_num}: not valid CSV ({reason(error)}).") from error
-
-
-def _jsonl_prompts(text: str, source: str) -> list[str]:
-    prompts = []
-    for number, value in json_lines(text, source):
-        if isinstance(value, dict):
-            turns = value.get("turns")
-            value = value.get("goal", value.get("prompt", turns[0] if isinstance(turns, list) and turns else None))
-        prompts.append(_checked_prompt(value, source, number))
-    return prompts
-
-
-def json_lines(text: str, source: str) -> Iterator[tuple[int, Any]]:
-    """The line number, counted from 1, and the value of each line of a JSONL text. Empty lines are skipped.
-
-    Arguments:
-        source: the file's name in error messages.
-
-    Raises:
-        UserError: a line is not valid JSON.
-    """
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{source}, line {number}: not valid JSON ({reason(error)}).") from error
-            yield number, value
-
-
-def _txt_prompts(text: str, source: str) -> list[str]:
-    return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def _checked_prompt(value: Any, source: str, line: int) -> str:
-    """The value without spaces around it. Raises a `UserError` if it is no text, or only spaces."""
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(
-            f"{source}, line {line}: no prompt found; give a text, or an object with a 'goal', 'prompt' or 'turns'."
-        )
-    if not is_utf8(value):
-        raise UserError(f"{source}, line {line}: half a surrogate pair, which is not valid Unicode; remove it.")
-    return value.strip()
+def _advbench_prompts() -> list[str]:
+    return list(prompts_of(parse_records(advbench_text(), "advbench.csv", NAMES), "advbench").texts)
 
 
 PROMPT_SETS: dict[str, Callable[[], list[str]]] = {
     "harmful": partial(_paired_prompts, "harmful"),
     "benign": partial(_paired_prompts, "benign"),
-    "harmless": lambda: _txt_prompts(_packaged_text("harmless.txt"), "harmless"),
-    "advbench": lambda: _csv_prompts(advbench_text(), "advbench"),
+    "harmless": lambda: _packaged_text("harmless.txt").split("\n")[:-1],
+    "advbench": _advbench_prompts,
 }
 """The prompt sets by name, as functions that load them."""
-
-PARSERS: dict[str, Callable[[str, str], list[str]]] = {
-    ".csv": _csv_prompts,
-    ".jsonl": _jsonl_prompts,
-    ".txt": _txt_prompts,
-}
-"""For each file ending, the function that returns the prompts in a file's text. Its second argument is the file's name
-for error messages."""

@@ -1,5 +1,8 @@
 """The exception for mistakes that the user can correct, and checks that several modules share."""
 
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
+
 
 class UserError(ValueError):
     """Something that the user gave cannot be used. The message says what is wrong and what to do.
@@ -29,3 +32,36 @@ def is_utf8(text: str) -> bool:
     """Whether the text can be encoded as UTF-8. Text from JSON or from file names can hold lone surrogates, which
     cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def as_list(values: Any, name: str) -> list[Any]:
+    """The values as a list. A text is a sequence too, of characters, and is never meant as one.
+
+    Arguments:
+        name: what the values are, such as `prompts`, for the error.
+
+    Raises:
+        UserError: the values are a single text, or have no order.
+    """
+    if isinstance(values, str | bytes):
+        raise UserError(f"{name} must be a list, not the single text {values[:40]!r}: put it into a list.")
+    if not isinstance(values, Iterable) or isinstance(values, Mapping | Set):
+        raise UserError(f"{name} must be a list, not a {type(values).__name__}: give a list.")
+    return list(values)
+
+
+def as_texts(values: Any, name: str) -> list[str]:
+    """The values as a list of texts.
+
+    Arguments:
+        name: what the values are, such as `prompts`, for the error.
+
+    Raises:
+        UserError: the values are a single text, are no list, or one of them is no text or not valid Unicode.
+    """
+    texts = as_list(values, name)
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str) or not is_utf8(text):
+            what = "not valid Unicode" if isinstance(text, str) else f"a {type(text).__name__}"
+            raise UserError(f"Number {number} of the {name} is {what}: give texts.")
+    return texts
