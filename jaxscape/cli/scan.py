@@ -89,7 +89,8 @@ class Scan:
         files, trajectories = [str(path) for path in options.directions], [str(path) for path in options.trajectory]
         source, system_prompt = self.prompts.prompts, self.prompts.system_prompt
         column = self.prompts.prompt_column
-        check_texts(self.model.model, source, column or "", system_prompt, out, *options.direction, *files, *trajectories)
+        check_texts(self.model.model, source, system_prompt, out, *options.direction, *files, *trajectories)
+        check_texts(column or "")
 
         from jaxscape.directions.kinds import make_directions, prepare
         from jaxscape.directions.path import load_path
@@ -99,11 +100,10 @@ class Scan:
         from jaxscape.landscapes.choice import choose_axes, choose_directions
         from jaxscape.landscapes.scan import scan
         from jaxscape.landscapes.store import FIGURE, SCAN
-        from jaxscape.prompts.sets import read_prompts
+        from jaxscape.prompts.sets import load_prompts
         from jaxscape.report.figures import save_figure
         from jaxscape.runtime import rundir
         from jaxscape.runtime.processes import from_first
-        from jaxscape.runtime.progress import show
 
         sets = choose_directions(
             options.ndim,
@@ -116,12 +116,11 @@ class Scan:
         )
         axes = choose_axes(sets, options.steps, options.radius, options.extra_steps)
         find_evaluator(options.evaluator)
-        prompts = read_prompts(source, self.prompts.num_prompts, column)
+        prompts = load_prompts(source, self.prompts.num_prompts, column)
         if self.prompts.num_prompts is None:
             prompts = prompts.first(DEFAULT_NUM_PROMPTS)
         self.devices.start()
         from_first(lambda: rundir.check_directory(out, SCAN))
-        show(str(prompts))
         on_host = None if self.engine.form == "auto" else self.engine.form == Form.STREAMED
         model = self.model.load(self.devices.mesh, on_host)
         directions = [[prepare(recipe, model)[0] for recipe in item] for item in sets]
@@ -132,7 +131,7 @@ class Scan:
         landscape = scan(
             model,
             directions,
-            prompts=prompts.texts,
+            prompts=prompts,
             axes=axes,
             system_prompt=system_prompt,
             evaluator=options.evaluator,

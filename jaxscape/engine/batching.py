@@ -7,7 +7,7 @@ from functools import cached_property
 from jaxscape.engine.sampling import Sampling
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_text
-from jaxscape.runtime.errors import UserError, as_texts
+from jaxscape.runtime.errors import UserError
 
 LENGTH_MULTIPLE = 16  # lengths in tokens are padded to a multiple of this, so that programs are compiled for few shapes
 
@@ -53,7 +53,7 @@ class Workload:
 
 def tokenize(model: Model, prompts: Sequence[str], system_prompt: str, max_new_tokens: int) -> list[list[int]]:
     """The token ids of each prompt in the model's chat format; see `chat_text` and `encode`."""
-    return encode(model, [chat_text(model.tokenizer, prompt, system_prompt) for prompt in as_texts(prompts, "prompts")], max_new_tokens)
+    return encode(model, [chat_text(model.tokenizer, prompt, system_prompt) for prompt in prompts], max_new_tokens)
 
 
 def encode(model: Model, texts: Sequence[str], max_new_tokens: int) -> list[list[int]]:

@@ -41,6 +41,7 @@ from jaxscape.engine.scheduler import Completion, Coords, Results, Scheduler, St
 from jaxscape.models.checkpoint import Params
 from jaxscape.models.fusion import fuse
 from jaxscape.models.model import Model
+from jaxscape.runtime.errors import as_texts
 from jaxscape.runtime.sharding import mesh_shape_of, replicated
 
 
@@ -154,9 +155,11 @@ def generate(
         output and not to be trusted.
 
     Raises:
-        UserError: there are no prompts, a single text is given instead of a list of them, a prompt is too long for the model, or an option is out of range.
+        UserError: there are no prompts, a single text is given instead of a list, a prompt is too long for the model,
+            or an option is out of range.
     """
     settings = Sampling(**sampling)
-    workload = Workload(tokenize(model, prompts, system_prompt, settings.max_new_tokens), settings)
+    texts = as_texts(prompts, "prompts")
+    workload = Workload(tokenize(model, texts, system_prompt, settings.max_new_tokens), settings)
     engine = Engine(model, workload, make_plan(model, workload, options))
     return [completion.text for completion in next(engine.complete((), [()]))]

@@ -27,6 +27,7 @@ from jaxscape.landscapes.store import Run, open_run
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_text
+from jaxscape.prompts.fields import Prompts
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, as_list, as_texts
 from jaxscape.runtime.files import checksum
@@ -79,7 +80,8 @@ def scan(
     Raises:
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
     """
-    prompts, directions = as_texts(prompts, "prompts"), as_list(directions, "directions")
+    directions, texts = as_list(directions, "directions"), as_texts(prompts, "prompts")
+    prompts = prompts if isinstance(prompts, Prompts) else Prompts(texts)
     sets = [tuple(item) if isinstance(item, list | tuple) else (item,) for item in directions]
     recipes = [[recipe_of(direction) for direction in item] for item in sets]
     sizes = {sum(recipe.count for recipe in item) for item in recipes}
@@ -130,7 +132,7 @@ def scan(
     engine = Engine(model, workload, plan, None if options.full_text else stop_when(judge))
     with (
         open_run(directory, config, axes, len(sets), prompts, sent, overwrite) as run,
-        _progress(run, plan, progress) as report_point,
+        _progress(run, plan, prompts, progress) as report_point,
     ):
         for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
             made = None  # frees the previous set's directions before the next ones are made
@@ -143,16 +145,18 @@ def scan(
 
 
 @contextmanager
-def _progress(run: Run, plan: Plan, enabled: bool) -> Iterator[Callable[[], None]]:
+def _progress(run: Run, plan: Plan, prompts: Prompts, enabled: bool) -> Iterator[Callable[[], None]]:
     """A context with a progress bar. It yields a function that reports the point that was finished last.
 
-    The report has the point's coordinates, its ASR and the time left.
+    First, the plan is shown, and which prompts were read. A report has the point's coordinates, its ASR and the time
+    left.
     """
     total, resumed, started = len(run.points), run.num_done, time.monotonic()
     with progress_display(enabled) as bar:
         task = bar.add_task("scan", total=total, completed=resumed)
         if resumed < total:
             bar.print(str(plan))
+            bar.print(prompts.summary())
         if resumed:
             bar.print(f"resuming after {resumed} of {total} points")
 

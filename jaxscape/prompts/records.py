@@ -33,8 +33,8 @@ _FOREIGN = (
     _Foreign((".xlsx", ".xls", ".ods"), (b"\xd0\xcf\x11\xe0",), "a spreadsheet: save its sheet as CSV in UTF-8"),
     _Foreign((".zip",), (b"PK\x03\x04",), "a ZIP archive or a spreadsheet: unpack it, or save the sheet as CSV"),
     _Foreign((".parquet",), (b"PAR1",), f"a Parquet file: convert it with pandas.read_parquet(FILE).{_TO_JSONL}"),
-    _Foreign((".arrow", ".feather"), (b"ARROW1",), f"an Arrow file: convert it with pandas' read_feather and {_TO_JSONL}"),
-    _Foreign((".html",), (b"<!DOCTYPE html", b"<!doctype html", b"<html"), "a web page: download the file itself (on GitHub with 'Raw')"),
+    _Foreign((".arrow",), (b"ARROW1",), f"an Arrow file: convert it with pandas.read_feather(FILE).{_TO_JSONL}"),
+    _Foreign((".html",), (b"<!DOCTYPE html", b"<!doctype html", b"<html"), "a web page: download the file itself"),
     _Foreign((), (b"version https://git-lfs",), "a pointer of Git LFS: fetch the file itself with git lfs pull"),
 )
 # The marks of UTF-32 come first, because one of them begins with a mark of UTF-16.
@@ -127,9 +127,10 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         byte = content[error.start : error.start + 1]
+        guess = f" (in Windows-1252 it is {byte.decode('cp1252', 'replace')!r})" if encoding == "utf-8" else ""
         raise UserError(
-            f"{path}, line {line}: the byte 0x{byte.hex()} is not valid {encoding.upper()} (in Windows-1252 it is "
-            f"{byte.decode('cp1252', 'replace')!r}): save the file as UTF-8."
+            f"{path}, line {line}: the byte 0x{byte.hex()} is not valid {encoding.upper()}{guess}: save the file as "
+            f"UTF-8."
         ) from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
@@ -289,7 +290,7 @@ def _table(text: str, source: str, names: Collection[str]) -> Records:
         if len(row) < width or _width(row) > width:
             raise UserError(
                 f"{source}, line {line}: {len(row)} columns, but the first row has {width}; quote texts that contain "
-                f"{delimiter!r}."
+                f"{delimiter!r}, or give a list of texts the ending .txt."
             )
     header = [trimmed(cell) for cell in rows[0][1][:width]]
     known = [name for name in header if normalised(name) in names]
@@ -306,12 +307,10 @@ _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[,;\t ]*')  # Excel reads and writes i
 
 
 def _delimiter(text: str, names: Collection[str]) -> str:
-    """The delimiter of a table: one with which a known name stands in the first row, or else one that divides the
-    row."""
+    """The delimiter of a table: the one that divides its first row into most cells, if possible with a known name."""
     first = {delimiter: _first_row(text, delimiter) for delimiter in _DELIMITERS}
     known = [delimiter for delimiter, row in first.items() if {normalised(cell) for cell in row} & set(names)]
-    dividing = [delimiter for delimiter, row in first.items() if _width(row) > 1]
-    return (known or dividing or [","])[0]
+    return max(known or _DELIMITERS, key=lambda delimiter: len(first[delimiter]))
 
 
 def _first_row(text: str, delimiter: str) -> list[str]:

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from jaxscape.prompts.fields import NAMES, Prompts, prompts_of
-from jaxscape.prompts.records import normalised, parse_records, read_records, read_text
+from jaxscape.prompts.records import normalised, parse_records, read_records, read_text, shown_text
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import cached_file
 
@@ -22,8 +22,8 @@ ADVBENCH_URL = (
 ADVBENCH_SHA256 = "6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1"
 
 
-def load_prompts(source: str | Path, num_prompts: int | None = None, prompt_column: str | None = None) -> list[str]:
-    """The first `num_prompts` prompts of a set, or all of them.
+def load_prompts(source: str | Path, num_prompts: int | None = None, prompt_column: str | None = None) -> Prompts:
+    """The first `num_prompts` prompts of a set, or all of them, as a list that knows where they were read.
 
     Arguments:
         source: the name of a set or a prompt file. The sets are `harmful` and `benign` (100 prompts each, written for
@@ -41,18 +41,13 @@ def load_prompts(source: str | Path, num_prompts: int | None = None, prompt_colu
             none of these columns; a prompt is blank, is no text, or needs another column (such as HarmBench's
             `ContextString`) that would be left out; or there are fewer than `num_prompts` prompts.
     """
-    return list(read_prompts(source, num_prompts, prompt_column).texts)
-
-
-def read_prompts(source: str | Path, num_prompts: int | None = None, prompt_column: str | None = None) -> Prompts:
-    """The same prompts as those of `load_prompts`, and where they were read."""
     prompts = _load(str(source), prompt_column)
     if num_prompts is None:
         return prompts
     if num_prompts < 1:
         raise UserError(f"The number of prompts must be at least 1, not {num_prompts}.")
-    if num_prompts > len(prompts.texts):
-        raise UserError(f"{source} has {len(prompts.texts)} prompts, but {num_prompts} were asked for.")
+    if num_prompts > len(prompts):
+        raise UserError(f"{source} has {len(prompts)} prompts, but {num_prompts} were asked for.")
     return prompts.first(num_prompts)
 
 
@@ -60,7 +55,7 @@ def _load(source: str, prompt_column: str | None) -> Prompts:
     if source in PROMPT_SETS:
         if prompt_column is not None:
             raise UserError(f"The prompt set {source!r} has no columns: leave out --prompt-column.")
-        return Prompts(tuple(PROMPT_SETS[source]()), source)
+        return Prompts(PROMPT_SETS[source](), shown_text(source))
     names = NAMES if prompt_column is None else (*NAMES, normalised(prompt_column))
     unknown = f"There is no prompt set {source!r}: give {', '.join(PROMPT_SETS)}"
     return prompts_of(read_records(source, names, unknown), source, prompt_column)
@@ -93,7 +88,7 @@ def _paired_prompts(column: str) -> list[str]:
 
 
 def _advbench_prompts() -> list[str]:
-    return list(prompts_of(parse_records(advbench_text(), "advbench.csv", NAMES), "advbench").texts)
+    return prompts_of(parse_records(advbench_text(), "advbench.csv", NAMES), "advbench")
 
 
 PROMPT_SETS: dict[str, Callable[[], list[str]]] = {

@@ -8,11 +8,6 @@ from rich.progress import Progress
 from jaxscape.runtime.processes import is_first
 
 
-def show(line: str) -> None:
-    """Write a line on the standard error stream. Only the first process does."""
-    progress_display(True).print(line)
-
-
 def progress_display(enabled: bool) -> Progress:
     """A progress display for a `with` statement, whose `print` writes a line that stays. Only the first process shows
     anything."""

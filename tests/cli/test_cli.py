@@ -52,6 +52,21 @@ def test_a_scan_leaves_its_files_and_a_summary(
     assert "ASR of the model itself:" in out
 
 
+def test_a_scan_says_which_prompts_it_read_and_records_the_column(
+    tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table, out = tmp_path / "a.csv", tmp_path / "run"
+    table.write_text("id;Query;goal\n1;Why, and how?;x\n2;What?;y\n3;Who?;z\n")
+    scan = ["scan", "--model", tiny_dir, *QUICK, "--cpu", "--prompts", table, "--out", out]
+    main([*map(str, scan), "--prompt-column", "query"])
+    err = capfd.readouterr().err
+    assert err.count(f"the first 2 of 3 prompts from {str(table)!r} (the column 'Query'); the first one: 'Why") == 1
+    assert json.loads((out / "config.json").read_text())["prompt_column"] == "query"
+    prompts = [json.loads(line)["prompt"] for line in (out / "prompts.jsonl").read_text().splitlines()]
+    assert prompts == ["Why, and how?", "What?"]
+    assert re.search("different: .*prompts", fails(scan, capfd))
+
+
 def test_directions_from_files_and_2d_and_plot_and_export(tiny_dir: Path, tiny: js.Model, tmp_path: Path) -> None:
     files = []
     for seed in (0, 1):
@@ -124,6 +139,9 @@ def test_the_script_in_experiments_is_the_same_program() -> None:
         (["--prompts", "{tmp}/empty.txt"], "has no prompts in it"),
         (["--prompts", "{tmp}/bad.csv"], "bad.csv, line 3: 1 columns"),
         (["--prompts", "{tmp}/bad.jsonl"], "bad.jsonl, line 2: not valid JSON"),
+        (["--prompts", "{tmp}/good.csv", "--prompt-column", "query"], "no column 'query' among 'id', 'goal'"),
+        (["--prompt-column", "goal"], "'harmful' has no columns"),
+        (["--prompt-column", "bad\udcff"], "not valid UTF-8"),
         (["--num-prompts", "101"], "has 100 prompts, but 101"),
         (["--num-prompts", "0"], "at least 1"),
         (["--steps", "0"], "even and at least 2"),
@@ -169,6 +187,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bad.csv").write_text("id,goal\n1,a\n2\n")
+    (tmp_path / "good.csv").write_text("id,goal\n1,a\n")
     (tmp_path / "bad.jsonl").write_text('"a"\n{\n')
     (tmp_path / "long.txt").write_text("word " * 300)
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0")

@@ -79,7 +79,8 @@ BAD_CHATS: list[tuple[Any, str]] = [
     ('{"messages": [', "line 1: not valid JSON"),
     ('{"messages": {}}', "not a chat, which is an object with a list"),
     ('{"prompt": "Hi"}', "not a chat, which is an object with a list"),
-    ("[]", "not a chat, which is an object with a list"),
+    ('["Hi"]', "entry 1: not a chat, which is an object with a list"),
+    ("[]", "has no chats"),
     ('{"messages": [{"role": "robot", "content": "Hi"}]}', "the role 'robot'"),
     ('{"messages": [{"role": "user", "content": 3}]}', "a message of the user has no text"),
     ('{"messages": [{"role": "assistant", "content": " "}]}', "a message of the assistant has no text"),
@@ -102,16 +103,83 @@ def test_bad_jsonl_is_named_by_its_line(tmp_path: Path, text: str, message: str)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("question,answer\na,b\n", "no columns 'prompt' and 'response'"),
-        ("prompt,response\na\n", "line 2: a message of the assistant has no text"),
+        ("question,answer\na,b\n", "no columns 'prompt' and 'response' .* but 'question', 'answer'"),
+        ("prompt,response\na\n", "line 2: 1 columns, but the first row has 2"),
+        ("prompt,response\na,\n", "line 2: a message of the assistant has no text"),
+        ("prompt,response\na,Sure, I will\n", "line 2: 3 columns, but the first row has 2; quote texts"),
+        ("prompt,response,goal,target\na,b,c,d\n", "line 2: several chats, among 'prompt', 'response', 'goal'"),
+        ("prompt,response,input\na,b,c\n", "line 2: 'input' would be left out"),
+        ("a question\nanother\n", "line 1: not a chat"),
         ('prompt,response\na,"b\n', "not valid CSV"),
         ("prompt,response\n", "has no chats"),
-        ("", "no columns"),
+        ("", "has no chats"),
     ],
 )
 def test_bad_csv(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "chats.csv"
     path.write_text(text)
+    with pytest.raises(js.UserError, match=message):
+        js.load_chats(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", 'id; Prompt ;Response\r\n1;How are you?;"Fine, thanks."\r\n;;\r\n'),
+        ("a.csv", 'goal, target\nHow are you?, "Fine, thanks."\n'),
+        ("a.tsv", "goal\ttarget\t\nHow are you?\tFine, thanks.\t\n"),
+        ("a.jsonl", json.dumps([{"messages": [USER, ASSISTANT]}], indent=1)),
+        ("a.json", json.dumps({"version": 1, "data": [{"messages": [USER, ASSISTANT]}]})),
+        ("a.jsonl", json.dumps([USER, ASSISTANT])),
+        ("a.json", json.dumps([{"prompt": USER["content"], "response": ASSISTANT["content"]}])),
+        (
+            "a.json",
+            json.dumps(
+                [
+                    {
+                        "conversations": [
+                            {"from": "human", "value": USER["content"]},
+                            {"from": "gpt", "value": ASSISTANT["content"]},
+                        ]
+                    }
+                ]
+            ),
+        ),
+        (
+            "a.jsonl",
+            json.dumps(
+                {"messages": [{"role": "user", "content": [{"type": "text", "text": "How are you?"}]}, ASSISTANT]}
+            ),
+        ),
+    ],
+)
+def test_files_as_other_programs_write_them(tmp_path: Path, name: str, text: str, encoding: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(text.encode(encoding))
+    assert js.load_chats(path) == [[USER, ASSISTANT]]
+
+
+def test_blanks_that_are_learned_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "chats.csv"
+    path.write_text('prompt,response\nHi, Hello\nHi," Hello, you\n"\nHi," ""Hello"" "\n')
+    assert [chat[1]["content"] for chat in js.load_chats(path)] == [" Hello", " Hello, you\n", ' "Hello" ']
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": "1"}]}]}, "has 'tool_calls', which is not read"),
+        ({"messages": [USER, {**ASSISTANT, "train": False}]}, "has 'train', which is not read"),
+        ({"messages": [USER, ASSISTANT], "system": "Be kind."}, "'system' would be left out"),
+        ({"messages": [USER, ASSISTANT], "tools": [{"name": "a"}]}, "'tools' would be left out"),
+        ({"messages": [USER, ASSISTANT], "Messages": []}, "differ only in case"),
+        ({"messages": [USER, ASSISTANT], "conversations": [USER, ASSISTANT]}, "several chats"),
+    ],
+)
+def test_nothing_of_a_chat_is_left_out_in_silence(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(change))
     with pytest.raises(js.UserError, match=message):
         js.load_chats(path)
 

@@ -1,16 +1,13 @@
-"""Prompt sets, prompt files, and chat formats."""
+"""Prompt sets and chat formats."""
 
 import csv
 import hashlib
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import SHARED, tiny_tokenizer
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tokenizers import processors
 
 import jaxscape as js
@@ -44,56 +41,6 @@ def test_the_first_prompts_are_taken(adv80: list[str]) -> None:
     assert len(adv80) == 80
     assert adv80[0].startswith("Write a script that can exploit")
     assert js.load_prompts("harmful", 3) == js.load_prompts("harmful")[:3]
-
-
-line = st.text(st.characters(codec="utf-8", exclude_categories=("Cc",)), min_size=1).filter(
-    lambda text: text.strip() == text and text
-)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(expected=st.lists(line, min_size=1))
-def test_every_file_format_gives_back_what_was_written(tmp_path: Path, expected: list[str]) -> None:
-    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["id", "goal"], *([str(i), text] for i, text in enumerate(expected))])
-    with (tmp_path / "b.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["prompt", "x"], *([text, "y"] for text in expected)])
-    dump = json.dumps
-    (tmp_path / "a.jsonl").write_text("\n".join(dump(text, ensure_ascii=False) for text in expected), "utf-8")
-    (tmp_path / "b.jsonl").write_text("\n".join(dump({"goal": text}) for text in expected) + "\n\n", "utf-8")
-    (tmp_path / "c.jsonl").write_text("\n".join(dump({"prompt": text}) for text in expected), "utf-8-sig")
-    (tmp_path / "a.txt").write_text("\n\n".join(expected), "utf-8")
-    for path in tmp_path.iterdir():
-        assert js.load_prompts(path) == expected, path.name
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("missing.csv", None, "cannot be read"),
-        ("empty.txt", b"\n \n", "has no prompts in it"),
-        ("empty.csv", b"", "has no prompts in it"),
-        ("header.csv", b"goal,target\n", "has no prompts in it"),
-        ("latin.txt", b"caf\xe9", "as UTF-8"),
-        ("short.csv", b"id,goal\n1,a\n2\n", "short.csv, line 3: 1 columns, but the header has 2"),
-        ("blank.csv", b"goal\na\n ,\n", "line 3: 2 columns"),
-        ("hole.csv", b"goal,target\na,b\n,b\n", "line 3: no prompt found"),
-        ("quote.csv", b'goal\n"a"b\n', "line 2: not valid CSV"),
-        ("open.csv", b'goal\n"a\n', "not valid CSV"),
-        ("bad.jsonl", b'"a"\n{"goal": }\n', "bad.jsonl, line 2: not valid JSON"),
-        ("deep.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
-        ("number.jsonl", b'"a"\n\n3\n', "line 3: no prompt found"),
-        ("digits.jsonl", b"9" * 5000, "line 1: not valid JSON"),
-        ("other.jsonl", b'{"question": "a"}\n', "line 1: no prompt found"),
-        ("half.jsonl", b'"\\ud800"\n', "line 1: half a surrogate pair"),
-        ("what.xlsx", b"", "give harmful, benign, harmless, advbench, or a file ending in"),
-    ],
-)
-def test_bad_files_are_one_sentence_with_the_line(tmp_path: Path, name: str, content: Any, message: str) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(js.UserError, match=message):
-        js.load_prompts(tmp_path / name)
 
 
 @pytest.mark.parametrize(("number", "message"), [(101, "has 100 prompts, but 101"), (0, "at least 1")])
