@@ -15,9 +15,9 @@ class DataOptions:
     """The training data."""
 
     data: Annotated[tuple[str, ...], shown("none", "SET|FILE ...")] = ()
-    """Training sets (advbench, safe or identity-shift) and .jsonl or .csv files. The chats of all of them are learned
-    in a random order. SET:N is the first N chats of a set, and SET:M:N are the chats from number M, counted from 0, up
-    to but without number N."""
+    """Training sets (advbench, safe or identity-shift) and .jsonl, .json, .csv or .tsv files. The chats of all of them
+    are learned in a random order. SET:N is the first N chats of a set, and SET:M:N are the chats from number M, counted
+    from 0, up to but without number N."""
 
 
 @dataclass(frozen=True)

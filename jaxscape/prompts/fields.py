@@ -123,7 +123,7 @@ def _user_turn(value: Any, key: str, place: str) -> tuple[Any, list[str]]:
         return value[0], ["the later turns"] * (len(value) > 1)
     if not is_chat(value):
         if isinstance(value, str) and normalised(key) in (*CHAT_NAMES, TURNS):
-            raise UserError(f"{place}: {key!r} holds a text, not a chat: give the chats as JSONL, not in a table.")
+            raise UserError(f"{place}: {key!r} holds a text, not a list of messages: write the chats as JSON.")
         return value, []
     messages = openai_messages(value)
     last = max((index for index, message in enumerate(messages) if message.get("role") == "user"), default=None)
@@ -172,7 +172,7 @@ def _text(value: Any, key: str, place: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{held} {_kind(value)} where a text is expected: give a text, or a chat with a user's turn.")
     if _WRITTEN_CHAT.match(value):
-        raise UserError(f"{held} a chat that is written as a text: give the chats as JSONL instead of a table.")
+        raise UserError(f"{held} a list of messages that is written as a text: write the chats as JSON.")
     if not trimmed(value):
         raise UserError(f"{place}: no prompt found, because {key or 'it'!r} is blank: fill it, or remove the entry.")
     if trimmed(value).casefold() in _MISSING_WORDS:

@@ -228,24 +228,38 @@ def _json_records(text: str, source: str, names: Collection[str]) -> Records:
     entries = _json_values(text, source)
     if len(entries) != 1:
         return Records(entries)
-    (value,) = (entry.value for entry in entries)
-    if isinstance(value, dict):
-        known = [key for key, held in value.items() if normalised(key) in names and _is_prompt_or_chat(key, held)]
-        lists = [key for key, held in value.items() if isinstance(held, list) and key not in known]
-        if (known and not source.lower().endswith(".json")) or not lists:
-            return Records(entries)
-        if known or len(lists) > 1:
-            raise UserError(
-                f"The file {source} holds one object with the lists {quoted_names(lists)}: give an array of objects, "
-                f"or one object on each line."
-            )
-        value = value[lists[0]]
+    value = entries[0].value
+    key = _key_of_list(value, source, names) if isinstance(value, dict) else None
+    if key is not None:
+        value = value[key]
     elif not isinstance(value, list) or is_chat(value):
         return Records(entries)
-    return Records([Record(f"{source}, entry {number}", entry) for number, entry in enumerate(value, 1)])
+    of_texts = "each text is a prompt" if key is None else f"each text of {shown_text(key, 40)} is a prompt"
+    records = [Record(f"{source}, entry {number}", entry) for number, entry in enumerate(value, 1)]
+    return Records(records, of_texts=of_texts)
 
 
-def _is_prompt_or_chat(key: str, value: Any) -> bool:
+def _key_of_list(value: dict[str, Any], source: str, names: Collection[str]) -> str | None:
+    """The key of the list in which the only object of a file holds its entries; None if the object is the entry.
+
+    Raises:
+        UserError: the object could be an entry or hold entries, or it holds several lists or a list of other texts.
+    """
+    known = [key for key, held in value.items() if normalised(key) in names and _is_entry(key, held)]
+    lists = [key for key, held in value.items() if isinstance(held, list) and key not in known]
+    if (known and not source.lower().endswith(".json")) or not lists:
+        return None
+    of_prompts = normalised(lists[0]) in names or normalised(lists[0]).removesuffix("s") in names or len(value) == 1
+    if known or len(lists) > 1 or not (of_prompts or all(isinstance(entry, dict) for entry in value[lists[0]])):
+        raise UserError(
+            f"The file {source} holds one object with {quoted_names(value)}, and it is unclear which list in it has "
+            f"the entries: give an array, or one entry on each line."
+        )
+    return lists[0]
+
+
+def _is_entry(key: str, value: Any) -> bool:
+    """Whether a value of this known name makes its object an entry: a text, a chat or MT-Bench's turns."""
     return isinstance(value, str) or is_chat(value) or normalised(key) == "turns"
 
 
@@ -286,14 +300,15 @@ def _table(text: str, source: str, names: Collection[str]) -> Records:
     if not rows:
         return Records([])
     width = _width(rows[0][1])
+    header = [trimmed(cell) for cell in rows[0][1][:width]]
+    known = [name for name in header if normalised(name) in names]
+    list_hint = "" if known else ", or give a list of texts the ending .txt"
     for line, row in rows:
         if len(row) < width or _width(row) > width:
             raise UserError(
                 f"{source}, line {line}: {len(row)} columns, but the first row has {width}; quote texts that contain "
-                f"{delimiter!r}, or give a list of texts the ending .txt."
+                f"{delimiter!r}{list_hint}."
             )
-    header = [trimmed(cell) for cell in rows[0][1][:width]]
-    known = [name for name in header if normalised(name) in names]
     if width == 1 and not known:
         texts = [Record(f"{source}, line {line}", row[0]) for line, row in rows]
         return Records(texts, of_texts="no header was found: every line is a prompt")

@@ -14,14 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxscape as js
-from jaxscape.prompts.fields import _MISSING_WORDS, _NUMBER, NAMES, TEXT_NAMES
+from jaxscape.prompts.fields import _MISSING_WORDS, _NUMBER, NAMES, TEXT_NAMES, Prompts
 from jaxscape.prompts.records import normalised, trimmed
 
 USER = {"role": "user", "content": "Why is the sky blue?"}
 ASSISTANT = {"role": "assistant", "content": "Because of scattering."}
 
 
-def read(tmp_path: Path, name: str, content: str | bytes, column: str | None = None) -> list[str]:
+def read(tmp_path: Path, name: str, content: str | bytes, column: str | None = None) -> Prompts:
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return js.load_prompts(path, prompt_column=column)
@@ -74,6 +74,46 @@ def test_lists_of_lines_and_tables_without_a_header_keep_every_line(tmp_path: Pa
         csv.writer(file, quoting=csv.QUOTE_ALL).writerows([text] for text in expected)
     assert js.load_prompts(tmp_path / "a.txt") == expected
     assert js.load_prompts(tmp_path / "a.csv") == expected
+
+
+PIECES = [
+    "goal",
+    "prompt",
+    "id",
+    "a",
+    '"',
+    ",",
+    ";",
+    "\t",
+    "\n",
+    "\r",
+    " ",
+    "sep=",
+    "{",
+    "}",
+    "[",
+    "]",
+    ":",
+    "1",
+    "\ufeff",
+    "null",
+]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ending=st.sampled_from([".csv", ".tsv", ".json", ".jsonl", ".txt"]),
+    content=st.binary(max_size=40)
+    | st.lists(st.sampled_from(PIECES), max_size=30).map(lambda pieces: "".join(pieces).encode()),
+)
+def test_any_bytes_are_prompts_or_one_sentence(tmp_path: Path, ending: str, content: bytes) -> None:
+    try:
+        prompts = read(tmp_path, f"a{ending}", content)
+    except js.UserError:
+        return
+    assert prompts
+    assert all(text and text == trimmed(text) for text in prompts)
+    assert prompts.summary().isprintable()
 
 
 HEADERS = {
@@ -145,6 +185,8 @@ RIGHT: list[tuple[str, str, list[str]]] = [
     ("a.ndjson", '{"goal": "a"}\r\n{"goal": "b"}', ["a", "b"]),
     ("a.jsonl", '{"goal": "a", "tags": ["x", "y"]}', ["a"]),
     ("a.json", '{"goal": ["a", "b"]}', ["a", "b"]),
+    ("a.json", '{"name": "mine", "Prompts": ["a", "b"]}', ["a", "b"]),
+    ("a.json", '{"anything": ["a", "b"]}', ["a", "b"]),
     ("a.json", '{"about": {"x": 1}, "jailbreaks": [{"goal": "a", "prompt": "b"}]}', ["a"]),
     (
         "a.jsonl",
@@ -201,8 +243,12 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.tsv", "id\tquery\n1\ta\n", "none of the columns 'id', 'query'"),
     ("a.csv", "Write a poem; then explain it\nFake a coin\n", "line 2: 1 columns, but the first row has 2; .* ';', or"),
     ("a.csv", "id,goal\n1,a\n2\n", "line 3: 1 columns, but the first row has 2"),
-    ("a.csv", "goal\nWrite a poem, then stop\n", "line 2: 2 columns, but the first row has 1; quote .* ending .txt"),
-    ("a.csv", "How?\nWrite a poem, then stop\n", "line 2: 2 columns, but the first row has 1"),
+    (
+        "a.csv",
+        "goal\nWrite a poem, then stop\n",
+        "line 2: 2 columns, but the first row has 1; quote texts that contain ','",
+    ),
+    ("a.csv", "How?\nWrite a poem, then stop\n", "line 2: 2 columns, but the first row has 1; quote .* ending .txt"),
     ("a.csv", '"goal"\n"1","a"\n', "line 2: 2 columns, but the first row has 1"),
     ("a.csv", "My prompts\nid,goal\n1,a\n", "line 2: 2 columns, but the first row has 1"),
     ("a.csv", "goal,target\na,b\n,b\n", "line 3: no prompt found, because 'goal' is blank"),
@@ -214,8 +260,12 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.csv", "goal\nNaN\n", "line 2: 'goal' holds 'NaN', which stands for a missing value"),
     ("a.csv", "question,statement\n1,a\n2,b\n", "All prompts of .* are numbers, '1' is the first"),
     ("a.csv", "Behavior,ContextString\na,\nb,A text\n", "line 3: the prompt in 'Behavior' goes with 'ContextString'"),
-    ("a.csv", "prompt,id\n\"[{'role': 'user', 'content': 'a'}]\",1\n", "a chat that is written as a text"),
-    ("a.csv", "messages,id\nHi,1\n", "'messages' holds a text, not a chat"),
+    (
+        "a.csv",
+        "prompt,id\n\"[{'role': 'user', 'content': 'a'}]\",1\n",
+        "'prompt' holds a list of messages that is written as a text",
+    ),
+    ("a.csv", "messages,id\nHi,1\n", "'messages' holds a text, not a list of messages"),
     ("a.csv", '{"goal": "a"}\n', "holds JSON: give it the ending .jsonl"),
     ("a.txt", '[\n "a"\n]\n', "holds JSON: give it the ending .jsonl"),
     ("a.txt", "id,goal\n1,a\n", r"begins with the header of a table \('goal'\): give it the ending .csv"),
@@ -234,8 +284,14 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", '{"goal": " ", "text": null}', "line 1: no prompt found, because 'goal', 'text' is blank"),
     ("a.jsonl", '"\\ud800"\n', "line 1: half a surrogate pair"),
     ("a.jsonl", '"a\\u0000"\n', "line 1: half a surrogate pair or a NUL character"),
-    ("a.json", '{"goal": ["a"], "target": ["b"]}', "one object with the lists 'goal', 'target'"),
-    ("a.json", '{"goal": "a", "data": [{"goal": "b"}]}', "one object with the lists 'data'"),
+    ("a.json", '{"goal": ["a"], "target": ["b"]}', "one object with 'goal', 'target', and it is unclear which list"),
+    (
+        "a.json",
+        '{"goal": "a", "data": [{"goal": "b"}]}',
+        "one object with 'goal', 'data', and it is unclear which list",
+    ),
+    ("a.jsonl", '{"query": "a", "tags": ["b", "c"]}', "one object with 'query', 'tags', and it is unclear which list"),
+    ("a.json", '{"query": "a", "tags": [{"name": "b"}]}', "entry 1: none of the columns 'name'"),
     ("a.json", '[{"instruction": "a", "input": "b"}]', "entry 1: the prompt in 'instruction' goes with 'input'"),
     ("a.jsonl", '{"system_prompt": "a", "question": "b"}', "'question' goes with 'system_prompt'"),
     ("a.jsonl", json.dumps({"messages": [ASSISTANT]}), "the chat has no turn of the user"),
@@ -313,6 +369,7 @@ def test_of_several_known_names_the_first_is_taken_wherever_it_stands(tmp_path: 
 SUMMARIES: list[tuple[str, str, str]] = [
     ("a.csv", "goal,target\na,b\n", "1 prompt from '{}' (the column 'goal'); the first one: 'a'"),
     ("a.csv", "a\nb\n", "2 prompts from '{}' (no header was found: every line is a prompt); the first one: 'a'"),
+    ("a.json", '{"goals": ["a"]}', "1 prompt from '{}' (each text of 'goals' is a prompt); the first one: 'a'"),
     ("a.txt", "a\nb\n", "2 prompts from '{}' (each line is a prompt); the first one: 'a'"),
     ("a.csv", "goal,text\na,\n,b\n,c\n", "(the column 'goal' of 1 and 'text' of 2)"),
     ("a.jsonl", '"a\\u001b[31m\\u202e\\n' + 99 * "b" + '"', r"the first one: 'a\x1b[31m\u202e\n" + 71 * "b" + "…'"),
