@@ -130,7 +130,8 @@ def test_progress_names_the_point_its_asr_and_the_time_left(tiny: js.Model, capf
     lines = capfd.readouterr().err.splitlines()
     assert sum("ASR" in line and "left" in line for line in lines) == 5
     assert "slots" in lines[0]
-    assert "1/5  direction 0  alpha -0.5  ASR" in lines[1]
+    assert lines[1].startswith("the first 3 of 100 prompts from 'harmful'; the first one: ")
+    assert "1/5  direction 0  alpha -0.5  ASR" in lines[2]
 
 
 @pytest.fixture(scope="module")
