@@ -318,7 +318,7 @@ def _table(text: str, source: str, names: Collection[str]) -> Records:
     return Records(entries, tuple(header))
 
 
-_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[,;\t ]*')  # Excel reads and writes it
+_SEPARATOR_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?[,;\t ]*')  # Excel reads and writes it
 
 
 def _delimiter(text: str, names: Collection[str]) -> str:
