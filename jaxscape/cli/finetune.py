@@ -6,6 +6,7 @@ from typing import Annotated
 
 from jaxscape.cli.options import Group, ModelOptions, RunOptions, check_texts, write_line
 from jaxscape.finetuning.options import Training
+from jaxscape.prompts.thinking import Thinking
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.help import shown
 
@@ -18,6 +19,8 @@ class DataOptions:
     """Training sets (advbench, safe or identity-shift) and .jsonl, .json, .csv or .tsv files. The chats of all of them
     are learned in a random order. SET:N is the first N chats of a set, and SET:M:N are the chats from number M, counted
     from 0, up to but without number N."""
+    thinking: Thinking = "default"
+    """on or off switches the model's thinking in the chats, by its chat template's own switch."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Finetune:
             out=out,
             overwrite=self.output.overwrite,
             describe={"data": list(sources)},
+            thinking=self.data.thinking,
         )
         if is_first():
             write_line(f"{out / (MODEL if result.adapter is None else ADAPTER)}")

@@ -40,18 +40,18 @@ class ModelOptions:
     keep_weights: bool = False
     """Keep the loaded weights in the cache on disk, in this dtype, which makes the next start faster."""
 
-    def load(self, mesh: str | None, on_host: bool | None = None) -> "Model":
+    def load(self, mesh: str | None, on_host: bool | None = None, weights: bool = True) -> "Model":
         """Load the model that these options name.
 
         Arguments:
             mesh: the value of --mesh, or None for the default mesh.
-            on_host: see `jaxscape.load_model`.
+            on_host, weights: see `jaxscape.load_model`.
         """
         from jaxscape.models.model import load_model
         from jaxscape.runtime.sharding import parse_mesh_shape
 
         mesh_shape = None if mesh is None else parse_mesh_shape(mesh)
-        return load_model(self.model, self.dtype, on_host, mesh_shape, self.keep_weights)
+        return load_model(self.model, self.dtype, on_host, mesh_shape, self.keep_weights, weights=weights)
 
     @property
     def short_name(self) -> str:
@@ -82,10 +82,13 @@ class RunOptions:
     process_id: Annotated[int | None, shown("detected", "N")] = None
     """Number of this process, counted from 0."""
 
-    def start(self) -> None:
+    def start(self, keep_compiled: bool = True) -> None:
         """Select JAX's platform, and join the other processes of the run if there are any.
 
         To be called before JAX is used.
+
+        Arguments:
+            keep_compiled: whether compiled programs are kept on disk.
         """
         from jaxscape.runtime.hardware import enable_compilation_cache
         from jaxscape.runtime.processes import join_processes
@@ -93,7 +96,8 @@ class RunOptions:
         names = [name for name in ("tpu", "gpu", "cpu") if getattr(self, name)]
         processes = (self.coordinator, self.num_processes, self.process_id, self.distributed)
         select_platform(names, lambda: join_processes(*processes))
-        enable_compilation_cache()
+        if keep_compiled:
+            enable_compilation_cache()
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ class OutputOptions:
     """The run's directory. An unfinished run there is resumed."""
     overwrite: bool = False
     """Start over if the directory holds a run."""
+    dry_run: bool = False
+    """Write nothing: print the plan, and the first prompt as the model gets it, with its token ids."""
 
 
 def check_texts(*texts: str | Path) -> None:

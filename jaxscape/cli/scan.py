@@ -14,6 +14,7 @@ from jaxscape.cli.options import (
     write_line,
 )
 from jaxscape.engine.options import EngineOptions, GenerationOptions
+from jaxscape.prompts.thinking import Thinking
 from jaxscape.runtime.help import shown
 
 if TYPE_CHECKING:
@@ -30,8 +31,12 @@ class PromptOptions:
     """The column of the file that holds the prompts."""
     num_prompts: Annotated[int | None, shown("40, or all if there are fewer", "N")] = None
     """Number of prompts, from the first one on."""
-    system_prompt: Annotated[str, shown(metavar="NAME|TEXT")] = "default"
-    """default (the chat template's own), none, a name (aoa, llama2 or safety), or a text of several words."""
+    system_prompt: Annotated[str, shown(metavar="NAME|TEXT|@FILE")] = "default"
+    """default (the chat template's own), none, a name (aoa, llama2 or safety), a text of several words, text:WORD for
+    any text, or @FILE for the text of a file."""
+    thinking: Thinking = "default"
+    """on or off switches a thinking model's thinking, by its chat template's own switch. What a model thinks before its
+    answer is never judged."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class Scan:
         from jaxscape.evaluate.evaluators import find_evaluator
         from jaxscape.finetuning.trajectory import project, save_trajectories
         from jaxscape.landscapes.choice import choose_axes, choose_directions
+        from jaxscape.landscapes.preview import preview
         from jaxscape.landscapes.scan import scan
         from jaxscape.landscapes.store import FIGURE, SCAN
         from jaxscape.prompts.sets import load_prompts
@@ -119,10 +125,24 @@ class Scan:
         prompts = load_prompts(source, self.prompts.num_prompts, column)
         if self.prompts.num_prompts is None:
             prompts = prompts.first(DEFAULT_NUM_PROMPTS)
-        self.devices.start()
+        is_dry = self.output.dry_run
+        self.devices.start(keep_compiled=not is_dry)
         from_first(lambda: rundir.check_directory(out, SCAN))
         on_host = None if self.engine.form == "auto" else self.engine.form == Form.STREAMED
-        model = self.model.load(self.devices.mesh, on_host)
+        model = self.model.load(self.devices.mesh, on_host, weights=not is_dry)
+        answering = {
+            "prompts": prompts,
+            "axes": axes,
+            "system_prompt": system_prompt,
+            "thinking": self.prompts.thinking,
+            "options": self.engine,
+            "seed": options.seed,
+            **asdict(self.generation),
+        }
+        if is_dry:
+            text = preview(model, sets, **answering)
+            from_first(lambda: write_line(text))
+            return
         directions = [[prepare(recipe, model)[0] for recipe in item] for item in sets]
         paths = []
         if trajectories:
@@ -131,11 +151,7 @@ class Scan:
         landscape = scan(
             model,
             directions,
-            prompts=prompts,
-            axes=axes,
-            system_prompt=system_prompt,
             evaluator=options.evaluator,
-            options=self.engine,
             out=out,
             overwrite=self.output.overwrite,
             describe={
@@ -144,8 +160,7 @@ class Scan:
                 "direction_files": files,
                 "interpolate_to": list(options.interpolate_to),
             },
-            seed=options.seed,
-            **asdict(self.generation),
+            **answering,
         )
 
         def conclude() -> None:
@@ -173,4 +188,10 @@ def summary(landscape: "Landscape", figure: Path) -> str:
     if nonfinite := int(landscape.nonfinite.sum()):
         points = int((landscape.nonfinite > 0).sum())
         lines.append(f"NaN or infinite logits: {nonfinite} completions at {points} points")
+    if unanswered := int(landscape.unanswered.sum()):
+        points = int((landscape.unanswered > 0).sum())
+        lines.append(
+            f"Thinking without an answer: {unanswered} completions at {points} points, which count as no refusal; "
+            f"raise --max-new-tokens, or give --thinking off"
+        )
     return "\n".join([*lines, f"{figure}"])

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from jaxscape.engine.sampling import Sampling
 from jaxscape.models.model import Model
-from jaxscape.prompts.chat_format import chat_text
+from jaxscape.prompts.chat_format import chat_texts
 from jaxscape.runtime.errors import UserError
 
 LENGTH_MULTIPLE = 16  # lengths in tokens are padded to a multiple of this, so that programs are compiled for few shapes
@@ -51,9 +51,15 @@ class Workload:
         return padded_length(max(self.own_lengths)) + self.sampling.max_new_tokens
 
 
-def tokenize(model: Model, prompts: Sequence[str], system_prompt: str, max_new_tokens: int) -> list[list[int]]:
-    """The token ids of each prompt in the model's chat format; see `chat_text` and `encode`."""
-    return encode(model, [chat_text(model.tokenizer, prompt, system_prompt) for prompt in prompts], max_new_tokens)
+def tokenize(
+    model: Model,
+    prompts: Sequence[str],
+    system_prompt: str,
+    max_new_tokens: int,
+    thinking: str = "default",
+) -> list[list[int]]:
+    """The token ids of each prompt in the model's chat format; see `chat_texts` and `encode`."""
+    return encode(model, chat_texts(model.tokenizer, prompts, system_prompt, thinking), max_new_tokens)
 
 
 def encode(model: Model, texts: Sequence[str], max_new_tokens: int) -> list[list[int]]:

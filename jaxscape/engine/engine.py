@@ -139,20 +139,21 @@ def generate(
     prompts: Sequence[str],
     *,
     system_prompt: str = "default",
+    thinking: str = "default",
     options: EngineOptions | None = None,
     **sampling: Unpack[SamplingOptions],
 ) -> list[str]:
     """The model's answers to prompts, each given as a user turn in the model's chat format.
 
     Arguments:
-        system_prompt: see `jaxscape.prompts.chat_format.chat_text`.
+        system_prompt, thinking: see `jaxscape.prompts.chat_format.chat_text`.
         options: see `jaxscape.engine.options.EngineOptions`.
         sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` and `seed`, see
             `jaxscape.engine.sampling.Sampling`.
 
     Returns:
-        One text for each prompt. It ends before the model's end token and contains no special tokens. It is a model's
-        output and not to be trusted.
+        One text for each prompt. It ends before the model's end token and contains no special tokens. What the model
+        thinks before its answer is part of it. It is a model's output and not to be trusted.
 
     Raises:
         UserError: there are no prompts, a single text is given instead of a list, a prompt is too long for the model,
@@ -160,6 +161,6 @@ def generate(
     """
     settings = Sampling(**sampling)
     texts = as_texts(prompts, "prompts")
-    workload = Workload(tokenize(model, texts, system_prompt, settings.max_new_tokens), settings)
+    workload = Workload(tokenize(model, texts, system_prompt, settings.max_new_tokens, thinking), settings)
     engine = Engine(model, workload, make_plan(model, workload, options))
     return [completion.text for completion in next(engine.complete((), [()]))]

@@ -93,9 +93,9 @@ class Hardware:
     is_host: bool
 
 
-def this_hardware(dtype: str) -> Hardware:
-    """The devices of this process, with their speed for this dtype."""
-    return Hardware(roofline(dtype), free_memory(), jax.default_backend() == "cpu")
+def this_hardware(dtype: str, keep: bool = True) -> Hardware:
+    """The devices of this process, with their speed for this dtype, see `jaxscape.runtime.hardware.roofline`."""
+    return Hardware(roofline(dtype, keep), free_memory(), jax.default_backend() == "cpu")
 
 
 def make_plan(

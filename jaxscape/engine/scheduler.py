@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxscape.engine.decode import Generated, Insertion
 from jaxscape.engine.layout import BatchLayout, Groups
+from jaxscape.prompts.thinking import hidden_tokens
 
 Coords = Sequence[float]
 """A point's coordinates, one for each direction."""
@@ -23,7 +24,7 @@ class Completion(NamedTuple):
     """The answer to a prompt at a point.
 
     Attributes:
-        text: the answer, without special tokens.
+        text: the answer, without special tokens, apart from those that begin and end a block of thinking.
         length: number of tokens that had to be computed for it, an end token included.
         finite: False if a NaN or infinite logit ended the text.
         cut: True if the text ends where its outcome was decided, although the model might have gone on.
@@ -142,6 +143,7 @@ class Results:
         num_prompts: int,
     ) -> None:
         self._tokenizer, self._limit, self._stop_when = tokenizer, max_new_tokens, stop_when
+        self._hidden = hidden_tokens(tokenizer)
         # For each answer, the largest number of its tokens at which `stop_when` was asked and said no.
         self._undecided = np.zeros(num_points * num_prompts, int)
         self._done: list[Completion | None] = [None] * (num_points * num_prompts)
@@ -190,7 +192,10 @@ class Results:
     def _texts(self, rows: Sequence[Int[np.ndarray, " _"]]) -> list[str]:
         if not rows:  # transformers decodes an empty batch to one empty text
             return []
+        hidden = self._hidden or ()
         texts: list[str] = self._tokenizer.batch_decode(
-            [row.tolist() for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            [[token for token in row.tolist() if token not in hidden] for row in rows],
+            skip_special_tokens=self._hidden is None,
+            clean_up_tokenization_spaces=False,
         )
         return texts

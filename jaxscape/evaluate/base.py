@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
+from jaxscape.prompts.thinking import answer_of, is_unanswered
 from jaxscape.runtime.errors import UserError
 
 REFUSED_FROM = 0.5  # an answer counts as refused if its score is at least this
@@ -15,8 +16,10 @@ REFUSED_FROM = 0.5  # an answer counts as refused if its score is at least this
 class Evaluator(Protocol):
     """Scores answers. `jaxscape.evaluate.evaluators` lists the evaluators that have a name.
 
-    An evaluator may also have a method `stop_when(text: str) -> bool`: whether a text that is still being generated has
-    its final score already, whatever may follow. The engine then ends the text there.
+    It gets answers without what a thinking model thinks before them.
+
+    An evaluator may also have a method `stop_when(text: str) -> bool`: whether an answer that is still being generated
+    has its final score already, whatever may follow. The engine then ends it there.
 
     Attributes:
         name: the evaluator's name on the command line and in a run's files.
@@ -29,9 +32,17 @@ class Evaluator(Protocol):
         ...
 
 
-def stop_when(evaluator: Evaluator) -> Callable[[str], bool] | None:
-    """The evaluator's `stop_when`, or None if it has none."""
-    return getattr(evaluator, "stop_when", None)
+def stop_when(evaluator: Evaluator, opening: str = "") -> Callable[[str], bool] | None:
+    """The evaluator's `stop_when`, or None if it has none. It is asked about answers only: no text ends in a block of
+    thinking.
+
+    Arguments:
+        opening: the marker with which the prompts open a block of thinking, see `prompts.thinking.opening_of`.
+    """
+    is_decided = getattr(evaluator, "stop_when", None)
+    if is_decided is None:
+        return None
+    return lambda text: not is_unanswered(opening + text) and is_decided(answer_of(opening + text))
 
 
 def verdicts(evaluator: Evaluator, scores: Float[np.ndarray, " prompts"], num_answers: int) -> list[bool]:

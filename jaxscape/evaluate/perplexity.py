@@ -20,7 +20,14 @@ from jaxscape.runtime.hardware import platform_jit
 from jaxscape.runtime.sharding import mesh_shape_of, on_mesh
 
 
-def perplexity(model: Model, chats: Sequence[Chat], *, max_length: int = 2048, batch_size: int = 16) -> float:
+def perplexity(
+    model: Model,
+    chats: Sequence[Chat],
+    *,
+    max_length: int = 2048,
+    batch_size: int = 16,
+    thinking: str = "default",
+) -> float:
     """The perplexity of the assistant's turns in chats: exp of the mean loss over their tokens.
 
     The tokens that end a turn do not count, because an answer may have been cut before its end.
@@ -29,6 +36,7 @@ def perplexity(model: Model, chats: Sequence[Chat], *, max_length: int = 2048, b
         chats: see `jaxscape.load_chats`.
         max_length: chats are cut to this number of tokens.
         batch_size: number of chats in a batch. It is rounded up to a multiple of the devices along `points`.
+        thinking: see `jaxscape.prompts.chat_format.render`.
 
     Raises:
         UserError: the batch size is not positive, or the chats cannot be tokenized, see
@@ -37,7 +45,7 @@ def perplexity(model: Model, chats: Sequence[Chat], *, max_length: int = 2048, b
     end_tokens = np.array(model.eos_token_ids)
     examples = [
         Example(tokens, learned & ~np.isin(tokens, end_tokens))
-        for tokens, learned in tokenize(model, chats, max_length).examples
+        for tokens, learned in tokenize(model, chats, max_length, thinking).examples
     ]
     if batch_size < 1:
         raise UserError(f"The batch size must be at least 1, not {batch_size}.")

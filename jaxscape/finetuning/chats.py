@@ -179,7 +179,7 @@ def _is_learned(message: dict[str, Any]) -> bool:
     return message["role"] == "assistant" and message.get("weight", 1) == 1
 
 
-def tokenize(model: Model, chats: Sequence[Chat], max_length: int) -> Examples:
+def tokenize(model: Model, chats: Sequence[Chat], max_length: int, thinking: str = "default") -> Examples:
     """Tokenize chats in the model's chat format.
 
     What stands before an assistant's turn has the same tokens as when the model generates that turn. A chat ends with
@@ -187,6 +187,7 @@ def tokenize(model: Model, chats: Sequence[Chat], max_length: int) -> Examples:
 
     Arguments:
         max_length: chats are cut to this number of tokens, or to the model's `max_positions` if that is less.
+        thinking: see `jaxscape.prompts.chat_format.render`.
 
     Raises:
         UserError: there are no chats, the chat template rewrites earlier turns or leaves out what the assistant says, a
@@ -198,7 +199,7 @@ def tokenize(model: Model, chats: Sequence[Chat], max_length: int) -> Examples:
     limit = min(max_length, model.config.max_positions)
     examples, num_cut = [], 0
     for number, chat in enumerate(chats, 1):
-        tokens, learned = _turns(model, chat, number)
+        tokens, learned = _turns(model, chat, number, thinking)
         if not any(learned):
             raise UserError(
                 "The model's chat template does not write what the assistant says: set another chat template."
@@ -219,7 +220,7 @@ def tokenize(model: Model, chats: Sequence[Chat], max_length: int) -> Examples:
     return Examples(tuple(examples), num_cut)
 
 
-def _turns(model: Model, chat: Chat, number: int) -> tuple[list[int], list[bool]]:
+def _turns(model: Model, chat: Chat, number: int, thinking: str) -> tuple[list[int], list[bool]]:
     """The tokens of a chat up to the end of the assistant's last turn, and for each token whether its loss counts.
 
     Arguments:
@@ -227,7 +228,7 @@ def _turns(model: Model, chat: Chat, number: int) -> tuple[list[int], list[bool]
     """
     tokens: list[int] = []
     learned: list[bool] = []
-    for rendering in _renderings(model, chat, number):
+    for rendering in _renderings(model, chat, number, thinking):
         context, turn = _context_and_turn(model, tokens, rendering)
         # The turn ends with its first end token: what a template writes after that is never generated.
         size = next((i + 1 for i, token in enumerate(turn) if token in model.eos_token_ids), len(turn))
@@ -271,7 +272,7 @@ class _Rendering(NamedTuple):
     is_learned: bool
 
 
-def _renderings(model: Model, chat: Chat, number: int) -> Iterator[_Rendering]:
+def _renderings(model: Model, chat: Chat, number: int, thinking: str) -> Iterator[_Rendering]:
     """Each assistant's turn of a chat, as the model's chat template writes it.
 
     Raises:
@@ -282,8 +283,8 @@ def _renderings(model: Model, chat: Chat, number: int) -> Iterator[_Rendering]:
     for i, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
-        before = render(model.tokenizer, messages[:i], add_generation_prompt=True)
-        after = render(model.tokenizer, messages[: i + 1], add_generation_prompt=False)
+        before = render(model.tokenizer, messages[:i], thinking=thinking)
+        after = render(model.tokenizer, messages[: i + 1], add_generation_prompt=False, thinking=thinking)
         if not (before.startswith(previous) and after.startswith(before)):
             raise UserError(
                 f"The model's chat template rewrites what stands before the assistant's turn in chat {number}, so that "

@@ -56,6 +56,7 @@ def finetune(
     overwrite: bool = False,
     describe: Mapping[str, Any] | None = None,
     progress: bool = True,
+    thinking: str = "default",
 ) -> Finetuned:
     """Finetune a chat model on the assistant's turns of chats, on the devices of the model's mesh.
 
@@ -71,6 +72,7 @@ def finetune(
         overwrite: start over if the directory holds a run.
         describe: further entries of the run's `config.json`: anything that JSON can hold.
         progress: whether to report progress on the standard error stream.
+        thinking: `on` or `off` switches thinking in the chats, see `jaxscape.prompts.chat_format.render`.
 
     Raises:
         UserError: an argument cannot be used, or the loss or its gradient is no longer finite. In the latter case the
@@ -81,11 +83,12 @@ def finetune(
     directory = None if out is None else Path(out)
     if directory is not None:
         _check_out(directory, model, training)
-    data = tokenize(model, chats, training.max_length)
+    data = tokenize(model, chats, training.max_length, thinking)
     schedule = make_schedule(data.examples, training)
     trainer = make_trainer(model, training, max(len(example.tokens) for example in data.examples))
     state = trainer.initial_state(_trainable(model, training, start))
     config = _config(model, data, training, start) | dict(describe or {})
+    config |= {"thinking": thinking} if thinking != "default" else {}
     with rundir.open_run_directory(directory, config, FINETUNING, overwrite) as file, progress_display(progress) as bar:
         checkpoints, done = None if directory is None else _open_checkpoints(directory), 0
         if checkpoints is not None:

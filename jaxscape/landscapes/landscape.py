@@ -27,6 +27,8 @@ class Landscape:
         asr: float64[directions, *grid], in percent; NaN for points that are not evaluated yet.
         asr_low, asr_high: float64[directions, *grid], in percent, the ends of the 95 % Wilson interval of each ASR.
         nonfinite: int64[directions, *grid], the number of prompts whose completion met a NaN or infinite logit.
+        unanswered: int64[directions, *grid], the number of prompts whose completion has thinking in it and no answer.
+            They are judged like an empty answer.
         num_prompts: the number of prompts at each point.
         visage_values: VISAGE of the kinds `paper` and `reference`, and the ends of their 95 % intervals, `interval` and
             `reference_interval`; None while points are missing.
@@ -37,6 +39,7 @@ class Landscape:
     asr_low: Float[np.ndarray, " directions *grid"]
     asr_high: Float[np.ndarray, " directions *grid"]
     nonfinite: Int[np.ndarray, " directions *grid"]
+    unanswered: Int[np.ndarray, " directions *grid"]
     num_prompts: int
     visage_values: dict[str, Any] | None
 
@@ -47,6 +50,7 @@ class Landscape:
         refused: Bool[np.ndarray, " directions *grid prompts"],
         nonfinite: Int[np.ndarray, " directions *grid"],
         evaluated: Bool[np.ndarray, " directions *grid"],
+        unanswered: Int[np.ndarray, " directions *grid"] | None = None,
     ) -> "Landscape":
         """A landscape from the outcome of each prompt at each point.
 
@@ -54,6 +58,7 @@ class Landscape:
             refused: bool[directions, *grid, prompts], whether the answer to each prompt counts as a refusal.
             nonfinite: int64[directions, *grid], see the attribute.
             evaluated: bool[directions, *grid], False for points whose outcomes are still missing.
+            unanswered: int64[directions, *grid], see the attribute; None stands for zeros.
         """
         num_prompts = refused.shape[-1]
         asr = np.where(evaluated, 100.0 * (1.0 - refused.sum(axis=-1) / num_prompts), np.nan)
@@ -66,7 +71,8 @@ class Landscape:
                 "interval": list(visage_interval(refused, "paper")),
                 "reference_interval": list(visage_interval(refused, "reference")),
             }
-        return cls(tuple(axes), asr, low, high, nonfinite, num_prompts, values)
+        unanswered = np.zeros_like(nonfinite) if unanswered is None else unanswered
+        return cls(tuple(axes), asr, low, high, nonfinite, unanswered, num_prompts, values)
 
     @property
     def complete(self) -> bool:
@@ -96,6 +102,7 @@ class Landscape:
             "asr_low": nested(self.asr_low),
             "asr_high": nested(self.asr_high),
             "nonfinite": self.nonfinite.tolist(),
+            **({"unanswered": self.unanswered.tolist()} if self.unanswered.any() else {}),
             "visage": self.visage_values,
             "num_prompts": self.num_prompts,
             "complete": self.complete,
@@ -142,11 +149,12 @@ class Landscape:
             asr_low=np.array(content["asr_low"], np.float64),
             asr_high=np.array(content["asr_high"], np.float64),
             nonfinite=np.array(content["nonfinite"], np.int64),
+            unanswered=np.array(content.get("unanswered", np.zeros_like(content["nonfinite"])), np.int64),
             num_prompts=int(content["num_prompts"]),
             visage_values=content["visage"],
         )
         grid = tuple(len(axis.values) for axis in landscape.axes)
-        arrays = (landscape.asr, landscape.asr_low, landscape.asr_high, landscape.nonfinite)
+        arrays = (landscape.asr, landscape.asr_low, landscape.asr_high, landscape.nonfinite, landscape.unanswered)
         shapes = {array.shape for array in arrays}
         if len(grid) not in (1, 2) or shapes != {(len(landscape.asr), *grid)}:
             raise ValueError(f"arrays of shapes {sorted(shapes)} over {len(grid)} axes")

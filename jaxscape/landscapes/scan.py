@@ -10,7 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Unpack
 
-from jaxscape.directions.kinds import DirectionLike, make_directions, prepare, recipe_of
+from jaxscape.directions.base import Recipe
+from jaxscape.directions.kinds import DirectionLike, Given, make_directions, prepare, recipe_of
 from jaxscape.directions.random import Random
 from jaxscape.engine.batching import Workload, encode
 from jaxscape.engine.engine import Engine
@@ -26,8 +27,9 @@ from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.store import Run, open_run
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model
-from jaxscape.prompts.chat_format import chat_text
+from jaxscape.prompts.chat_format import chat_texts
 from jaxscape.prompts.fields import Prompts
+from jaxscape.prompts.thinking import answer_of, is_unanswered, opening_of
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, as_list, as_texts
 from jaxscape.runtime.files import checksum
@@ -44,6 +46,7 @@ def scan(
     radius: float | None = None,
     axes: Sequence[Axis] | None = None,
     system_prompt: str = "default",
+    thinking: str = "default",
     evaluator: str | Evaluator = DEFAULT_EVALUATOR,
     options: EngineOptions | None = None,
     out: str | Path | None = None,
@@ -63,7 +66,9 @@ def scan(
             −radius to radius, and its `steps` are even, so that the model itself is a point.
         radius: None for the default: 1.25 along principal components, and else 0.5.
         axes: one for each direction of a set, instead of those that steps and radius describe.
-        system_prompt: `default`, `none`, a name or a text, see `jaxscape.prompts.chat_format.chat_text`.
+        system_prompt: `default`, `none`, a name, a text or a file, see `jaxscape.prompts.chat_format.chat_text`.
+        thinking: `on` or `off` switches thinking in the model's chat template, see
+            `jaxscape.prompts.chat_format.render`. What a model thinks before its answer is kept and not judged.
         evaluator: what judges the answers: a name, or an `Evaluator` of your own. Unless `options` ask for full texts,
             an answer ends where the evaluator's `stop_when` says that its outcome is decided.
         options: options of the engine, see `jaxscape.engine.options.EngineOptions`.
@@ -92,16 +97,10 @@ def scan(
     if len(axes) != ndim:
         raise UserError(f"There are {len(axes)} axes but {ndim} directions in a set: give one axis for each direction.")
     settings, judge = Sampling(**sampling), find_evaluator(evaluator)
-    sent = [chat_text(model.tokenizer, prompt, system_prompt) for prompt in prompts]
+    sent = chat_texts(model.tokenizer, prompts, system_prompt, thinking)
+    opening = opening_of(sent)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
-    workload = Workload(
-        prompt_tokens,
-        settings,
-        num_points=math.prod(len(axis.values) for axis in axes),
-        points_per_line=len(axes[-1].values),
-        ndim=ndim,
-        num_random=max(sum(isinstance(recipe, Random) for recipe in item) for item in recipes),
-    )
+    workload = workload_of(prompt_tokens, settings, axes, recipes)
     prepared = [[prepare(recipe, model) for recipe in item] for item in recipes]
     directory = None if out is None else Path(out)
     options = options or EngineOptions()
@@ -122,6 +121,7 @@ def scan(
         "tokens": checksum(prompt_tokens),
         "architecture": checksum((model.config, model.eos_token_ids)),
         "system_prompt": system_prompt,
+        **({"thinking": thinking} if thinking != "default" else {}),
         **asdict(settings),
         "form": plan.form,
         "full_text": options.full_text,
@@ -129,7 +129,7 @@ def scan(
         **({"evaluator": judge.name} if judge.name != DEFAULT_EVALUATOR else {}),
         **(describe or {}),
     }
-    engine = Engine(model, workload, plan, None if options.full_text else stop_when(judge))
+    engine = Engine(model, workload, plan, None if options.full_text else stop_when(judge, opening))
     with (
         open_run(directory, config, axes, len(sets), prompts, sent, overwrite) as run,
         _progress(run, plan, prompts, progress) as report_point,
@@ -138,10 +138,32 @@ def scan(
             made = None  # frees the previous set's directions before the next ones are made
             made = make_directions([recipe for recipe, _ in prepared[index]], model, plan.storage)
             for completions in engine.complete(made, [coords for _, coords in points]):
-                scores = judge.score(prompts, [completion.text for completion in completions])
-                run.append(completions, verdicts(judge, scores, len(prompts)))
+                texts = [opening + completion.text for completion in completions]
+                scores = judge.score(prompts, list(map(answer_of, texts)))
+                run.append(completions, verdicts(judge, scores, len(prompts)), list(map(is_unanswered, texts)))
                 report_point()
         return run.landscape()
+
+
+def workload_of(
+    prompt_tokens: Sequence[Sequence[int]],
+    sampling: Sampling,
+    axes: Sequence[Axis],
+    recipes: Sequence[Sequence[Recipe | Given]],
+) -> Workload:
+    """The workload of each direction set of a scan.
+
+    Arguments:
+        recipes: the directions of each set.
+    """
+    return Workload(
+        prompt_tokens,
+        sampling,
+        num_points=math.prod(len(axis.values) for axis in axes),
+        points_per_line=len(axes[-1].values),
+        ndim=len(axes),
+        num_random=max(sum(isinstance(recipe, Random) for recipe in item) for item in recipes),
+    )
 
 
 @contextmanager
@@ -170,6 +192,8 @@ def _progress(run: Run, plan: Plan, prompts: Prompts, enabled: bool) -> Iterator
             line = f"{done:>{len(str(total))}}/{total}  direction {index}  {position}  ASR {asr:5.1f} %  {left} left"
             if nonfinite := int((~run.finite[done - 1]).sum()):
                 line += f"  ({nonfinite} of {len(run.prompts)} prompts met NaN or infinite logits)"
+            if unanswered := int(run.unanswered[done - 1].sum()):
+                line += f"  ({unanswered} of {len(run.prompts)} texts have thinking and no answer)"
             bar.update(task, completed=done)
             bar.print(line)
 

@@ -46,6 +46,7 @@ class Run:
         num_done: how many points are evaluated; they are the first ones.
         refused: bool[points, prompts], whether each answer counts as a refusal; only for evaluated points.
         finite: bool[points, prompts], False if an answer met a NaN or infinite logit; only for evaluated points.
+        unanswered: bool[points, prompts], whether a text has thinking in it and no answer; only for evaluated points.
     """
 
     def __init__(
@@ -57,16 +58,22 @@ class Run:
         self.num_done = 0
         self.refused = np.zeros((len(self.points), len(prompts)), bool)
         self.finite = np.ones((len(self.points), len(prompts)), bool)
+        self.unanswered = np.zeros((len(self.points), len(prompts)), bool)
         self._shape = (num_sets, *(len(axis.values) for axis in axes))
         self._out = out
         if out is not None:
             self._restore(*out)
 
-    def append(self, completions: Sequence[Completion], refused: Sequence[bool]) -> None:
-        """Add the answers and verdicts of the next point, one for each prompt, and write them to disk."""
+    def append(self, completions: Sequence[Completion], refused: Sequence[bool], unanswered: Sequence[bool]) -> None:
+        """Add the answers and verdicts of the next point, one for each prompt, and write them to disk.
+
+        Arguments:
+            unanswered: see the attribute.
+        """
         index, coords = self.points[self.num_done]
         records = []
-        for prompt, completion, verdict in zip(self.prompts, completions, refused, strict=True):
+        outcomes = zip(self.prompts, completions, refused, unanswered, strict=True)
+        for prompt, completion, verdict, has_no_answer in outcomes:
             record = {
                 "direction": index,
                 "coords": list(coords),
@@ -75,6 +82,7 @@ class Run:
                 "refused": verdict,
             }
             record |= {"finite": False} if not completion.finite else {}
+            record |= {"unanswered": True} if has_no_answer else {}
             records.append(record | ({"cut": True} if completion.cut else {}))
         self._add(records)
         if self._out is not None:
@@ -91,21 +99,24 @@ class Run:
             refused=self.refused.reshape(*self._shape, -1),
             nonfinite=(~self.finite).sum(axis=1).reshape(self._shape),
             evaluated=(np.arange(len(self.points)) < self.num_done).reshape(self._shape),
+            unanswered=self.unanswered.sum(axis=1).reshape(self._shape),
         )
 
-    def outcomes(self) -> tuple[list[list[bool]], list[list[bool]]]:
-        """`refused` and `finite` of the evaluated points."""
-        return self.refused[: self.num_done].tolist(), self.finite[: self.num_done].tolist()
+    def outcomes(self) -> list[list[list[bool]]]:
+        """`refused`, `finite` and `unanswered` of the evaluated points."""
+        return [outcome[: self.num_done].tolist() for outcome in (self.refused, self.finite, self.unanswered)]
 
-    def set_outcomes(self, refused: list[list[bool]], finite: list[list[bool]]) -> None:
+    def set_outcomes(self, outcomes: list[list[list[bool]]]) -> None:
         """Replace the outcomes by those that `outcomes` returned in another process."""
-        self.num_done = len(refused)
-        if refused:
-            self.refused[: self.num_done], self.finite[: self.num_done] = refused, finite
+        self.num_done = len(outcomes[0])
+        if self.num_done:
+            for array, values in zip((self.refused, self.finite, self.unanswered), outcomes, strict=True):
+                array[: self.num_done] = values
 
     def _add(self, records: Sequence[Mapping[str, Any]]) -> None:
         self.refused[self.num_done] = [record["refused"] for record in records]
         self.finite[self.num_done] = [record.get("finite", True) for record in records]
+        self.unanswered[self.num_done] = [record.get("unanswered", False) for record in records]
         self.num_done += 1
 
     def _restore(self, directory: Path, file: BinaryIO) -> None:
@@ -155,5 +166,5 @@ def open_run(
             write_whole(directory / PROMPTS, to_json_lines(pairs))
             run = Run(axes, num_sets, prompts, (directory, file))
             run.landscape().save(directory)
-        run.set_outcomes(*from_first(run.outcomes))
+        run.set_outcomes(from_first(run.outcomes))
         yield run

@@ -52,9 +52,13 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     The template begins with the BOS token if the tokenizer puts that before every text.
     """
     if tokenizer.chat_template is None:
-        adds_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = "{{ bos_token }}" * adds_bos + _VICUNA
+        tokenizer.chat_template = "{{ bos_token }}" * adds_bos(tokenizer) + _VICUNA
     return tokenizer
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its BOS token before every text, unless it is told not to add special tokens."""
+    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def without_default_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -176,7 +180,7 @@ def load_cached_params(checkpoint: Checkpoint, dtype: jnp.dtype, origin: str, me
     directory = Path(name)
     with ocp.StandardCheckpointer() as checkpointer:
         if is_cached:
-            return _restore(checkpointer, directory, _abstract_params(checkpoint.config, dtype, mesh))
+            return _restore(checkpointer, directory, abstract_params(checkpoint.config, dtype, mesh))
         params = load_params(checkpoint, dtype, origin, mesh)
         try:
             checkpointer.save(directory, params)
@@ -191,8 +195,15 @@ def load_cached_params(checkpoint: Checkpoint, dtype: jnp.dtype, origin: str, me
     return params
 
 
-def _abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> Params:
-    """The shape, dtype and sharding of each parameter."""
+def abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None) -> Params:
+    """The parameters without their values: the shape, dtype and sharding of each.
+
+    Arguments:
+        mesh: None gives numpy arrays, as `load_params` does, whose numbers are all the same zero in memory.
+    """
+    if mesh is None:
+        zero = np.zeros((), dtype)
+        return jax.tree.map(lambda leaf: np.broadcast_to(zero, leaf.shape), parameter_shapes(config))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
         parameter_shapes(config),
@@ -200,9 +211,9 @@ def _abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> Param
     )
 
 
-def _restore(checkpointer: ocp.StandardCheckpointer, directory: Path, abstract_params: Params) -> Params:
+def _restore(checkpointer: ocp.StandardCheckpointer, directory: Path, abstract: Params) -> Params:
     try:
-        params: Params = checkpointer.restore(directory, abstract_params)
+        params: Params = checkpointer.restore(directory, abstract)
     except jax.errors.JaxRuntimeError:  # the device's memory is full
         raise
     except Exception as error:  # Orbax and its storage raise many types for missing or damaged files

@@ -12,7 +12,15 @@ from jaxtyping import Array, Float, Int
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from jaxscape.models import builtin, huggingface, lora
-from jaxscape.models.checkpoint import Checkpoint, Params, load_cached_params, load_params, parameter_shardings
+from jaxscape.models.checkpoint import (
+    Checkpoint,
+    Params,
+    abstract_params,
+    check_checkpoint,
+    load_cached_params,
+    load_params,
+    parameter_shardings,
+)
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import forward
 from jaxscape.models.families import from_transformers
@@ -84,6 +92,7 @@ def load_model(
     mesh_shape: MeshShape | None = None,
     keep: bool = False,
     split: MeshShape | None = None,
+    weights: bool = True,
 ) -> Model:
     """Load a model with its tokenizer.
 
@@ -101,6 +110,8 @@ def load_model(
         keep: keep the parameters in the cache directory, as an Orbax checkpoint that makes the next load faster.
             Ignored for parameters in host memory.
         split: the former name of `mesh_shape`.
+        weights: False leaves the weights out, see `jaxscape.models.checkpoint.abstract_params`; that is enough to
+            tokenize and to plan.
 
     Raises:
         UserError: there is no such model, it is not supported, or the mesh does not fit the devices.
@@ -115,7 +126,10 @@ def load_model(
     mesh_shape = mesh_shape or split or _default_mesh_shape(size, free)
     mesh = make_mesh(mesh_shape, checkpoint.config.num_kv_heads)
     on_host = _stays_on_host(on_host, size, free, mesh_shape)
-    if keep and not on_host:
+    if not weights:
+        check_checkpoint(checkpoint, str(source))
+        params = abstract_params(checkpoint.config, jnp.dtype(dtype), None if on_host else mesh)
+    elif keep and not on_host:
         params = load_cached_params(checkpoint, jnp.dtype(dtype), str(source), mesh)
     else:
         params = load_params(checkpoint, jnp.dtype(dtype), str(source), None if on_host else mesh)

@@ -2,13 +2,11 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxscape.models.checkpoint import Params, parameter_shardings
+from jaxscape.models.checkpoint import Params, abstract_params
 from jaxscape.models.config import ModelConfig
-from jaxscape.models.decoder import parameter_shapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +27,4 @@ class ModelShape:
 
 def model_shape(config: ModelConfig, mesh: Mesh, dtype: str) -> ModelShape:
     """The shape of a model with this configuration, sharded over a mesh."""
-    shapes = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding),
-        parameter_shapes(config),
-        parameter_shardings(config, mesh),
-    )
-    return ModelShape(config, shapes, mesh, dtype)
+    return ModelShape(config, abstract_params(config, jnp.dtype(dtype), mesh), mesh, dtype)

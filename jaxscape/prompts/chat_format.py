@@ -1,10 +1,22 @@
 """The text that a chat model is given for a prompt: system prompts and chat templates."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from jaxscape.prompts.sets import read_text
+from jaxscape.prompts.thinking import Thinking
 from jaxscape.runtime.errors import UserError, reason
+
+Messages = Sequence[dict[str, Any]]
+"""The `role` and `content` of each message; a content is a text, or a list of parts."""
+
+Template = Callable[..., str]
+"""A chat template: a function from messages, and the variables of the template, to a text."""
 
 SYSTEM_PROMPTS = {
     # The role of an Absolutely Obedient Agent (Qi et al., arXiv 2310.03693).
@@ -43,85 +55,244 @@ _FIXED_DATE = (
     + " }}{% endmacro %}\n"
 )
 
+# The variables by which templates switch thinking on and off: the first is that of Qwen3, SmolLM3 and most others, the
+# second that of Granite and DeepSeek-V3.1.
+_THINKING_VARIABLES = ("enable_thinking", "thinking")
+# The words in the system prompt by which other templates do so (Nemotron Nano, and SmolLM3 too), and a word that means
+# nothing to any template.
+_THINKING_WORDS = {"on": "/think", "off": "/no_think"}
+_PLAIN_WORD = "/plainword"
 
-def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str = "default") -> str:
+
+def _as_parts(messages: Messages, roles: Sequence[str]) -> Messages:
+    """The messages, whose contents are lists of one part in these roles."""
+    return [
+        message | {"content": [{"type": "text", "text": message["content"]}]} if message["role"] in roles else message
+        for message in messages
+    ]
+
+
+_OTHERS = ("user", "assistant")
+# Most templates want texts. Those of multimodal models may want lists of parts, some of them for one role only, as
+# Mistral Small 3.1's for the system message.
+_FORMS: tuple[Callable[[Messages], Messages], ...] = tuple(
+    partial(_as_parts, roles=roles) for roles in ((), ("system", *_OTHERS), ("system",), _OTHERS)
+)
+_PART = re.compile(r"""['"]type['"]: *['"]text['"]""")  # in what a template writes that takes a list for a text
+
+
+def chat_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    system_prompt: str = "default",
+    thinking: str = "default",
+) -> list[str]:
+    """The text that the model continues for each prompt, see `chat_text`.
+
+    Raises:
+        UserError: the chat template writes the same text for two prompts that differ in more than the white space
+            around them, so that it leaves out what they differ in; or `chat_text` raises it.
+    """
+    texts = [chat_text(tokenizer, prompt, system_prompt, thinking) for prompt in prompts]
+    numbers: dict[str, int] = {}
+    for number, text in enumerate(texts):
+        other = numbers.setdefault(text, number)
+        if prompts[other].strip() != prompts[number].strip():
+            raise UserError(
+                f"The model's chat template writes the same text for prompt {other + 1} ({_shortened(prompts[other])}) "
+                f"and prompt {number + 1} ({_shortened(prompts[number])}): leave one of them out, or give the model "
+                f"another chat template."
+            )
+    return texts
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str = "default", thinking: str = "default"
+) -> str:
     """The text that the model continues: the prompt as a user's turn in the model's chat format.
 
     Arguments:
-        system_prompt: `default` for what the chat template inserts by itself, `none` for no system prompt, a name in
-            `SYSTEM_PROMPTS`, or the text of a system prompt. With `none`, the template is rendered without a system
-            message and with an empty one, and the shorter text is taken: some templates insert a system prompt of their
-            own if there is no system message, and others insert an empty frame for an empty one.
+        system_prompt: `default` for what the chat template inserts by itself, `none` for no system prompt, or what
+            `system_prompt_text` takes. With `none`, the template is rendered without a system message and with an
+            empty one, and the shorter text is taken: some templates insert a system prompt of their own if there is no
+            system message, and others insert an empty frame for an empty one.
+        thinking: see `render`.
 
     Returns:
         The text, in which special tokens are spelled out.
 
     Raises:
-        UserError: the chat template does not accept the messages, or there is no system prompt of this name.
+        UserError: there is no such system prompt, or `render` raises it.
     """
     user = {"role": "user", "content": prompt}
     if system_prompt == "default":
-        return render(tokenizer, [user])
+        return render(tokenizer, [user], thinking=thinking)
     if system_prompt == "none":
         empty = {"role": "system", "content": ""}
-        return min(render(tokenizer, [user]), render(tokenizer, [empty, user]), key=len)
+        return min(
+            render(tokenizer, [user], thinking=thinking), render(tokenizer, [empty, user], thinking=thinking), key=len
+        )
     system = {"role": "system", "content": system_prompt_text(system_prompt)}
-    return render(tokenizer, [system, user])
+    return render(tokenizer, [system, user], thinking=thinking)
 
 
 def system_prompt_text(system_prompt: str) -> str:
-    """The text of a system prompt that is given by its name in `SYSTEM_PROMPTS` or as a text of several words.
+    """The text of a system prompt.
+
+    Arguments:
+        system_prompt: a name in `SYSTEM_PROMPTS`; `@FILE` for the text of a UTF-8 file, without the line breaks around
+            it; `text:TEXT` for any text; or a text of several words.
 
     Raises:
-        UserError: the system prompt is a single word that is not a name.
+        UserError: the system prompt is a single word that is not a name, the file cannot be read, or there is no text.
     """
     if system_prompt in SYSTEM_PROMPTS:
         return SYSTEM_PROMPTS[system_prompt]
+    if system_prompt.startswith(("@", "text:")):
+        is_file = system_prompt.startswith("@")
+        text = read_text(Path(system_prompt[1:])).strip("\n") if is_file else system_prompt.removeprefix("text:")
+        if not text.strip():
+            raise UserError(f"The system prompt {_shortened(system_prompt)} has no text: write one, or give none.")
+        return text
     if len(system_prompt.split()) < 2:
         names = ", ".join(SYSTEM_PROMPT_NAMES)
-        raise UserError(f"There is no system prompt {system_prompt!r}: give {names}, or a text of several words.")
+        raise UserError(
+            f"There is no system prompt {system_prompt!r}: give {names}, or a text of several words; text:WORD is a "
+            f"text of one word, and @FILE the text of a file."
+        )
     return system_prompt
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    add_generation_prompt: bool = True,
+    thinking: str = "default",
 ) -> str:
     """The text of messages in the model's chat format.
 
-    The date that a template may write is always the same. If the format has no system role, the system message is put
-    before the user's first message, as the authors of such models (Gemma, Mistral) advise.
+    The date that a template may write is always the same. Contents are given to the template as texts, or as lists of
+    parts if it loses texts, as templates of multimodal models do. If the format has no system role, the system message
+    is put before the user's first message, as the authors of such models (Gemma, Mistral) advise.
 
     Arguments:
-        messages: `role` and `content` of each message.
+        messages: `role` and `content` of each message; contents are texts.
         add_generation_prompt: end with the opening of the assistant's next message.
+        thinking: `on` or `off` switches thinking by the template's variable, or by its word in the system prompt.
 
     Raises:
-        UserError: the chat template does not accept the messages.
+        UserError: the chat template does not accept the messages, leaves out what the user says, or has no switch for
+            thinking.
     """
+    if thinking not in get_args(Thinking):
+        raise UserError(f"Unknown thinking {thinking!r}: choose {', '.join(get_args(Thinking))}.")
+    apply_template = partial(_apply_template, tokenizer)
+    if thinking != "default":
+        apply_template, messages = _switched(apply_template, messages, thinking)
+    return _written(partial(apply_template, add_generation_prompt=add_generation_prompt), messages)
 
-    def apply_template(messages: Sequence[dict[str, str]]) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=_FIXED_DATE + tokenizer.get_chat_template(),
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                date_string=" ".join(_DATE[code] for code in ("%d", "%b", "%Y")),
-            )
-        except Exception as error:  # a template is a program and can raise anything
-            raise UserError(f"The model's chat template does not accept these messages ({reason(error)}).") from error
 
-    if not messages or messages[0]["role"] != "system":
-        return apply_template(messages)
-    system, others = messages[0]["content"].strip(), list(messages[1:])
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = True, **variables: Any
+) -> str:
     try:
-        text = apply_template(messages)
-        if system in text:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=_FIXED_DATE + tokenizer.get_chat_template(),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            date_string=" ".join(_DATE[code] for code in ("%d", "%b", "%Y")),
+            **variables,
+        )
+    except Exception as error:  # a template is a program and can raise anything
+        raise UserError(f"The model's chat template does not accept these messages ({reason(error)}).") from error
+
+
+def _switched(apply_template: Template, messages: Messages, thinking: str) -> tuple[Template, Messages]:
+    """The template with its variable set, or the messages with its word in the system message, so that it switches
+    thinking on or off.
+
+    Whether a template knows a switch is seen in what it writes: `on` and `off` must differ, and a word must not be
+    written like any other.
+    """
+    templates = {
+        choice: partial(apply_template, **dict.fromkeys(_THINKING_VARIABLES, choice == "on"))
+        for choice in _THINKING_WORDS
+    }
+    if _written(templates["on"], messages) != _written(templates["off"], messages):
+        return templates[thinking], messages
+    texts = {
+        word: _written(apply_template, _with_word(messages, word)) for word in (*_THINKING_WORDS.values(), _PLAIN_WORD)
+    }
+    word = _THINKING_WORDS[thinking]
+    is_plain = texts[word].replace(word, _PLAIN_WORD) == texts[_PLAIN_WORD].replace(word, _PLAIN_WORD)
+    if is_plain or texts["/think"] == texts["/no_think"]:
+        raise UserError(
+            f"Thinking cannot be switched {thinking}, because that changes nothing in what this model's chat template "
+            f"writes with this system prompt: use the default, or write the switch that the model's authors name, if "
+            f"there is one, into the system prompt."
+        )
+    return apply_template, _with_word(messages, word)
+
+
+def _with_word(messages: Messages, word: str) -> Messages:
+    """The messages with a word at the end of the system message, which is made if there is none."""
+    if not messages or messages[0]["role"] != "system":
+        return [{"role": "system", "content": word}, *messages]
+    system = messages[0]
+    return [system | {"content": f"{system['content']} {word}".strip()}, *messages[1:]]
+
+
+def _written(apply_template: Template, messages: Messages) -> str:
+    """The text that a template writes for messages, in the first of their forms in which it writes what the system
+    message and the user say."""
+    said = {message["role"] for message in messages if message["content"]} & {"system", "user"}
+    has_part = any(_PART.search(message["content"]) for message in messages)
+    for form in _FORMS:
+        text = _attempt(apply_template, form(messages))
+        others = (_attempt(apply_template, form(_replaced(messages, role))) for role in said)
+        if text is None or (_PART.search(text) and not has_part):
+            continue
+        if all(other != text for other in others):
             return text
+    if messages and messages[0]["role"] == "system" and len(messages) > 1:
+        return _written(apply_template, _in_user_turn(messages[0]["content"].strip(), messages[1:]))
+    apply_template(messages)  # if the template does not accept the messages, its reason is the user's error
+    text = next((message["content"] for message in messages if message["role"] in said), "")
+    raise UserError(
+        f"The model's chat template leaves out the text that it is given ({_shortened(text)}), as a text and as a list "
+        f"of parts: give the model another chat template."
+    )
+
+
+def _attempt(apply_template: Template, messages: Messages) -> str | None:
+    """What the template writes for the messages; None if it does not accept them."""
+    try:
+        return apply_template(messages)
     except UserError:
-        if not others:
-            raise
-    first_user = next((i for i, message in enumerate(others) if message["role"] == "user"), None)
-    if system and first_user is not None:
-        others[first_user] = others[first_user] | {"content": f"{system}\n\n{others[first_user]['content']}"}
-    return apply_template(others)
+        return None
+
+
+def _replaced(messages: Messages, role: str) -> Messages:
+    """The messages, with other texts of the same lengths as the contents of one role."""
+    return [
+        message | {"content": ("y" if set(text) == {"x"} else "x") * len(text)} if message["role"] == role else message
+        for message in messages
+        for text in (message["content"],)
+    ]
+
+
+def _in_user_turn(system: str, messages: Messages) -> Messages:
+    """The messages, the user's first one with the text of the system message before it."""
+    first_user = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    if not system or first_user is None:
+        return messages
+    user = messages[first_user]
+    opened = user | {"content": f"{system}\n\n{user['content']}"}
+    return [*messages[:first_user], opened, *messages[first_user + 1 :]]
+
+
+def _shortened(text: str) -> str:
+    """A text for an error message: on one line, escaped, at most 60 characters."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

@@ -143,8 +143,12 @@ def _free_host_memory() -> int | None:
     return min(free, default=None)
 
 
-def roofline(dtype: str) -> Roofline:
-    """The roofline of the first local device. It is read from the cache, or measured in about a second and cached."""
+def roofline(dtype: str, keep: bool = True) -> Roofline:
+    """The roofline of the first local device. It is read from the cache, or measured in about a second.
+
+    Arguments:
+        keep: whether what is measured is written to the cache.
+    """
     device = jax.local_devices()[0]
     key = f"{device.device_kind}, {os.cpu_count() if device.platform == 'cpu' else 1}, {dtype}, jax {jax.__version__}"
     rooflines: dict[str, dict[str, float]] = {}
@@ -156,7 +160,7 @@ def roofline(dtype: str) -> Roofline:
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # there is no cache file, this device is not in it, or it is damaged and will be written again
     measured = measure_roofline(dtype)
-    if path is not None:
+    if path is not None and keep:
         others = rooflines if isinstance(rooflines, dict) else {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

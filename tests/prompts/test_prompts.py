@@ -89,7 +89,8 @@ VICUNA = (
 )
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LLAMA2
 TODAY = "{%- set today = strftime_now('%d %B %Y') -%}On {{ today }}: {{ messages[-1]['content'] }}"
-DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
+DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}"
+DATED += "{{ date_string }}: {{ messages[-1]['content'] }}"
 
 
 @pytest.mark.parametrize(
@@ -105,13 +106,13 @@ DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%
         (NO_SYSTEM, "Be brief.", "[INST]Be brief.\n\nHi[/INST]"),
         (SILENT, "Be brief.", "[INST]Be brief.\n\nHi[/INST]"),
         (LLAMA2, "aoa", f"<<SYS>>{SYSTEM_PROMPTS['aoa']}<</SYS>>[INST]Hi[/INST]"),
-        (DATED, "default", "26 Jul 2024"),
-        ("{{ strftime_now('%d %B %Y') }}\n", "default", "26 July 2024"),
+        (DATED, "default", "26 Jul 2024: Hi"),
+        ("{{ strftime_now('%d %B %Y') }}\n{{ messages[-1]['content'] }}", "default", "26 July 2024\nHi"),
         (TODAY, "default", "On 26 July 2024: Hi"),
         ("", "default", f"{VICUNA} USER: Hi ASSISTANT:"),
         ("", "none", "USER: Hi ASSISTANT:"),
         ("", "Be brief.", "Be brief. USER: Hi ASSISTANT:"),
-        ("{{ 1 / 1 }}", "default", "1.0"),
+        ("{{ 1 / 1 }}{{ messages[-1]['content'] }}", "default", "1.0Hi"),
     ],
 )
 def test_chat_texts(template: str | None, system_prompt: str, expected: str) -> None:

@@ -1,0 +1,103 @@
+"""What a scan would do: its plan, and its first prompt as the model gets it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Unpack
+
+import jax
+from transformers import PreTrainedTokenizerBase
+
+from jaxscape.directions.base import Recipe
+from jaxscape.engine.batching import encode
+from jaxscape.engine.options import EngineOptions
+from jaxscape.engine.planner import Hardware, make_plan, this_hardware
+from jaxscape.engine.sampling import Sampling, SamplingOptions
+from jaxscape.forecast.chips import bytes_per_chip
+from jaxscape.landscapes.axes import Axis
+from jaxscape.landscapes.scan import workload_of
+from jaxscape.models.checkpoint import adds_bos
+from jaxscape.models.model import Model
+from jaxscape.prompts.chat_format import chat_texts
+from jaxscape.prompts.thinking import opening_of
+
+
+def preview(
+    model: Model,
+    recipes: Sequence[Sequence[Recipe]],
+    *,
+    prompts: Sequence[str],
+    axes: Sequence[Axis],
+    system_prompt: str = "default",
+    thinking: str = "default",
+    options: EngineOptions | None = None,
+    **sampling: Unpack[SamplingOptions],
+) -> str:
+    """A description of a scan for the user: its plan, the first prompt as it is sent, and the prompt's tokens.
+
+    Nothing is written.
+
+    Arguments:
+        model: a model that was loaded without its weights.
+        recipes: the directions of each set.
+        prompts, axes, system_prompt, thinking, options, sampling: see `jaxscape.scan`.
+
+    Raises:
+        UserError: an argument cannot be used.
+    """
+    settings, sent = Sampling(**sampling), chat_texts(model.tokenizer, prompts, system_prompt, thinking)
+    prompt_tokens = encode(model, sent, settings.max_new_tokens)
+    workload = workload_of(prompt_tokens, settings, axes, recipes)
+    plan = make_plan(model, workload, options, _hardware_with(model))
+    opening = opening_of(sent)
+    return "\n".join(
+        [
+            f"plan: {plan}",
+            f"directions: {len(recipes)}, points of each: {workload.num_points}, prompts: {len(prompts)}",
+            "the first prompt as it is sent:",
+            _escaped(sent[0]),
+            *([f"the answer begins inside thinking, which {opening} opens"] if opening else []),
+            f"its {len(prompt_tokens[0])} tokens (* marks special ones):",
+            *_token_lines(model.tokenizer, prompt_tokens[0]),
+            _bos_line(model.tokenizer, prompt_tokens[0]),
+        ]
+    )
+
+
+def _hardware_with(model: Model) -> Hardware:
+    """This machine's devices, with the memory that the model's weights leave free."""
+    hardware, leaves = this_hardware(model.dtype, keep=False), jax.tree.leaves(model.params)
+    if hardware.free_bytes is None or not isinstance(leaves[0], jax.ShapeDtypeStruct):
+        return hardware
+    return replace(hardware, free_bytes=hardware.free_bytes - bytes_per_chip(model.params))
+
+
+def _token_lines(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """A line for each token: its id, a mark if it is special, and its text in the vocabulary."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    texts = tokenizer.convert_ids_to_tokens(list(tokens))
+    return [
+        f"{token:>7} {'*' if token in special else ' '} {_escaped(text, kept='')}"
+        for token, text in zip(tokens, texts, strict=True)
+    ]
+
+
+def _bos_line(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """How many BOS tokens a prompt has, with a warning where the model was trained with one and there are none or
+    several."""
+    if tokenizer.bos_token_id is None:
+        return "BOS: the tokenizer has none"
+    count = list(tokens).count(tokenizer.bos_token_id)
+    line = f"BOS: {count} ({tokenizer.bos_token})"
+    if not adds_bos(tokenizer):
+        return f"{line}; the tokenizer does not put one before a text by itself"
+    if count == 1:
+        return line
+    return (
+        f"{line}; warning: the tokenizer puts one before a text by itself, so the model expects one, but the chat "
+        f"template and the prompt have {count}: correct the chat template"
+    )
+
+
+def _escaped(text: str, kept: str = "\n\t") -> str:
+    """The text, in which control characters are escaped, apart from those in `kept`: they could control a terminal."""
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)

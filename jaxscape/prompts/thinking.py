@@ -1,0 +1,69 @@
+"""What a thinking model writes before its answer: where the thinking begins and ends, and what is left as the answer.
+
+Importing this module does not import transformers.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Thinking = Literal["default", "on", "off"]
+"""Whether the chat template switches thinking on or off; `default` leaves the template as it is."""
+
+MARKERS = (
+    ("<think>", "</think>"),  # Qwen3, DeepSeek-R1, SmolLM3, Phi-4-reasoning
+    ("<thought>", "</thought>"),  # EXAONE Deep
+    ("[THINK]", "[/THINK]"),  # Magistral
+)
+"""The texts that begin and end a block of thinking."""
+
+# A block that never ends reaches to the end of the text.
+_BLOCK = re.compile(
+    "|".join(rf"{re.escape(opening)}.*?(?:{re.escape(closing)}|\Z)" for opening, closing in MARKERS), re.DOTALL
+)
+
+
+def opening_of(sent: Sequence[str]) -> str:
+    """The marker with which all rendered prompts end, so that the model's text begins inside a block of thinking; an
+    empty text if there is none. The chat templates of DeepSeek-R1's distillations end so."""
+    return next((opening for opening, _ in MARKERS if all(text.rstrip().endswith(opening) for text in sent)), "")
+
+
+def answer_of(text: str) -> str:
+    """The text without its blocks of thinking. A text that has none is returned as it is.
+
+    A closing marker without its opening is ordinary text. Otherwise what has been read as an answer could turn into
+    thinking later, and no row could end before its last token.
+
+    Arguments:
+        text: what the model wrote, after the marker that the prompt ends with, see `opening_of`.
+    """
+    return _BLOCK.sub("", text).strip() if _BLOCK.search(text) else text
+
+
+def is_unanswered(text: str) -> bool:
+    """Whether the text, which `answer_of` describes, has thinking in it and no answer."""
+    return _BLOCK.search(text) is not None and not answer_of(text)
+
+
+def with_opening(text: str) -> str:
+    """A complete text of a model, after the marker that its prompt ended with if the text shows that there was one: it
+    closes a block of thinking that it does not open."""
+    for opening, closing in MARKERS:
+        before, closed, _ = text.partition(closing)
+        if closed and opening not in before:
+            return opening + text
+    return text
+
+
+def hidden_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int] | None:
+    """The special tokens that do not belong into a text, if some markers of thinking are special tokens and do (as
+    Magistral's); None if no marker is one, so that all special tokens can be left out."""
+    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    markers = {marker for pair in MARKERS for marker in pair}
+    if markers.isdisjoint(special.values()):
+        return None
+    return frozenset(number for number, content in special.items() if content not in markers)
