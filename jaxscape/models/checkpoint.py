@@ -50,7 +50,15 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     """The same tokenizer, given Vicuna's chat template if it has none.
 
     The template begins with the BOS token if the tokenizer puts that before every text.
+
+    Raises:
+        UserError: the tokenizer has several templates with names, and none of them is the default.
     """
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise UserError(
+            f"The tokenizer has no default chat template, but only {', '.join(sorted(tokenizer.chat_template))}: write "
+            f"the one for chats into a file chat_template.jinja."
+        )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = "{{ bos_token }}" * adds_bos(tokenizer) + _VICUNA
     return tokenizer

@@ -63,6 +63,10 @@ def read_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     template = fields.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise UserError(f"The file's tokenizer.chat_template is {template!r:.60}, not a string; download it again.")
+    if template is None and (names := fields.get("tokenizer.chat_templates")):
+        raise UserError(
+            f"The file has no default chat template, but only {names!r:.80}: use the model's own directory."
+        )
     return with_chat_template(
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,

@@ -30,6 +30,7 @@ from jaxscape.runtime.files import write_whole
 
 DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 IGNORE_PATTERNS = ["*/*", "consolidated*"]  # other formats of the same weights
+PROCESSOR_TEMPLATES = ("processor_config.json", "chat_template.json")  # in the order of transformers' processors
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -259,11 +260,28 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             f"runs; use a model with a standard tokenizer."
         )
     try:
-        return with_chat_template(AutoTokenizer.from_pretrained(path, clean_up_tokenization_spaces=False))
+        tokenizer = AutoTokenizer.from_pretrained(path, clean_up_tokenization_spaces=False)
     except Exception as error:  # transformers and tokenizers raise many types for a missing or damaged tokenizer
         raise UserError(
             f"The tokenizer in {path} cannot be loaded ({reason(error)}); download its files again."
         ) from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processor_template(path)
+    return with_chat_template(tokenizer)
+
+
+def _processor_template(path: Path) -> str | None:
+    """The chat template that a directory has for the processor of a multimodal model; None if there is none.
+
+    transformers' tokenizers do not read it, so it counts only where the tokenizer has no template of its own.
+    """
+    for file in (path / name for name in PROCESSOR_TEMPLATES):
+        template = read_json(file).get("chat_template") if file.exists() else None
+        if not isinstance(template, str | None):
+            raise UserError(f"The chat_template in {file} is {template!r:.60}, not a text; download it again.")
+        if template is not None:
+            return template
+    return None
 
 
 def _eos_token_ids(
