@@ -106,8 +106,8 @@ class Scan:
         from jaxscape.landscapes.preview import preview
         from jaxscape.landscapes.scan import scan
         from jaxscape.landscapes.store import FIGURE, SCAN
+        from jaxscape.prompts.chat_format import system_prompt_text
         from jaxscape.prompts.sets import load_prompts
-        from jaxscape.report.figures import save_figure
         from jaxscape.runtime import rundir
         from jaxscape.runtime.processes import from_first
 
@@ -122,6 +122,8 @@ class Scan:
         )
         axes = choose_axes(sets, options.steps, options.radius, options.extra_steps)
         find_evaluator(options.evaluator)
+        if system_prompt not in ("default", "none"):
+            system_prompt_text(system_prompt)
         prompts = load_prompts(source, self.prompts.num_prompts, column)
         if self.prompts.num_prompts is None:
             prompts = prompts.first(DEFAULT_NUM_PROMPTS)
@@ -143,6 +145,9 @@ class Scan:
             text = preview(model, sets, **answering)
             from_first(lambda: write_line(text))
             return
+
+        from jaxscape.report.figures import save_figure  # Matplotlib writes a cache when it is imported
+
         directions = [[prepare(recipe, model)[0] for recipe in item] for item in sets]
         paths = []
         if trajectories:
