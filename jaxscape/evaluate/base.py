@@ -37,7 +37,8 @@ def stop_when(evaluator: Evaluator, opening: str = "") -> Callable[[str], bool] 
     thinking.
 
     Arguments:
-        opening: the marker with which the prompts open a block of thinking, see `prompts.thinking.opening_of`.
+        opening: the marker with which the prompts open a block of thinking, see
+            `jaxscape.prompts.chat_format.thinking_opening`.
     """
     is_decided = getattr(evaluator, "stop_when", None)
     if is_decided is None:

@@ -17,8 +17,7 @@ from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.scan import workload_of
 from jaxscape.models.checkpoint import adds_bos
 from jaxscape.models.model import Model
-from jaxscape.prompts.chat_format import chat_texts
-from jaxscape.prompts.thinking import opening_of
+from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 
 
 def preview(
@@ -48,7 +47,7 @@ def preview(
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
     workload = workload_of(prompt_tokens, settings, axes, recipes)
     plan = make_plan(model, workload, options, _hardware_with(model))
-    opening = opening_of(sent)
+    opening = thinking_opening(model.tokenizer, system_prompt, thinking)
     return "\n".join(
         [
             f"plan: {plan}",

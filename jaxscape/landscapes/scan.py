@@ -27,9 +27,9 @@ from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.store import Run, open_run
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model
-from jaxscape.prompts.chat_format import chat_texts
+from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 from jaxscape.prompts.fields import Prompts
-from jaxscape.prompts.thinking import answer_of, is_unanswered, opening_of
+from jaxscape.prompts.thinking import answer_of, is_unanswered
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, as_list, as_texts
 from jaxscape.runtime.files import checksum
@@ -98,7 +98,7 @@ def scan(
         raise UserError(f"There are {len(axes)} axes but {ndim} directions in a set: give one axis for each direction.")
     settings, judge = Sampling(**sampling), find_evaluator(evaluator)
     sent = chat_texts(model.tokenizer, prompts, system_prompt, thinking)
-    opening = opening_of(sent)
+    opening = thinking_opening(model.tokenizer, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
     workload = workload_of(prompt_tokens, settings, axes, recipes)
     prepared = [[prepare(recipe, model) for recipe in item] for item in recipes]

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from transformers import PreTrainedTokenizerBase
 
 from jaxscape.prompts.sets import read_text
-from jaxscape.prompts.thinking import Thinking
+from jaxscape.prompts.thinking import Thinking, opening_of
 from jaxscape.runtime.errors import UserError, reason
 
 Messages = Sequence[dict[str, Any]]
@@ -62,6 +62,8 @@ _THINKING_VARIABLES = ("enable_thinking", "thinking")
 # nothing to any template.
 _THINKING_WORDS = {"on": "/think", "off": "/no_think"}
 _PLAIN_WORD = "/plainword"
+
+_PROBE = "What do you know about Xanthippe?"  # a user's text that no template has in it
 
 
 def _as_parts(messages: Messages, roles: Sequence[str]) -> Messages:
@@ -136,6 +138,18 @@ def chat_text(
     return render(tokenizer, [system, user], thinking=thinking)
 
 
+def thinking_opening(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str = "default", thinking: str = "default"
+) -> str:
+    """The marker with which prompts open a block of thinking, so that the model's text begins inside it; an empty text
+    if they open none. The chat templates of DeepSeek-R1's distillations end with such a marker.
+
+    Arguments:
+        system_prompt, thinking: see `chat_text`.
+    """
+    return opening_of(chat_text(tokenizer, _PROBE, system_prompt, thinking).rpartition(_PROBE)[2])
+
+
 def system_prompt_text(system_prompt: str) -> str:
     """The text of a system prompt.
 
@@ -187,7 +201,7 @@ def render(
     """
     if thinking not in get_args(Thinking):
         raise UserError(f"Unknown thinking {thinking!r}: choose {', '.join(get_args(Thinking))}.")
-    apply_template = partial(_apply_template, tokenizer)
+    apply_template: Template = partial(_apply_template, tokenizer)
     if thinking != "default":
         apply_template, messages = _switched(apply_template, messages, thinking)
     return _written(partial(apply_template, add_generation_prompt=add_generation_prompt), messages)

@@ -4,7 +4,6 @@ Importing this module does not import transformers.
 """
 
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -26,10 +25,9 @@ _BLOCK = re.compile(
 )
 
 
-def opening_of(sent: Sequence[str]) -> str:
-    """The marker with which all rendered prompts end, so that the model's text begins inside a block of thinking; an
-    empty text if there is none. The chat templates of DeepSeek-R1's distillations end so."""
-    return next((opening for opening, _ in MARKERS if all(text.rstrip().endswith(opening) for text in sent)), "")
+def opening_of(text: str) -> str:
+    """The marker of the block of thinking that a text opens and does not close; an empty text if there is none."""
+    return next((opening for opening, closing in MARKERS if text.rfind(opening) > text.rfind(closing)), "")
 
 
 def answer_of(text: str) -> str:
@@ -39,7 +37,8 @@ def answer_of(text: str) -> str:
     thinking later, and no row could end before its last token.
 
     Arguments:
-        text: what the model wrote, after the marker that the prompt ends with, see `opening_of`.
+        text: what the model wrote, after the marker with which the prompt opened a block, see
+            `jaxscape.prompts.chat_format.thinking_opening`.
     """
     return _BLOCK.sub("", text).strip() if _BLOCK.search(text) else text
 
@@ -50,8 +49,8 @@ def is_unanswered(text: str) -> bool:
 
 
 def with_opening(text: str) -> str:
-    """A complete text of a model, after the marker that its prompt ended with if the text shows that there was one: it
-    closes a block of thinking that it does not open."""
+    """A complete text of a model, after the marker with which its prompt opened a block of thinking, if the text shows
+    that there was one: it closes a block that it does not open."""
     for opening, closing in MARKERS:
         before, closed, _ = text.partition(closing)
         if closed and opening not in before:

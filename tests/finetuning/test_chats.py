@@ -281,3 +281,35 @@ def test_smollm2s_chats_are_cut_as_its_template_writes_them(smollm2: js.Model) -
     expected = smollm2.tokenizer.apply_chat_template([USER, ASSISTANT], tokenize=True, return_dict=False)
     np.testing.assert_array_equal(example.tokens, expected[: len(example.tokens)])
     assert smollm2.tokenizer.decode(example.tokens[example.learned]) == "Fine, thanks.<|im_end|>"
+
+
+QWEN3 = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("thinking", "learned"),
+    [("default", "<think>\n\n</think>\n\nFine, thanks.</s>"), ("off", "Fine, thanks.</s>")],
+)
+def test_the_thinking_that_a_template_writes_is_learned_only_where_the_model_writes_it(
+    tiny: js.Model, thinking: str, learned: str
+) -> None:
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = QWEN3
+    (example,) = tokenize(replace(tiny, tokenizer=tokenizer), [[USER, ASSISTANT]], 256, thinking).examples
+    assert tokenizer.decode(example.tokens[example.learned]) == learned
+    whole = tokenizer.apply_chat_template([USER, ASSISTANT], tokenize=False)
+    assert tokenizer.decode(example.tokens) == whole
+
+
+def test_parts_are_learned_too(tiny: js.Model) -> None:
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}\n{% for part in m['content'] %}{{ part['text'] }}{% endfor %}</s>"
+        "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    (example,) = tokenize(replace(tiny, tokenizer=tokenizer), [[USER, ASSISTANT]], 256).examples
+    assert tokenizer.decode(example.tokens[example.learned]) == "Fine, thanks.</s>"

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import jaxscape as js
 from jaxscape.evaluate.base import stop_when
 from jaxscape.evaluate.evaluators import find_evaluator
-from jaxscape.prompts.thinking import MARKERS, answer_of, hidden_tokens, is_unanswered, opening_of, with_opening
+from jaxscape.prompts.chat_format import thinking_opening
+from jaxscape.prompts.thinking import MARKERS, answer_of, hidden_tokens, is_unanswered, with_opening
 
 
 @pytest.mark.parametrize(
@@ -73,17 +74,21 @@ def test_an_evaluator_is_not_asked_while_the_model_thinks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "opening"),
+    ("end", "opening"),
     [
-        (["<user>Hi<assistant><think>\n", "<user>Why?<assistant><think>\n"], "<think>"),  # DeepSeek-R1
-        (["Hi[|assistant|]<thought>\n"], "<thought>"),  # EXAONE Deep
-        (["<user>Hi<assistant><think>\n\n</think>\n\n"], ""),  # Qwen3 without thinking
-        (["write <think> first<assistant>\n"], ""),
-        (["Hi", "say <think>"], ""),
+        ("<assistant><think>\n", "<think>"),  # DeepSeek-R1's distillations
+        ("<assistant><think>\\n", "<think>"),  # the same with one backslash too many
+        ("[|assistant|]<thought>\n", "<thought>"),  # EXAONE Deep
+        ("<assistant><think>\nOkay, ", "<think>"),
+        ("<assistant><think>\n\n</think>\n\n", ""),  # Qwen3 without thinking
+        ("<assistant>", ""),
     ],
 )
-def test_a_prompt_may_open_the_thinking(sent: list[str], opening: str) -> None:
-    assert opening_of(sent) == opening
+def test_a_chat_template_may_open_the_thinking(end: str, opening: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}" + end
+    for system_prompt in ("default", "Write <think> first."):
+        assert thinking_opening(tokenizer, system_prompt) == opening
 
 
 def test_the_rate_of_texts_leaves_thinking_out_and_warns_of_texts_without_an_answer() -> None:
