@@ -28,7 +28,7 @@ def planned(model: js.Model, prompts: int, line: int, ndim: int = 1, **options: 
 
 
 def at_speed(monkeypatch: pytest.MonkeyPatch, flops: float, bandwidth: float, free: int | None = None) -> None:
-    monkeypatch.setattr(planner, "roofline", lambda dtype: Roofline(flops, bandwidth))
+    monkeypatch.setattr(planner, "roofline", lambda dtype, keep: Roofline(flops, bandwidth))
     monkeypatch.setattr(planner, "free_memory", lambda: free)
 
 

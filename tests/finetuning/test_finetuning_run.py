@@ -1,5 +1,6 @@
 """The files of a finetuning: checkpoints, resuming after a kill, adapters, and what goes wrong."""
 
+import copy
 import importlib
 import json
 import os
@@ -211,3 +212,23 @@ def test_another_configuration_is_refused_and_overwritten_on_request(tiny: js.Mo
             path.write_bytes(b"")
     with pytest.raises(js.UserError, match="checkpoint of epoch 1 cannot be read"):
         js.finetune(tiny, CHATS, replace(SHORT, epochs=1), out=tmp_path, progress=False)
+
+
+def test_a_switch_of_thinking_is_part_of_the_run(tiny: js.Model, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template += "{% if add_generation_prompt and not thinking %}<think>\n\n</think>\n\n{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<s>{{ message['role'] }}\n",
+        "<s>{{ message['role'] }}\n{% if message['role'] == 'assistant' and not thinking %}"
+        "<think>\n\n</think>\n\n{% endif %}",
+    )
+    model, options = replace(tiny, tokenizer=tokenizer), {"training": replace(SHORT, epochs=1), "progress": False}
+    js.finetune(model, CHATS, out=tmp_path / "on", thinking="on", **options)
+    assert json.loads((tmp_path / "on" / "config.json").read_text())["thinking"] == "on"
+    with pytest.raises(js.UserError, match=r"different: chats, thinking"):
+        js.finetune(model, CHATS, out=tmp_path / "on", thinking="off", **options)
+    js.finetune(tiny, CHATS, out=tmp_path / "default", **options)
+    assert "thinking" not in json.loads((tmp_path / "default" / "config.json").read_text())
+    with pytest.raises(js.UserError, match="Thinking cannot be switched off"):
+        js.finetune(tiny, CHATS, out=tmp_path / "off", thinking="off", **options)
+    assert not (tmp_path / "off").exists()
