@@ -66,23 +66,6 @@ _PLAIN_WORD = "/plainword"
 _PROBE = "What do you know about Xanthippe?"  # a user's text that no template has in it
 
 
-def _as_parts(messages: Messages, roles: Sequence[str]) -> Messages:
-    """The messages, whose contents are lists of one part in these roles."""
-    return [
-        message | {"content": [{"type": "text", "text": message["content"]}]} if message["role"] in roles else message
-        for message in messages
-    ]
-
-
-_OTHERS = ("user", "assistant")
-# Most templates want texts. Those of multimodal models may want lists of parts, some of them for one role only, as
-# Mistral Small 3.1's for the system message.
-_FORMS: tuple[Callable[[Messages], Messages], ...] = tuple(
-    partial(_as_parts, roles=roles) for roles in ((), ("system", *_OTHERS), ("system",), _OTHERS)
-)
-_PART = re.compile(r"""['"]type['"]: *['"]text['"]""")  # in what a template writes that takes a list for a text
-
-
 def chat_texts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -256,6 +239,23 @@ def _with_word(messages: Messages, word: str) -> Messages:
         return [{"role": "system", "content": word}, *messages]
     system = messages[0]
     return [system | {"content": f"{system['content']} {word}".strip()}, *messages[1:]]
+
+
+def _as_parts(messages: Messages, roles: Sequence[str]) -> Messages:
+    """The messages, whose contents are lists of one part in these roles."""
+    return [
+        message | {"content": [{"type": "text", "text": message["content"]}]} if message["role"] in roles else message
+        for message in messages
+    ]
+
+
+_OTHERS = ("user", "assistant")
+# Most templates want texts. Those of multimodal models may want lists of parts, some of them for one role only, as
+# Mistral Small 3.1's for the system message.
+_FORMS: tuple[Callable[[Messages], Messages], ...] = tuple(
+    partial(_as_parts, roles=roles) for roles in ((), ("system", *_OTHERS), ("system",), _OTHERS)
+)
+_PART = re.compile(r"""['"]type['"]: *['"]text['"]""")  # in what a template writes that takes a list for a text
 
 
 def _written(apply_template: Template, messages: Messages) -> str:

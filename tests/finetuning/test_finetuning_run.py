@@ -216,11 +216,10 @@ def test_another_configuration_is_refused_and_overwritten_on_request(tiny: js.Mo
 
 def test_a_switch_of_thinking_is_part_of_the_run(tiny: js.Model, tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tiny.tokenizer)
-    tokenizer.chat_template += "{% if add_generation_prompt and not thinking %}<think>\n\n</think>\n\n{% endif %}"
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "<s>{{ message['role'] }}\n",
-        "<s>{{ message['role'] }}\n{% if message['role'] == 'assistant' and not thinking %}"
-        "<think>\n\n</think>\n\n{% endif %}",
+    no_thoughts = "{% if not thinking %}<think>\n\n</think>\n\n{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}" + no_thoughts + "{% endif %}"
+        "{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant\n" + no_thoughts + "{% endif %}"
     )
     model, options = replace(tiny, tokenizer=tokenizer), {"training": replace(SHORT, epochs=1), "progress": False}
     js.finetune(model, CHATS, out=tmp_path / "on", thinking="on", **options)
