@@ -15,7 +15,7 @@ from jaxscape.engine.sampling import Sampling, SamplingOptions
 from jaxscape.forecast.chips import bytes_per_chip
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.scan import workload_of
-from jaxscape.models.checkpoint import adds_bos
+from jaxscape.models.checkpoint import adds_bos, without_default_template
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 
@@ -48,10 +48,12 @@ def preview(
     workload = workload_of(prompt_tokens, settings, axes, recipes)
     plan = make_plan(model, workload, options, _hardware_with(model))
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
+    is_default = without_default_template(model.tokenizer) is not model.tokenizer
     return "\n".join(
         [
             f"plan: {plan}",
             f"directions: {len(recipes)}, points of each: {workload.num_points}, prompts: {len(prompts)}",
+            *(["the model's files have no chat template, so Vicuna's is used"] if is_default else []),
             "the first prompt as it is sent:",
             _escaped(sent[0]),
             *([f"the answer begins inside thinking, which {opening} opens"] if opening else []),
@@ -84,7 +86,7 @@ def _bos_line(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """How many BOS tokens a prompt has, with a warning where the model was trained with one and there are none or
     several."""
     if tokenizer.bos_token_id is None:
-        return "BOS: the tokenizer has none"
+        return "BOS: 0; the tokenizer has none"
     count = list(tokens).count(tokenizer.bos_token_id)
     line = f"BOS: {count} ({tokenizer.bos_token})"
     if not adds_bos(tokenizer):

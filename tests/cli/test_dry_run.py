@@ -23,6 +23,7 @@ from jaxscape.engine.batching import tokenize
 from jaxscape.engine.engine import Engine
 from jaxscape.landscapes.axes import interpolation_axis
 from jaxscape.landscapes.preview import preview
+from jaxscape.models.checkpoint import with_chat_template
 from jaxscape.prompts.chat_format import chat_text
 from jaxscape.runtime.hardware import roofline
 
@@ -103,9 +104,17 @@ def test_a_tokenizer_without_bos_and_control_characters(tiny: js.Model) -> None:
     model = with_tokenizer(tiny, "{{ messages[-1].content }}<think>", adds_bos=False)
     model.tokenizer.bos_token = None
     text = preview(model, [[Random(0)]], **OPTIONS | {"prompts": ["a\x1b[31m\nb"]})
-    assert text.endswith("BOS: the tokenizer has none")
+    assert text.endswith("BOS: 0; the tokenizer has none")
     assert "\na\\x1b[31m\nb<think>\n" in text
     assert "the answer begins inside thinking, which <think> opens" in text
+
+
+def test_a_model_without_a_chat_template_says_so(tiny: js.Model) -> None:
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = None
+    text = preview(replace(tiny, tokenizer=with_chat_template(tokenizer)), [[Random(0)]], **OPTIONS)
+    assert "no chat template, so Vicuna's is used" in text
+    assert "Vicuna" not in preview(tiny, [[Random(0)]], **OPTIONS)
 
 
 def test_a_dry_run_writes_no_file_and_generates_nothing(tiny_dir: Path, tmp_path: Path) -> None:
