@@ -18,6 +18,7 @@ from jaxscape.landscapes.scan import workload_of
 from jaxscape.models.checkpoint import adds_bos, without_default_template
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_texts, thinking_opening
+from jaxscape.prompts.fields import Prompts
 
 
 def preview(
@@ -43,6 +44,7 @@ def preview(
     Raises:
         UserError: an argument cannot be used.
     """
+    prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
     settings, sent = Sampling(**sampling), chat_texts(model.tokenizer, prompts, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
     workload = workload_of(prompt_tokens, settings, axes, recipes)
@@ -52,7 +54,8 @@ def preview(
     return "\n".join(
         [
             f"plan: {plan}",
-            f"directions: {len(recipes)}, points of each: {workload.num_points}, prompts: {len(prompts)}",
+            f"directions: {len(recipes)}, points of each: {workload.num_points}",
+            prompts.summary(),
             *(["the model's files have no chat template, so Vicuna's is used"] if is_default else []),
             "the first prompt as it is sent:",
             _escaped(sent[0]),

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from jaxscape.prompts.sets import read_text
+from jaxscape.prompts.records import read_text
 from jaxscape.prompts.thinking import Thinking, opening_of
 from jaxscape.runtime.errors import UserError, reason
 

@@ -215,9 +215,9 @@ def test_system_prompts_as_texts(system_prompt: str, text: str) -> None:
     ("system_prompt", "message"),
     [
         ("text:", "'text:' has no text"),
-        ("@missing.txt", "missing.txt cannot be read as UTF-8 text"),
-        ("@", "cannot be read as UTF-8 text"),
-        ("@latin.txt", "latin.txt cannot be read as UTF-8 text"),
+        ("@missing.txt", r"The file missing.txt cannot be read \(FileNotFoundError"),
+        ("@", "is a directory"),
+        ("@latin.txt", "latin.txt, line 1: the byte 0xe9 is not valid UTF-8"),
         ("@blank.txt", "'@blank.txt' has no text"),
         ("lama2", "text:WORD is a text of one word, and @FILE the text of a file"),
     ],
