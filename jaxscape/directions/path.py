@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxscape.models.checkpoint import Params, fingerprint, named_leaves, tree_of
-from jaxscape.models.huggingface import read_json
 from jaxscape.models.lora import init_factors, with_factors
 from jaxscape.models.model import Model
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.files import read_json
 from jaxscape.runtime.sharding import replicated
 
 ADAPTER, MODEL, CHECKPOINTS, OPTIMIZER = "adapter", "model", "checkpoints", "optimizer"

@@ -60,13 +60,32 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
             f"the one for chats into a file chat_template.jinja."
         )
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = "{{ bos_token }}" * adds_bos(tokenizer) + _VICUNA
+        tokenizer.chat_template = (_bos_of_template(tokenizer) if adds_bos(tokenizer) else "") + _VICUNA
     return tokenizer
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts its BOS token before every text, unless it is told not to add special tokens."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _bos_of_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The beginning of a template that gives a text the token ids that it has behind the tokenizer's own BOS token.
+
+    Tokenizers of Llama that are not `legacy` put a blank before a text, but not behind a BOS token that is spelled out.
+    """
+    text = "A chat"
+    spelled = tokenizer(f"{tokenizer.bos_token} {text}", add_special_tokens=False)["input_ids"]
+    plain = tokenizer(f"{tokenizer.bos_token}{text}", add_special_tokens=False)["input_ids"]
+    needs_blank = plain != tokenizer(text)["input_ids"] == spelled
+    return "{{ bos_token + ' ' }}" if needs_blank else "{{ bos_token }}"
+
+
+def template_source(tokenizer: PreTrainedTokenizerBase, file: Path) -> str:
+    """Where a chat template comes from: `file`, or a sentence if it is the default one."""
+    if without_default_template(tokenizer).chat_template is None:
+        return "Vicuna's format, because the model's files have no template"
+    return str(file)
 
 
 def without_default_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -76,6 +95,23 @@ def without_default_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTo
     original = copy.copy(tokenizer)
     original.chat_template = None
     return original
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the parts of a model come from, in words for the user.
+
+    Attributes:
+        tokenizer: the directory or file that the tokenizer was read from.
+        chat_template: the file that the chat template is from, or the name of the default.
+        end_tokens: the files that name end tokens.
+        quantisation: the format that the weights were dequantised from; None if they were not quantised.
+    """
+
+    tokenizer: str
+    chat_template: str
+    end_tokens: tuple[str, ...]
+    quantisation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +125,8 @@ class Checkpoint:
         eos_token_ids: tokens that end a text or a turn.
         transformers_config: the configuration as an object of transformers' class, which is saved with the model.
         files: the files that the tensors are read from.
+        sources: where the tokenizer and the chat template come from.
+        other_parts: for the text model of a multimodal one, the beginnings of the names of tensors that it leaves out.
     """
 
     config: ModelConfig
@@ -98,6 +136,8 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]
     transformers_config: PreTrainedConfig
     files: tuple[Path, ...]
+    sources: Sources
+    other_parts: tuple[str, ...] = ()
 
 
 def named_leaves(tree: Params) -> dict[str, Any]:

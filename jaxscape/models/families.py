@@ -16,17 +16,45 @@ from jaxscape.runtime.errors import UserError
 Options = dict[str, Any]
 """Arguments of `ModelConfig`, by name."""
 
-# Fields of a configuration that may have any value, because they do not change the logits: they concern training,
-# generation, other programs, or the configuration itself.
+# Fields of a configuration that may have any value, because they do not change the logits, with the reason. All other
+# fields that nothing reads must have their default values.
 _IGNORED_FIELDS = {
-    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "max_sequence_length"),
-    *("attention_dropout", "embd_pdrop", "resid_pdrop", "hidden_dropout", "initializer_range", "use_cache"),
-    *("id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states"),
-    *("cache_implementation", "hybrid_cache", "tokenizer_class", "transformers.js_config", "is_llama_config"),
-    *("unsloth_fixed", "unsloth_version", "chunk_size_feed_forward", "is_encoder_decoder", "task_specific_params"),
-    *("num_labels", "_attn_implementation", "attn_implementation", "default_theta", "layer_type_validation"),
-    *("full_attn_mod", "interpolate_factor", "pretraining_tp"),
+    # They name the model, its files and the programs that wrote it. Code that `auto_map` names is never run.
+    *("_name_or_path", "model_name", "model_type", "architectures", "auto_map", "tokenizer_class", "_commit_hash"),
+    *("transformers_version", "unsloth_fixed", "unsloth_version", "is_llama_config", "transformers.js_config"),
+    # The dtype is an option of `load_model`.
+    *("dtype", "torch_dtype"),
+    # Special tokens are read from the tokenizer and from `eos_token_id` itself.
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+    # They concern only training: dropout, noise, recomputation, initial values.
+    *("attention_dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop", "hidden_dropout", "dropout"),
+    *("initializer_range", "neftune_noise_alpha", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
+    # They choose how attention is computed, with the same result up to rounding, or split products over devices.
+    *("_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
+    *("use_flash_attn", "use_flash_attention", "use_flash_attention_2", "_flash_attn_2_enabled", "use_sdpa"),
+    *("chunk_size_feed_forward", "pretraining_tp"),
+    # They choose the cache and the form of transformers' outputs.
+    *("use_cache", "cache_implementation", "hybrid_cache", "return_dict", "output_attentions", "output_hidden_states"),
+    *("torchscript", "num_logits_to_keep"),
+    # They set limits of tokenizers and of generation, or say how other programs sample; a run has options for that.
+    *("model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side", "max_sequence_length"),
+    *("max_seq_length", "max_seq_len", "seq_length", "max_length", "min_length", "max_new_tokens", "do_sample"),
+    *("temperature", "top_p", "top_k", "typical_p", "num_beams", "num_beam_groups", "num_return_sequences"),
+    *("early_stopping", "length_penalty", "repetition_penalty", "no_repeat_ngram_size"),
+    # They belong to classifiers and to other tasks.
+    *(
+        "classifier_dropout",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "is_encoder_decoder",
+        "task_specific_params",
+    ),
+    # transformers computes other fields from them, or has them for its own checks.
+    *("default_theta", "layer_type_validation"),
+    # Phi-4-mini has them, and no code reads them.
+    *("full_attn_mod", "interpolate_factor"),
 }
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -137,8 +165,10 @@ FAMILIES: Mapping[str, Family] = {
     "olmo2": Family("Olmo2ForCausalLM", _olmo2),
 }
 """The supported families, by the `model_type` in config.json."""
-TEXT_MODELS = {"gemma3": "language_model."}
-"""For each `model_type` of multimodal models whose text model can be loaded: the prefix of its tensors' names."""
+_VISION = ("vision_tower.", "multi_modal_projector.")
+TEXT_MODELS = {"gemma3": (*_VISION, *(f"model.{part}" for part in _VISION))}
+"""For each `model_type` of multimodal models whose text model can be loaded: the beginnings of its other tensors'
+names."""
 
 
 def family_of(model_type: Any) -> Family:

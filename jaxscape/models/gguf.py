@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, TokenType
 from transformers import AutoConfig, PreTrainedConfig
 
-from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, tensor_shapes
+from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, Sources, template_source, tensor_shapes
 from jaxscape.models.config import LayerKind, ModelConfig
 from jaxscape.models.decoder import parameter_shapes
 from jaxscape.models.families import from_transformers
@@ -208,6 +208,7 @@ def open_gguf(path: Path) -> Checkpoint:
         eos_token_ids=eos_token_ids,
         transformers_config=transformers_config,
         files=(path,),
+        sources=Sources(str(path), template_source(tokenizer, path), (str(path),)),
     )
 
 

@@ -1,10 +1,11 @@
 """Low-rank adapters (Hu et al., arXiv 2106.09685), read and written in the format of Hugging Face's PEFT."""
 
+import copy
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
+from jaxscape.models.builtin import ADAPTERS
 from jaxscape.models.checkpoint import Checkpoint, Params, map_shards, named_leaves, tree_of
-from jaxscape.models.huggingface import HUB_ID, read_json
+from jaxscape.models.huggingface import HUB_ID
+from jaxscape.models.weights import EMBEDDING, HEAD, INDEX, WEIGHTS, parameter_name
 from jaxscape.runtime.errors import UserError, reason
-from jaxscape.runtime.files import write_whole
+from jaxscape.runtime.files import check_not_pointer, read_json, write_whole
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # The fused matrices of some families, and the linear layers that each of them consists of.
@@ -30,27 +33,24 @@ _PEFT_PREFIX = "base_model.model."
 # None, false, zero or empty.
 _SUPPORTED_VALUES = {
     "peft_type": ("LORA",),
-    "bias": ("none",),
+    "bias": ("none", "all", "lora_only"),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # other values change the base model
 }
 _FREE_OPTIONS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "megatron_core",
-    "peft_version",
+    # They are read here.
+    *("base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("modules_to_save", "use_dora"),
+    # They say which weights are adapted, which the tensors' names say too.
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type"),
+    # PEFT sets it to false for the linear layers of these models.
+    "fan_in_fan_out",
+    # They concern only training, or nothing that is switched on.
+    *("auto_mapping", "inference_mode", "lora_dropout", "eva_config", "megatron_core", "peft_version"),
     "qalora_group_size",
-    "r",
-    "revision",
-    "target_modules",
-    "task_type",
-    "use_rslora",
 }
+_LORA_NAME = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
+_MAGNITUDE_NAME = re.compile(r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
+_WHOLE_NAME = re.compile(r"(.+?)(?:\.modules_to_save(?:\.default)?)?(?:\.base_layer)?\.(weight|bias)")
 
 Factors = dict[str, dict[str, Any]]
 """The factors `a` [rank, in] and `b` [out, rank] of each adapted weight, by its Hugging Face name."""
@@ -58,11 +58,16 @@ Factors = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A low-rank change of a base model's weights: W + alpha / rank · b a.
+    """A change of a base model's weights: W + scale · b a for some, other values for others.
 
     Attributes:
         base: the base model, as `load_model` takes it.
         targets: names of the linear layers that the adapter changes, such as `q_proj`.
+        scales: the scale of each weight for which it is not alpha / rank, by name.
+        magnitudes: norms of the rows of some weights after the change, by name (DoRA, Liu et al., arXiv 2402.09353).
+        replaced: whole tensors that are put in place of the base model's, by name.
+        copied: names of those tensors in `replaced` that PEFT trained as a copy of the base model's, so that a tensor
+            which was tied to the base model's keeps its value.
     """
 
     base: str
@@ -70,6 +75,10 @@ class Adapter:
     alpha: float
     targets: tuple[str, ...]
     factors: Factors
+    scales: Mapping[str, float] = field(default_factory=dict)
+    magnitudes: Mapping[str, Any] = field(default_factory=dict)
+    replaced: Mapping[str, Any] = field(default_factory=dict)
+    copied: frozenset[str] = frozenset()
 
     @property
     def scale(self) -> float:
@@ -146,27 +155,97 @@ def merge(checkpoint: Checkpoint, adapter: Adapter, dtype: jnp.dtype, origin: st
     Raises:
         UserError: the adapter changes tensors that the checkpoint does not have, or has in another shape.
     """
-    problems = []
-    for name, pair in adapter.factors.items():
-        shape = (pair["b"].shape[0], pair["a"].shape[1])
-        if name not in checkpoint.shapes:
-            problems.append(f"it changes {name}, which the model does not have")
-        elif checkpoint.shapes[name] != shape:
-            problems.append(
-                f"it changes {name} with shape {shape}, but the model's has shape {checkpoint.shapes[name]}"
-            )
+    adapter = _of_text_model(adapter, checkpoint.other_parts)
+    checkpoint, adapter = _with_ends(checkpoint, adapter)
+    _check_fits(checkpoint, adapter, origin)
+
+    def read(name: str, index: Any) -> np.ndarray:
+        pair, magnitude = adapter.factors.get(name), adapter.magnitudes.get(name)
+        part = index if magnitude is None else ...  # a magnitude is the norm of a whole row
+        whole = adapter.replaced.get(name)
+        values = checkpoint.read(name, part) if whole is None else np.asarray(whole)[part]
+        if pair is None:
+            return values
+        values = _merged(values.astype(dtype), pair, adapter.scales.get(name, adapter.scale), part, magnitude)
+        return values if magnitude is None else values[index]
+
+    files = (*checkpoint.files, Path(origin) / TENSORS, Path(origin) / CONFIG)
+    return replace(checkpoint, read=read, files=files)
+
+
+def _of_text_model(adapter: Adapter, other_parts: tuple[str, ...]) -> Adapter:
+    """The adapter without its changes of a multimodal model's other parts."""
+
+    def of_text(tensors: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(other_parts)}
+
+    if not other_parts:
+        return adapter
+    return replace(
+        adapter,
+        factors=of_text(adapter.factors),
+        magnitudes=of_text(adapter.magnitudes),
+        replaced=of_text(adapter.replaced),
+    )
+
+
+def _with_ends(checkpoint: Checkpoint, adapter: Adapter) -> tuple[Checkpoint, Adapter]:
+    """The checkpoint with the vocabulary of an adapter that replaces the embedding, and with an output head of its own
+    where the adapter changes only one of two that are tied; and the adapter, which replaces both if they are tied."""
+    replaced = dict(adapter.replaced)
+    is_tied = checkpoint.config.tie_word_embeddings
+    if is_tied and {HEAD, EMBEDDING} & {*adapter.factors, *replaced}:
+        for name, other in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
+            if name in replaced and name not in adapter.copied and other not in replaced:
+                replaced[other] = replaced[name]  # PEFT loads it into the one parameter that both are
+        is_tied = not {HEAD, EMBEDDING} & adapter.factors.keys() and (
+            HEAD in replaced and EMBEDDING in replaced and np.array_equal(replaced[HEAD], replaced[EMBEDDING])
+        )
+        if is_tied:
+            del replaced[HEAD]
+    shapes = dict(checkpoint.shapes)
+    if checkpoint.config.tie_word_embeddings and not is_tied:
+        shapes[HEAD] = shapes[EMBEDDING]
+    ends = [name for name in (HEAD, EMBEDDING) if name in shapes]
+    vocab_size = checkpoint.config.vocab_size
+    if all(name in replaced for name in ends):
+        vocab_size = len(replaced[EMBEDDING])
+        shapes |= {name: (vocab_size, shapes[name][1]) for name in ends}
+    transformers_config = copy.deepcopy(checkpoint.transformers_config)
+    transformers_config.tie_word_embeddings, transformers_config.vocab_size = is_tied, vocab_size
+    changed = replace(
+        checkpoint,
+        config=replace(checkpoint.config, tie_word_embeddings=is_tied, vocab_size=vocab_size),
+        transformers_config=transformers_config,
+        shapes=shapes,
+        read=lambda name, index: checkpoint.read(name if name in checkpoint.shapes else EMBEDDING, index),
+    )
+    return changed, replace(adapter, replaced=replaced)
+
+
+def _check_fits(checkpoint: Checkpoint, adapter: Adapter, origin: str) -> None:
+    shapes = {name: (pair["b"].shape[0], pair["a"].shape[1]) for name, pair in adapter.factors.items()}
+    shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.replaced.items()}
+    wrong = {name: shape for name, shape in shapes.items() if checkpoint.shapes.get(name) != shape}
+    sizes = {shape[0] for shape in wrong.values()}
+    if wrong and wrong.keys() <= {HEAD, EMBEDDING} & checkpoint.shapes.keys():
+        raise UserError(
+            f"The adapter {origin} was trained with a vocabulary of {min(sizes)} tokens, and its base {adapter.base} "
+            f"has {checkpoint.config.vocab_size}; save the adapter again with its embeddings (PEFT's "
+            f"save_embedding_layers=True), or give the base that has them."
+        )
+    problems = [
+        f"it changes {name} with shape {shape}, but the model's has shape {checkpoint.shapes[name]}"
+        if name in checkpoint.shapes
+        else f"it changes {name}, which the model does not have"
+        for name, shape in wrong.items()
+    ]
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise UserError(
-            f"The adapter {origin} belongs to another model than {adapter.base}, the base in its {CONFIG}: "
+            f"The adapter {origin} belongs to another model than {adapter.base}, its base: "
             f"{'; '.join(problems[:10])}{more}."
         )
-
-    def read(name: str, index: Any) -> np.ndarray:
-        values, pair = checkpoint.read(name, index), adapter.factors.get(name)
-        return values if pair is None else _merged(values.astype(dtype), pair, adapter.scale, index)
-
-    return replace(checkpoint, read=read, files=(*checkpoint.files, Path(origin) / TENSORS, Path(origin) / CONFIG))
 
 
 def with_factors(weight: Float[Array, "out in"], pair: Mapping[str, Any], scale: float) -> Float[Array, "out in"]:
@@ -174,13 +253,22 @@ def with_factors(weight: Float[Array, "out in"], pair: Mapping[str, Any], scale:
     return map_shards(jnp.asarray(weight), lambda values, index: _merged(values, pair, scale, index))
 
 
-def _merged(part: np.ndarray, pair: Mapping[str, Any], scale: float, index: Any) -> Float[np.ndarray, "out in"]:
+def _merged(
+    part: np.ndarray, pair: Mapping[str, Any], scale: float, index: Any, magnitude: Any = None
+) -> Float[np.ndarray, "out in"]:
     """The part of a weight that `index` selects, with its adapter added.
 
     The sum is computed in float64 and rounded once to the weight's dtype, so every machine gets the same.
+
+    Arguments:
+        magnitude: the norms of the rows after the change; None to leave them.
     """
     a, b = (np.asarray(pair[key]).astype(np.float64) for key in ("a", "b"))
-    return (part.astype(np.float64) + scale * (b @ a)[index]).astype(part.dtype)
+    total = part.astype(np.float64) + scale * (b @ a)[index]
+    if magnitude is not None:
+        norms = np.asarray(magnitude).astype(np.float64).ravel() / np.linalg.norm(total, axis=1)
+        total = norms[:, None] * total
+    return total.astype(part.dtype)
 
 
 def save_adapter(adapter: Adapter, directory: str | Path) -> None:
@@ -221,44 +309,116 @@ def save_adapter(adapter: Adapter, directory: str | Path) -> None:
         ) from error
 
 
-def load_adapter(directory: str | Path) -> Adapter:
+def load_adapter(directory: str | Path, base: str | None = None) -> Adapter:
     """Read an adapter that PEFT or `save_adapter` wrote.
 
+    Arguments:
+        base: the base model, instead of the one that the adapter names. If the adapter was trained on another adapter,
+            that stays its base.
+
     Raises:
-        UserError: the adapter is incomplete or damaged, or is not a plain LoRA of linear layers.
+        UserError: the adapter is incomplete or damaged, or has options that are not supported.
     """
     directory = Path(directory)
     path = directory / CONFIG
     config = read_json(path)
+    _check_is_lora(directory, config)
+    try:
+        rank, alpha = config["r"], float(config["lora_alpha"])
+        base = _base_of(directory, config, base)
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"r is {rank!r:.60}, not a positive integer")
+        if not math.isfinite(alpha):
+            raise ValueError(f"lora_alpha is {alpha}")
+        patterns = {key: dict(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")}
+        factors, magnitudes, replaced, modules = _read_tensors(directory / TENSORS)
+        ranks = {name: _matched(patterns["rank_pattern"], modules[name], rank) for name in factors}
+        alphas = {name: float(_matched(patterns["alpha_pattern"], modules[name], alpha)) for name in factors}
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        raise UserError(
+            f"{path} is not a LoRA configuration ({reason(error)}); fix it, or download it again."
+        ) from error
+    for name, pair in factors.items():
+        if {pair["a"].shape[0], pair["b"].shape[1]} != {ranks[name]}:
+            raise UserError(
+                f"{path} says that the rank is {ranks[name]}, but the factors of {name} have the shapes "
+                f"{pair['a'].shape} and {pair['b'].shape}; download the adapter again."
+            )
+
+    saved = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
+    copied = frozenset(name for name in replaced if saved & set(name.split(".")))
+    without = [f"modules_to_save={name!r}" for name in sorted(saved.difference(*(name.split(".") for name in copied)))]
+    if bool(config.get("use_dora")) != bool(magnitudes) or (magnitudes and magnitudes.keys() != factors.keys()):
+        without.append(f"use_dora={config.get('use_dora')}")
+    if without:
+        raise UserError(
+            f"The adapter {directory} is not a plain LoRA, and {TENSORS} does not hold what belongs to "
+            f"{', '.join(without)}; save it again with PEFT."
+        )
+
+    def scale(alpha: float, rank: int) -> float:
+        return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+    return Adapter(
+        base,
+        rank,
+        scale(alpha, rank) * rank,
+        tuple(sorted({module_name(name) for name in factors})),
+        factors,
+        scales={name: scale(alphas[name], ranks[name]) for name in factors},
+        magnitudes=magnitudes,
+        replaced=replaced,
+        copied=copied,
+    )
+
+
+def _base_of(directory: Path, config: Mapping[str, Any], base: str | None) -> str:
+    """The base model of an adapter, as `load_model` takes it: the one that its configuration names, or `base`."""
+    named = config.get("base_model_name_or_path")
+    is_stacked = isinstance(named, str) and (named in ADAPTERS or is_adapter(Path(named)))
+    if base is not None and not is_stacked:
+        return base
+    if named is None:
+        raise UserError(
+            f"The adapter {directory} names no base model (base_model_name_or_path in its {CONFIG}): name it with "
+            f"--base (base= in load_model)."
+        )
+    if not isinstance(named, str):
+        raise ValueError(f"base_model_name_or_path is {named!r:.60}, not a name")
+    revision = config.get("revision")
+    return named if revision in (None, "main") else f"{named}@{revision}"
+
+
+def _matched(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's name, as PEFT matches it; else the default."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _check_is_lora(directory: Path, config: Mapping[str, Any]) -> None:
+    """Raise a `UserError` if an adapter is no LoRA of PEFT, is pickled, or has options that are not supported."""
+    if "peft_type" not in config and (directory / "adapters.safetensors").is_file():
+        raise UserError(
+            f"{directory} holds an adapter of MLX; fuse it with 'mlx_lm.fuse --de-quantize', and pass the fused "
+            f"model's directory."
+        )
     if unsupported := _unsupported_options(config):
         options = ", ".join(f"{key}={value!r:.60}" for key, value in unsupported.items())
         raise UserError(
             f"The adapter {directory} is not a plain LoRA, the only kind that is supported: it has {options}; merge it "
             f"into its base model with PEFT's merge_and_unload, and use the merged model."
         )
-    try:
-        base, rank, alpha = config["base_model_name_or_path"], config["r"], float(config["lora_alpha"])
-        if (revision := config.get("revision")) not in (None, "main"):
-            base = f"{base}@{revision}"
-        if not isinstance(base, str):
-            raise ValueError(f"base_model_name_or_path is {base!r:.60}, not a name")
-        if type(rank) is not int or rank < 1:
-            raise ValueError(f"r is {rank!r:.60}, not a positive integer")
-        if not math.isfinite(alpha):
-            raise ValueError(f"lora_alpha is {alpha}")
-    except (KeyError, TypeError, ValueError) as error:
+    if not (directory / TENSORS).exists():
         raise UserError(
-            f"{path} is not a LoRA configuration ({reason(error)}); fix it, or download it again."
-        ) from error
-    factors = _read_factors(directory / TENSORS)
-    for name, pair in factors.items():
-        if {pair["a"].shape[0], pair["b"].shape[1]} != {rank}:
-            raise UserError(
-                f"{path} says that the rank is {rank}, but the factors of {name} have the shapes {pair['a'].shape} and "
-                f"{pair['b'].shape}; download the adapter again."
-            )
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Adapter(base, rank, scale * rank, tuple(sorted({module_name(name) for name in factors})), factors)
+            f"The adapter {directory} has no {TENSORS}: finish its download, or, if it is pickled (adapter_model.bin), "
+            f"which can run any code when it is loaded, load it with PEFT and save it again with save_pretrained."
+        )
+    if weights := [name for name in (WEIGHTS, INDEX) if (directory / name).is_file()]:
+        raise UserError(
+            f"{directory} holds two models, a LoRA adapter ({CONFIG}) and the weights of {weights[0]}: move one of "
+            f"them to another directory."
+        )
 
 
 def is_adapter(directory: Path) -> bool:
@@ -278,28 +438,53 @@ def _unsupported_options(config: Mapping[str, Any]) -> dict[str, Any]:
     return unsupported
 
 
-def _read_factors(path: Path) -> Factors:
-    factors: dict[str, dict[str, Any]] = {}
+def _read_tensors(path: Path) -> tuple[Factors, dict[str, Any], dict[str, Any], dict[str, str]]:
+    """The factors, magnitudes and whole tensors of an adapter's file, by the decoder's names; and by the same names of
+    factors, the names of modules that PEFT uses."""
+    factors: Factors = {}
+    magnitudes: dict[str, Any] = {}
+    replaced: dict[str, Any] = {}
+    modules: dict[str, str] = {}
+    for name, tensor in _stored(path).items():
+        if (match := _LORA_NAME.fullmatch(name)) and tensor.ndim == 2:
+            module, is_embedding, part = match.groups()
+            weight = parameter_name(f"{module}.weight")
+            # An embedding W [vocab, dim] has the factors A [rank, vocab] and B [dim, rank] of its transpose.
+            key, tensor = ("ab"[part == "A"], tensor.T) if is_embedding else (part.lower(), tensor)
+            pair = factors.setdefault(weight, {})
+            modules[weight] = re.sub(r"(^|\.)_orig_mod\.", r"\1", module).removeprefix(_PEFT_PREFIX)
+            store, key_name = pair, key
+        elif match := _MAGNITUDE_NAME.fullmatch(name):
+            store, key_name = magnitudes, parameter_name(f"{match[1]}.weight")
+        elif (match := _WHOLE_NAME.fullmatch(name)) and ".lora_" not in name and "token_adapter" not in name:
+            store, key_name = replaced, parameter_name(f"{match[1]}.{match[2]}")
+        else:
+            raise UserError(
+                f"{path} holds {name}, which is not a factor of a linear layer's weight, nor a tensor of the model; "
+                f"only plain LoRA adapters of linear layers are supported."
+            )
+        if key_name in store:
+            raise UserError(f"{path} holds {name} twice, under two names; keep only the adapter's own tensors.")
+        store[key_name] = tensor
+    if incomplete := [name for name, pair in factors.items() if pair.keys() != {"a", "b"}]:
+        raise UserError(f"{path} has only one of the two factors of {incomplete[0]}; download it again.")
+    if strange := sorted(magnitudes.keys() - factors.keys()) or [name for name in (EMBEDDING,) if name in magnitudes]:
+        raise UserError(f"{path} holds a magnitude of {strange[0]} (DoRA), which is not supported; merge it with PEFT.")
+    if not factors and not replaced:
+        raise UserError(f"{path} has no tensors in it; download it again.")
+    return factors, magnitudes, replaced, modules
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """The tensors of an adapter's file, by their names in it."""
     try:
+        check_not_pointer(path)
         with safe_open(path, framework="flax") as file:  # framework="numpy" cannot read bfloat16
-            for name in file.keys():  # noqa: SIM118
-                match = re.fullmatch(rf"{re.escape(_PEFT_PREFIX)}(.+)\.lora_([AB])\.weight", name)
-                tensor = file.get_tensor(name)
-                if match is None or tensor.ndim != 2:
-                    raise UserError(
-                        f"{path} holds {name}, which is not a factor of a linear layer's weight; only plain LoRA "
-                        f"adapters of linear layers are supported."
-                    )
-                factors.setdefault(f"{match[1]}.weight", {})[match[2].lower()] = tensor
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} cannot be read as safetensors ({reason(error)}); it is missing or damaged, so download it again."
         ) from error
-    if incomplete := [name for name, pair in factors.items() if pair.keys() != {"a", "b"}]:
-        raise UserError(f"{path} has only one of the two factors of {incomplete[0]}; download it again.")
-    if not factors:
-        raise UserError(f"{path} has no tensors in it; download it again.")
-    return factors
 
 
 def module_name(name: str) -> str:

@@ -1,7 +1,7 @@
 """`Model`, and how it is loaded from a name, a directory, the hub or a GGUF file, and saved."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
@@ -15,6 +15,7 @@ from jaxscape.models import builtin, huggingface, lora
 from jaxscape.models.checkpoint import (
     Checkpoint,
     Params,
+    Sources,
     abstract_params,
     check_checkpoint,
     load_cached_params,
@@ -25,6 +26,8 @@ from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import forward
 from jaxscape.models.families import from_transformers
 from jaxscape.models.gguf import open_gguf
+from jaxscape.models.tokenizer import adapter_language
+from jaxscape.models.weights import PICKLE_SUFFIXES, pickled_message
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.hardware import free_memory, platform_jit
 from jaxscape.runtime.processes import from_first, gathered
@@ -46,6 +49,7 @@ class Model:
         eos_token_ids: the tokens that end a text or a turn.
         transformers_config: the configuration in the form of transformers.
         mesh: the devices that compute, see `jaxscape.runtime.sharding`.
+        sources: where the tokenizer and the chat template come from; None if the model was not loaded.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Model:
     eos_token_ids: tuple[int, ...]
     transformers_config: PreTrainedConfig
     mesh: Mesh = field(default_factory=lambda: make_mesh(MeshShape(), 1))
+    sources: Sources | None = None
 
     @property
     def shardings(self) -> Params:
@@ -92,6 +97,7 @@ def load_model(
     mesh_shape: MeshShape | None = None,
     keep: bool = False,
     split: MeshShape | None = None,
+    base: str | Path | None = None,
     weights: bool = True,
 ) -> Model:
     """Load a model with its tokenizer.
@@ -110,6 +116,8 @@ def load_model(
         keep: keep the parameters in the cache directory, as an Orbax checkpoint that makes the next load faster.
             Ignored for parameters in host memory.
         split: the former name of `mesh_shape`.
+        base: the base model of an adapter, in any form that `source` may have, instead of the one that it names. Of
+            adapters that were trained on one another, it is the base of the first.
         weights: False leaves the weights out, see `jaxscape.models.checkpoint.abstract_params`; that is enough to
             tokenize and to plan.
 
@@ -120,7 +128,7 @@ def load_model(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise UserError(f"The dtype {dtype!r} is not supported; choose {', '.join(DTYPES)}.")
-    checkpoint = _open(str(source), jnp.dtype(dtype))
+    checkpoint = _open(str(source), jnp.dtype(dtype), None if base is None else str(base))
     free = free_memory()
     size = jnp.dtype(dtype).itemsize * sum(map(math.prod, checkpoint.shapes.values()))
     mesh_shape = mesh_shape or split or _default_mesh_shape(size, free)
@@ -141,6 +149,7 @@ def load_model(
         eos_token_ids=checkpoint.eos_token_ids,
         transformers_config=checkpoint.transformers_config,
         mesh=mesh,
+        sources=checkpoint.sources,
     )
 
 
@@ -195,39 +204,61 @@ def check_saveable(model: Model) -> None:
         )
 
 
-def _open(source: str, dtype: jnp.dtype, adapters: tuple[Path, ...] = ()) -> Checkpoint:
+def _open(source: str, dtype: jnp.dtype, base: str | None, adapters: tuple[Path, ...] = ()) -> Checkpoint:
     """Open the checkpoint at `source`, see `load_model`.
 
     Arguments:
         dtype: the dtype in which adapters are added to their base.
+        base: the base model, if `source` is an adapter; None for the one that it names.
         adapters: the directories of the adapters that this checkpoint is the base of. If it is one of them itself, the
             adapter is its own base, which is an error.
     """
     path = Path(source)
+    if source in builtin.ADAPTERS:
+        return _open_directory(builtin.ADAPTERS[source], dtype, base, adapters)
+    if source not in builtin.MODELS:
+        if path.is_dir():
+            return _open_directory(path, dtype, base, adapters)
+        if path.suffix != ".gguf" and not path.exists() and huggingface.HUB_ID.fullmatch(source):
+            return _open_directory(huggingface.download(source), dtype, base, adapters)
+    if base is not None:
+        raise UserError(f"{source} is not a LoRA adapter, and only an adapter has a base: leave out --base (base=).")
     if source in builtin.MODELS:
         return open_gguf(builtin.packaged_file(builtin.MODELS[source]))
-    if source in builtin.ADAPTERS:
-        return _open_directory(builtin.ADAPTERS[source], dtype, adapters)
-    if path.suffix in huggingface.PICKLE_SUFFIXES:
-        raise UserError(huggingface.pickled_message(path))
-    if path.is_dir():
-        return _open_directory(path, dtype, adapters)
     if path.suffix == ".gguf" and path.is_file():
         return open_gguf(path)
-    if path.suffix != ".gguf" and huggingface.HUB_ID.fullmatch(source):
-        return _open_directory(huggingface.download(source), dtype, adapters)
+    if path.suffix in PICKLE_SUFFIXES:
+        raise UserError(pickled_message(path))
+    if path.is_file():
+        raise UserError(f"{source} is one file of a model: give its directory, {path.parent}, or a .gguf file.")
     raise UserError(
         f"There is no model {source!r}: give a name ({', '.join(builtin.NAMES)}), a model directory, "
         f"a .gguf file or a hub id such as 'meta-llama/Llama-2-7b-chat-hf'."
     )
 
 
-def _open_directory(path: Path, dtype: jnp.dtype, adapters: tuple[Path, ...]) -> Checkpoint:
-    """Open a model's directory, or an adapter's directory together with the base model that it names."""
+def _open_directory(path: Path, dtype: jnp.dtype, base: str | None, adapters: tuple[Path, ...]) -> Checkpoint:
+    """Open a model's directory, or an adapter's directory together with its base model."""
     if not lora.is_adapter(path):
+        if base is not None:
+            raise UserError(f"{path} is not a LoRA adapter, and only an adapter has a base: leave out --base (base=).")
         return huggingface.open_directory(path)
     path = path.resolve()
     if path in adapters:
         raise UserError(f"The adapter {path} is its own base: write the base model's name into {lora.CONFIG}.")
-    adapter = lora.load_adapter(path)
-    return lora.merge(_open(adapter.base, dtype, (*adapters, path)), adapter, dtype, str(path))
+    adapter = lora.load_adapter(path, base)
+    others_base = None if adapter.base == base else base
+    merged = lora.merge(_open_base(adapter.base, dtype, others_base, (*adapters, path)), adapter, dtype, str(path))
+    language = adapter_language(path, merged)
+    return replace(merged, tokenizer=language.tokenizer, eos_token_ids=language.eos_token_ids, sources=language.sources)
+
+
+def _open_base(source: str, dtype: jnp.dtype, base: str | None, adapters: tuple[Path, ...]) -> Checkpoint:
+    """Open the base model of the last of the adapters; an error says that it is the base that cannot be opened."""
+    try:
+        return _open(source, dtype, base, adapters)
+    except UserError as error:
+        raise UserError(
+            f"The adapter {adapters[-1]} cannot be loaded without its base model {source}, which cannot be opened "
+            f"({str(error).removesuffix('.')}); if the base lies elsewhere, name it with --base (base= in load_model)."
+        ) from error

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 from jaxscape.runtime.errors import UserError, reason
 
+_LFS_POINTER = b"version https://git-lfs.github.com"
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file atomically: at any moment, also after a crash, it has either the old or the new content."""
@@ -25,6 +27,36 @@ def temporary_path(path: Path) -> Path:
     """The file that `write_whole` writes first and then renames to `path`. Its name is always the same, so that the
     next write replaces what a crash left."""
     return path.with_name(f".{path.name}.tmp")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds something else.
+    """
+    try:
+        check_not_pointer(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} has no {path.name}; pass a complete directory.") from error
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({reason(error)}); fix it, or download it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object; fix it, or download it again.")
+    return content
+
+
+def check_not_pointer(path: Path) -> None:
+    """Raise a `UserError` if Git LFS left its pointer in place of the file, as a clone without Git LFS does."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UserError(
+                f"{path} is not the file itself, but a pointer of Git LFS: run 'git lfs pull' in {path.parent}, or "
+                f"download the file with 'hf download'."
+            )
 
 
 def to_json_lines(records: Iterable[Mapping[str, Any]]) -> str:

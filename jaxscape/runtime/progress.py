@@ -22,3 +22,10 @@ def progress_display(enabled: bool) -> Progress:
         soft_wrap=True,
     )
     return Progress(console=console, disable=not enabled, transient=True)
+
+
+def note(text: str) -> None:
+    """Write a line on the standard error stream: something that the user should know and need not change. Only the
+    first process writes it."""
+    if is_first():
+        sys.stderr.write(text + "\n")

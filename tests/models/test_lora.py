@@ -1,5 +1,6 @@
 """Adapters and saved models, checked against PEFT and transformers."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -14,13 +15,15 @@ import pytest
 import torch
 import transformers
 from helpers import MakeModel, assert_same_tree, torch_logits
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 import jaxscape as js
+from jaxscape.engine.batching import tokenize
 from jaxscape.finetuning.options import TARGETS
 from jaxscape.finetuning.run import with_adapter
 from jaxscape.models.decoder import forward
 from jaxscape.models.lora import Adapter, attach, init_factors, load_adapter, save_adapter
+from jaxscape.prompts.chat_format import chat_text
 
 TOKENS = np.arange(3, 43).reshape(2, 20)
 
@@ -136,16 +139,25 @@ def test_bad_adapters(
     fails("it changes model.layers.1.* which the model does not have", base_model_name_or_path=str(shallow))
     fails("There is no model 'nothing'", base_model_name_or_path="nothing")
     fails("is its own base", base_model_name_or_path=str(tmp_path))
-    fails("not a LoRA configuration", base_model_name_or_path=None)
+    fails("not a LoRA configuration", base_model_name_or_path=5)
+    fails("names no base model", base_model_name_or_path=None)
     fails("not a LoRA configuration", r="four")
     fails("not a LoRA configuration", lora_alpha="much")
     fails("says that the rank is 5", r=5)
     options: list[dict[str, Any]] = [{"use_dora": True}, {"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}]
-    options += [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"alora_invocation_tokens": [1]}]
+    options += [{"init_lora_weights": "pissa"}, {"alora_invocation_tokens": [1]}, {"layer_replication": [[0, 2]]}]
     for option in options:
         fails(f"not a plain LoRA.*{next(iter(option))}", **option)
+    fails("not a LoRA configuration", rank_pattern={"(": 2})
+    fails("not a LoRA configuration", alpha_pattern={"q_proj": "much"})
     fails("only one of the two factors", {key: value for key, value in tensors.items() if key != name})
-    fails("not a factor of a linear layer", tensors | {"base_model.model.lm_head.weight": np.zeros((2, 2), np.float32)})
+    whole = {"base_model.model.lm_head.weight": np.zeros((2, 2), np.float32)}
+    fails("trained with a vocabulary of 2 tokens, and its base .* has 300; save the adapter again", tensors | whole)
+    whole["base_model.model.model.norm.weight"] = np.zeros(2, np.float32)
+    fails(r"belongs to another model.*it changes lm_head.weight with shape \(2, 2\)", tensors | whole)
+    delta = {"base_model.model.lm_head.token_adapter.trainable_tokens_delta": np.zeros((2, 2), np.float32)}
+    fails("not a factor of a linear layer", tensors | delta)
+    fails("twice, under two names", tensors | {name.replace(".weight", ".default.weight"): tensors[name]})
     fails("has no tensors", {})
     (tmp_path / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(js.UserError, match="cannot be read as safetensors"):
@@ -228,3 +240,214 @@ def test_models_and_adapters_that_cannot_be_written(tiny: js.Model, tmp_path: Pa
         js.save_model(tiny, tmp_path / "file")
     with pytest.raises(js.UserError, match="The adapter cannot be written"):
         save_adapter(random_adapter(tiny, "tiny"), tmp_path / "file")
+
+
+# Adapters as PEFT and the programs that use it write them, compared with what PEFT computes.
+
+OPTIONS_OF_PEFT: dict[str, dict[str, Any]] = {
+    "patterns": {
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 3},
+        "alpha_pattern": {"down_proj": 20, "^model.layers.0.self_attn.q_proj": 1},
+    },
+    "patterns and rank-stabilised": {"rank_pattern": {"q_proj": 2}, "use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "DoRA with patterns": {"use_dora": True, "rank_pattern": {"q_proj": 2}, "use_rslora": True},
+    "biases of a layer": {"bias": "lora_only"},
+    "all biases": {"bias": "all"},
+    "fan_in_fan_out": {"fan_in_fan_out": True},
+    "some layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "all but one": {"target_modules": "all-linear", "exclude_modules": ["k_proj"]},
+    "a regular expression": {"target_modules": r".*\.1\.mlp\.(up|gate)_proj"},
+    "embedding and head": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "only the embedding": {"modules_to_save": ["embed_tokens"]},
+    "only the head": {"modules_to_save": ["lm_head"]},
+    "norms": {"modules_to_save": ["norm", "input_layernorm"]},
+    "factors of the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "factors of the head": {"target_modules": ["q_proj", "lm_head"]},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+}
+
+
+def trained(base: Any, directory: Path, save: dict[str, Any] | None = None, **options: Any) -> peft.PeftModel:
+    """Save a PEFT model whose trained tensors are all random, and read it again as a user of PEFT does."""
+    torch.manual_seed(1)
+    original = copy.deepcopy(base)
+    config = peft.LoraConfig(**({"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]} | options))
+    model = peft.get_peft_model(base, config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(directory, **(save or {}))
+    return peft.PeftModel.from_pretrained(original, directory).eval()
+
+
+def base_of(directory: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT warns of tied embeddings, and of fan_in_fan_out
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", OPTIONS_OF_PEFT)
+def test_options_of_peft(make_model: MakeModel, tmp_path: Path, name: str, is_tied: bool) -> None:
+    family = "qwen2" if "bias" in OPTIONS_OF_PEFT[name] else "llama"
+    directory, original = make_model(family, tie_word_embeddings=is_tied)
+    model = trained(base_of(directory), tmp_path, **OPTIONS_OF_PEFT[name])
+    expected = torch_logits(model, TOKENS)
+    assert np.abs(expected - torch_logits(original, TOKENS)).max() > 0.1
+    ours = js.load_model(tmp_path, "float32")
+    np.testing.assert_allclose(ours(TOKENS), expected, atol=1e-3, rtol=1e-4)
+    js.save_model(ours, tmp_path / "merged")
+    np.testing.assert_allclose(torch_logits(base_of(tmp_path / "merged"), TOKENS), expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["DoRA", "embedding and head", "factors of the embedding"])
+def test_shards_of_an_adapted_model_are_those_of_the_whole(tiny_dir: Path, tmp_path: Path, name: str) -> None:
+    trained(base_of(tiny_dir), tmp_path, **OPTIONS_OF_PEFT[name])
+    whole = js.load_model(tmp_path, "bfloat16")
+    assert_same_tree(js.load_model(tmp_path, "bfloat16", mesh_shape=js.MeshShape(1, 2)).params, whole.params)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_an_adapter_with_a_larger_vocabulary(
+    make_model: MakeModel, tmp_path: Path, is_tied: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, _ = make_model(tie_word_embeddings=is_tied)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    base = base_of(directory)
+    base.resize_token_embeddings(len(tokenizer))
+    model = trained(base, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ours = js.load_model(tmp_path, "float32")
+    assert ours.config.vocab_size == ours.transformers_config.vocab_size == 302
+    assert ours.eos_token_ids == (2, 301)
+    assert ours.config.tie_word_embeddings == is_tied
+    assert tokenize(ours, ["Hi"], "default", 1)[0][0] == 300
+    tokens = np.array([[300, 7, 301, 9]])
+    np.testing.assert_allclose(ours(tokens), torch_logits(model, tokens), atol=1e-3, rtol=1e-4)
+    line = f"The adapter {tmp_path} has a tokenizer, chat template, end tokens (<|im_end|>) of its own"
+    assert line in capsys.readouterr().err
+    (tmp_path / "adapter_model.safetensors").write_bytes(without(tmp_path, "embed_tokens", "lm_head"))
+    with pytest.raises(js.UserError, match="end token 301, which is not one of its 300 tokens"):
+        js.load_model(tmp_path, "float32")
+
+
+def without(directory: Path, *words: str) -> bytes:
+    """The adapter's file without the tensors that have one of the words in their names."""
+    tensors = load_file(directory / "adapter_model.safetensors")
+    return save({name: value for name, value in tensors.items() if not any(word in name for word in words)})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_torch_compile_has_wrapped(tiny_dir: Path, tmp_path: Path) -> None:
+    """Checkpoints of a compiled model have its prefix, with which PEFT finds no factors, and leaves them at zero."""
+    model = trained(base_of(tiny_dir), tmp_path, rank_pattern={"q_proj": 2})
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    renamed = {name.replace("base_model.model.", "base_model.model._orig_mod."): tensors[name] for name in tensors}
+    save_file(renamed, tmp_path / "adapter_model.safetensors")
+    np.testing.assert_allclose(
+        js.load_model(tmp_path, "float32")(TOKENS), torch_logits(model, TOKENS), atol=1e-3, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("files", ["tokenizer", "only a template", "only settings", "nothing"])
+def test_an_adapters_own_tokenizer_template_and_end_token(
+    make_model: MakeModel, tmp_path: Path, files: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, _ = make_model()
+    peft_adapter(directory, tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    base_template = tokenizer.chat_template
+    tokenizer.chat_template = "{% for m in messages %}ADAPTER {{ m['content'] }}{% endfor %}"
+    expected = "ADAPTER Hi"
+    if files == "tokenizer":
+        tokenizer.eos_token = "<s>"
+        tokenizer.save_pretrained(tmp_path)
+        (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5]}')
+        ids, line = (1, 2, 5), "has a tokenizer, chat template, end tokens"
+    elif files == "only a template":
+        (tmp_path / "chat_template.jinja").write_text(tokenizer.chat_template)
+        ids, line = (2,), "has a chat template of its own"
+    elif files == "only settings":
+        settings = {"chat_template": tokenizer.chat_template, "eos_token": {"content": "<s>"}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        ids, line = (1, 2), "has a chat template, end tokens (<s>) of its own"
+    else:
+        tokenizer.chat_template = base_template
+        expected, ids, line = chat_text(tokenizer, "Hi"), (2,), ""
+    model = js.load_model(tmp_path, "float32")
+    assert chat_text(model.tokenizer, "Hi") == expected
+    assert model.eos_token_ids == ids
+    lines = [text for text in capsys.readouterr().err.splitlines() if text.startswith("The adapter")]
+    assert len(lines) == bool(line)
+    assert line in "".join(lines)
+    assert model.sources is not None
+    source = directory if files == "nothing" else tmp_path
+    assert model.sources.chat_template.startswith(str(source))
+    assert model.sources.tokenizer == str(tmp_path if files == "tokenizer" else directory)
+
+
+def test_an_adapter_whose_tokenizer_has_no_template_keeps_the_bases(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, _ = make_model()
+    peft_adapter(directory, tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    tokenizer.save_pretrained(tmp_path)
+    assert js.load_model(tmp_path, "float32").tokenizer.chat_template == template
+    assert f"The adapter {tmp_path} has a tokenizer (but no chat template) of its own" in capsys.readouterr().err
+
+
+def test_an_adapter_whose_base_has_moved(make_model: MakeModel, tmp_path: Path, edit_json: Callable[..., None]) -> None:
+    directory, _ = make_model()
+    adapter = tmp_path / "adapter"
+    expected = torch_logits(peft_adapter(directory, adapter), TOKENS)
+    moved = shutil.copytree(directory, tmp_path / "moved")
+    for base in ("/data/gone/model", "someone/gone", None):
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path=base)
+        message = "names no base model|cannot be loaded without its base model .*gone.*name it with --base"
+        with pytest.raises(js.UserError, match=message) as error:
+            js.load_model(adapter, "float32")
+        assert str(adapter) in str(error.value)
+        model = js.load_model(adapter, "float32", base=moved)
+        np.testing.assert_allclose(model(TOKENS), expected, atol=1e-4, rtol=1e-4)
+    for source in (directory, "smollm2-135m"):
+        with pytest.raises(js.UserError, match="is not a LoRA adapter, and only an adapter has a base"):
+            js.load_model(source, "float32", base=moved)
+
+
+def test_the_base_of_stacked_adapters_is_that_of_the_first(
+    make_model: MakeModel, tmp_path: Path, edit_json: Callable[..., None]
+) -> None:
+    directory, _ = make_model()
+    first, second = tmp_path / "first", tmp_path / "second"
+    peft_adapter(directory, first)
+    tuned = js.load_model(first, "float32")
+    save_adapter(random_adapter(tuned, str(first)), second)
+    expected = js.load_model(second, "float32")(TOKENS)
+    edit_json(first / "adapter_config.json", base_model_name_or_path="/gone")
+    with pytest.raises(js.UserError, match=f"The adapter {second} .* {first}, which cannot be opened .The adapter "):
+        js.load_model(second, "float32")
+    np.testing.assert_array_equal(js.load_model(second, "float32", base=directory)(TOKENS), expected)
+
+
+def test_an_adapter_that_cannot_be_read_as_one(tiny_dir: Path, tmp_path: Path) -> None:
+    peft_adapter(tiny_dir, tmp_path)
+    shutil.copy(tiny_dir / "model.safetensors", tmp_path)
+    with pytest.raises(js.UserError, match="holds two models"):
+        js.load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(
+        js.UserError, match=r"has no adapter_model.safetensors: .*pickled \(adapter_model.bin\).*save_pretrained"
+    ):
+        js.load_model(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}')
+    (tmp_path / "adapters.safetensors").write_bytes(b"x")
+    with pytest.raises(js.UserError, match="an adapter of MLX"):
+        js.load_model(tmp_path)
