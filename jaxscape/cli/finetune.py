@@ -52,7 +52,7 @@ class Finetune:
     def run(self) -> None:
         out = self.output.out or Path("runs") / f"{self.model.short_name}-finetuned"
         sources = self.data.data
-        check_texts(self.model.model, out, *sources)
+        check_texts(self.model.model, self.model.base or "", out, *sources)
         if not sources:
             raise UserError("There is nothing to learn: give --data with a training set or a file.")
 
@@ -71,7 +71,7 @@ class Finetune:
             self.training,
             out=out,
             overwrite=self.output.overwrite,
-            describe={"data": list(sources)},
+            describe={"data": list(sources), **self.model.described},
             thinking=self.data.thinking,
         )
         if is_first():

@@ -37,6 +37,8 @@ class ModelOptions:
     adapter), or a .gguf file."""
     dtype: Annotated[Dtype | None, shown(default="float32 on a CPU, bfloat16 on an accelerator")] = None
     """Dtype of weights and activations."""
+    base: Annotated[str | None, shown("the one that the adapter names", "MODEL")] = None
+    """The base model of a LoRA adapter, for example where it has moved."""
     keep_weights: bool = False
     """Keep the loaded weights in the cache on disk, in this dtype, which makes the next start faster."""
 
@@ -51,7 +53,14 @@ class ModelOptions:
         from jaxscape.runtime.sharding import parse_mesh_shape
 
         mesh_shape = None if mesh is None else parse_mesh_shape(mesh)
-        return load_model(self.model, self.dtype, on_host, mesh_shape, self.keep_weights, weights=weights)
+        return load_model(
+            self.model, self.dtype, on_host, mesh_shape, self.keep_weights, base=self.base, weights=weights
+        )
+
+    @property
+    def described(self) -> dict[str, str]:
+        """What the options add to a run's `config.json`."""
+        return {} if self.base is None else {"base": self.base}
 
     @property
     def short_name(self) -> str:

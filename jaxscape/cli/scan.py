@@ -95,7 +95,7 @@ class Scan:
         source, system_prompt = self.prompts.prompts, self.prompts.system_prompt
         column = self.prompts.prompt_column
         check_texts(self.model.model, source, system_prompt, out, *options.direction, *files, *trajectories)
-        check_texts(column or "")
+        check_texts(column or "", self.model.base or "")
 
         from jaxscape.directions.kinds import make_directions, prepare
         from jaxscape.directions.path import load_path
@@ -164,6 +164,7 @@ class Scan:
                 **({} if column is None else {"prompt_column": column}),
                 "direction_files": files,
                 "interpolate_to": list(options.interpolate_to),
+                **self.model.described,
             },
             **answering,
         )
