@@ -30,7 +30,7 @@ import numpy as np
 
 import jaxscape as js
 from jaxscape.cli.main import run_program
-from jaxscape.cli.options import DEFAULT_MODEL, write_line
+from jaxscape.cli.options import DEFAULT_MODEL
 from jaxscape.engine.batching import Workload, tokenize
 from jaxscape.engine.engine import Engine
 from jaxscape.engine.planner import make_plan
@@ -39,6 +39,7 @@ from jaxscape.engine.scheduler import Completion
 from jaxscape.landscapes.axes import symmetric_axes
 from jaxscape.models.checkpoint import named_leaves
 from jaxscape.runtime.hardware import measure_roofline
+from jaxscape.runtime.streams import write_line
 
 Direction = Any
 """A tree like `model.params`."""

@@ -27,7 +27,7 @@ from matplotlib.ticker import ScalarFormatter
 
 import jaxscape as js
 from jaxscape.cli.main import run_program
-from jaxscape.cli.options import DEFAULT_MODEL, write_line
+from jaxscape.cli.options import DEFAULT_MODEL
 from jaxscape.engine.batching import Workload, tokenize
 from jaxscape.engine.engine import Engine
 from jaxscape.engine.planner import make_plan
@@ -40,6 +40,7 @@ from jaxscape.models.decoder import parameter_shapes
 from jaxscape.report.figures import COLOURS, MARKERS, STYLES
 from jaxscape.runtime.files import write_whole
 from jaxscape.runtime.sharding import mesh_shape_of
+from jaxscape.runtime.streams import write_line
 
 SHAPES_2D = {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
 SHAPES_3D = {1: "1x1x1", 2: "2x1x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from jaxscape.cli.options import write_line
+from jaxscape.runtime.streams import write_line
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from jaxscape.cli.options import Group, ModelOptions, RunOptions, check_texts, write_line
+from jaxscape.cli.options import Group, ModelOptions, RunOptions, check_texts
 from jaxscape.finetuning.options import Training
 from jaxscape.prompts.thinking import Thinking
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.help import shown
+from jaxscape.runtime.streams import write_line
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import tyro
 
-from jaxscape.cli.options import write_line
+from jaxscape.cli.options import check_working_directory
 from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.streams import BROKEN_PIPE, safe_streams, write_line
 
 
 class Verb(NamedTuple):
@@ -30,15 +32,19 @@ VERBS = {
     "export": Verb("export", "Export", "Write the answers of a finished run in the format of the paper's code."),
 }
 
+MIN_COLUMNS = 40  # of `--help`; in a terminal of one column, tyro never ends
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb of `jaxscape`; see `run_program`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        write_line(_usage())
+        with safe_streams():
+            write_line(_usage())
         sys.exit(0 if arguments else 2)
     if arguments[0] not in VERBS:
-        _fail(f"Unknown verb {arguments[0]!r}: choose {', '.join(VERBS)}, or see jaxscape --help.")
+        with safe_streams():
+            _fail(f"Unknown verb {arguments[0]!r}: choose {', '.join(VERBS)}, or see jaxscape --help.")
     verb = VERBS[arguments[0]]
     options = getattr(importlib.import_module(f"jaxscape.cli.{verb.module}"), verb.options)
     run_program(options, arguments[1:], f"jaxscape {arguments[0]}")
@@ -59,23 +65,34 @@ def _usage() -> str:
 def run_program(program: Any, arguments: Sequence[str] | None = None, name: str | None = None) -> None:
     """Parse the options of a program and run it.
 
-    A user error is one line on the standard error stream and exit code 2; an interruption is exit code 130.
+    A user error is one line on the standard error stream and exit code 2; an interruption is exit code 130. When no
+    one reads the output any more, the program ends as `jaxscape.runtime.streams.safe_streams` says.
 
     Arguments:
         program: a dataclass of options with a `run` method.
         name: what the program is called in its help.
     """
+    with safe_streams():
+        _run(program, arguments, name)
+
+
+def _run(program: Any, arguments: Sequence[str] | None, name: str | None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if "transformers" in sys.modules:
         import transformers
 
         transformers.logging.set_verbosity_error()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is first imported
+    if shutil.get_terminal_size().columns < MIN_COLUMNS:
+        os.environ["COLUMNS"] = str(MIN_COLUMNS)
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands, tyro.conf.DisallowNone)
     description = inspect.getdoc(program)  # with its examples, which tyro would leave out
     command = tyro.cli(program, prog=name, description=description, args=arguments, config=config)
     try:
+        check_working_directory()
         command.run()
+    except BrokenPipeError:  # no one reads the progress any more
+        _exit(BROKEN_PIPE)
     except (UserError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:

@@ -1,8 +1,9 @@
-"""What the verbs share: groups of options, the start of a run, and how to write a line.
+"""What the verbs share: groups of options, and the start of a run.
 
 Importing this module does not import JAX, so that `--help` is quick.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,8 +65,14 @@ class ModelOptions:
 
     @property
     def short_name(self) -> str:
-        """The last part of the model's name, for the name of a run's directory."""
-        return Path(self.model).name.removesuffix(".gguf")
+        """The last part of the model's path or hub id, for the name of a run's directory."""
+        if Path(self.model).exists():
+            path = Path(os.path.abspath(self.model))  # `.` and `..` have no name of their own
+            name = path.stem if path.suffix.lower() == ".gguf" else path.name
+        else:
+            repository, at, revision = self.model.partition("@")
+            name = Path(repository).name + at + revision.replace("/", "-")
+        return name or "model"
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,17 @@ def check_texts(*texts: str | Path) -> None:
     """Raise a `UserError` if an argument is not valid text: a command line may contain any bytes."""
     for text in map(str, texts):
         if not is_utf8(text):
-            raise UserError(f"The argument {text!r} is not valid UTF-8: write it in UTF-8.")
+            encoding = sys.getfilesystemencoding()
+            advice = "write it in UTF-8" if encoding == "utf-8" else "set PYTHONUTF8=1"
+            raise UserError(f"The argument {text!r} is not valid {encoding.upper()}: {advice}.")
+
+
+def check_working_directory() -> None:
+    """Raise a `UserError` if the current directory has been deleted, since nothing can be written to it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("The current directory has been deleted: change to another one.") from error
 
 
 def select_platform(names: Sequence[str], join: Callable[[], None] = lambda: None) -> None:
@@ -141,18 +158,23 @@ def select_platform(names: Sequence[str], join: Callable[[], None] = lambda: Non
     """
     import jax
 
+    from jaxscape.runtime.hardware import skip_absent_tpu
+
     if len(names) > 1:
         raise UserError(f"Give only one of {', '.join('--' + name for name in names)}.")
+    skip_absent_tpu()
     before = jax.config.values["jax_platforms"]
     for name in names:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
     join()
+    if not names:
+        _check_default_platform()
     for name in names:
         found, why = "none", ""
         try:
             found = jax.default_backend()
-        except RuntimeError as error:
-            why = f" ({reason(error)})"
+        except (RuntimeError, AssertionError) as error:  # JAX asserts that a machine without a GPU has another device
+            why = f" ({reason(error)})" if str(error) else ""
             if not jax.distributed.is_initialized():  # looking for another platform could keep other processes waiting
                 jax.config.update("jax_platforms", before)
                 found = jax.default_backend()
@@ -164,6 +186,15 @@ def select_platform(names: Sequence[str], join: Callable[[], None] = lambda: Non
             )
 
 
-def write_line(text: str) -> None:
-    """Write a line on the standard output stream."""
-    sys.stdout.write(text + "\n")
+def _check_default_platform() -> None:
+    """Raise a `UserError` if JAX cannot start the platform that the environment chooses."""
+    import jax
+
+    try:
+        jax.default_backend()
+    except (RuntimeError, AssertionError) as error:
+        platforms = jax.config.values["jax_platforms"]
+        raise UserError(
+            f"JAX cannot start on this machine with JAX_PLATFORMS={platforms or ''} ({reason(error)}): unset "
+            f"JAX_PLATFORMS, or give --cpu."
+        ) from error

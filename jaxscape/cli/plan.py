@@ -4,10 +4,11 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from jaxscape.cli.options import Group, write_line
+from jaxscape.cli.options import Group
 from jaxscape.engine.options import EngineOptions
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.help import shown
+from jaxscape.runtime.streams import write_line
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ class Plan:
         from jaxscape.forecast.forecast import forecast, make_workload
         from jaxscape.forecast.known_models import shape_config
         from jaxscape.forecast.table import as_json, describe
+        from jaxscape.runtime.hardware import check_jax_options
         from jaxscape.runtime.sharding import parse_mesh_shape
 
+        check_jax_options()
         jax.config.update("jax_platforms", "cpu")  # the compiler needs no device, and none should be taken
         dtype, work, options = self.slice.dtype, self.workload, self.forecast
         if not 1 <= len(work.points) <= 2:

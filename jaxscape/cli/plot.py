@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from jaxscape.cli.options import write_line
 from jaxscape.runtime.help import shown
+from jaxscape.runtime.streams import write_line
 
 
 @dataclass(frozen=True)

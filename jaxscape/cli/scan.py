@@ -11,11 +11,11 @@ from jaxscape.cli.options import (
     OutputOptions,
     RunOptions,
     check_texts,
-    write_line,
 )
 from jaxscape.engine.options import EngineOptions, GenerationOptions
 from jaxscape.prompts.thinking import Thinking
 from jaxscape.runtime.help import shown
+from jaxscape.runtime.streams import write_line
 
 if TYPE_CHECKING:
     from jaxscape.landscapes.landscape import Landscape

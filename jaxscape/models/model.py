@@ -29,7 +29,7 @@ from jaxscape.models.gguf import open_gguf
 from jaxscape.models.tokenizer import adapter_language
 from jaxscape.models.weights import PICKLE_SUFFIXES, pickled_message
 from jaxscape.runtime.errors import UserError
-from jaxscape.runtime.hardware import free_memory, platform_jit
+from jaxscape.runtime.hardware import check_jax_options, free_memory, platform_jit, skip_absent_tpu
 from jaxscape.runtime.processes import from_first, gathered
 from jaxscape.runtime.sharding import MeshShape, default_mesh_shape, make_mesh, on_mesh
 
@@ -124,6 +124,8 @@ def load_model(
     Raises:
         UserError: there is no such model, it is not supported, or the mesh does not fit the devices.
     """
+    check_jax_options()
+    skip_absent_tpu()
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in DTYPES:

@@ -1,18 +1,15 @@
 """Figures of landscapes: curves with intervals in 1D, contours and surfaces in 2D."""
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import patheffects
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from jaxscape.finetuning.trajectory import Trajectory
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.landscape import Landscape
+from jaxscape.report.canvas import Axes, Figure, MatplotlibFigure, patheffects, png
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 
@@ -26,7 +23,7 @@ COLOUR_MAP = "cividis"  # its lightness rises evenly, so that it reads the same 
 GREEK = {"alpha": "\N{GREEK SMALL LETTER ALPHA}", "beta": "\N{GREEK SMALL LETTER BETA}"}
 ASR_LABEL = "attack success rate (%)"
 
-Draw = Callable[[Landscape, Sequence[Trajectory]], Figure]
+Draw = Callable[[Landscape, Sequence[Trajectory]], MatplotlibFigure]
 """A function that draws a landscape, complete or not, with the trajectories of finetunings on it."""
 
 
@@ -52,10 +49,9 @@ def save_figure(
     Raises:
         UserError: the file cannot be written.
     """
-    content = io.BytesIO()
-    draw(landscape, trajectories).savefig(content, format="png", dpi=dpi, metadata={"Software": None})
+    content = png(draw(landscape, trajectories), dpi)
     try:
-        write_whole(Path(path), content.getvalue())
+        write_whole(Path(path), content)
     except OSError as error:
         raise UserError(f"The figure cannot be written to {path} ({reason(error)}): choose another file.") from error
 

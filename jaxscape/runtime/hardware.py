@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, update_wrapper
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.extend.backend import register_backend_factory
 from jaxtyping import Array, Float
 
 from jaxscape.runtime.errors import UserError
@@ -88,14 +89,64 @@ def platform_jit(**options: Any) -> Callable[[Callable[P, R]], PlatformJit[P, R]
     return lambda function: PlatformJit(function, **options)
 
 
+# Options of JAX that change what is computed, or with which programs cannot be compiled, and the values that they need.
+# Each can also be set by the environment variable of the same name in capitals.
+_OPTIONS = {
+    "jax_enable_x64": False,
+    "jax_threefry_partitionable": True,  # otherwise the same seed gives other random directions
+    "jax_numpy_rank_promotion": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_disable_jit": False,
+}
+
+
+def check_jax_options() -> None:
+    """Raise a `UserError` if an option of JAX has a value with which jaxscape would compute something else."""
+    for name, needed in _OPTIONS.items():
+        if (value := jax.config.values[name]) != needed:
+            raise UserError(
+                f"JAX's option {name} is {value}, and jaxscape needs {needed}: unset {name.upper()} in the "
+                f"environment, or set the option in the program."
+            )
+
+
+# Environment variables that say that there is a TPU, or that JAX should look for one.
+_TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "TPU_NAME", "JAX_FORCE_TPU_INIT")
+
+
+def skip_absent_tpu() -> None:
+    """Keep JAX from starting a TPU on a machine that shows no sign of one. Must be called before JAX looks for devices.
+
+    `jaxscape plan` needs libtpu for its compiler. Where libtpu is installed, JAX also tries to start a TPU with it,
+    and without a TPU libtpu writes warnings and a stack trace to the error stream.
+    """
+    if not _may_have_tpu():
+        register_backend_factory("tpu", _no_tpu, fail_quietly=True)
+
+
+def _may_have_tpu() -> bool:
+    """Whether the machine has devices that a TPU's driver makes, or an environment variable speaks of a TPU, or JAX
+    found a TPU when it was imported or was told its platforms by the user."""
+    devices = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
+    return bool(devices) or any(map(os.environ.get, _TPU_VARIABLES)) or bool(jax.config.values["jax_platforms"])
+
+
+def _no_tpu() -> NoReturn:
+    raise RuntimeError("no TPU is attached to this machine")
+
+
 def enable_compilation_cache() -> None:
     """Let JAX keep compiled programs in the cache directory for later processes, unless the user configured another
     directory."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         try:
-            jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-        except UserError:  # there is no cache directory: programs are compiled again in the next process
+            directory = cache_dir() / "compiled"
+            directory.mkdir(parents=True, exist_ok=True)
+        except (UserError, OSError):  # there is no cache directory: programs are compiled again in the next process
             return
+        if not os.access(directory, os.W_OK | os.X_OK):  # JAX would warn about each program
+            return
+        jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.streams import flush_streams
 
 HEARTBEAT_SECONDS = 20  # a process that is silent for this long is taken for dead by the others
 # The environment variable that tells a process that it has a supervisor: `_supervise` sets it for its child process to
@@ -164,8 +165,7 @@ def gathered(tree: Any) -> Any:
 def exit_if_joined(code: int) -> None:
     """End this process at once if it has joined others; they notice and end too. A normal exit would wait for them."""
     if jax.distributed.is_initialized():  # unlike jax.process_count(), this initialises no device
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_streams()
         os._exit(code)
 
 

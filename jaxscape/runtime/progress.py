@@ -8,11 +8,19 @@ from rich.progress import Progress
 from jaxscape.runtime.processes import is_first
 
 
+class _Console(Console):
+    """A console that raises a `BrokenPipeError` when no one reads it any more; rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True  # the display is still to be closed
+        raise BrokenPipeError
+
+
 def progress_display(enabled: bool) -> Progress:
     """A progress display for a `with` statement, whose `print` writes a line that stays. Only the first process shows
     anything."""
     enabled = enabled and is_first()
-    console = Console(
+    console = _Console(
         stderr=True,
         quiet=not enabled,
         markup=False,
