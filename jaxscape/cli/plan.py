@@ -16,8 +16,8 @@ class SliceOptions:
     """The model and the TPU slice."""
 
     model: str = "llama-2-7b"
-    """A model that is known by its shapes (llama-2-7b, llama-3-70b, ...), a config.json, or a directory that has one.
-    The weights are not needed."""
+    """A model that is known by its shapes (llama-2-7b, llama-3-70b, ...), a hub id, a config.json, or a directory that
+    has one. The weights are not needed; of a hub id that is not known, config.json is downloaded."""
     topology: str = "v5e:2x4"
     """The TPU slice: a kind (v4, v5e, v5p or v6e) and its shape; v4 and v5p have three numbers, as in v5p:2x2x1."""
     mesh: Annotated[str | None, shown("weights over the fewest chips that can hold them", "points=N,model=M")] = None

@@ -30,6 +30,7 @@ from jaxscape.models.weights import (
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import read_json, write_whole
 
+CONFIG = "config.json"
 DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 IGNORE_PATTERNS = ["*/*", "consolidated*"]  # other formats of the same weights
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
@@ -38,11 +39,12 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 MAX_LAYERS = 2**16
 
 
-def download(name: str) -> Path:
+def download(name: str, patterns: Sequence[str] = DOWNLOAD_PATTERNS) -> Path:
     """Download a model repository into the hub's own cache. Without a network, the cached files are used.
 
     Arguments:
         name: `REPOSITORY` or `REPOSITORY@REVISION`, with a branch, a tag or a commit.
+        patterns: which files to download.
 
     Returns:
         The directory of the snapshot.
@@ -53,7 +55,7 @@ def download(name: str) -> Path:
     repository, _, revision = name.partition("@")
     try:
         snapshot = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=DOWNLOAD_PATTERNS, ignore_patterns=IGNORE_PATTERNS
+            repository, revision=revision or None, allow_patterns=list(patterns), ignore_patterns=IGNORE_PATTERNS
         )
         return Path(snapshot)
     except RevisionNotFoundError as error:

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import Any
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
 """The exit code of a program that is ended because no one reads its output any more, as a shell reports it."""
@@ -59,7 +59,7 @@ def _reserve_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
 
 
-def _writable(stream: TextIO | None) -> TextIO:
+def _writable(stream: Any) -> Any:
     if stream is None:  # it was closed when Python started
         return open(os.devnull, "w", encoding="utf-8")
     if isinstance(stream, io.TextIOWrapper):

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import hub_configs
 import numpy as np
 import pytest
 
 import jaxscape as js
+from jaxscape.forecast.known_models import SHAPES, shape_config
 from jaxscape.models.checkpoint import fingerprint
+from jaxscape.models.decoder import parameter_shapes
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
@@ -158,3 +161,65 @@ def test_what_cannot_be_had_is_said(hub: Hub, name: str, message: str) -> None:
     hub.gated.add("meta/closed")
     with pytest.raises(js.UserError, match=message):
         js.load_model(name)
+
+
+def test_a_plan_fetches_the_configuration_alone(hub: Hub, tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads(hub.repositories["someone/tiny"][COMMITS["main"]]["config.json"])
+    wide = json.dumps(config | {"intermediate_size": 96}).encode()
+    hub.repositories["someone/tiny"][COMMITS["v1"]]["config.json"] = wide
+    assert shape_config("someone/tiny") == tiny.config
+    assert shape_config("someone/tiny@v1").intermediate_size == 96
+    assert hub.fetched == [("config.json", 0)] * 2
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert shape_config("someone/tiny@v1").intermediate_size == 96, "from the cache"
+    with pytest.raises(js.UserError, match="someone/other is not in the cache and the hub cannot be reached"):
+        shape_config("someone/other")
+
+
+def test_what_no_plan_can_be_made_for_is_said(hub: Hub) -> None:
+    hub.repositories["someone/adapter"] = {COMMITS["main"]: {"adapter_config.json": b"{}", "model.gguf": b"x"}}
+    for name, message in {
+        "someone/adapter": "The hub's someone/adapter has no config.json",
+        "someone/tiny@v9": "someone/tiny has no revision 'v9'",
+        "someone/other": "The hub has no model someone/other",
+    }.items():
+        with pytest.raises(js.UserError, match=message):
+            shape_config(name)
+    assert hub.fetched == []
+
+
+def test_hub_ids_of_known_models_need_no_hub(hub: Hub) -> None:
+    hub.repositories.clear()
+    for name, model in SHAPES.items():
+        for hub_id in model.hub_ids:
+            assert shape_config(hub_id) == shape_config(f"{hub_id.lower()}@main") == shape_config(name)
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "vocab_size", "window"),
+    [
+        ("mistralai/Mistral-7B-Instruct-v0.1", 32000, 4096),
+        ("mistralai/Mistral-7B-Instruct-v0.2", 32000, None),
+        ("mistralai/Mistral-7B-Instruct-v0.3", 32768, None),
+        ("microsoft/Phi-3-mini-4k-instruct", 32064, 2047),
+        ("META-LLAMA/llama-2-7b-CHAT-hf", 32000, None),
+    ],
+)
+def test_versions_of_a_model_have_their_own_vocabulary_and_window(
+    hub_id: str, vocab_size: int, window: int | None
+) -> None:
+    config = shape_config(hub_id)
+    assert (config.vocab_size, config.kind(0).window) == (vocab_size, window)
+
+
+@pytest.mark.parametrize("name", sorted(hub_configs.CONFIGS))
+def test_known_shapes_are_those_of_the_hubs_configurations(name: str, tmp_path: Path) -> None:
+    hub_id = next((i for model in SHAPES.values() for i in model.hub_ids if i.partition("/")[2].startswith(name)), None)
+    if hub_id is None:
+        pytest.skip("not one of the known models")
+    (tmp_path / "config.json").write_text(json.dumps(hub_configs.CONFIGS[name][0]))
+    published, known = shape_config(str(tmp_path)), shape_config(hub_id)
+    assert parameter_shapes(known) == parameter_shapes(published)
+    assert [kind.window for kind in known.layers] == [kind.window for kind in published.layers] or (
+        known.kind(0).window is None and published.kind(0).window == 2**18  # longer than the context
+    )
