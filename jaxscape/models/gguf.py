@@ -1,5 +1,6 @@
 """GGUF files: their configuration and tensors, read without torch."""
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,17 +19,6 @@ from jaxscape.models.families import from_transformers
 from jaxscape.models.gguf_tokenizer import read_tokenizer, token_types
 from jaxscape.models.rope import Rope
 from jaxscape.runtime.errors import UserError, reason
-
-TENSOR_TYPES = (
-    GGMLQuantizationType.F32,
-    GGMLQuantizationType.F16,
-    GGMLQuantizationType.BF16,
-    GGMLQuantizationType.Q8_0,
-    GGMLQuantizationType.Q4_0,
-    GGMLQuantizationType.Q4_1,
-    GGMLQuantizationType.Q4_K,
-    GGMLQuantizationType.Q6_K,
-)
 
 # RoPE scaling of Llama 3.1 (factor 8) and 3.2 (factor 32). A GGUF file has only the divisors of the frequencies that
 # follow from it, so `_config` tries which factor gives these divisors.
@@ -170,19 +160,24 @@ ARCHITECTURES = {
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file of one of `ARCHITECTURES`.
+    """Open a GGUF file of one of `ARCHITECTURES`. If it is one of several parts, the others are opened too.
 
     Raises:
-        UserError: the file is damaged, or its architecture, a tensor type or its tokenizer is not supported.
+        UserError: the file is damaged or holds something other than a model, a part is missing, or the architecture, a
+            tensor type or the tokenizer is not supported.
     """
-    fields, tensors = _read_file(path)
+    files, fields, tensors = _read_parts(path)
     name = fields.get("general.architecture")
+    _check_is_model(path, fields, tensors)
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"{path} has the architecture {name!r:.60}; supported are {', '.join(ARCHITECTURES)}.")
     architecture = ARCHITECTURES[name]
-    if unsupported := sorted({t.tensor_type.name for t in tensors.values() if t.tensor_type not in TENSOR_TYPES}):
-        supported = ", ".join(tensor_type.name for tensor_type in TENSOR_TYPES)
-        raise UserError(f"{path} has tensors of type {', '.join(unsupported)}; supported are {supported}.")
+    types = {tensor.tensor_type for tensor in tensors.values()}
+    if unsupported := sorted(kind.name for kind in types if not _can_dequantise(kind)):
+        raise UserError(
+            f"{path} has tensors of type {', '.join(unsupported)}, which the gguf library cannot read: use a file of "
+            f"this model with another quantisation, such as Q8_0 or Q4_K_M."
+        )
     try:
         config, transformers_config = _config(architecture, fields, tensors)
         _check_token_ids(fields)
@@ -207,22 +202,125 @@ def open_gguf(path: Path) -> Checkpoint:
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
         transformers_config=transformers_config,
-        files=(path,),
-        sources=Sources(str(path), template_source(tokenizer, path), (str(path),)),
+        files=files,
+        sources=Sources(str(path), template_source(tokenizer, path), tuple(map(str, files))),
     )
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a file in GGUF format by its name or by its first bytes. (Ollama's files have no ending.)"""
+    if not path.is_file():
+        return False
+    if path.suffix.lower() == ".gguf":
+        return True
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+# How llama.cpp names the parts of a split model, counted from 1.
+_PART_NAME = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.gguf)", re.IGNORECASE)
+_PART_NUMBER, _PART_COUNT, _TENSOR_COUNT = "split.no", "split.count", "split.tensors.count"
+
+
+def _read_parts(path: Path) -> tuple[tuple[Path, ...], Fields, Tensors]:
+    """The files of a model that may be split into several, the metadata of the first of them, and all their tensors.
+
+    Arguments:
+        path: any of the files, which lie in one directory.
+    """
+    fields, tensors = _read_file(path)
+    if (count := fields.get(_PART_COUNT, 1)) in (0, 1):
+        return (path,), fields, tensors
+    this_part = f"{path} is part {fields.get(_PART_NUMBER, 0) + 1} of {count} of a split model"
+    name = _PART_NAME.fullmatch(path.name)
+    if name is None or int(name[2]) != count:
+        raise UserError(
+            f"{this_part}, but its name does not end in -00001-of-{count:05d}.gguf or another part's number, by which "
+            f"the other parts are found; give the parts the names that they were published under."
+        )
+    files = tuple(path.with_name(f"{name[1]}-{number:05d}-of-{name[2]}{name[3]}") for number in range(1, count + 1))
+    if missing := [file.name for file in files if not file.is_file()]:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(f"{this_part}; put the other parts beside it (missing: {', '.join(missing[:5])}{more}).")
+    parts = [(fields, tensors) if file == path else _read_file(file) for file in files]
+    for number, (file, (part_fields, _)) in enumerate(zip(files, parts, strict=True)):
+        if (part_fields.get(_PART_NUMBER), part_fields.get(_PART_COUNT)) != (number, count):
+            raise UserError(f"{file} is not part {number + 1} of {count}, as its name says; download it again.")
+    all_tensors = {name: tensor for _, part_tensors in parts for name, tensor in part_tensors.items()}
+    if len(all_tensors) != (expected := parts[0][0].get(_TENSOR_COUNT)):
+        raise UserError(
+            f"The {count} parts of {path} have {len(all_tensors)} tensors instead of {expected}; they belong to "
+            f"different files, so download them again."
+        )
+    return files, parts[0][0], all_tensors
+
+
 def _read_file(path: Path) -> tuple[Fields, Tensors]:
+    """The metadata and the tensors of one file."""
     try:
+        _check_format(path)
         _check_header(np.memmap(path, mode="r").data)
         reader = gguf.GGUFReader(path)
         _check_offsets(reader)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         return fields, {tensor.name: tensor for tensor in reader.tensors}
+    except UserError as error:
+        raise UserError(f"{path} {error}") from error
     except Exception as error:  # in a damaged file, the library runs into errors of many types
         raise UserError(
             f"{path} cannot be read as GGUF ({reason(error)}); it is truncated or damaged, so download it again."
         ) from error
+
+
+_GIT_LFS = b"version https://git-lfs"
+_OLD_FORMATS = (b"ggml", b"ggmf", b"ggjt", b"ggla", b"lmgg", b"fmgg", b"tjgg", b"algg")  # in either byte order
+
+
+def _check_format(path: Path) -> None:
+    """Raise a `UserError`, a sentence without its subject, if the file is whole but in another format."""
+    with path.open("rb") as file:
+        start = file.read(len(_GIT_LFS))
+    version = start[4:8]
+    if start == _GIT_LFS:
+        raise UserError("is a pointer of Git LFS and not the file itself: run 'git lfs pull' in its repository.")
+    if start[:4] in _OLD_FORMATS:
+        raise UserError("is in the GGML format, which GGUF has replaced: use a GGUF file of this model.")
+    if start[:4] == b"GGUF" and version[:2] == b"\0\0" and any(version):
+        raise UserError(
+            "is a big-endian GGUF file: convert it with 'gguf-convert-endian FILE little', or use a little-endian file."
+        )
+    if start[:4] == b"GGUF" and int.from_bytes(version, "little") == 1:
+        raise UserError("is in version 1 of the GGUF format: convert the model again, or use a newer file.")
+
+
+# What files with these values of `general.type` and `general.architecture` hold instead of a model.
+_OTHER_CONTENTS = {
+    "adapter": "a LoRA adapter: give the model's file, or the adapter in PEFT's format",
+    "imatrix": "an importance matrix, which is used to quantise a model: give the model's file",
+    "mmproj": "the image or audio encoder of a multimodal model: give the file of its language model",
+    "clip": "the image or audio encoder of a multimodal model: give the file of its language model",
+    "controlvector": "a control vector: give the model's file",
+}
+
+
+def _check_is_model(path: Path, fields: Fields, tensors: Tensors) -> None:
+    """Raise a `UserError` if the file holds something other than a model's weights."""
+    for key in ("general.type", "general.architecture"):
+        if (kind := fields.get(key)) in list(_OTHER_CONTENTS):  # a list, because a damaged value may not be hashable
+            raise UserError(f"{path} holds {_OTHER_CONTENTS[kind]}.")
+    if not tensors:
+        raise UserError(f"{path} holds no weights, only metadata: give the model's file.")
+
+
+@lru_cache
+def _can_dequantise(kind: GGMLQuantizationType) -> bool:
+    """Whether the gguf library turns tensors of this type into float32."""
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 _VALUE_BYTES = {
@@ -238,7 +336,8 @@ _MAX_DIMENSIONS = 4  # ggml's limit
 
 
 def _check_header(data: memoryview) -> None:
-    """Raise a `ValueError` if a count in the header is too large, or the header is longer than the file.
+    """Raise a `ValueError` if a count in the header is too large, or the header is longer than the file, and a
+    `UserError`, a sentence without its subject, if a tensor's type is unknown.
 
     The library trusts every count: it would loop over missing data and build lists of any length.
     """
@@ -256,8 +355,8 @@ def _check_header(data: memoryview) -> None:
 
     if take(4) != b"GGUF":
         raise ValueError("it does not begin with 'GGUF'")
-    if (version := number(4)) not in (2, 3):  # the library would read big-endian weights in the wrong byte order
-        raise ValueError(f"its version is {version}, not 2 or 3, or it is big-endian")
+    if (version := number(4)) not in (2, 3):
+        raise ValueError(f"its version is {version}, not 2 or 3")
     num_tensors, num_fields = number(8), number(8)
     for _ in range(num_fields):
         take(number(8))  # key
@@ -277,7 +376,13 @@ def _check_header(data: memoryview) -> None:
         take(number(8))  # name
         if (num_dimensions := number(4)) > _MAX_DIMENSIONS:
             raise ValueError(f"it has a tensor of {num_dimensions} dimensions, more than {_MAX_DIMENSIONS}")
-        take(8 * num_dimensions + 4 + 8)  # sizes, tensor type and offset
+        take(8 * num_dimensions)
+        if (kind := number(4)) not in list(GGMLQuantizationType):
+            raise UserError(
+                f"has a tensor of type number {kind}, which this version of the gguf library does not know: update it "
+                f"(pip install --upgrade gguf), or use a file with another quantisation."
+            )
+        take(8)  # offset
 
 
 def _check_offsets(reader: gguf.GGUFReader) -> None:

@@ -17,12 +17,24 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"  # letters without case are in both
+_GPT4O_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPLITS = {
     "gpt-2": _GPT2_SPLIT,
     "smollm": _GPT2_SPLIT,
     "llama-bpe": _LLAMA3_SPLIT,
     "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
+    "dbrx": _LLAMA3_SPLIT,  # Phi-4
+    "gpt-4o": _GPT4O_SPLIT,  # Phi-4-mini
+    "tekken": _GPT4O_SPLIT.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "").replace(r"\p{N}{1,3}", r"\p{N}"),  # Mistral
 }
+# Pre-tokenizers of models that take a whole piece of the split text as one token, if there is such a token, whichever
+# merges lead to it.
+_IGNORE_MERGES = ("llama-bpe", "tekken")
 # Phi-3's special tokens remove the white space after them, except these.
 UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 # The largest number of characters of a SentencePiece token. A damaged file may have a much longer one, and the search
@@ -100,7 +112,7 @@ def _byte_level(tokens: list[str], fields: Mapping[str, Any]) -> Tokenizer:
         raise UserError(f"The file's pre-tokenizer is {pre!r:.60}; supported are {', '.join(sorted(SPLITS))}.")
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _IGNORE_MERGES))
     steps: list[Any] = [
         pre_tokenizers.Split(Regex(SPLITS[pre]), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),

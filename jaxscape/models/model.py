@@ -25,7 +25,7 @@ from jaxscape.models.checkpoint import (
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import forward
 from jaxscape.models.families import from_transformers
-from jaxscape.models.gguf import open_gguf
+from jaxscape.models.gguf import is_gguf, open_gguf
 from jaxscape.models.tokenizer import adapter_language
 from jaxscape.models.weights import PICKLE_SUFFIXES, pickled_message
 from jaxscape.runtime.errors import UserError
@@ -221,13 +221,13 @@ def _open(source: str, dtype: jnp.dtype, base: str | None, adapters: tuple[Path,
     if source not in builtin.MODELS:
         if path.is_dir():
             return _open_directory(path, dtype, base, adapters)
-        if path.suffix != ".gguf" and not path.exists() and huggingface.HUB_ID.fullmatch(source):
+        if path.suffix.lower() != ".gguf" and not path.exists() and huggingface.HUB_ID.fullmatch(source):
             return _open_directory(huggingface.download(source), dtype, base, adapters)
     if base is not None:
         raise UserError(f"{source} is not a LoRA adapter, and only an adapter has a base: leave out --base (base=).")
     if source in builtin.MODELS:
         return open_gguf(builtin.packaged_file(builtin.MODELS[source]))
-    if path.suffix == ".gguf" and path.is_file():
+    if is_gguf(path):
         return open_gguf(path)
     if path.suffix in PICKLE_SUFFIXES:
         raise UserError(pickled_message(path))

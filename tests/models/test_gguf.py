@@ -1,5 +1,6 @@
 """GGUF files give the same tensors, logits and tokens here as in transformers (with torch)."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -12,36 +13,47 @@ import transformers
 from helpers import BPE, BPE_MERGES, LONGROPE, SPM, torch_logits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 import jaxscape as js
-from jaxscape.models.checkpoint import named_leaves
+from jaxscape.models.checkpoint import fingerprint, named_leaves
 from jaxscape.models.gguf import LLAMA3_FACTORS, LLAMA3_ROPE
-from jaxscape.models.gguf_tokenizer import read_tokenizer
+from jaxscape.models.gguf_tokenizer import SPLITS, read_tokenizer
 from jaxscape.models.rope import make_rope
 
 Q = gguf.GGMLQuantizationType
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, LAYERS = 256, 4, 2, 64, 512, 2
 
 
+def dequantised_types() -> list[Q]:
+    """The types that the gguf library turns into numbers."""
+    found = []
+    for kind in Q:
+        with contextlib.suppress(NotImplementedError):
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+            found.append(kind)
+    return found
+
+
 def quantised(kind: Q, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Random quantised blocks. For types that gguf cannot quantise, random bytes with scales of a usual size."""
-    values = rng.normal(0, 0.1, shape).astype(np.float32)
-    if kind not in (Q.Q4_K, Q.Q6_K):
-        return gguf.quantize(values, kind)
+    """Random quantised blocks. For types that gguf cannot quantise, random bytes; blocks of zeros take the place of
+    those that are not finite numbers of a usual size."""
+    with contextlib.suppress(NotImplementedError):
+        return gguf.quantize(rng.normal(0, 0.1, shape).astype(np.float32), kind)
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    blocks = rng.integers(0, 256, (shape[0], shape[1] // block, size), dtype=np.uint8)
-    scales = rng.uniform(1, 2, (*blocks.shape[:2], 2)) * (1e-3 if kind == Q.Q4_K else 1e-5)
-    scales = scales.astype(np.float16).view(np.uint8)
-    if kind == Q.Q4_K:
-        blocks[..., :4] = scales
-    else:
-        blocks[..., -2:] = scales[..., :2]
+    blocks = rng.integers(0, 256, (shape[0] * shape[1] // block, size), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        values = gguf.dequantize(blocks, kind)
+        blocks[~(np.abs(values).max(axis=1) < 1)] = 0
+    assert blocks.any()
     return blocks.reshape(shape[0], -1)
 
 
 def write_gguf(path: Path, kind: Q = Q.F32, tokenizer: str = "gpt2", pre: str = "smollm", **extra: Any) -> Path:
     rng = np.random.default_rng(0)
-    tokens = BPE if tokenizer == "gpt2" else SPM
+    tokens = [*(BPE if tokenizer == "gpt2" else SPM), *extra.get("extra_tokens", ())]
     writer = gguf.GGUFWriter(path, extra.get("architecture", "llama"))
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
@@ -94,7 +106,7 @@ def write_gguf(path: Path, kind: Q = Q.F32, tokenizer: str = "gpt2", pre: str = 
     return path
 
 
-@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q4_K, Q.Q6_K], ids=lambda q: q.name)
+@pytest.mark.parametrize("kind", dequantised_types(), ids=lambda q: q.name)
 def test_tensors_and_logits_are_those_that_transformers_reads(tmp_path: Path, kind: Q) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", kind)
     model = js.load_model(path, "float32")
@@ -103,6 +115,9 @@ def test_tensors_and_logits_are_those_that_transformers_reads(tmp_path: Path, ki
     assert named_leaves(model.params).keys() == state.keys()
     for name, leaf in named_leaves(model.params).items():
         np.testing.assert_allclose(leaf, state[name].numpy(), rtol=1e-6, atol=1e-7, err_msg=name)
+    (stored,) = (tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.1.ffn_down.weight")
+    down = model.params["model"]["layers"]["1"]["mlp"]["down_proj"]["weight"]
+    np.testing.assert_array_equal(down, gguf.dequantize(stored.data, kind))
     tokens = np.arange(3, 60)[None]
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
@@ -229,6 +244,9 @@ SPM_TEXTS = [
         ("gpt2", "llama-bpe", BPE_TEXTS),
         ("gpt2", "gpt-2", BPE_TEXTS),
         ("gpt2", "qwen2", BPE_TEXTS),
+        ("gpt2", "dbrx", BPE_TEXTS),
+        ("gpt2", "gpt-4o", BPE_TEXTS),
+        ("gpt2", "tekken", BPE_TEXTS),
         ("llama", "", SPM_TEXTS),
     ],
 )
@@ -243,6 +261,147 @@ def test_tokenizers_are_those_that_transformers_builds(
         assert ids == theirs(text, add_special_tokens=False)["input_ids"], text
         assert ours.decode(ids, clean_up_tokenization_spaces=False) == text
     assert ours.eos_token == theirs.eos_token
+
+
+@pytest.mark.parametrize("pre", sorted(SPLITS.keys() & GGUF_PRE_TOKENIZER_SPLITS.keys()))
+@given(
+    text=st.text(st.characters(categories=["L", "M", "N", "P", "S", "Z", "Cc"])) | st.text("aZ é'sSd1²\n/_\r你\u0301")
+)
+def test_texts_are_split_as_transformers_splits_them(pre: str, text: str) -> None:
+    ours, theirs = (Split(Regex(splits[pre]), "isolated") for splits in (SPLITS, GGUF_PRE_TOKENIZER_SPLITS))
+    assert ours.pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
+
+
+def test_mistrals_tekken_splits_as_its_regex_says() -> None:
+    """Phi-4-mini's keeps "don't" and three digits together, and Phi-4's does not split where small letters begin
+    big ones."""
+    pieces = {
+        pre: [text for text, _ in Split(Regex(SPLITS[pre]), "isolated").pre_tokenize_str("don't useIt 2024//\n")]
+        for pre in ("tekken", "gpt-4o", "dbrx")
+    }
+    assert pieces["tekken"] == ["don", "'t", " use", "It", " ", "2", "0", "2", "4", "//\n"]
+    assert pieces["gpt-4o"] == ["don't", " use", "It", " ", "202", "4", "//\n"]
+    assert pieces["dbrx"] == ["don", "'t", " useIt", " ", "202", "4", "//\n"]
+
+
+@pytest.mark.parametrize(("pre", "is_taken_whole"), [("tekken", True), ("llama-bpe", True), ("dbrx", False)])
+def test_tokens_that_no_merge_leads_to(tmp_path: Path, pre: str, is_taken_whole: bool) -> None:
+    """Mistral's and Llama 3's tokenizers take a whole piece of the text as a token, if there is such a token."""
+    path = write_gguf(tmp_path / "tiny.gguf", pre=pre, extra_tokens=["heat"])
+    assert ("heat" in js.load_model(path).tokenizer.tokenize("heat")) == is_taken_whole
+
+
+def split(path: Path, max_tensors: int = 7) -> list[Path]:
+    """The parts that the gguf library writes of the model in a file."""
+    reader, whole = gguf.GGUFReader(path), path.with_name("parts.gguf")
+    writer = gguf.GGUFWriter(whole, "llama", split_max_tensors=max_tensors)
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind, *element = field.types
+            writer.add_key_value(name, field.contents(), kind, sub_type=element[0] if element else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(path.parent.glob("parts-*-of-*.gguf"))
+
+
+def test_a_split_model_is_read_from_any_of_its_parts(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", Q.Q8_0)
+    whole, parts = js.load_model(path), split(path)
+    assert [part.name for part in parts] == [f"parts-{number:05d}-of-00003.gguf" for number in (1, 2, 3)]
+    for part in parts:
+        model = js.load_model(part)
+        assert fingerprint(model.params) == fingerprint(whole.params)
+        assert model.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
+    for part in parts:
+        part.rename(part.with_suffix(".GGUF"))
+    assert js.load_model(parts[1].with_suffix(".GGUF")).config == whole.config
+
+
+def test_parts_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
+    first, second, third = split(write_gguf(tmp_path / "tiny.gguf"))
+    content = second.read_bytes()
+
+    def fails(path: Path, message: str) -> None:
+        with pytest.raises(js.UserError, match=message):
+            js.load_model(path)
+
+    fails(third.rename(tmp_path / "renamed.gguf"), r"renamed.gguf is part 3 of 3 of a split model, but its name")
+    fails(first, r"part 1 of 3 of a split model; put the other parts beside it \(missing: parts-00003-of-00003.gguf\)")
+    (tmp_path / "renamed.gguf").rename(third)
+    second.write_bytes(first.read_bytes())
+    fails(third, "parts-00002-of-00003.gguf is not part 2 of 3, as its name says")
+    second.write_bytes(content[: len(content) // 2])
+    fails(first, "parts-00002-of-00003.gguf cannot be read as GGUF .* truncated or damaged")
+    (tmp_path / "other").mkdir()
+    few = split(write_gguf(tmp_path / "other" / "tiny.gguf"), max_tensors=8)
+    second.write_bytes(few[1].read_bytes())
+    fails(first, "The 3 parts of .* have 20 tensors instead of 21")
+
+
+@pytest.mark.parametrize("name", ["MODEL.GGUF", "model.Gguf", "sha256-0b4f1e"])
+def test_a_file_is_known_by_its_content_or_by_its_ending_in_any_case(tmp_path: Path, whole: bytes, name: str) -> None:
+    """Ollama keeps its files under their checksums."""
+    (tmp_path / name).write_bytes(whole)
+    assert js.load_model(tmp_path / name).config.num_layers == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"general.type": "adapter"}, "holds a LoRA adapter: give the model's file"),
+        ({"general.type": "imatrix"}, "holds an importance matrix"),
+        ({"general.type": "mmproj"}, "holds the image or audio encoder of a multimodal model"),
+        ({"general.architecture": "clip"}, "holds the image or audio encoder"),
+        ({"general.architecture": "controlvector"}, "holds a control vector"),
+        ({}, "holds no weights, only metadata"),
+    ],
+)
+def test_files_that_hold_no_model_say_what_they_hold(tmp_path: Path, fields: dict[str, str], message: str) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", fields.pop("general.architecture", "llama"))
+    for key, value in fields.items():
+        writer.add_string(key, value)
+    if "no weights" not in message:
+        writer.add_tensor("a", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(js.UserError, match=message):
+        js.load_model(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n", "is a pointer of Git LFS"),
+        (b"tjgg\3\0\0\0" + bytes(64), "is in the GGML format"),
+        (b"GGUF\1\0\0\0" + bytes(64), "is in version 1 of the GGUF format"),
+        (b"GGUF\0\0\0\3" + bytes(64), "is a big-endian GGUF file"),
+    ],
+)
+def test_files_in_another_format_say_in_which(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(js.UserError, match=message):
+        js.load_model(tmp_path / "x.gguf")
+
+
+def test_a_tensor_type_that_the_library_does_not_know_is_named_by_its_number(tmp_path: Path, whole: bytes) -> None:
+    """Forks of llama.cpp have types of their own."""
+    name = b"blk.1.ffn_up.weight"
+    at = whole.index(name) + len(name) + 4 + 16
+    (tmp_path / "x.gguf").write_bytes(whole[:at] + (137).to_bytes(4, "little") + whole[at + 4 :])
+    with pytest.raises(js.UserError, match="a tensor of type number 137, which this version of the gguf library"):
+        js.load_model(tmp_path / "x.gguf")
+
+
+def test_other_files_are_no_models(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(64))
+    with pytest.raises(js.UserError, match=rX):
+        js.load_model(tmp_path / "model.safetensors")
 
 
 def test_sentencepiece_puts_a_space_before_every_text(tmp_path: Path) -> None:
@@ -313,7 +472,8 @@ def test_llama3_scaling_that_transformers_knows_can_be_written_back(tmp_path: Pa
     ("options", "message"),
     [
         ({"architecture": "gpt2"}, "architecture 'gpt2'"),
-        ({"kind": Q.Q5_0}, "tensors of type Q5_0; supported are F32"),
+        ({"tensors": {"blk.0.x": np.ones(3, np.int8)}}, "tensors of type I8, which the gguf library cannot read"),
+        ({"tensors": {"blk.0.x": np.ones(3)}}, "tensors of type F64, which the gguf library cannot read"),
         ({"pre": "strange"}, "pre-tokenizer is 'strange'"),
         ({"tokenizer": "bert"}, "tokenizer is of type 'bert'"),
         ({"num_types": 5}, "has missing or invalid model metadata"),
