@@ -380,7 +380,7 @@ def _check_header(data: memoryview) -> None:
         if (kind := number(4)) not in list(GGMLQuantizationType):
             raise UserError(
                 f"has a tensor of type number {kind}, which this version of the gguf library does not know: update it "
-                f"(pip install --upgrade gguf), or use a file with another quantisation."
+                f"(pip install --upgrade gguf), use a file with another quantisation, or download a damaged file again."
             )
         take(8)  # offset
 

@@ -150,9 +150,9 @@ def overwritten_gguf() -> Iterator[Damage]:
                 yield Damage(f"{piece} {value}", "model.gguf", joined(GGUF_PIECES | {piece: content}), says)
 
     yield from put("magic", 0, 0x4C4D4747)
-    yield from put("version", 0, 1, 99, 2**32 - 1, 2 << 24, 3 << 24, says="version is")
-    yield from put("tensors", 0, 1, 2**20, *HUGE, says="truncated or damaged|do not fit|blocks")
-    yield from put("fields", 0, 1, 2**20, *HUGE, says="truncated or damaged|has the architecture None")
+    yield from put("version", 0, 1, 99, 2**32 - 1, 2 << 24, 3 << 24, says="version is|in version 1|big-endian")
+    yield from put("tensors", 0, 1, 2**20, *HUGE, says="truncated or damaged|do not fit|blocks|no weights")
+    yield from put("fields", 0, 1, 2**20, *HUGE, says="truncated or damaged|has the architecture None|type number")
     for piece, content in GGUF_PIECES.items():
         was = int.from_bytes(content[:8], "little")
         if piece.endswith("length"):
@@ -160,10 +160,10 @@ def overwritten_gguf() -> Iterator[Damage]:
         if piece.endswith("type") and not piece.startswith("tokenizer.ggml.token_type"):
             yield from put(piece, T.ARRAY, 13, 2**32 - 1)
         if piece.endswith("rank"):
-            yield from put(piece, 0)
+            yield from put(piece, 0, says="truncated or damaged|type number")
             yield from put(piece, 5, 2**16, *HUGE[:2], says="dimensions")
         if piece.endswith("quantisation"):
-            yield from put(piece, 4, 99, 2**32 - 1)
+            yield from put(piece, 4, 99, 2**32 - 1, says="type number")
         if piece.endswith("offset"):
             yield from put(piece, was + 1, was + 32, was - 32, len(GGUF), *HUGE)
         if piece.endswith(("key", "name", "text")):
