@@ -50,6 +50,7 @@ class Model:
         transformers_config: the configuration in the form of transformers.
         mesh: the devices that compute, see `jaxscape.runtime.sharding`.
         sources: where the tokenizer and the chat template come from; None if the model was not loaded.
+        files: the files that the weights were read from, the base model's before an adapter's.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Model:
     transformers_config: PreTrainedConfig
     mesh: Mesh = field(default_factory=lambda: make_mesh(MeshShape(), 1))
     sources: Sources | None = None
+    files: tuple[Path, ...] = ()
 
     @property
     def shardings(self) -> Params:
@@ -152,6 +154,7 @@ def load_model(
         transformers_config=checkpoint.transformers_config,
         mesh=mesh,
         sources=checkpoint.sources,
+        files=checkpoint.files,
     )
 
 

@@ -1,0 +1,121 @@
+"""The same model as transformers loads it, with torch, to compare with."""
+
+import importlib.util
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from jaxtyping import Float
+from safetensors import safe_open
+
+from jaxscape.models import lora
+from jaxscape.models.checkpoint import without_default_template
+from jaxscape.models.gguf import is_gguf
+from jaxscape.models.model import Model
+from jaxscape.runtime.errors import UserError, reason
+
+# The files in which a model directory may keep its chat template, in the order in which transformers prefers them.
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+
+
+def is_torch_installed() -> bool:
+    """Whether there is torch, without which transformers has no models."""
+    return importlib.util.find_spec("torch") is not None
+
+
+class Reference:
+    """A model in transformers, on the CPU and in float32."""
+
+    def __init__(self, model: Model) -> None:
+        """Load the files that `model` was loaded from, the base before its adapters.
+
+        Raises:
+            UserError: transformers or PEFT cannot load them.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._torch = torch
+        adapters = [path.parent for path in model.files if path.name == lora.CONFIG]
+        base = next(path for path in model.files if path.parent not in adapters)
+        options = {"gguf_file": base.name} if is_gguf(base) else {}
+        try:
+            with redirect_stderr(io.StringIO()):  # progress bars, and warnings of packages that are not needed
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    base.parent, dtype=torch.float32, attn_implementation="eager", **options
+                )
+                for adapter in adapters:
+                    from peft import PeftModel
+
+                    loaded = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
+        except Exception as error:  # both raise many types, for missing packages too
+            raise UserError(f"transformers cannot load it ({reason(error)})") from error
+        self._model = loaded.eval()
+
+    def logits(self, tokens: Sequence[int]) -> Float[np.ndarray, "time vocab"]:
+        """Next-token logits of a text."""
+        with self._torch.no_grad():
+            return self._model(self._torch.tensor([tokens])).logits[0].float().numpy()
+
+    def answer(
+        self, tokens: Sequence[int], max_new_tokens: int, eos_token_ids: Sequence[int]
+    ) -> tuple[list[int], Float[np.ndarray, "new vocab"]]:
+        """The greedy continuation of a text, end token included, and the logits by which each token was chosen."""
+        from transformers import GenerationConfig
+
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(eos_token_ids),
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        prompt = self._torch.tensor([tokens])
+        self._model.generation_config = config  # that of the files may ban or penalise tokens
+        found = self._model.generate(prompt, attention_mask=self._torch.ones_like(prompt), generation_config=config)
+        return found.sequences[0, len(tokens) :].tolist(), self._torch.cat(found.logits).float().numpy()
+
+    def round_to(self, dtype: str) -> None:
+        """Change the dtype of weights and activations."""
+        self._model.to(getattr(self._torch, dtype))
+
+
+def stored_dtypes(files: Sequence[Path]) -> dict[str, int]:
+    """How many tensors of each dtype, or GGUF type, a model's files have, the most frequent first."""
+    count: Counter[str] = Counter()
+    for path in files:
+        if is_gguf(path):
+            count.update(tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors)
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="numpy") as file:
+                count.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+    return dict(count.most_common())
+
+
+def template_origin(model: Model) -> str:
+    """Where the model's chat template comes from: a file, or jaxscape if the model's files have none."""
+    template = model.tokenizer.chat_template
+    if without_default_template(model.tokenizer) is not model.tokenizer:
+        return "Vicuna's format, because the model has no template"
+    directories = list(dict.fromkeys(path.parent for path in reversed(model.files)))
+    for path in (directory / name for directory in directories for name in _TEMPLATE_FILES):
+        if path.is_file() and template in _templates(path):
+            return str(path)
+    files = [path for path in model.files if is_gguf(path)]
+    return str(files[0]) if files else "transformers"
+
+
+def _templates(path: Path) -> list[Any]:
+    """The chat templates in a file."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return [text]
+    template = json.loads(text).get("chat_template")
+    return [entry.get("template") for entry in template] if isinstance(template, list) else [template]
