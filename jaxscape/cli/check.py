@@ -112,7 +112,7 @@ def _compared(comparison: "Comparison", facts: "Facts") -> dict[str, str]:
         "logits": f"at {comparison.num_logits} positions they differ by at most {comparison.difference:.1e} of the "
         f"largest; rounding explains {comparison.limit:.1e} in {facts.dtype}",
         "tokens": same,
-        "verdict": "agrees with transformers in float32"
+        "verdict": "agrees with transformers"
         if comparison.agrees
-        else "DIFFERS from transformers in float32 by more than rounding: do not trust its numbers, and report this",
+        else "DIFFERS from transformers by more than rounding: do not trust its numbers, and report this",
     }

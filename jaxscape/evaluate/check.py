@@ -165,7 +165,7 @@ def _largest_difference(
     ours: Sequence[Float[np.ndarray, "_ vocab"]], theirs: Sequence[Float[np.ndarray, "_ vocab"]]
 ) -> float:
     """The largest difference; NaN if a number is not finite, which no limit allows."""
-    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
+    return float(np.max([np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)]))
 
 
 def _num_same(model: Model, tokens: Sequence[int], text: str) -> int:

@@ -15,7 +15,7 @@ import pytest
 import jaxscape as js
 from jaxscape.cli.main import main
 from jaxscape.cli.options import ModelOptions
-from jaxscape.evaluate.check import Comparison, answer, compare, find_facts
+from jaxscape.evaluate.check import Comparison, _largest_difference, answer, compare, find_facts
 
 PROMPT, NEW = "How do I bake bread?", 12
 
@@ -61,6 +61,14 @@ def test_a_model_that_computes_something_else_is_noticed(tiny: js.Model, changed
     found = check(other)
     assert not found.agrees
     assert found.difference > 10 * found.limit
+
+
+def test_logits_that_are_not_finite_are_a_difference() -> None:
+    """In the last positions of the second text alone."""
+    zeros = [np.zeros((3, 5), np.float32), np.zeros((4, 5), np.float32)]
+    broken = [zeros[0], np.where(np.arange(20).reshape(4, 5) == 19, np.nan, np.float32(0)).astype(np.float32)]
+    difference = _largest_difference(broken, zeros)
+    assert not Comparison(difference, 1.0, 7, 1, 1, None).agrees
 
 
 def test_an_answer_that_parts_where_the_model_is_certain_is_a_difference(tiny: js.Model) -> None:
