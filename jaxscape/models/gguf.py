@@ -537,13 +537,14 @@ def _unpermute(values: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
-    """The ids of the end tokens that the metadata names, and of the control tokens that are in `END_OF_TURN`."""
+    """The ids of the end tokens that the metadata names, and of the whole tokens in `END_OF_TURN`. (Some files of
+    Phi-3 call `<|end|>` user-defined.)"""
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
     named = {fields[key] for key in keys if key in fields}
     tokens = zip(fields["tokenizer.ggml.tokens"], token_types(fields), strict=True)
     end_of_turn = {
         token_id
         for token_id, (token, token_type) in enumerate(tokens)
-        if token_type == TokenType.CONTROL and token in END_OF_TURN
+        if token_type in (TokenType.CONTROL, TokenType.USER_DEFINED) and token in END_OF_TURN
     }
     return tuple(sorted(named | end_of_turn))

@@ -1,5 +1,6 @@
 """The tokenizer in a GGUF file's metadata."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,9 +43,22 @@ UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 MAX_CHARACTERS = 4096
 
 
+_MARKUP = re.compile(r"<[^<>\s]+>")
+
+
 def token_types(fields: Mapping[str, Any]) -> list[int]:
-    """The `gguf.TokenType` of each token; all tokens are normal if the metadata has no types."""
-    return fields.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(fields["tokenizer.ggml.tokens"]))
+    """The `gguf.TokenType` of each token; all tokens are normal if the metadata has no types.
+
+    Some files call a token such as `<start_of_turn>` normal, which would then be cut into pieces. If it is markup in
+    the chat template, it is a control token.
+    """
+    tokens, template = fields["tokenizer.ggml.tokens"], str(fields.get("tokenizer.chat_template"))
+    types = fields.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+    markup = set(_MARKUP.findall(template))
+    return [
+        TokenType.CONTROL if kind == TokenType.NORMAL and token in markup else kind
+        for token, kind in zip(tokens, types, strict=True)
+    ]
 
 
 def read_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:

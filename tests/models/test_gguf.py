@@ -77,6 +77,9 @@ def write_gguf(path: Path, kind: Q = Q.F32, tokenizer: str = "gpt2", pre: str = 
     else:
         types[3:259] = [gguf.TokenType.BYTE] * 256
         writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(tokens) - 259)])
+    if "extra_types" in extra:
+        types[-len(extra["extra_types"]) :] = extra["extra_types"]
+        writer.add_chat_template(extra["template"])
     writer.add_token_types(types[: extra.get("num_types")])
     for name, number in (("unk", 0), ("bos", 1), ("eos", 2)):
         getattr(writer, f"add_{name}_token_id")(number)
@@ -398,6 +401,15 @@ def test_a_tensor_type_that_the_library_does_not_know_is_named_by_its_number(tmp
         js.load_model(tmp_path / "x.gguf")
 
 
+def test_a_directory_of_gguf_files_names_one(tmp_path: Path, whole: bytes) -> None:
+    for name in ("b.gguf", "a.Q4_0.GGUF"):
+        (tmp_path / name).write_bytes(whole)
+    with pytest.raises(
+        js.UserError, match=r"holds GGUF files \(2\) and no config.json: name one, as .*/a.Q4_0.GGUF\.$"
+    ):
+        js.load_model(tmp_path)
+
+
 def test_other_files_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(64))
     with pytest.raises(js.UserError, match="is one file of a model: give its directory"):
@@ -417,6 +429,21 @@ def test_smollm_splits_numbers_into_digits(tmp_path: Path) -> None:
 
 def test_end_of_turn_tokens_are_found_in_the_vocabulary(tmp_path: Path) -> None:
     assert js.load_model(write_gguf(tmp_path / "tiny.gguf")).eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize("kind", list(gguf.TokenType))
+def test_an_end_of_turn_token_of_another_type_is_whole_and_ends_the_turn(tmp_path: Path, kind: gguf.TokenType) -> None:
+    """Files of Gemma 3 call `<start_of_turn>` normal, and files of Phi-3 call `<|end|>` user-defined."""
+    template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    extra = {"extra_tokens": ["<|user|>", "<|end|>", "<|other|>"], "extra_types": [kind] * 3, "template": template}
+    model = js.load_model(write_gguf(tmp_path / "tiny.gguf", **extra))
+    user, end = model.tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>"])
+    is_whole = kind in (gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+    assert ({user, end} <= set(model.tokenizer("<|user|>the<|end|>")["input_ids"])) == is_whole
+    assert (end in model.eos_token_ids) == is_whole
+    (other,) = model.tokenizer.convert_tokens_to_ids(["<|other|>"])
+    is_other_whole = is_whole and kind != gguf.TokenType.NORMAL
+    assert (other in model.tokenizer("<|other|>")["input_ids"]) == is_other_whole
 
 
 def test_llama3_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:
