@@ -247,11 +247,8 @@ def _open_directory(path: Path, dtype: jnp.dtype, base: str | None, adapters: tu
     if not lora.is_adapter(path):
         if base is not None:
             raise UserError(f"{path} is not a LoRA adapter, and only an adapter has a base: leave out --base (base=).")
-        files = sorted(file for file in path.iterdir() if is_gguf(file))
-        if files and not (path / huggingface.CONFIG).exists():
-            raise UserError(
-                f"{path} holds {len(files)} GGUF files and no {huggingface.CONFIG}: name one, as {files[0]}."
-            )
+        if not (path / huggingface.CONFIG).exists() and (files := sorted(filter(is_gguf, path.iterdir()))):
+            raise UserError(f"{path} holds GGUF files and no {huggingface.CONFIG}: name one of them, as {files[0]}.")
         return huggingface.open_directory(path)
     path = path.resolve()
     if path in adapters:
