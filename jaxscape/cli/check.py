@@ -90,14 +90,15 @@ class Check:
 def _described(facts: "Facts") -> dict[str, str]:
     stored = ", ".join(f"{count} {name}" for name, count in facts.stored.items())
     bos = "no BOS token" if facts.bos is None else f"{facts.num_bos} times the BOS token {facts.bos}"
+    quantised = "not quantised" if facts.quantisation is None else f"quantised ({facts.quantisation})"
     ends = ", ".join(f'{number} "{text}"' for number, text in facts.end_tokens.items())
     return {
         "family": f"{facts.family}, {facts.num_layers} layers, context of {facts.context} tokens",
         "parameters": f"{facts.num_parameters:,}, embedding and output head {'tied' if facts.is_tied else 'not tied'}",
-        "files": f"tensors of type: {stored}; {'quantised' if facts.is_quantised else 'not quantised'}",
+        "files": f"tensors of type: {stored}; {quantised}",
         "in memory": facts.dtype,
-        "tokenizer": f"{facts.tokenizer} with {facts.num_tokens} tokens, for a vocabulary of {facts.vocab_size}",
-        "chat template": facts.template,
+        "tokenizer": f"{facts.num_tokens} tokens, vocabulary of {facts.vocab_size}; from {facts.tokenizer_source}",
+        "chat template": facts.template_source,
         "end tokens": ends,
         "prompt": f'"{facts.prompt}"',
         "prompt tokens": f"{facts.num_prompt_tokens}, with {bos}",

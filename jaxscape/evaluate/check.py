@@ -10,7 +10,7 @@ from jaxscape.engine.batching import tokenize
 from jaxscape.engine.engine import generate
 from jaxscape.models.checkpoint import named_leaves
 from jaxscape.models.model import Model
-from jaxscape.models.transformers_reference import Reference, is_torch_installed, stored_dtypes, template_origin
+from jaxscape.models.transformers_reference import Reference, is_torch_installed, stored_dtypes
 from jaxscape.prompts.chat_format import chat_text
 from jaxscape.prompts.sets import load_prompts
 from jaxscape.runtime.errors import UserError
@@ -31,10 +31,10 @@ class Facts:
         family: transformers' `model_type`.
         stored: number of tensors of each dtype in the files.
         dtype: dtype of the weights in memory.
-        is_quantised: whether a tensor in the files has a dtype other than `FLOAT_DTYPES`.
+        quantisation: what the weights were dequantised from; None if they are stored as floats.
         is_tied: whether the output head is the embedding table.
         num_tokens: number of tokens that the tokenizer knows.
-        template: where the chat template comes from.
+        tokenizer_source, template_source: where the tokenizer and the chat template come from.
         end_tokens: text of each end token, by its id.
         prompt: a prompt as it is sent.
         num_prompt_tokens: number of its tokens.
@@ -48,12 +48,12 @@ class Facts:
     num_parameters: int
     stored: dict[str, int]
     dtype: str
-    is_quantised: bool
+    quantisation: str | None
     is_tied: bool
-    tokenizer: str
+    tokenizer_source: str
     num_tokens: int
     vocab_size: int
-    template: str
+    template_source: str
     end_tokens: dict[int, str]
     prompt: str
     num_prompt_tokens: int
@@ -89,10 +89,16 @@ class Comparison:
 
 
 def find_facts(model: Model, prompt: str) -> Facts:
-    """What the model is, and how it is given a prompt."""
+    """What the model is, and how it is given a prompt.
+
+    Raises:
+        UserError: the model was not loaded from files.
+    """
     config, tokenizer = model.config, model.tokenizer
     (tokens,) = tokenize(model, [prompt], "default", 0)
-    stored = stored_dtypes(model.files)
+    stored, sources = stored_dtypes(model.files), model.sources
+    if sources is None:
+        raise UserError("The model was not loaded from files: give one that js.load_model returns.")
     return Facts(
         family=model.transformers_config.model_type,
         num_layers=config.num_layers,
@@ -100,12 +106,12 @@ def find_facts(model: Model, prompt: str) -> Facts:
         num_parameters=sum(leaf.size for leaf in named_leaves(model.params).values()),
         stored=stored,
         dtype=model.dtype,
-        is_quantised=not stored.keys() <= set(FLOAT_DTYPES),
+        quantisation=sources.quantisation or ", ".join(stored.keys() - set(FLOAT_DTYPES)) or None,
         is_tied=config.tie_word_embeddings,
-        tokenizer=type(tokenizer).__name__,
+        tokenizer_source=sources.tokenizer,
         num_tokens=len(tokenizer),
         vocab_size=config.vocab_size,
-        template=template_origin(model),
+        template_source=sources.chat_template,
         end_tokens={number: tokenizer.convert_ids_to_tokens(number) for number in model.eos_token_ids},
         prompt=chat_text(tokenizer, prompt),
         num_prompt_tokens=len(tokens),

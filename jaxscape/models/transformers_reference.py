@@ -2,12 +2,10 @@
 
 import importlib.util
 import io
-import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -15,13 +13,9 @@ from jaxtyping import Float
 from safetensors import safe_open
 
 from jaxscape.models import lora
-from jaxscape.models.checkpoint import without_default_template
 from jaxscape.models.gguf import is_gguf
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError, reason
-
-# The files in which a model directory may keep its chat template, in the order in which transformers prefers them.
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 
 
 def is_torch_installed() -> bool:
@@ -47,8 +41,8 @@ class Reference:
         options = {"gguf_file": base.name} if is_gguf(base) else {}
         try:
             with redirect_stderr(io.StringIO()):  # progress bars, and warnings of packages that are not needed
-                loaded = AutoModelForCausalLM.from_pretrained(
-                    base.parent, dtype=torch.float32, attn_implementation="eager", **options
+                loaded, found = AutoModelForCausalLM.from_pretrained(
+                    base.parent, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
                 )
                 for adapter in adapters:
                     from peft import PeftModel
@@ -56,6 +50,8 @@ class Reference:
                     loaded = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
         except Exception as error:  # both raise many types, for missing packages too
             raise UserError(f"transformers cannot load it ({reason(error)})") from error
+        if missing := sorted(found["missing_keys"]):  # these have random values now
+            raise UserError(f"transformers does not find {len(missing)} of its tensors, such as {missing[0]}")
         self._model = loaded.eval()
 
     def logits(self, tokens: Sequence[int]) -> Float[np.ndarray, "time vocab"]:
@@ -97,25 +93,3 @@ def stored_dtypes(files: Sequence[Path]) -> dict[str, int]:
             with safe_open(path, framework="numpy") as file:
                 count.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
     return dict(count.most_common())
-
-
-def template_origin(model: Model) -> str:
-    """Where the model's chat template comes from: a file, or jaxscape if the model's files have none."""
-    template = model.tokenizer.chat_template
-    if without_default_template(model.tokenizer) is not model.tokenizer:
-        return "Vicuna's format, because the model has no template"
-    directories = list(dict.fromkeys(path.parent for path in reversed(model.files)))
-    for path in (directory / name for directory in directories for name in _TEMPLATE_FILES):
-        if path.is_file() and template in _templates(path):
-            return str(path)
-    files = [path for path in model.files if is_gguf(path)]
-    return str(files[0]) if files else "transformers"
-
-
-def _templates(path: Path) -> list[Any]:
-    """The chat templates in a file."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".json":
-        return [text]
-    template = json.loads(text).get("chat_template")
-    return [entry.get("template") for entry in template] if isinstance(template, list) else [template]
