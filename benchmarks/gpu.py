@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxscape.cli.main import run_program
-from jaxscape.cli.options import write_line
 from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.streams import write_line
 
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12, "B200": 8e12}
 """Bytes per second of each card's memory, by NVIDIA's datasheets."""

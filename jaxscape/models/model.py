@@ -225,7 +225,13 @@ def _open(source: str, dtype: jnp.dtype, base: str | None, adapters: tuple[Path,
         if path.is_dir():
             return _open_directory(path, dtype, base, adapters)
         if path.suffix.lower() != ".gguf" and not path.exists() and huggingface.HUB_ID.fullmatch(source):
-            return _open_directory(huggingface.download(source), dtype, base, adapters)
+            directory = huggingface.download(source)
+            if not lora.is_adapter(directory) and not (directory / huggingface.CONFIG).exists():
+                raise UserError(
+                    f"The hub's {source} has no {huggingface.CONFIG}: if it holds GGUF files, download one of them "
+                    f"('hf download {source.partition('@')[0]} FILE') and give that file."
+                )
+            return _open_directory(directory, dtype, base, adapters)
     if base is not None:
         raise UserError(f"{source} is not a LoRA adapter, and only an adapter has a base: leave out --base (base=).")
     if source in builtin.MODELS:

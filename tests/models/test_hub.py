@@ -188,6 +188,12 @@ def test_what_no_plan_can_be_made_for_is_said(hub: Hub) -> None:
     assert hub.fetched == []
 
 
+def test_repositories_of_gguf_files_say_how_to_get_one(hub: Hub) -> None:
+    hub.repositories["someone/files"] = {COMMITS["main"]: {"model.Q4_0.gguf": b"x", "README.md": b""}}
+    with pytest.raises(js.UserError, match=r"someone/files has no config.json: .*'hf download someone/files FILE'"):
+        js.load_model("someone/files")
+
+
 def test_hub_ids_of_known_models_need_no_hub(hub: Hub) -> None:
     hub.repositories.clear()
     for name, model in SHAPES.items():
