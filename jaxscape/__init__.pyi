@@ -16,11 +16,13 @@ from .finetuning.options import Training
 from .finetuning.run import finetune
 from .finetuning.trajectory import Trajectory, load_trajectories, project, save_trajectories
 from .landscapes.axes import Axis, interpolation_axis
+from .landscapes.comparison import Comparison, compare
 from .landscapes.landscape import Landscape
 from .landscapes.scan import scan
 from .landscapes.visage import visage
 from .models.model import Model, load_model, save_model
 from .prompts.sets import load_prompts
+from .report.comparison import plot_comparison, save_comparison
 from .report.figures import plot_landscape, save_figure
 from .runtime.errors import UserError
 from .runtime.sharding import MeshShape, Split
@@ -29,6 +31,7 @@ __version__: str
 
 __all__ = [
     "Axis",
+    "Comparison",
     "EngineOptions",
     "Evaluator",
     "Landscape",
@@ -39,6 +42,7 @@ __all__ = [
     "Trajectory",
     "UserError",
     "attack_success_rate",
+    "compare",
     "difference",
     "finetune",
     "generate",
@@ -53,9 +57,11 @@ __all__ = [
     "make_directions",
     "model_at",
     "perplexity",
+    "plot_comparison",
     "plot_landscape",
     "project",
     "random_direction",
+    "save_comparison",
     "save_direction",
     "save_figure",
     "save_model",

@@ -23,7 +23,8 @@ from jaxscape.engine.sampling import Sampling
 from jaxscape.engine.scheduler import Completion
 from jaxscape.finetuning.batches import epoch_batches
 from jaxscape.finetuning.chats import Example
-from jaxscape.landscapes.axes import symmetric_axes
+from jaxscape.landscapes.axes import Axis, symmetric_axes
+from jaxscape.landscapes.store import open_run
 from jaxscape.models.lora import init_factors
 from jaxscape.prompts.chat_format import chat_text
 
@@ -226,3 +227,28 @@ def random_landscape(ndim: int, num_sets: int = 1, done: int | None = None) -> j
     refused = np.random.default_rng(0).random((*shape, 20)) > 2 * distance[None, ..., None]
     evaluated = np.arange(np.prod(shape)) < (np.prod(shape) if done is None else done)
     return js.Landscape.from_outcomes(axes, refused, np.zeros(shape, int), evaluated.reshape(shape))
+
+
+def write_run(
+    directory: Path,
+    refused: np.ndarray,
+    axes: Sequence[Axis],
+    prompts: Sequence[str] | None = None,
+    done: int | None = None,
+    **config: Any,
+) -> Path:
+    """The directory of a scan whose answers are refused as `refused`, [directions, *grid, prompts], says; `done` leaves
+    the points after the first ones out. Returns the directory."""
+    prompts = [f"prompt {i:03d}" for i in range(refused.shape[-1])] if prompts is None else prompts
+    recorded = {
+        "weights": "w",
+        "directions": [[100 * i + k for k in range(len(axes))] for i in range(len(refused))],
+        "axes": [{"name": axis.name, "values": list(axis.values)} for axis in axes],
+        "architecture": "a",
+        "max_new_tokens": 8,
+    }
+    with open_run(directory, recorded | config, axes, len(refused), prompts, prompts) as run:
+        for verdicts in refused.reshape(-1, len(prompts))[:done]:
+            answers = [Completion("I cannot" if verdict else "Sure", 2) for verdict in verdicts]
+            run.append(answers, verdicts.tolist(), [False] * len(prompts))
+    return directory

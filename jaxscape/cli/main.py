@@ -30,6 +30,9 @@ VERBS = {
     "check": Verb("check", "Check", "Say what a model is and how it answers, and compare it with transformers."),
     "plan": Verb("plan", "Plan", "Forecast a scan on TPUs that are not here: its memory, its time, the faster form."),
     "plot": Verb("plot", "Plot", "Draw the figure of a run again, finished or not."),
+    "compare": Verb(
+        "compare", "Compare", "Compare the landscapes of several runs, and say which differences exceed the noise."
+    ),
     "export": Verb("export", "Export", "Write the answers of a finished run in the format of the paper's code."),
 }
 

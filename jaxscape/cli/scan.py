@@ -179,10 +179,12 @@ class Scan:
 
 
 def summary(landscape: "Landscape", figure: Path) -> str:
-    """A few lines for the user: the ASR, VISAGE, and where the figure is."""
+    """A few lines for the user: the ASR, VISAGE and the other numbers, and where the figure is."""
     import numpy as np
 
-    values = landscape.visage_values or {}
+    from jaxscape.report.tables import estimate_text
+
+    values, numbers = landscape.visage_values or {}, (landscape.numbers or {})["asr"]
     origin = tuple(axis.values.index(0.0) for axis in landscape.axes)
     centre = np.mean([asr[origin] for asr in landscape.asr])
     low, high = values["interval"]
@@ -190,6 +192,8 @@ def summary(landscape: "Landscape", figure: Path) -> str:
         f"ASR of the model itself: {centre:.1f} %; over all points: {landscape.asr.mean():.1f} %",
         f"VISAGE: {values['paper']:.2f} (95 % interval {low:.2f} to {high:.2f}); reference code's definition: "
         f"{values['reference']:.2f}",
+        f"Safety volume in percent: {estimate_text(numbers['volume'], '.2f', '95 % interval ')}",
+        f"Radius, where the ASR rises above 50 %: {estimate_text(numbers['radius'], '.3g', '95 % interval ')}",
     ]
     if nonfinite := int(landscape.nonfinite.sum()):
         points = int((landscape.nonfinite > 0).sum())

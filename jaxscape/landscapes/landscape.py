@@ -1,4 +1,4 @@
-"""A landscape: attack success rates on a grid, their intervals and VISAGE, and the file `landscape.json`."""
+"""A landscape: attack success rates on a grid, their intervals, VISAGE and other numbers; the file `landscape.json`."""
 
 import json
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.landscapes.axes import Axis
+from jaxscape.landscapes.numbers import landscape_numbers
 from jaxscape.landscapes.visage import visage, visage_interval
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
@@ -32,6 +33,9 @@ class Landscape:
         num_prompts: the number of prompts at each point.
         visage_values: VISAGE of the kinds `paper` and `reference`, and the ends of their 95 % intervals, `interval` and
             `reference_interval`; None while points are missing.
+        numbers: `asr` has the safety volume and the radius of the ASR, see
+            `jaxscape.landscapes.numbers.landscape_numbers`; None while points are missing, and where it was read from a
+            file that was written before there were such numbers.
     """
 
     axes: tuple[Axis, ...]
@@ -42,6 +46,7 @@ class Landscape:
     unanswered: Int[np.ndarray, " directions *grid"]
     num_prompts: int
     visage_values: dict[str, Any] | None
+    numbers: dict[str, Any] | None = None
 
     @classmethod
     def from_outcomes(
@@ -63,7 +68,7 @@ class Landscape:
         num_prompts = refused.shape[-1]
         asr = np.where(evaluated, 100.0 * (1.0 - refused.sum(axis=-1) / num_prompts), np.nan)
         low, high = wilson_interval(asr, num_prompts)
-        values = None
+        values = numbers = None
         if evaluated.all():
             values = {
                 "paper": visage(asr, "paper", len(axes)),
@@ -71,8 +76,9 @@ class Landscape:
                 "interval": list(visage_interval(refused, "paper")),
                 "reference_interval": list(visage_interval(refused, "reference")),
             }
+            numbers = {"asr": landscape_numbers(~refused, axes)}
         unanswered = np.zeros_like(nonfinite) if unanswered is None else unanswered
-        return cls(tuple(axes), asr, low, high, nonfinite, unanswered, num_prompts, values)
+        return cls(tuple(axes), asr, low, high, nonfinite, unanswered, num_prompts, values, numbers)
 
     @property
     def complete(self) -> bool:
@@ -104,6 +110,7 @@ class Landscape:
             "nonfinite": self.nonfinite.tolist(),
             **({"unanswered": self.unanswered.tolist()} if self.unanswered.any() else {}),
             "visage": self.visage_values,
+            **({} if self.numbers is None else {"numbers": self.numbers}),
             "num_prompts": self.num_prompts,
             "complete": self.complete,
         }
@@ -152,6 +159,7 @@ class Landscape:
             unanswered=np.array(content.get("unanswered", np.zeros_like(content["nonfinite"])), np.int64),
             num_prompts=int(content["num_prompts"]),
             visage_values=content["visage"],
+            numbers=content.get("numbers"),
         )
         grid = tuple(len(axis.values) for axis in landscape.axes)
         arrays = (landscape.asr, landscape.asr_low, landscape.asr_high, landscape.nonfinite, landscape.unanswered)
@@ -161,4 +169,7 @@ class Landscape:
         if landscape.complete:
             values = content["visage"]
             np.array([values["paper"], values["reference"], *values["interval"]], np.float64).reshape(4)
+            for number in ({"asr": {}} if landscape.numbers is None else landscape.numbers)["asr"].values():
+                if number is not None:
+                    np.array([number["value"], *number["interval"]], np.float64).reshape(3)
         return landscape

@@ -36,10 +36,10 @@ def visage(asr: Any, kind: str = "paper", ndim: int = 1) -> float:
         raise UserError(
             "VISAGE needs the whole landscape, and points of this one are missing (NaN): finish its run first."
         )
-    return float(_visage_per_direction(values, kind, ndim).mean())
+    return float(visage_per_direction(values, kind, ndim).mean())
 
 
-def _visage_per_direction(asr: Float[np.ndarray, "*shape"], kind: str, ndim: int) -> Float[np.ndarray, "*directions"]:
+def visage_per_direction(asr: Float[np.ndarray, "*shape"], kind: str, ndim: int) -> Float[np.ndarray, "*directions"]:
     """VISAGE over the last `ndim` dimensions, without the mean over those before."""
     grid = tuple(range(-ndim, 0))
     if kind == "paper":
@@ -87,6 +87,6 @@ def visage_interval(
     direction_weights = rng.multinomial(directions, np.full(directions, 1 / directions), size=resamples) / directions
     # Rounding keeps the ASR at exactly 0 or 100 where all prompts are refused or none, as it is in the landscape.
     asr = np.clip(100 * (1 - np.tensordot(refused, prompt_weights, (-1, -1)).round(12)), 0, 100)
-    per_direction = _visage_per_direction(np.moveaxis(asr, -1, 0), kind, len(grid))
+    per_direction = visage_per_direction(np.moveaxis(asr, -1, 0), kind, len(grid))
     low, high = np.percentile((per_direction * direction_weights).sum(axis=-1), [2.5, 97.5])
     return float(low), float(high)

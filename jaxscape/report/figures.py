@@ -64,7 +64,7 @@ def _title(landscape: Landscape) -> str:
     return f"VISAGE {values['paper']:.1f} (95 % interval {low:.1f} to {high:.1f}), {landscape.num_prompts} prompts"
 
 
-def _axis_label(name: str) -> str:
+def axis_label(name: str) -> str:
     if _is_interpolation(name):
         return f"{name} (0: the model, 1: the other)"
     return f"{GREEK.get(name, name)} (distance along the direction)"
@@ -79,8 +79,8 @@ def _plot_1d(landscape: Landscape) -> Figure:
     plot = figure.add_subplot()
     (axis,) = landscape.axes
     _draw_curves(plot, landscape)
-    _mark_models(plot, axis)
-    plot.set(xlabel=_axis_label(axis.name), ylabel=ASR_LABEL, ylim=(-3, 103), title=_title(landscape))
+    mark_models(plot, axis)
+    plot.set(xlabel=axis_label(axis.name), ylabel=ASR_LABEL, ylim=(-3, 103), title=_title(landscape))
     plot.grid(alpha=0.3)
     if len(landscape.asr) > 1:
         plot.legend()
@@ -104,7 +104,7 @@ def _draw_curves(plot: Axes, landscape: Landscape) -> None:
         )
 
 
-def _mark_models(plot: Axes, axis: Axis) -> None:
+def mark_models(plot: Axes, axis: Axis) -> None:
     """A labelled vertical line at the model, and at the other model of an interpolation."""
     style: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8, "color": "0.35"}
     models = {0: "the model", 1: "the other model"} if _is_interpolation(axis.name) else {0: "the model"}
@@ -139,7 +139,7 @@ def _draw_contour(plot: Axes, axes: Sequence[Axis], values: np.ma.MaskedArray) -
     plot.clabel(lines, fmt="%d %%", fontsize=8)
     plot.plot(0, 0, marker="+", color="w", markersize=10, markeredgewidth=2)
     aspect: Any = "auto" if _is_interpolation(first.name) else "equal"
-    plot.set(xlabel=_axis_label(first.name), ylabel=_axis_label(second.name), aspect=aspect)
+    plot.set(xlabel=axis_label(first.name), ylabel=axis_label(second.name), aspect=aspect)
     return filled
 
 

@@ -50,6 +50,11 @@ def test_a_scan_leaves_its_files_and_a_summary(
     land = js.Landscape.load(run)
     assert f"VISAGE: {land.visage():.2f} (95 % interval" in out
     assert "ASR of the model itself:" in out
+    assert land.numbers is not None
+    volume, radius = (land.numbers["asr"][name] for name in ("volume", "radius"))
+    assert f"Safety volume in percent: {volume['value']:.2f} (95 % interval {volume['interval'][0]:.2f} to" in out
+    bound = "at least " if radius["at_least"] else ""
+    assert f"Radius, where the ASR rises above 50 %: {bound}{radius['value']:.3g} (95 % interval " in out
 
 
 def test_a_scan_says_which_prompts_it_read_and_records_the_column(

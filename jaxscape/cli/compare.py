@@ -1,0 +1,39 @@
+"""`jaxscape compare`: compare the landscapes of several runs, and say which differences exceed the noise."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jaxscape.cli.options import check_texts, write_line
+from jaxscape.runtime.help import shown
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare the landscapes of several runs, and say which differences exceed the noise.
+
+    Examples:
+      jaxscape compare runs/first runs/second
+      jaxscape compare runs/first runs/second runs/third --out comparison
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """The runs' directories."""
+    out: Annotated[Path | None, shown("none", "DIRECTORY")] = None
+    """Also write the tables (Markdown, CSV, LaTeX) and the figure into this directory."""
+
+    def run(self) -> None:
+        check_texts(*self.runs, self.out or "")
+
+        from jaxscape.landscapes.comparison import compare
+        from jaxscape.report.tables import to_markdown
+
+        comparison = compare(self.runs)
+        write_line(to_markdown(comparison).rstrip("\n"))
+        if self.out is not None:
+            from jaxscape.report.comparison import save_comparison
+
+            for path in save_comparison(comparison, self.out):
+                write_line(f"{path}")

@@ -1,0 +1,127 @@
+"""The figure of a comparison of runs, and its files."""
+
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from jaxscape.landscapes.comparison import ComparedRun, Comparison
+from jaxscape.landscapes.numbers import THRESHOLD
+from jaxscape.report.figures import ASR_LABEL, COLOURS, MARKERS, STYLES, axis_label, mark_models
+from jaxscape.report.tables import differences_to_csv, to_csv, to_latex, to_markdown, visible
+from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.files import write_whole
+
+FIGURE = "comparison.png"
+
+
+def plot_comparison(comparison: Comparison) -> Figure:
+    """A figure of all runs of a comparison. Runs whose axes have other names get a panel of their own.
+
+    A line is drawn as the mean ASR over its directions, with a band from the mean lower to the mean upper end of their
+    95 % intervals; if there are several directions, each of them is a thin line too. A plane is drawn as the contour at
+    which the mean ASR is 50 %. A run has the same colour, line style and marker everywhere.
+    """
+    panels: dict[tuple[str, ...], list[int]] = {}
+    for number, run in enumerate(comparison.runs):
+        panels.setdefault(tuple(axis.name for axis in run.landscape.axes), []).append(number)
+    figure = Figure(figsize=(7 * len(panels), 4.6), layout="constrained")
+    for plot, (names, numbers) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for number in numbers:
+            draw = _draw_line if len(names) == 1 else _draw_contour
+            draw(plot, comparison.runs[number], number)
+        plot.grid(alpha=0.3)
+        plot.set_xlabel(axis_label(names[0]))
+        if len(names) == 1:
+            mark_models(plot, comparison.runs[numbers[0]].landscape.axes[0])
+            plot.set(ylabel=ASR_LABEL, ylim=(-3, 103))
+        else:
+            plot.plot(0, 0, marker="+", color="k", markersize=10)
+            plot.set(ylabel=axis_label(names[1]), title=f"where the ASR is {THRESHOLD:.0f} %")
+        for axis in (plot.xaxis, plot.yaxis):
+            axis.label.set_parse_math(False)  # names are drawn as they are, not as formulas
+        _add_legend(plot, {number: comparison.runs[number] for number in numbers})
+    return figure
+
+
+def save_comparison(comparison: Comparison, directory: str | Path) -> list[Path]:
+    """Write `table.md`, `table.csv`, `differences.csv`, `table.tex` and `comparison.png` into a directory, which is
+    created if it is missing. The same runs always give the same bytes.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    image = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name may have any character
+        plot_comparison(comparison).savefig(image, format="png", dpi=150, metadata={"Software": None})
+    contents: dict[str, str | bytes] = {
+        "table.md": to_markdown(comparison),
+        "table.csv": to_csv(comparison),
+        "differences.csv": differences_to_csv(comparison),
+        "table.tex": to_latex(comparison),
+        FIGURE: image.getvalue(),
+    }
+    paths = [Path(directory) / name for name in contents]
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        for path, content in zip(paths, contents.values(), strict=True):
+            write_whole(path, content)
+    except OSError as error:
+        raise UserError(
+            f"The comparison cannot be written to {directory} ({reason(error)}): choose another directory."
+        ) from error
+    return paths
+
+
+def _style(number: int) -> dict[str, str]:
+    """Colour, line style and marker of a run; no two of the first twelve runs have the same."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": STYLES[number % len(STYLES)],
+        "marker": MARKERS[number % len(MARKERS)],
+    }
+
+
+def _draw_line(plot: Axes, run: ComparedRun, number: int) -> None:
+    land, style = run.landscape, _style(number)
+    coords = np.array(land.axes[0].values)
+    low, mean, high = (values.mean(axis=0) for values in (land.asr_low, land.asr, land.asr_high))
+    plot.fill_between(coords, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    plot.plot(coords, mean, **style, markersize=4)
+    for asr in land.asr if len(land.asr) > 1 else ():
+        plot.plot(coords, asr, color=style["color"], linewidth=0.6, alpha=0.6)
+
+
+def _draw_contour(plot: Axes, run: ComparedRun, number: int) -> None:
+    mean, style = run.landscape.asr.mean(axis=0), _style(number)
+    if np.nanmin(mean, initial=np.inf) < THRESHOLD < np.nanmax(mean, initial=-np.inf):
+        first, second = (axis.values for axis in run.landscape.axes)
+        plot.contour(
+            first,
+            second,
+            np.ma.masked_invalid(mean.T),
+            levels=[THRESHOLD],
+            colors=style["color"],
+            linestyles=style["linestyle"],
+        )
+
+
+def _add_legend(plot: Axes, runs: Mapping[int, ComparedRun]) -> None:
+    """A legend of numbered runs below the axes."""
+    handles = [Line2D([], [], **_style(number), markersize=4) for number in runs]
+    labels = [f"run {number}" for number in runs]
+    legend = plot.legend(handles, labels, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    for text, run in zip(legend.get_texts(), runs.values(), strict=True):
+        name = visible(run.name)
+        shown = name if len(name) <= 60 else f"…{name[-59:]}"
+        text.set_text(shown if run.landscape.complete else f"{shown} (unfinished)")
+        text.set_parse_math(False)

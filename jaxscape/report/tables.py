@@ -1,0 +1,188 @@
+"""A comparison of runs as tables: Markdown, CSV and LaTeX. Names of runs are untrusted text."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxscape.landscapes.comparison import LEVEL, ComparedRun, Comparison, Difference
+
+TITLES = {"visage": "VISAGE", "volume": "safety volume (%)", "radius": "radius"}
+FORMATS = {"visage": ".2f", "volume": ".2f", "radius": ".3g"}
+MINUS = "\N{MINUS SIGN}"
+
+Rows = list[list[str]]
+"""The cells of a table as plain text; the first row is the head."""
+
+
+def estimate_text(number: Mapping[str, Any], spec: str, label: str = "") -> str:
+    """A number of a landscape with its interval, such as `0.48 (0.45 to at least 0.5)`.
+
+    Arguments:
+        number: an entry of `numbers` in `landscape.json`.
+        spec: how numbers are formatted.
+        label: what stands before the interval.
+    """
+    values = (number["value"], *number["interval"])
+    bounds = (number.get("at_least", False), *number.get("interval_at_least", (False, False)))
+    value, low, high = (
+        ("at least " if bound else "") + _number(x, spec) for x, bound in zip(values, bounds, strict=True)
+    )
+    return f"{value} ({label}{low} to {high})"
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """The text of `table.md`: a table of the runs, one of the differences, and the notes."""
+    parts = [_markdown_table(_run_rows(comparison))]
+    if comparison.differences:
+        parts += [_markdown_table(_difference_rows(comparison)), _markdown(_level_note(comparison))]
+    return "\n\n".join([*parts, *(_markdown(f"Note: {note}") for note in comparison.notes)]) + "\n"
+
+
+def to_latex(comparison: Comparison) -> str:
+    """The text of `table.tex`: a `tabular` of the runs and one of the differences, which need no package, and the notes
+    as comments."""
+    parts = [_latex_table(_run_rows(comparison), "lrrrrr")]
+    if comparison.differences:
+        parts += [_latex_table(_difference_rows(comparison), "llrrrrll"), f"% {_latex(_level_note(comparison))}"]
+    return "\n\n".join([*parts, *(f"% Note: {_latex(note)}" for note in comparison.notes)]) + "\n"
+
+
+def to_csv(comparison: Comparison) -> str:
+    """The text of `table.csv`: a row for each run. A number that was not measured is an empty cell."""
+    head = ["run", "prompts", "directions", "points"]
+    for name in TITLES:
+        head += [name, f"{name}_low", f"{name}_high"]
+    head += ["radius_at_least", "radius_low_at_least", "radius_high_at_least"]
+    return _csv([head, *map(_csv_row, comparison.runs)])
+
+
+def _csv_row(run: ComparedRun) -> list[Any]:
+    numbers = run.numbers or {}
+    row: list[Any] = [run.name, run.landscape.num_prompts, len(run.landscape.asr), run.landscape.asr[0].size]
+    for name in TITLES:
+        row += [numbers[name]["value"], *numbers[name]["interval"]] if name in numbers else [""] * 3
+    radius = numbers.get("radius")
+    return row + ([""] * 3 if radius is None else [radius["at_least"], *radius["interval_at_least"]])
+
+
+def differences_to_csv(comparison: Comparison) -> str:
+    """The text of `differences.csv`: a row for each difference."""
+    fields = [
+        "first",
+        "second",
+        "number",
+        "value",
+        "low",
+        "high",
+        "bound",
+        "p",
+        "adjusted",
+        "larger_than_noise",
+        "paired",
+    ]
+    return _csv([fields, *([getattr(item, field) for field in fields] for item in comparison.differences)])
+
+
+def _run_rows(comparison: Comparison) -> Rows:
+    rows = [["run", "prompts", "directions", *TITLES.values()]]
+    for run in comparison.runs:
+        numbers = run.numbers
+        cells = [
+            "unfinished"
+            if numbers is None
+            else estimate_text(numbers[name], FORMATS[name])
+            if name in numbers
+            else "none"
+            for name in TITLES
+        ]
+        rows.append([run.name, str(run.landscape.num_prompts), str(len(run.landscape.asr)), *cells])
+    return rows
+
+
+def _difference_rows(comparison: Comparison) -> Rows:
+    head = ["difference", "number", "value", "95 % interval", "p", "p (Holm)", "larger than the noise", "paired by"]
+    return [head, *map(_difference_row, comparison.differences)]
+
+
+def _difference_row(item: Difference) -> list[str]:
+    spec = "+" + FORMATS[item.number]
+    return [
+        f"{item.second} {MINUS} {item.first}",
+        TITLES[item.number],
+        f"{item.bound} {_number(item.value, spec)}".strip(),
+        f"{_number(item.low, spec)} to {_number(item.high, spec)}",
+        f"{item.p:.2g}",
+        f"{item.adjusted:.2g}",
+        item.larger_than_noise,
+        item.paired,
+    ]
+
+
+def _level_note(comparison: Comparison) -> str:
+    count = len(comparison.differences)
+    return (
+        f"A difference is larger than the noise if its p-value, adjusted by Holm's method for the {count} differences "
+        f"here, is below {LEVEL}. The intervals are not adjusted."
+    )
+
+
+def _number(value: float, spec: str) -> str:
+    """A number with a minus sign that is as long as a plus sign, and no negative zero."""
+    text = format(value, spec)
+    if not text.strip("+-0."):
+        text = text.replace("-", "+" if spec.startswith("+") else "")
+    return text.replace("-", MINUS)
+
+
+def visible(text: str) -> str:
+    """The text with a question mark for each character that cannot be seen, such as a control character."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", visible(text))
+
+
+def _markdown_table(rows: Rows) -> str:
+    head, *body = ([_markdown(cell) for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "`": r"\textasciigrave{}",
+    MINUS: "$-$",
+    # After the end of a row these two would belong to its command.
+    "[": "{[}",
+    "*": "{*}",
+    **{character: f"\\{character}" for character in "{}$&#_%"},
+}
+
+
+def _latex(text: str) -> str:
+    escaped = "".join(_LATEX.get(character, character) for character in visible(text))
+    return re.sub("-(?=-)", "-{}", escaped)  # two in a row would make a dash
+
+
+def _latex_table(rows: Rows, columns: str) -> str:
+    head, *body = (" & ".join(map(_latex, row)) + r" \\" for row in rows)
+    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", head, r"\hline", *body, r"\end{tabular}"])
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([_csv_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
+    return text.getvalue()
+
+
+def _csv_cell(text: str) -> str:
+    """The text, with an apostrophe before what a spreadsheet would run as a formula."""
+    return ("'" if text[:1] in tuple("=+-@") else "") + visible(text)
