@@ -19,7 +19,11 @@ class Compare:
       jaxscape compare runs/first runs/second runs/third --out comparison
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN RUN ...", help_behavior_hint="(at least two)"),
+    ]
     """The runs' directories."""
     out: Annotated[Path | None, shown("none", "DIRECTORY")] = None
     """Also write the tables (Markdown, CSV, LaTeX) and the figure into this directory."""

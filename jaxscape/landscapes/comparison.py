@@ -190,6 +190,7 @@ def _load(directory: Path, name: str) -> ComparedRun:
     landscape = Landscape.load(directory)
     try:
         config = dict(json.loads((directory / CONFIG).read_text(encoding="utf-8")))
+        _directions(config)  # raises an error if they are something else
         if not landscape.complete:
             return ComparedRun(name, landscape, config, (), np.zeros((*landscape.asr.shape, 0), bool))
         lines = (directory / GENERATIONS).read_bytes().split(b"\n")[:-1]
@@ -204,9 +205,9 @@ def _load(directory: Path, name: str) -> ComparedRun:
         raise UserError(
             f"The run in {directory} cannot be compared ({reason(error)}): give the directory that its scan wrote."
         ) from error
-    order = sorted(range(len(prompts)), key=prompts.__getitem__)  # the order does not matter when runs are paired
-    if landscape.numbers is None:
-        landscape = replace(landscape, numbers={"asr": landscape_numbers(succeeded, landscape.axes)})
+    # An older file has no numbers, and the answers are what counts.
+    landscape = replace(landscape, numbers={"asr": landscape_numbers(succeeded, landscape.axes)})
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)  # runs are paired whatever the order of their prompts
     return ComparedRun(name, landscape, config, tuple(prompts[i] for i in order), succeeded[..., order])
 
 
@@ -262,8 +263,8 @@ def _comparable(first: ComparedRun, second: ComparedRun) -> tuple[list[str], lis
 
 def _incomparable_radius(first: ComparedRun, second: ComparedRun) -> str:
     """Why the radii of two runs cannot be compared; empty if they can."""
-    radii = [(run.numbers or {}).get("radius") for run in (first, second)]
-    if radii[0] is None or radii[1] is None:
+    radii = [run.numbers["radius"] for run in (first, second) if run.numbers and "radius" in run.numbers]
+    if len(radii) < 2:
         return "the model itself lies outside the axes"
     smaller, larger = sorted(radii, key=lambda radius: radius["value"])
     if smaller["at_least"] or (larger["at_least"] and larger["value"] == smaller["value"]):

@@ -249,7 +249,7 @@ def _radius(
         means.mean(),
         are_bounds.any(),
         over_directions(mean_samples, counts),
-        (sample_bounds & (counts > 0)).any(axis=-1),
+        np.asarray((sample_bounds & (counts > 0)).any(axis=-1)),
     )
     directions = []
     for index in range(len(distances)):

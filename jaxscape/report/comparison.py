@@ -4,6 +4,7 @@ import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -43,6 +44,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
         else:
             plot.plot(0, 0, marker="+", color="k", markersize=10)
             plot.set(ylabel=axis_label(names[1]), title=f"where the ASR is {THRESHOLD:.0f} %")
+            plot.set_aspect("equal", adjustable="datalim")
         for axis in (plot.xaxis, plot.yaxis):
             axis.label.set_parse_math(False)  # names are drawn as they are, not as formulas
         _add_legend(plot, {number: comparison.runs[number] for number in numbers})
@@ -82,7 +84,7 @@ def save_comparison(comparison: Comparison, directory: str | Path) -> list[Path]
     return paths
 
 
-def _style(number: int) -> dict[str, str]:
+def _style(number: int) -> dict[str, Any]:
     """Colour, line style and marker of a run; no two of the first twelve runs have the same."""
     return {
         "color": COLOURS[number % len(COLOURS)],

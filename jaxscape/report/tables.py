@@ -121,10 +121,9 @@ def _difference_row(item: Difference) -> list[str]:
 
 
 def _level_note(comparison: Comparison) -> str:
-    count = len(comparison.differences)
     return (
-        f"A difference is larger than the noise if its p-value, adjusted by Holm's method for the {count} differences "
-        f"here, is below {LEVEL}. The intervals are not adjusted."
+        f"A difference is larger than the noise if its p-value, adjusted by Holm's method for the number of "
+        f"differences ({len(comparison.differences)}), is below {LEVEL}. The intervals are not adjusted."
     )
 
 

@@ -290,7 +290,7 @@ def test_runs_that_cannot_be_read_are_user_errors(tmp_path: Path) -> None:
             js.compare(runs)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("damage", ["config", "no config", "cut", "other", "text", "missing"])
+@pytest.mark.parametrize("damage", ["config", "no config", "directions", "cut", "other", "text", "missing"])
 def test_damaged_runs_are_user_errors(damage: str, tmp_path: Path) -> None:
     good = write_run(tmp_path / "good", basin(0.2), AXES)
     bad = write_run(tmp_path / "bad", basin(0.2), AXES)
@@ -298,6 +298,8 @@ def test_damaged_runs_are_user_errors(damage: str, tmp_path: Path) -> None:
     lines = generations.read_text().splitlines(keepends=True)
     if damage == "config":
         (bad / "config.json").write_text("[1]")
+    elif damage == "directions":
+        (bad / "config.json").write_text('{"directions": 3}')
     elif damage == "no config":
         (bad / "config.json").unlink()
     elif damage == "missing":
