@@ -12,10 +12,10 @@ from statistics import NormalDist
 import numpy as np
 
 from jaxscape.cli.main import run_program
-from jaxscape.cli.options import write_line
 from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.landscapes.axes import symmetric_axes
 from jaxscape.landscapes.numbers import landscape_numbers, safety_volume
+from jaxscape.runtime.streams import write_line
 
 AXES = symmetric_axes(1, 20, 0.5)
 WALL, OVER_DIRECTIONS, OVER_PROMPTS, OVER_BOTH = 0.15, 0.15, 0.25, 0.1

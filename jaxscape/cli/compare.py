@@ -6,8 +6,9 @@ from typing import Annotated
 
 import tyro
 
-from jaxscape.cli.options import check_texts, write_line
+from jaxscape.cli.options import check_texts
 from jaxscape.runtime.help import shown
+from jaxscape.runtime.streams import write_line
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ if "matplotlib" not in sys.modules and "MPLBACKEND" in os.environ:
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
+from matplotlib.lines import Line2D
 
-__all__ = ["Axes", "Figure", "MatplotlibFigure", "patheffects", "png"]
+__all__ = ["Axes", "Figure", "Line2D", "MatplotlibFigure", "patheffects", "png"]
 
 
 class Figure(MatplotlibFigure):

@@ -1,18 +1,15 @@
 """The figure of a comparison of runs, and its files."""
 
-import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from jaxscape.landscapes.comparison import ComparedRun, Comparison
 from jaxscape.landscapes.numbers import THRESHOLD
+from jaxscape.report.canvas import Axes, Figure, Line2D, png
 from jaxscape.report.figures import ASR_LABEL, COLOURS, MARKERS, STYLES, axis_label, mark_models
 from jaxscape.report.tables import differences_to_csv, to_csv, to_latex, to_markdown, visible
 from jaxscape.runtime.errors import UserError, reason
@@ -61,16 +58,15 @@ def save_comparison(comparison: Comparison, directory: str | Path) -> list[Path]
     Raises:
         UserError: a file cannot be written.
     """
-    image = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name may have any character
-        plot_comparison(comparison).savefig(image, format="png", dpi=150, metadata={"Software": None})
+        image = png(plot_comparison(comparison), dpi=150)
     contents: dict[str, str | bytes] = {
         "table.md": to_markdown(comparison),
         "table.csv": to_csv(comparison),
         "differences.csv": differences_to_csv(comparison),
         "table.tex": to_latex(comparison),
-        FIGURE: image.getvalue(),
+        FIGURE: image,
     }
     paths = [Path(directory) / name for name in contents]
     try:

@@ -141,7 +141,8 @@ def visible(text: str) -> str:
 
 
 def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", visible(text))
+    # The table is also printed, and not every terminal has a minus sign.
+    return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", visible(text)).replace(MINUS, "-")
 
 
 def _markdown_table(rows: Rows) -> str:
