@@ -15,6 +15,7 @@ from jaxscape.cli.main import run_program
 from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.landscapes.axes import symmetric_axes
 from jaxscape.landscapes.numbers import landscape_numbers, safety_volume
+from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.streams import write_line
 
 AXES = symmetric_axes(1, 20, 0.5)
@@ -33,6 +34,8 @@ class Precision:
     """Number of simulated scans for each row."""
 
     def run(self) -> None:
+        if smallest := [number for number in (*self.prompts, *self.directions, self.scans) if number < 1]:
+            raise UserError(f"The numbers of prompts, directions and scans must be at least 1, not {smallest[0]}.")
         write_line(table(self.prompts, self.directions, self.scans))
 
 

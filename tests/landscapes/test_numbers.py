@@ -107,6 +107,17 @@ def test_more_points_near_the_model_do_not_change_the_volume_but_change_the_mean
     assert means[1] > 2 * means[0]
 
 
+def test_one_prompt_at_the_rim_moves_visage_and_hardly_the_other_numbers() -> None:
+    axes = symmetric_axes(1, 20, 0.5)
+    refused = np.repeat(np.abs(axes[0].values)[None, :, None] < 0.12, 40, axis=-1)
+    flipped = refused.copy()
+    flipped[0, 3, 0] = True  # one of 40 prompts is refused at alpha = -0.35
+    before, after = (100 * (1 - item.mean(axis=-1)) for item in (refused, flipped))
+    assert js.visage(before) - js.visage(after) > 15
+    assert (safety_volume(after, axes) - safety_volume(before, axes))[0] == pytest.approx(100 / 21 / 40)
+    assert radius_of(after[0], axes) == radius_of(before[0], axes)
+
+
 def test_axes_without_width() -> None:
     assert safety_volume(np.array([40.0]), [js.Axis("alpha", (0.0,))]) == 60
     assert rays_of([js.Axis("alpha", (0.0,))]) is None
