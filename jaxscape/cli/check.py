@@ -9,7 +9,8 @@ import tyro
 
 from jaxscape.cli.options import DEFAULT_MODEL, Group, ModelOptions, RunOptions, check_texts
 from jaxscape.runtime.help import shown
-from jaxscape.runtime.streams import printable, write_line
+from jaxscape.runtime.streams import write_line
+from jaxscape.runtime.texts import printable
 
 if TYPE_CHECKING:
     from jaxscape.evaluate.check import Comparison, Facts

@@ -14,6 +14,7 @@ import tyro
 from jaxscape.cli.options import check_working_directory
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.streams import BROKEN_PIPE, safe_streams, write_line
+from jaxscape.runtime.texts import printable
 
 
 class Verb(NamedTuple):
@@ -121,7 +122,7 @@ def _run(program: Any, arguments: Sequence[str] | None, name: str | None) -> Non
 def _fail(message: str) -> NoReturn:
     """Report a user error and end the process."""
     # One line without control characters, whatever a library or a file name put into the message.
-    line = "".join(character if character.isprintable() else "?" for character in " ".join(message.split()))
+    line = printable(" ".join(message.split()))
     sys.stderr.write(f"jaxscape: {line}\n")
     _exit(2)
 

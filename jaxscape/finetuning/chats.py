@@ -19,11 +19,11 @@ from jaxscape.prompts.records import (
     normalised,
     openai_messages,
     parse_records,
-    quoted_names,
     read_records,
 )
 from jaxscape.prompts.sets import advbench_text
 from jaxscape.runtime.errors import UserError, as_list, is_utf8
+from jaxscape.runtime.texts import quoted_names
 
 Chat = list[dict[str, Any]]
 """Messages in OpenAI's format: `{"role": "system" | "user" | "assistant", "content": text}`. An assistant's message

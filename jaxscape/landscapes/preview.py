@@ -19,6 +19,7 @@ from jaxscape.models.checkpoint import adds_bos, without_default_template
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 from jaxscape.prompts.fields import Prompts
+from jaxscape.runtime.texts import printable
 
 
 def preview(
@@ -58,7 +59,7 @@ def preview(
             prompts.summary(),
             *(["the model's files have no chat template, so Vicuna's is used"] if is_default else []),
             "the first prompt as it is sent:",
-            _escaped(sent[0]),
+            printable(sent[0], kept="\n\t"),
             *([f"the answer begins inside thinking, which {opening} opens"] if opening else []),
             f"its {len(prompt_tokens[0])} tokens (* marks special ones):",
             *_token_lines(model.tokenizer, prompt_tokens[0]),
@@ -80,7 +81,7 @@ def _token_lines(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> l
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     texts = tokenizer.convert_ids_to_tokens(list(tokens))
     return [
-        f"{token:>7} {'*' if token in special else ' '} {_escaped(text, kept='')}"
+        f"{token:>7} {'*' if token in special else ' '} {printable(text)}"
         for token, text in zip(tokens, texts, strict=True)
     ]
 
@@ -100,8 +101,3 @@ def _bos_line(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
         f"{line}; warning: the tokenizer puts one before a text by itself, so the model expects one, but the chat "
         f"template and the prompt have {count}: correct the chat template"
     )
-
-
-def _escaped(text: str, kept: str = "\n\t") -> str:
-    """The text, in which control characters are escaped, apart from those in `kept`: they could control a terminal."""
-    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)

@@ -21,6 +21,7 @@ from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import cache_dir, checksum
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.sharding import sharding
+from jaxscape.runtime.texts import listed
 
 Params = dict[str, Any]
 """A nested dictionary of arrays, whose paths joined with dots are Hugging Face parameter names."""
@@ -296,8 +297,7 @@ def check_tensors(
         if tuple(actual[name]) != tuple(expected[name])
     ]
     if problems:
-        more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
-        raise UserError(f"The tensors of {origin} do not fit the model: {'; '.join(problems[:limit])}{more}.")
+        raise UserError(f"The tensors of {origin} do not fit the model: {listed(problems, limit, '; ')}.")
 
 
 def fingerprint(params: Params) -> str:

@@ -222,8 +222,8 @@ def _check_unread_fields(config: PreTrainedConfig, known_fields: set[str]) -> No
 
 def _unsupported(options: Options) -> UserError:
     """The error that lists options of a configuration that are not supported."""
-    listed = ", ".join(f"{name}={value!r}"[:100] for name, value in options.items())
-    return UserError(f"The model's configuration has options that are not supported: {listed}.")
+    unsupported = ", ".join(f"{name}={value!r}"[:100] for name, value in options.items())
+    return UserError(f"The model's configuration has options that are not supported: {unsupported}.")
 
 
 def _activation(c: ConfigReader, field: str) -> str:

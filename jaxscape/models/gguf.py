@@ -19,6 +19,7 @@ from jaxscape.models.families import from_transformers
 from jaxscape.models.gguf_tokenizer import read_tokenizer, token_types
 from jaxscape.models.rope import Rope
 from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.texts import listed
 
 # RoPE scaling of Llama 3.1 (factor 8) and 3.2 (factor 32). A GGUF file has only the divisors of the frequencies that
 # follow from it, so `_config` tries which factor gives these divisors.
@@ -240,8 +241,7 @@ def _read_parts(path: Path) -> tuple[tuple[Path, ...], Fields, Tensors]:
         )
     files = tuple(path.with_name(f"{name[1]}-{number:05d}-of-{name[2]}{name[3]}") for number in range(1, count + 1))
     if missing := [file.name for file in files if not file.is_file()]:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise UserError(f"{this_part}; put the other parts beside it (missing: {', '.join(missing[:5])}{more}).")
+        raise UserError(f"{this_part}; put the other parts beside it (missing: {listed(missing)}).")
     parts = [(fields, tensors) if file == path else _read_file(file) for file in files]
     for number, (file, (part_fields, _)) in enumerate(zip(files, parts, strict=True)):
         if (part_fields.get(_PART_NUMBER), part_fields.get(_PART_COUNT)) != (number, count):

@@ -23,6 +23,7 @@ from jaxscape.models.huggingface import HUB_ID
 from jaxscape.models.weights import EMBEDDING, HEAD, INDEX, WEIGHTS, parameter_name
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import check_not_pointer, read_json, write_whole
+from jaxscape.runtime.texts import listed
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # The fused matrices of some families, and the linear layers that each of them consists of.
@@ -241,10 +242,9 @@ def _check_fits(checkpoint: Checkpoint, adapter: Adapter, origin: str) -> None:
         for name, shape in wrong.items()
     ]
     if problems:
-        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise UserError(
             f"The adapter {origin} belongs to another model than {adapter.base}, its base: "
-            f"{'; '.join(problems[:10])}{more}."
+            f"{listed(problems, 10, '; ')}."
         )
 
 

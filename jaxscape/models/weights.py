@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import check_not_pointer, read_json
 from jaxscape.runtime.progress import note
+from jaxscape.runtime.texts import listed
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -280,11 +281,6 @@ def tied(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], 
         f"as in transformers."
     )
     return dict(tensors), False
-
-
-def listed(names: Sequence[str], limit: int = 5) -> str:
-    """The first names of a list, for an error message."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def pickled_message(path: Path) -> str:

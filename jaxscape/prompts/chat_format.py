@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxscape.prompts.records import read_text
 from jaxscape.prompts.thinking import Thinking, opening_of
 from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.texts import shown_text
 
 Messages = Sequence[dict[str, Any]]
 """The `role` and `content` of each message; a content is a text, or a list of parts."""
@@ -84,8 +85,8 @@ def chat_texts(
         other = numbers.setdefault(text, number)
         if prompts[other].strip() != prompts[number].strip():
             raise UserError(
-                f"The model's chat template writes the same text for prompt {other + 1} ({_shortened(prompts[other])}) "
-                f"and prompt {number + 1} ({_shortened(prompts[number])}): leave one of them out, or give the model "
+                f"The model's chat template writes the same text for prompt {other + 1} ({shown_text(prompts[other])}) "
+                f"and prompt {number + 1} ({shown_text(prompts[number])}): leave one of them out, or give the model "
                 f"another chat template."
             )
     return texts
@@ -149,7 +150,7 @@ def system_prompt_text(system_prompt: str) -> str:
         is_file = system_prompt.startswith("@")
         text = read_text(Path(system_prompt[1:])).strip("\n") if is_file else system_prompt.removeprefix("text:")
         if not text.strip():
-            raise UserError(f"The system prompt {_shortened(system_prompt)} has no text: write one, or give none.")
+            raise UserError(f"The system prompt {shown_text(system_prompt, 60)} has no text: write one, or give none.")
         return text
     if len(system_prompt.split()) < 2:
         names = ", ".join(SYSTEM_PROMPT_NAMES)
@@ -275,7 +276,7 @@ def _written(apply_template: Template, messages: Messages) -> str:
     apply_template(messages)  # if the template does not accept the messages, its reason is the user's error
     text = next((message["content"] for message in messages if message["role"] in said), "")
     raise UserError(
-        f"The model's chat template leaves out the text that it is given ({_shortened(text)}), as a text and as a list "
+        f"The model's chat template leaves out the text that it is given ({shown_text(text)}), as a text and as a list "
         f"of parts: give the model another chat template."
     )
 
@@ -305,8 +306,3 @@ def _in_user_turn(system: str, messages: Messages) -> Messages:
     user = messages[first_user]
     opened = user | {"content": f"{system}\n\n{user['content']}"}
     return [*messages[:first_user], opened, *messages[first_user + 1 :]]
-
-
-def _shortened(text: str) -> str:
-    """A text for an error message: on one line, escaped, at most 60 characters."""
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")

@@ -12,11 +12,10 @@ from jaxscape.prompts.records import (
     is_missing,
     normalised,
     openai_messages,
-    quoted_names,
-    shown_text,
     trimmed,
 )
 from jaxscape.runtime.errors import UserError, is_utf8
+from jaxscape.runtime.texts import quoted_names, shown_text
 
 TEXT_NAMES = ("goal", "prompt", "behavior", "forbidden_prompt", "question", "instruction", "text")
 TURNS = "turns"  # of MT-Bench: the user's turns of one chat

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.texts import quoted_names, shown_text
 
 ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt")
 _DELIMITERS = (",", ";", "\t", "|")
@@ -187,17 +188,6 @@ def _openai_message(message: dict[str, Any]) -> dict[str, Any]:
         if all(isinstance(text, str) for text in texts):
             return message | {"content": "".join(texts)}
     return message
-
-
-def quoted_names(names: Collection[str]) -> str:
-    """Names for an error message, shortened, with control characters escaped: `'a', 'b' and 3 more`."""
-    shown = [shown_text(name, 40) for name in list(names)[:12]]
-    return ", ".join(shown) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-
-
-def shown_text(text: str, length: int = 80) -> str:
-    """A text that is not to be trusted, quoted on one line, shortened, with control characters escaped."""
-    return repr(text if len(text) <= length else text[: length - 1] + "…")
 
 
 def _trimmed_first_line(text: str) -> str:

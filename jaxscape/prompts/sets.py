@@ -10,9 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from jaxscape.prompts.fields import NAMES, Prompts, prompts_of
-from jaxscape.prompts.records import normalised, parse_records, read_records, read_text, shown_text
+from jaxscape.prompts.records import normalised, parse_records, read_records, read_text
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import cached_file
+from jaxscape.runtime.texts import shown_text
 
 # Zou et al., arXiv 2307.15043; MIT licence.
 ADVBENCH_URL = (

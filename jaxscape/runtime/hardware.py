@@ -1,4 +1,4 @@
-"""The free memory of the devices, their measured roofline, and JAX's cache of compiled programs."""
+"""The devices: free memory and measured roofline, and the options and the cache with which JAX compiles for them."""
 
 import json
 import math

@@ -38,11 +38,6 @@ def write_line(text: str) -> None:
     flush_streams()
 
 
-def printable(text: str) -> str:
-    """The text with escapes in place of control characters, which would change the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def flush_streams() -> None:
     """Write what the standard streams still hold. What no one reads is dropped; Python would try again at its end, and
     complain."""

@@ -174,7 +174,7 @@ def test_the_script_in_experiments_is_the_same_program() -> None:
         (["--system-prompt", "bad\udcff"], "not valid UTF-8"),
         (["--model", "./no-dir"], "There is no model"),
         (["--model", "{tmp}/no-model"], "There is no model"),
-        (["--out", "{tmp}/empty.txt/two\nlines\x1b[31m"], r"two lines\?\[31m cannot be a run's directory"),
+        (["--out", "{tmp}/empty.txt/two\nlines\x1b[31m"], r"two lines\\x1b\[31m cannot be a run's directory"),
         (["--model", "{tmp}/cut.gguf"], "truncated or damaged"),
         (["--directions", "{tmp}/none.safetensors"], "cannot be read as safetensors"),
         (["--directions", "a", "--num-directions", "2"], "either --directions or --num-directions"),

@@ -127,9 +127,9 @@ def test_a_template_that_leaves_out_the_prompt_is_an_error(template: str) -> Non
 
 
 def test_different_prompts_that_are_rendered_alike_are_an_error() -> None:
-    shortens = tokenizer_with("{% for m in messages %}{{ m.content[:70] }}{% endfor %}")
-    prompts = ["Hi", "a" * 70 + "\x1b[31m", "b", "a" * 70 + "!"]
-    with pytest.raises(js.UserError, match=r"prompt 2 \('a{57}\.\.\.'\) and prompt 4 \('a{57}\.\.\.'\)") as error:
+    shortens = tokenizer_with("{% for m in messages %}{{ m.content[:90] }}{% endfor %}")
+    prompts = ["Hi", "a" * 90 + "\x1b[31m", "b", "a" * 90 + "!"]
+    with pytest.raises(js.UserError, match=r"prompt 2 \('a{79}…'\) and prompt 4 \('a{79}…'\)") as error:
         chat_texts(shortens, prompts)
     assert str(error.value).isprintable()
     assert len(chat_texts(tokenizer_with(CHATML), prompts)) == 4

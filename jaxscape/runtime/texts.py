@@ -1,0 +1,27 @@
+"""Texts for messages: escaped, quoted, shortened and listed, because names and files can hold any characters."""
+
+from collections.abc import Collection, Sequence
+
+
+def printable(text: str, kept: str = "") -> str:
+    """The text with escapes in place of control characters, which would change the terminal.
+
+    Arguments:
+        kept: control characters that stay.
+    """
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown_text(text: str, length: int = 80) -> str:
+    """A text that is not to be trusted, quoted on one line, shortened, with control characters escaped."""
+    return repr(text if len(text) <= length else text[: length - 1] + "…")
+
+
+def listed(items: Sequence[str], limit: int = 5, separator: str = ", ") -> str:
+    """The first items of a list on one line, and how many more there are: `a, b and 3 more`."""
+    return separator.join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def quoted_names(names: Collection[str]) -> str:
+    """The first twelve names, each as `shown_text` shows it: `'a', 'b' and 3 more`."""
+    return listed([shown_text(name, 40) for name in names], 12)
