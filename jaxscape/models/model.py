@@ -232,8 +232,7 @@ def _open(source: str, dtype: jnp.dtype, base: str | None, adapters: tuple[Path,
                     f"('hf download {source.partition('@')[0]} FILE') and give that file."
                 )
             return _open_directory(directory, dtype, base, adapters)
-    if base is not None:
-        raise UserError(f"{source} is not a LoRA adapter, and only an adapter has a base: leave out --base (base=).")
+    _check_no_base(source, base)
     if source in builtin.MODELS:
         return open_gguf(builtin.packaged_file(builtin.MODELS[source]))
     if is_gguf(path):
@@ -248,13 +247,16 @@ def _open(source: str, dtype: jnp.dtype, base: str | None, adapters: tuple[Path,
     )
 
 
+def _check_no_base(source: str, base: str | None) -> None:
+    """Raise a `UserError` if a base is named for a model that is no adapter."""
+    if base is not None:
+        raise UserError(f"{source} is not a LoRA adapter, and only an adapter has a base: leave out --base (base=).")
+
+
 def _open_directory(path: Path, dtype: jnp.dtype, base: str | None, adapters: tuple[Path, ...]) -> Checkpoint:
     """Open a model's directory, or an adapter's directory together with its base model."""
     if not lora.is_adapter(path):
-        if base is not None:
-            raise UserError(f"{path} is not a LoRA adapter, and only an adapter has a base: leave out --base (base=).")
-        if not (path / huggingface.CONFIG).exists() and (files := sorted(filter(is_gguf, path.iterdir()))):
-            raise UserError(f"{path} holds GGUF files and no {huggingface.CONFIG}: name one of them, as {files[0]}.")
+        _check_no_base(str(path), base)
         return huggingface.open_directory(path)
     path = path.resolve()
     if path in adapters:
