@@ -10,6 +10,7 @@ from jaxscape.engine.batching import tokenize
 from jaxscape.engine.engine import generate
 from jaxscape.models.checkpoint import named_leaves
 from jaxscape.models.model import Model
+from jaxscape.models.quantised import FLOAT_DTYPES
 from jaxscape.models.transformers_reference import Reference, is_torch_installed, stored_dtypes
 from jaxscape.prompts.chat_format import chat_text
 from jaxscape.prompts.sets import load_prompts
@@ -20,7 +21,6 @@ from jaxscape.runtime.errors import UserError
 # transformers' own rounding on the same texts, of which jaxscape's may be a multiple.
 FLOAT32_LIMIT, ROUNDING_LIMIT = 1e-4, 2.0
 LONG_TEXT = 512  # tokens, longer than many windows
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def find_facts(model: Model, prompt: str) -> Facts:
         num_parameters=sum(leaf.size for leaf in named_leaves(model.params).values()),
         stored=stored,
         dtype=model.dtype,
-        quantisation=sources.quantisation or ", ".join(stored.keys() - set(FLOAT_DTYPES)) or None,
+        quantisation=sources.quantisation or ", ".join(name for name in stored if name not in FLOAT_DTYPES) or None,
         is_tied=config.tie_word_embeddings,
         tokenizer_source=sources.tokenizer,
         num_tokens=len(tokenizer),

@@ -8,7 +8,8 @@ from transformers import AutoConfig
 
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.families import from_transformers
-from jaxscape.models.huggingface import CONFIG, HUB_ID, download, load_config
+from jaxscape.models.huggingface import HUB_ID, download, load_config
+from jaxscape.models.weights import CONFIG
 from jaxscape.runtime.errors import UserError
 
 _FIELDS = (

@@ -19,6 +19,7 @@ from jaxscape.models.families import from_transformers
 from jaxscape.models.gguf_tokenizer import read_tokenizer, token_types
 from jaxscape.models.rope import Rope
 from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.files import check_not_pointer
 from jaxscape.runtime.texts import listed
 
 # RoPE scaling of Llama 3.1 (factor 8) and 3.2 (factor 32). A GGUF file has only the divisors of the frequencies that
@@ -258,39 +259,38 @@ def _read_parts(path: Path) -> tuple[tuple[Path, ...], Fields, Tensors]:
 def _read_file(path: Path) -> tuple[Fields, Tensors]:
     """The metadata and the tensors of one file."""
     try:
+        check_not_pointer(path)
         _check_format(path)
-        _check_header(np.memmap(path, mode="r").data)
+        _check_header(path)
         reader = gguf.GGUFReader(path)
         _check_offsets(reader)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         return fields, {tensor.name: tensor for tensor in reader.tensors}
-    except UserError as error:
-        raise UserError(f"{path} {error}") from error
+    except UserError:
+        raise
     except Exception as error:  # in a damaged file, the library runs into errors of many types
         raise UserError(
             f"{path} cannot be read as GGUF ({reason(error)}); it is truncated or damaged, so download it again."
         ) from error
 
 
-_GIT_LFS = b"version https://git-lfs"
 _OLD_FORMATS = (b"ggml", b"ggmf", b"ggjt", b"ggla", b"lmgg", b"fmgg", b"tjgg", b"algg")  # in either byte order
 
 
 def _check_format(path: Path) -> None:
-    """Raise a `UserError`, a sentence without its subject, if the file is whole but in another format."""
+    """Raise a `UserError` if the file is whole but in another format."""
     with path.open("rb") as file:
-        start = file.read(len(_GIT_LFS))
-    version = start[4:8]
-    if start == _GIT_LFS:
-        raise UserError("is a pointer of Git LFS and not the file itself: run 'git lfs pull' in its repository.")
+        start = file.read(8)
+    version = start[4:]
     if start[:4] in _OLD_FORMATS:
-        raise UserError("is in the GGML format, which GGUF has replaced: use a GGUF file of this model.")
+        raise UserError(f"{path} is in the GGML format, which GGUF has replaced: use a GGUF file of this model.")
     if start[:4] == b"GGUF" and version[:2] == b"\0\0" and any(version):
         raise UserError(
-            "is a big-endian GGUF file: convert it with 'gguf-convert-endian FILE little', or use a little-endian file."
+            f"{path} is a big-endian GGUF file: convert it with 'gguf-convert-endian FILE little', or use a "
+            f"little-endian file."
         )
     if start[:4] == b"GGUF" and int.from_bytes(version, "little") == 1:
-        raise UserError("is in version 1 of the GGUF format: convert the model again, or use a newer file.")
+        raise UserError(f"{path} is in version 1 of the GGUF format: convert the model again, or use a newer file.")
 
 
 # What files with these values of `general.type` and `general.architecture` hold instead of a model.
@@ -335,13 +335,13 @@ _MAX_ELEMENTS = 2**20
 _MAX_DIMENSIONS = 4  # ggml's limit
 
 
-def _check_header(data: memoryview) -> None:
+def _check_header(path: Path) -> None:
     """Raise a `ValueError` if a count in the header is too large, or the header is longer than the file, and a
-    `UserError`, a sentence without its subject, if a tensor's type is unknown.
+    `UserError` if a tensor's type is unknown.
 
     The library trusts every count: it would loop over missing data and build lists of any length.
     """
-    position = 0
+    data, position = np.memmap(path, mode="r").data, 0
 
     def take(length: int) -> memoryview:
         nonlocal position
@@ -379,8 +379,9 @@ def _check_header(data: memoryview) -> None:
         take(8 * num_dimensions)
         if (kind := number(4)) not in list(GGMLQuantizationType):
             raise UserError(
-                f"has a tensor of type number {kind}, which this version of the gguf library does not know: update it "
-                f"(pip install --upgrade gguf), use a file with another quantisation, or download a damaged file again."
+                f"{path} has a tensor of type number {kind}, which this version of the gguf library does not know: "
+                f"update it (pip install --upgrade gguf), use a file with another quantisation, or download a damaged "
+                f"file again."
             )
         take(8)  # offset
 

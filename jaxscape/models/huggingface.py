@@ -19,6 +19,7 @@ from jaxscape.models.families import TEXT_MODELS, family_of, from_transformers
 from jaxscape.models.quantised import CONFIG_FIELDS, dequantised, settings_of
 from jaxscape.models.tokenizer import load_language
 from jaxscape.models.weights import (
+    CONFIG,
     HEAD,
     StoredTensor,
     check_is_model,
@@ -30,7 +31,6 @@ from jaxscape.models.weights import (
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import read_json, write_whole
 
-CONFIG = "config.json"
 DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 IGNORE_PATTERNS = ["*/*", "consolidated*"]  # other formats of the same weights
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
@@ -85,8 +85,8 @@ def open_directory(path: Path) -> Checkpoint:
         UserError: a file is missing, damaged or pickled, or the architecture is not supported.
     """
     check_is_model(path)
-    fields = read_json(path / "config.json")
-    transformers_config, config = load_config(path / "config.json")
+    fields = read_json(path / CONFIG)
+    transformers_config, config = load_config(path / CONFIG)
     files = weight_files(path)
     language = load_language(path, transformers_config, fields.get("eos_token_id"))
     tensors, quantisation = dequantised(_stored_parameters(files, fields), settings_of(fields, path), str(path))

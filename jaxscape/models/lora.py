@@ -19,15 +19,14 @@ from safetensors.flax import save
 
 from jaxscape.models.builtin import ADAPTERS
 from jaxscape.models.checkpoint import Checkpoint, Params, map_shards, named_leaves, tree_of
+from jaxscape.models.fusion import FUSED
 from jaxscape.models.huggingface import HUB_ID
-from jaxscape.models.weights import EMBEDDING, HEAD, INDEX, WEIGHTS, parameter_name
+from jaxscape.models.weights import EMBEDDING, HEAD, INDEX, MLX_ADAPTER, WEIGHTS, damaged, parameter_name
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import check_not_pointer, read_json, write_whole
 from jaxscape.runtime.texts import listed
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-# The fused matrices of some families, and the linear layers that each of them consists of.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _PEFT_PREFIX = "base_model.model."
 
 # PEFT's options that must have one of these values, and those that may have any. Every other option must be off:
@@ -399,10 +398,7 @@ def _matched(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
 def _check_is_lora(directory: Path, config: Mapping[str, Any]) -> None:
     """Raise a `UserError` if an adapter is no LoRA of PEFT, is pickled, or has options that are not supported."""
     if "peft_type" not in config and (directory / "adapters.safetensors").is_file():
-        raise UserError(
-            f"{directory} holds an adapter of MLX; fuse it with 'mlx_lm.fuse --de-quantize', and pass the fused "
-            f"model's directory."
-        )
+        raise UserError(f"{directory} {MLX_ADAPTER}.")
     if unsupported := _unsupported_options(config):
         options = ", ".join(f"{key}={value!r:.60}" for key, value in unsupported.items())
         raise UserError(
@@ -482,9 +478,7 @@ def _stored(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="flax") as file:  # framework="numpy" cannot read bfloat16
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read as safetensors ({reason(error)}); it is missing or damaged, so download it again."
-        ) from error
+        raise damaged(path, error) from error
 
 
 def module_name(name: str) -> str:

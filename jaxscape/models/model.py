@@ -27,7 +27,7 @@ from jaxscape.models.decoder import forward
 from jaxscape.models.families import from_transformers
 from jaxscape.models.gguf import is_gguf, open_gguf
 from jaxscape.models.tokenizer import adapter_language
-from jaxscape.models.weights import PICKLE_SUFFIXES, pickled_message
+from jaxscape.models.weights import CONFIG, PICKLE_SUFFIXES, pickled_message
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.hardware import check_jax_options, free_memory, platform_jit, skip_absent_tpu
 from jaxscape.runtime.processes import from_first, gathered
@@ -226,13 +226,14 @@ def _open(source: str, dtype: jnp.dtype, base: str | None, adapters: tuple[Path,
             return _open_directory(path, dtype, base, adapters)
         if path.suffix.lower() != ".gguf" and not path.exists() and huggingface.HUB_ID.fullmatch(source):
             directory = huggingface.download(source)
-            if not lora.is_adapter(directory) and not (directory / huggingface.CONFIG).exists():
+            if not lora.is_adapter(directory) and not (directory / CONFIG).exists():
                 raise UserError(
-                    f"The hub's {source} has no {huggingface.CONFIG}: if it holds GGUF files, download one of them "
+                    f"The hub's {source} has no {CONFIG}: if it holds GGUF files, download one of them "
                     f"('hf download {source.partition('@')[0]} FILE') and give that file."
                 )
             return _open_directory(directory, dtype, base, adapters)
-    _check_no_base(source, base)
+    if path.exists() or source in builtin.MODELS:
+        _check_no_base(source, base)
     if source in builtin.MODELS:
         return open_gguf(builtin.packaged_file(builtin.MODELS[source]))
     if is_gguf(path):

@@ -17,6 +17,7 @@ from jaxscape.models.checkpoint import (
     with_chat_template,
     without_default_template,
 )
+from jaxscape.models.weights import CONFIG
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import check_not_pointer, read_json
 from jaxscape.runtime.progress import note
@@ -60,7 +61,7 @@ def load_language(path: Path, config: PreTrainedConfig, eos_token_id: Any) -> La
     """
     tokenizer = _load_tokenizer(path, None)
     template = template_source(tokenizer, _template_file(path))
-    ids, files = _end_tokens(path, {"config.json": eos_token_id}, tokenizer, config.vocab_size)
+    ids, files = _end_tokens(path, {CONFIG: eos_token_id}, tokenizer, config.vocab_size)
     return Language(with_chat_template(tokenizer), ids, Sources(str(path), template, files))
 
 

@@ -16,11 +16,13 @@ from jaxscape.runtime.files import check_not_pointer, read_json
 from jaxscape.runtime.progress import note
 from jaxscape.runtime.texts import listed
 
+CONFIG = "config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors")
 
+MLX_ADAPTER = "holds an adapter of MLX; fuse it with 'mlx_lm.fuse --de-quantize', and pass the fused model's directory"
 # What else a directory may hold instead of a model as safetensors, by a pattern of its files' names, and what to do.
 _OTHER_CONTENTS = {
     "adapter_model.safetensors": "holds a LoRA adapter without its adapter_config.json; download that file too",
@@ -54,9 +56,7 @@ _OTHER_CONTENTS = {
         "holds Meta's original format (consolidated.00.pth); convert it with transformers' "
         "convert_llama_weights_to_hf.py"
     ),
-    "adapters.safetensors": (
-        "holds an adapter of MLX; fuse it with 'mlx_lm.fuse --de-quantize', and pass the fused model's directory"
-    ),
+    "adapters.safetensors": MLX_ADAPTER,
     "*.npz": "holds numpy's .npz weights; convert them to safetensors with the tool that wrote them",
 }
 
@@ -95,7 +95,7 @@ class StoredTensor:
             with safe_open(self.file, framework="numpy") as file:
                 return np.asarray(file.get_slice(self.name)[index])
         except (SafetensorError, OSError) as error:
-            raise _damaged(self.file, error) from error
+            raise damaged(self.file, error) from error
 
     def _float8(self) -> np.ndarray:
         """All of a tensor in FP8, which the safetensors library reads for torch only."""
@@ -135,7 +135,7 @@ def weight_files(path: Path) -> list[Path]:
 def check_is_model(path: Path) -> None:
     """Raise a `UserError` that says what a directory without a `config.json` holds instead of a model, if it is
     known."""
-    if not (path / "config.json").exists() and (contents := _other_contents(path)):
+    if not (path / CONFIG).exists() and (contents := _other_contents(path)):
         raise UserError(contents)
 
 
@@ -162,7 +162,7 @@ def _other_contents(path: Path) -> str | None:
 def _holds_model(path: Path) -> bool:
     """Whether a directory holds a model or an adapter, or is a checkpoint of transformers' trainer."""
     is_checkpoint = path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)
-    return bool(is_checkpoint) or any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return bool(is_checkpoint) or any((path / name).is_file() for name in (CONFIG, "adapter_config.json"))
 
 
 def _check_left_over(single: Path, index: Path) -> None:
@@ -241,7 +241,7 @@ def _tensors_of(file: Path) -> list[StoredTensor]:
                 for name, tensor in slices.items()
             ]
     except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
+        raise damaged(file, error) from error
 
 
 def parameter_name(name: str) -> str:
@@ -291,7 +291,8 @@ def pickled_message(path: Path) -> str:
     )
 
 
-def _damaged(file: Path, error: Exception) -> UserError:
+def damaged(file: Path, error: Exception) -> UserError:
+    """The error for a file that the safetensors library cannot read."""
     return UserError(
         f"{file} cannot be read as safetensors ({reason(error)}); it is truncated or damaged, so download it again."
     )

@@ -380,7 +380,10 @@ def test_files_that_hold_no_model_say_what_they_hold(tmp_path: Path, fields: dic
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n", "is a pointer of Git LFS"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n",
+            "but a pointer of Git LFS",
+        ),
         (b"tjgg\3\0\0\0" + bytes(64), "is in the GGML format"),
         (b"GGUF\1\0\0\0" + bytes(64), "is in version 1 of the GGUF format"),
         (b"GGUF\0\0\0\3" + bytes(64), "is a big-endian GGUF file"),
