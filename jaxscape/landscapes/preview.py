@@ -15,7 +15,7 @@ from jaxscape.engine.sampling import Sampling, SamplingOptions
 from jaxscape.forecast.chips import bytes_per_chip
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.scan import workload_of
-from jaxscape.models.checkpoint import adds_bos, without_default_template
+from jaxscape.models.chat_defaults import adds_bos, without_default_template
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 from jaxscape.prompts.fields import Prompts

@@ -12,7 +12,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, TokenType
 from transformers import AutoConfig, PreTrainedConfig
 
-from jaxscape.models.checkpoint import END_OF_TURN, Checkpoint, Sources, template_source, tensor_shapes
+from jaxscape.models.chat_defaults import END_OF_TURN, template_source
+from jaxscape.models.checkpoint import Checkpoint, Sources, tensor_shapes
 from jaxscape.models.config import LayerKind, ModelConfig
 from jaxscape.models.decoder import parameter_shapes
 from jaxscape.models.families import from_transformers

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from jaxscape.models.checkpoint import with_chat_template
+from jaxscape.models.chat_defaults import with_chat_template
 from jaxscape.runtime.errors import UserError
 
 # How text is split before byte-pair merging, by `tokenizer.ggml.pre`. The models' own tokenizers have the same regexes.

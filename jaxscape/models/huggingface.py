@@ -12,7 +12,8 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from safetensors.flax import save
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from jaxscape.models.checkpoint import Checkpoint, Params, named_leaves, without_default_template
+from jaxscape.models.chat_defaults import without_default_template
+from jaxscape.models.checkpoint import Checkpoint, Params, named_leaves
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import parameter_shapes
 from jaxscape.models.families import TEXT_MODELS, family_of, from_transformers

@@ -9,14 +9,13 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from jaxscape.models.checkpoint import (
+from jaxscape.models.chat_defaults import (
     END_OF_TURN,
-    Checkpoint,
-    Sources,
     template_source,
     with_chat_template,
     without_default_template,
 )
+from jaxscape.models.checkpoint import Checkpoint, Sources
 from jaxscape.models.weights import CONFIG
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import check_not_pointer, read_json

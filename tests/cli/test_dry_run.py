@@ -23,7 +23,7 @@ from jaxscape.engine.batching import tokenize
 from jaxscape.engine.engine import Engine
 from jaxscape.landscapes.axes import interpolation_axis
 from jaxscape.landscapes.preview import preview
-from jaxscape.models.checkpoint import with_chat_template
+from jaxscape.models.chat_defaults import with_chat_template
 from jaxscape.prompts.chat_format import chat_text
 from jaxscape.runtime.hardware import roofline
 

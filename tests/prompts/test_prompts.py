@@ -11,7 +11,7 @@ from helpers import SHARED, tiny_tokenizer
 from tokenizers import processors
 
 import jaxscape as js
-from jaxscape.models.checkpoint import with_chat_template
+from jaxscape.models.chat_defaults import with_chat_template
 from jaxscape.prompts import sets as prompts_module
 from jaxscape.prompts.chat_format import SYSTEM_PROMPTS, chat_text, render
 
