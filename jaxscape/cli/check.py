@@ -56,7 +56,7 @@ class Check:
 
     def run(self) -> None:
         prompt, max_new_tokens = self.answer.prompt, self.answer.max_new_tokens
-        check_texts(self.model.model, prompt)
+        check_texts(self.model.model, self.model.base or "", prompt)
 
         from jaxscape.evaluate.check import answer, compare, find_facts
         from jaxscape.models.transformers_reference import is_torch_installed

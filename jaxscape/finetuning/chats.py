@@ -132,19 +132,19 @@ def _chat(record: Record) -> Chat:
     place, value = record
     if isinstance(value, list):
         return check_chat(value, place)
-    held = {} if not isinstance(value, dict) else {normalised(key): item for key, item in value.items()}
-    if isinstance(value, dict) and len(held) < len(value):
+    fields = {} if not isinstance(value, dict) else {normalised(key): item for key, item in value.items()}
+    if isinstance(value, dict) and len(fields) < len(value):
         raise UserError(f"{place}: two of the names {quoted_names(value)} differ only in case or blanks: rename one.")
-    if unread := [name for name in _UNREAD_OF_CHATS if not is_missing(held.get(name))]:
+    if unread := [name for name in _UNREAD_OF_CHATS if not is_missing(fields.get(name))]:
         raise UserError(f"{place}: {quoted_names(unread)} would be left out: write it into the messages of the chat.")
-    names = [name for name in _CHATS if not is_missing(held.get(name))]
-    pairs = [pair for pair in COLUMNS if set(pair) <= held.keys()]
+    names = [name for name in _CHATS if not is_missing(fields.get(name))]
+    pairs = [pair for pair in COLUMNS if set(pair) <= fields.keys()]
     if len(names) + len(pairs) > 1:
         raise UserError(f"{place}: several chats, among {quoted_names(value)}: leave one.")
     if pairs:
         roles = zip(ROLES[1:], pairs[0], strict=True)
-        return check_chat([{"role": role, "content": held[name]} for role, name in roles], place)
-    return check_chat(held[names[0]] if names else None, place)
+        return check_chat([{"role": role, "content": fields[name]} for role, name in roles], place)
+    return check_chat(fields[names[0]] if names else None, place)
 
 
 def check_chat(messages: Any, origin: str) -> Chat:

@@ -41,7 +41,7 @@ class Reference:
         options = {"gguf_file": base.name} if is_gguf(base) else {}
         try:
             with redirect_stderr(io.StringIO()):  # progress bars, and warnings of packages that are not needed
-                loaded, found = AutoModelForCausalLM.from_pretrained(
+                loaded, loading_info = AutoModelForCausalLM.from_pretrained(
                     base.parent, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
                 )
                 for adapter in adapters:
@@ -50,7 +50,7 @@ class Reference:
                     loaded = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
         except Exception as error:  # both raise many types, for missing packages too
             raise UserError(f"transformers cannot load it ({reason(error)})") from error
-        if missing := sorted(found["missing_keys"]):  # these have random values now
+        if missing := sorted(loading_info["missing_keys"]):  # these have random values now
             raise UserError(f"transformers does not find {len(missing)} of its tensors, such as {missing[0]}")
         self._model = loaded.eval()
 
@@ -75,8 +75,8 @@ class Reference:
         )
         prompt = self._torch.tensor([tokens])
         self._model.generation_config = config  # that of the files may ban or penalise tokens
-        found = self._model.generate(prompt, attention_mask=self._torch.ones_like(prompt), generation_config=config)
-        return found.sequences[0, len(tokens) :].tolist(), self._torch.cat(found.logits).float().numpy()
+        output = self._model.generate(prompt, attention_mask=self._torch.ones_like(prompt), generation_config=config)
+        return output.sequences[0, len(tokens) :].tolist(), self._torch.cat(output.logits).float().numpy()
 
     def round_to(self, dtype: str) -> None:
         """Change the dtype of weights and activations."""

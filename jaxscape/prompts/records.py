@@ -235,8 +235,8 @@ def _key_of_list(value: dict[str, Any], source: str, names: Collection[str]) -> 
     Raises:
         UserError: the object could be an entry or hold entries, or it holds several lists or a list of other texts.
     """
-    known = [key for key, held in value.items() if normalised(key) in names and _is_entry(key, held)]
-    lists = [key for key, held in value.items() if isinstance(held, list) and key not in known]
+    known = [key for key, item in value.items() if normalised(key) in names and _is_entry(key, item)]
+    lists = [key for key, item in value.items() if isinstance(item, list) and key not in known]
     if (known and not source.lower().endswith(".json")) or not lists:
         return None
     of_prompts = normalised(lists[0]) in names or normalised(lists[0]).removesuffix("s") in names or len(value) == 1
