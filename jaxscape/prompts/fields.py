@@ -167,19 +167,15 @@ def _unknown_columns(place: str, columns: Collection[str], prompt_column: str | 
 
 def _text(value: Any, key: str, place: str) -> str:
     """The text without blanks around it, after a check that it can be a prompt."""
-    subject = f"{place}: {key!r} holds" if key else f"{place}: there is"
+    start = f"{place}: {key!r} holds" if key else f"{place}: there is"
     if not isinstance(value, str):
-        raise UserError(
-            f"{subject} {_kind(value)} where a text is expected: give a text, or a chat with a user's turn."
-        )
+        raise UserError(f"{start} {_kind(value)} where a text is expected: give a text, or a chat with a user's turn.")
     if _WRITTEN_CHAT.match(value):
-        raise UserError(f"{subject} a list of messages that is written as a text: write the chats as JSON.")
+        raise UserError(f"{start} a list of messages that is written as a text: write the chats as JSON.")
     if not trimmed(value):
         raise UserError(f"{place}: no prompt found, because {key or 'it'!r} is blank: fill it, or remove the entry.")
     if trimmed(value).casefold() in _MISSING_WORDS:
-        raise UserError(
-            f"{subject} {shown_text(value)}, which stands for a missing value: fill it, or remove the entry."
-        )
+        raise UserError(f"{start} {shown_text(value)}, which stands for a missing value: fill it, or remove the entry.")
     if not is_utf8(value) or "\0" in value:
         raise UserError(f"{place}: half a surrogate pair or a NUL character, which is no text; remove it.")
     return trimmed(value)
