@@ -1,7 +1,9 @@
 """What a loaded model is, how it answers, and whether it computes what transformers computes."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
@@ -9,9 +11,11 @@ from jaxtyping import Float
 from jaxscape.engine.batching import tokenize
 from jaxscape.engine.engine import generate
 from jaxscape.models.checkpoint import named_leaves
+from jaxscape.models.gguf import is_gguf, stored_types
 from jaxscape.models.model import Model
 from jaxscape.models.quantised import FLOAT_DTYPES
-from jaxscape.models.transformers_reference import Reference, is_torch_installed, stored_dtypes
+from jaxscape.models.transformers_reference import Reference, is_torch_installed
+from jaxscape.models.weights import stored_dtypes
 from jaxscape.prompts.chat_format import chat_text
 from jaxscape.prompts.sets import load_prompts
 from jaxscape.runtime.errors import UserError
@@ -96,7 +100,7 @@ def find_facts(model: Model, prompt: str) -> Facts:
     """
     config, tokenizer = model.config, model.tokenizer
     (tokens,) = tokenize(model, [prompt], "default", 0)
-    stored, sources = stored_dtypes(model.files), model.sources
+    stored, sources = _stored(model.files), model.sources
     if sources is None:
         raise UserError("The model was not loaded from files: give one that js.load_model returns.")
     return Facts(
@@ -118,6 +122,17 @@ def find_facts(model: Model, prompt: str) -> Facts:
         bos=tokenizer.bos_token,
         num_bos=tokens.count(tokenizer.bos_token_id),
     )
+
+
+def _stored(files: Sequence[Path]) -> dict[str, int]:
+    """How many tensors of each dtype, or GGUF type, a model's files have, the most frequent first."""
+    count: Counter[str] = Counter()
+    for path in files:
+        if is_gguf(path):
+            count.update(stored_types(path))
+        elif path.suffix == ".safetensors":
+            count.update(stored_dtypes(path))
+    return dict(count.most_common())
 
 
 def answer(model: Model, prompt: str, max_new_tokens: int) -> str:

@@ -210,6 +210,15 @@ def open_gguf(path: Path) -> Checkpoint:
     )
 
 
+def stored_types(path: Path) -> list[str]:
+    """The type of each tensor in a GGUF file, by ggml's names, such as `Q4_K`.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return [tensor.tensor_type.name for tensor in _read_file(path)[1].values()]
+
+
 def is_gguf(path: Path) -> bool:
     """Whether a path is a file in GGUF format by its name or by its first bytes. (Ollama's files have no ending.)"""
     if not path.is_file():

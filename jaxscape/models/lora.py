@@ -348,13 +348,13 @@ def load_adapter(directory: str | Path, base: str | None = None) -> Adapter:
 
     saved = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
     copied = frozenset(name for name in replaced if saved & set(name.split(".")))
-    without = [f"modules_to_save={name!r}" for name in sorted(saved.difference(*(name.split(".") for name in copied)))]
+    missing = [f"modules_to_save={name!r}" for name in sorted(saved.difference(*(name.split(".") for name in copied)))]
     if bool(config.get("use_dora")) != bool(magnitudes) or (magnitudes and magnitudes.keys() != factors.keys()):
-        without.append(f"use_dora={config.get('use_dora')}")
-    if without:
+        missing.append(f"use_dora={config.get('use_dora')}")
+    if missing:
         raise UserError(
             f"The adapter {directory} is not a plain LoRA, and {TENSORS} does not hold what belongs to "
-            f"{', '.join(without)}; save it again with PEFT."
+            f"{', '.join(missing)}; save it again with PEFT."
         )
 
     def scale(alpha: float, rank: int) -> float:

@@ -2,15 +2,11 @@
 
 import importlib.util
 import io
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from pathlib import Path
 
-import gguf
 import numpy as np
 from jaxtyping import Float
-from safetensors import safe_open
 
 from jaxscape.models import lora
 from jaxscape.models.gguf import is_gguf
@@ -81,15 +77,3 @@ class Reference:
     def round_to(self, dtype: str) -> None:
         """Change the dtype of weights and activations."""
         self._model.to(getattr(self._torch, dtype))
-
-
-def stored_dtypes(files: Sequence[Path]) -> dict[str, int]:
-    """How many tensors of each dtype, or GGUF type, a model's files have, the most frequent first."""
-    count: Counter[str] = Counter()
-    for path in files:
-        if is_gguf(path):
-            count.update(tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors)
-        elif path.suffix == ".safetensors":
-            with safe_open(path, framework="numpy") as file:
-                count.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
-    return dict(count.most_common())

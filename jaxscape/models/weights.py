@@ -231,6 +231,15 @@ def _twice(name: str, first: StoredTensor, second: StoredTensor) -> str:
     return f"{second.file} and {first.file} both hold {name}; keep only the model's own files."
 
 
+def stored_dtypes(file: Path) -> list[str]:
+    """The dtype of each tensor in a safetensors file, by safetensors' names, such as `BF16`.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return [tensor.dtype for tensor in _tensors_of(file)]
+
+
 def _tensors_of(file: Path) -> list[StoredTensor]:
     try:
         check_not_pointer(file)
