@@ -62,13 +62,14 @@ class Check:
         from jaxscape.models.transformers_reference import is_torch_installed
         from jaxscape.runtime.errors import UserError
         from jaxscape.runtime.processes import is_first
+        from jaxscape.runtime.progress import note
 
         self.devices.start()
         model = self.model.load(self.devices.mesh)
         facts, text = find_facts(model, prompt), answer(model, prompt, max_new_tokens)
         comparison, obstacle = None, None
         if is_torch_installed():
-            sys.stderr.write("comparing with transformers, which loads the model in float32 ...\n")
+            note("comparing with transformers, which loads the model in float32 ...")
         try:
             comparison = compare(model, prompt, text, max_new_tokens)
         except UserError as error:
@@ -89,6 +90,7 @@ class Check:
 
 
 def _described(facts: "Facts") -> dict[str, str]:
+    """What was found, as texts by the headings of their lines."""
     stored = ", ".join(f"{count} {name}" for name, count in facts.stored.items())
     bos = "no BOS token" if facts.bos is None else f"{facts.num_bos} times the BOS token {facts.bos}"
     quantised = "not quantised" if facts.quantisation is None else f"quantised ({facts.quantisation})"
@@ -107,6 +109,7 @@ def _described(facts: "Facts") -> dict[str, str]:
 
 
 def _compared(comparison: "Comparison", facts: "Facts") -> dict[str, str]:
+    """The result of a comparison, as texts by the headings of their lines."""
     same = f"{comparison.num_same} of {comparison.num_answer} greedy tokens are the same"
     if comparison.margin is not None:
         same += f"; where they part, transformers' first choice leads by {comparison.margin:.1e}"

@@ -22,7 +22,7 @@ from jaxscape.models.checkpoint import Checkpoint, Params, map_shards, named_lea
 from jaxscape.models.fusion import FUSED
 from jaxscape.models.huggingface import HUB_ID
 from jaxscape.models.weights import EMBEDDING, HEAD, INDEX, MLX_ADAPTER, WEIGHTS, damaged, parameter_name
-from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.errors import UserError, as_list, reason
 from jaxscape.runtime.files import check_not_pointer, read_json, write_whole
 from jaxscape.runtime.texts import listed
 
@@ -333,6 +333,7 @@ def load_adapter(directory: str | Path, base: str | None = None) -> Adapter:
         factors, magnitudes, replaced, modules = _read_tensors(directory / TENSORS)
         ranks = {name: _matched(patterns["rank_pattern"], modules[name], rank) for name in factors}
         alphas = {name: float(_matched(patterns["alpha_pattern"], modules[name], alpha)) for name in factors}
+        copied = _copied(directory, config, factors, magnitudes, replaced)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, re.error) as error:
@@ -345,17 +346,6 @@ def load_adapter(directory: str | Path, base: str | None = None) -> Adapter:
                 f"{path} says that the rank is {ranks[name]}, but the factors of {name} have the shapes "
                 f"{pair['a'].shape} and {pair['b'].shape}; download the adapter again."
             )
-
-    saved = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
-    copied = frozenset(name for name in replaced if saved & set(name.split(".")))
-    missing = [f"modules_to_save={name!r}" for name in sorted(saved.difference(*(name.split(".") for name in copied)))]
-    if bool(config.get("use_dora")) != bool(magnitudes) or (magnitudes and magnitudes.keys() != factors.keys()):
-        missing.append(f"use_dora={config.get('use_dora')}")
-    if missing:
-        raise UserError(
-            f"The adapter {directory} is not a plain LoRA, and {TENSORS} does not hold what belongs to "
-            f"{', '.join(missing)}; save it again with PEFT."
-        )
 
     def scale(alpha: float, rank: int) -> float:
         return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
@@ -371,6 +361,32 @@ def load_adapter(directory: str | Path, base: str | None = None) -> Adapter:
         replaced=replaced,
         copied=copied,
     )
+
+
+def _copied(
+    directory: Path,
+    config: Mapping[str, Any],
+    factors: Factors,
+    magnitudes: Mapping[str, Any],
+    replaced: Mapping[str, Any],
+) -> frozenset[str]:
+    """The names of the whole tensors that PEFT trained as copies of the base model's (`modules_to_save`).
+
+    Raises:
+        UserError: the file lacks tensors of the modules that the configuration names, or magnitudes that it needs.
+    """
+    modules = as_list(config.get("modules_to_save") or (), f"{directory / CONFIG}: modules_to_save")
+    saved = {str(name).rpartition(".")[2] for name in modules}
+    copied = frozenset(name for name in replaced if saved & set(name.split(".")))
+    missing = [f"modules_to_save={name!r}" for name in sorted(saved.difference(*(name.split(".") for name in copied)))]
+    if bool(config.get("use_dora")) != bool(magnitudes) or (magnitudes and magnitudes.keys() != factors.keys()):
+        missing.append(f"use_dora={config.get('use_dora')}")
+    if missing:
+        raise UserError(
+            f"The adapter {directory} is not a plain LoRA, and {TENSORS} does not hold what belongs to "
+            f"{', '.join(missing)}; save it again with PEFT."
+        )
+    return copied
 
 
 def _base_of(directory: Path, config: Mapping[str, Any], base: str | None) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.files import check_not_pointer
 from jaxscape.runtime.texts import quoted_names, shown_text
 
 ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt")
@@ -36,7 +37,6 @@ _FOREIGN = (
     _Foreign((".parquet",), (b"PAR1",), f"a Parquet file: convert it with pandas.read_parquet(FILE).{_TO_JSONL}"),
     _Foreign((".arrow",), (b"ARROW1",), f"an Arrow file: convert it with pandas.read_feather(FILE).{_TO_JSONL}"),
     _Foreign((".html",), (b"<!DOCTYPE html", b"<!doctype html", b"<html"), "a web page: download the file itself"),
-    _Foreign((), (b"version https://git-lfs",), "a pointer of Git LFS: fetch the file itself with git lfs pull"),
 )
 # The marks of UTF-32 come first, because one of them begins with a mark of UTF-16.
 _BYTE_ORDER_MARKS = (
@@ -116,7 +116,10 @@ def read_text(path: Path) -> str:
     if path.is_dir():
         raise UserError(f"{path} is a directory: give one of the files in it.")
     try:
+        check_not_pointer(path)
         content = path.read_bytes()
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"The file {path} cannot be read ({reason(error)}).") from error
     for foreign in _FOREIGN:

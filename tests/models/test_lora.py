@@ -148,6 +148,8 @@ def test_bad_adapters(
     options += [{"init_lora_weights": "pissa"}, {"alora_invocation_tokens": [1]}, {"layer_replication": [[0, 2]]}]
     for option in options:
         fails(f"not a plain LoRA.*{next(iter(option))}", **option)
+    fails("modules_to_save must be a list, not the single text 'lm_head'", modules_to_save="lm_head")
+    fails("modules_to_save must be a list, not a int", modules_to_save=5)
     fails("not a LoRA configuration", rank_pattern={"(": 2})
     fails("not a LoRA configuration", alpha_pattern={"q_proj": "much"})
     fails("only one of the two factors", {key: value for key, value in tensors.items() if key != name})
