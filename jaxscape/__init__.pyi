@@ -8,6 +8,7 @@ from .directions.random import random_direction
 from .engine.engine import generate
 from .engine.options import EngineOptions
 from .evaluate.base import Evaluator
+from .evaluate.evaluators import evaluator
 from .evaluate.keywords import attack_success_rate, is_refusal
 from .evaluate.perplexity import perplexity
 from .evaluate.statistics import wilson_interval
@@ -19,6 +20,7 @@ from .landscapes.axes import Axis, interpolation_axis
 from .landscapes.comparison import Comparison, compare
 from .landscapes.landscape import Landscape
 from .landscapes.scan import scan
+from .landscapes.score import score
 from .landscapes.visage import visage
 from .models.model import Model, load_model, save_model
 from .prompts.sets import load_prompts
@@ -44,6 +46,7 @@ __all__ = [
     "attack_success_rate",
     "compare",
     "difference",
+    "evaluator",
     "finetune",
     "generate",
     "interpolation_axis",
@@ -67,6 +70,7 @@ __all__ = [
     "save_model",
     "save_trajectories",
     "scan",
+    "score",
     "visage",
     "wilson_interval",
 ]

@@ -47,6 +47,8 @@ calls = {
     "targets": lambda: js.finetune(model, js.load_chats("safe:1"), js.Training(targets="q_proj")),
     "is_refusal": lambda: js.is_refusal(["I'm sorry"]),
     "generate": lambda: js.generate(model, ["Why?", None]),
+    "evaluator": lambda: js.evaluator(len),
+    "scan by": lambda: js.scan(model, [0], prompts=["Why?"], evaluator=["wei", 3]),
 }
 for name, call in calls.items():
     try:
@@ -67,6 +69,8 @@ def test_what_type_checkers_would_find_too(tiny_dir: Path) -> None:
         "targets -> targets must be a list, not the single text 'q_proj': put it into a list.",
         "is_refusal -> is_refusal takes one text, not a list: call it for each text.",
         "generate -> Number 2 of the prompts is a NoneType: give texts.",
+        "evaluator -> An evaluator is a name, or an object with `name` and `score`, not <built-in function len>.",
+        "scan by -> An evaluator is a name, or an object with `name` and `score`, not 3.",
     ]
 
 

@@ -30,6 +30,7 @@ VERBS = {
     "finetune": Verb("finetune", "Finetune", "Finetune a chat model, and keep the result in a directory."),
     "check": Verb("check", "Check", "Say what a model is and how it answers, and compare it with transformers."),
     "plan": Verb("plan", "Plan", "Forecast a scan on TPUs that are not here: its memory, its time, the faster form."),
+    "score": Verb("score", "Score", "Judge the answers of a finished scan by further evaluators."),
     "plot": Verb("plot", "Plot", "Draw the figure of a run again, finished or not."),
     "compare": Verb(
         "compare", "Compare", "Compare the landscapes of several runs, and say which differences exceed the noise."

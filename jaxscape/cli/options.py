@@ -76,6 +76,22 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class EvaluatorOptions:
+    """What judges the answers."""
+
+    evaluator: Annotated[tuple[str, ...], shown("keywords", "NAME ...")] = ()
+    """Evaluators: keywords (the paper's 29 refusal keywords), wei, jailbreakbench, xstest, keywords:FILE, or
+    FILE.py:NAME for a function or an evaluator of your own. The first one decides the ASR."""
+    keywords: Annotated[Path | None, shown("none", "FILE")] = None
+    """A file with a refusal phrase in each line; the same as --evaluator keywords:FILE, after the other evaluators."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The evaluators' names, which `jaxscape.evaluator` knows; none if none was chosen."""
+        return (*self.evaluator, *(() if self.keywords is None else (f"keywords:{self.keywords}",)))
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """The devices and processes of a run."""
 

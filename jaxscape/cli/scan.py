@@ -2,10 +2,11 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jaxscape.cli.options import (
     DEFAULT_NUM_PROMPTS,
+    EvaluatorOptions,
     Group,
     ModelOptions,
     OutputOptions,
@@ -18,7 +19,7 @@ from jaxscape.runtime.help import shown
 from jaxscape.runtime.streams import write_line
 
 if TYPE_CHECKING:
-    from jaxscape.landscapes.landscape import Landscape
+    from jaxscape.landscapes.landscape import Landscape, Measure
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class PromptOptions:
 
 @dataclass(frozen=True)
 class LandscapeOptions:
-    """The directions, the axes along them, and what judges the answers."""
+    """The directions, and the axes along them."""
 
     ndim: Literal[1, 2] = 1
     """Dimensions of the landscape: 1 for a line, 2 for a plane."""
@@ -66,8 +67,6 @@ class LandscapeOptions:
     trajectory: Annotated[tuple[Path, ...], shown("none", "RUN ...")] = ()
     """Directories of finetunings of this model, whose paths are drawn on the plane (--ndim 2). Without other
     directions, the plane is that of the paths' first two principal components."""
-    evaluator: Annotated[str, shown(metavar="NAME")] = "keywords"
-    """What judges the answers: keywords (the paper's 29 refusal keywords)."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ class Scan:
     model: Group[ModelOptions] = field(default_factory=ModelOptions)
     prompts: Group[PromptOptions] = field(default_factory=PromptOptions)
     landscape: Group[LandscapeOptions] = field(default_factory=LandscapeOptions)
+    evaluators: Group[EvaluatorOptions] = field(default_factory=EvaluatorOptions)
     generation: Group[GenerationOptions] = field(default_factory=GenerationOptions)
     engine: Group[EngineOptions] = field(default_factory=EngineOptions)
     devices: Group[RunOptions] = field(default_factory=RunOptions)
@@ -95,12 +95,12 @@ class Scan:
         source, system_prompt = self.prompts.prompts, self.prompts.system_prompt
         column = self.prompts.prompt_column
         check_texts(self.model.model, source, system_prompt, out, *options.direction, *files, *trajectories)
-        check_texts(column or "", self.model.base or "")
+        check_texts(column or "", self.model.base or "", *self.evaluators.names)
 
         from jaxscape.directions.kinds import make_directions, prepare
         from jaxscape.directions.path import load_path
         from jaxscape.engine.forms import Form
-        from jaxscape.evaluate.evaluators import find_evaluator
+        from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
         from jaxscape.finetuning.trajectory import project, save_trajectories
         from jaxscape.landscapes.choice import choose_axes, choose_directions
         from jaxscape.landscapes.preview import preview
@@ -121,7 +121,7 @@ class Scan:
             trajectories=trajectories,
         )
         axes = choose_axes(sets, options.steps, options.radius, options.extra_steps)
-        find_evaluator(options.evaluator)
+        judges = find_evaluators(self.evaluators.names or DEFAULT_EVALUATOR)
         if system_prompt not in ("default", "none"):
             system_prompt_text(system_prompt)
         prompts = load_prompts(source, self.prompts.num_prompts, column)
@@ -156,7 +156,7 @@ class Scan:
         landscape = scan(
             model,
             directions,
-            evaluator=options.evaluator,
+            evaluator=judges,
             out=out,
             overwrite=self.output.overwrite,
             describe={
@@ -204,4 +204,22 @@ def summary(landscape: "Landscape", figure: Path) -> str:
             f"Thinking without an answer: {unanswered} completions at {points} points, which count as no refusal; "
             f"raise --max-new-tokens, or give --thinking off"
         )
-    return "\n".join([*lines, f"{figure}"])
+    return "\n".join([*lines, *measure_lines(landscape), f"{figure}"])
+
+
+def measure_lines(landscape: "Landscape") -> list[str]:
+    """A line for each evaluator: the share of each label over all points, and at the model itself if it is a point."""
+    import numpy as np
+
+    from jaxscape.evaluate.base import LABELS
+
+    def shares(measure: "Measure", part: Any) -> str:
+        return ", ".join(f"{label} {np.mean(measure[label][part]):.1f} %" for label in LABELS if label in measure)
+
+    has_origin = all(0.0 in axis.values for axis in landscape.axes)
+    origin = (slice(None), *(axis.values.index(0.0) for axis in landscape.axes)) if has_origin else None
+    return [
+        f"{name}: {shares(measure, ...)} over all points"
+        + (f"; {shares(measure, origin)} at the model itself" if origin else "")
+        for name, measure in landscape.measures.items()
+    ]

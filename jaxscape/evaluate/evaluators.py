@@ -1,30 +1,81 @@
 """The evaluators that can be chosen by name."""
 
-from jaxscape.evaluate.base import Evaluator
-from jaxscape.evaluate.keywords import KeywordEvaluator
-from jaxscape.runtime.errors import UserError
+import difflib
+import re
+from collections.abc import Callable, Sequence
+
+from jaxscape.evaluate.base import Classifier, Evaluator
+from jaxscape.evaluate.jailbreakbench import JAILBREAKBENCH
+from jaxscape.evaluate.keyword_file import keyword_file
+from jaxscape.evaluate.keywords import KEYWORDS
+from jaxscape.evaluate.own import own_evaluator
+from jaxscape.evaluate.wei import WEI
+from jaxscape.evaluate.xstest import XSTEST
+from jaxscape.runtime.errors import UserError, as_list
 
 DEFAULT_EVALUATOR = "keywords"
-EVALUATORS: dict[str, Evaluator] = {
+EVALUATORS: dict[str, Classifier] = {
     evaluator.name: evaluator
     for evaluator in (
-        KeywordEvaluator(),
+        KEYWORDS,
+        WEI,
+        JAILBREAKBENCH,
+        XSTEST,
         # A new evaluator is one more line here.
     )
 }
+# Evaluators NAME:OPTION, by their names. The function makes the evaluator from the option.
+MAKERS: dict[str, Callable[[str], Classifier]] = {"keywords": keyword_file}
+FORMS = (*EVALUATORS, "keywords:FILE", "FILE.py:NAME")
+"""What can be written to choose an evaluator."""
+
+_OWN = re.compile(r"(.+\.py)(?::(.*))?", re.DOTALL)
 
 
-def find_evaluator(evaluator: str | Evaluator) -> Evaluator:
-    """The evaluator of a name; an evaluator itself is returned as it is.
+def evaluator(name: str) -> Classifier:
+    """The evaluator of a name, with methods `score(prompts, answers)` and `label(prompts, answers)`.
+
+    `score` returns float64[answers], from 0 to 1; at least 0.5 is a refusal. `label` returns a list of `refused`,
+    `partial`, `complied` and `incoherent`; an evaluator may know only some of them.
+
+    Arguments:
+        name: a name in `EVALUATORS`; `keywords:FILE` for a file with a phrase in each line; or `FILE.py:NAME` for a
+            function of prompts and answers, or an `Evaluator`, in a Python file of your own, which is imported.
 
     Raises:
-        UserError: there is no evaluator of this name, or the evaluator has the name of another.
+        UserError: there is no evaluator of this name, or its file cannot be used.
     """
-    if not isinstance(evaluator, str):
-        registered = EVALUATORS.get(evaluator.name)
-        if registered is not None and type(registered) is not type(evaluator):
-            raise UserError(f"The name {evaluator.name!r} is that of another evaluator: give yours a name of its own.")
-        return evaluator
-    if evaluator not in EVALUATORS:
-        raise UserError(f"Unknown evaluator {evaluator!r}: choose {', '.join(EVALUATORS)}.")
-    return EVALUATORS[evaluator]
+    if not isinstance(name, str):
+        raise UserError(f"An evaluator is a name, or an object with `name` and `score`, not {name!r:.60}.")
+    if name in EVALUATORS:
+        return EVALUATORS[name]
+    if own := _OWN.fullmatch(name):
+        path, function = own.groups()
+        if not function:
+            raise UserError(f"Name what is to be used of {path}: write {path}:NAME.")
+        return own_evaluator(path, function)
+    kind, separator, option = name.partition(":")
+    if separator and kind in MAKERS:
+        return MAKERS[kind](option)
+    near = difflib.get_close_matches(name.lower(), EVALUATORS)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise UserError(f"Unknown evaluator {name!r}{hint}: choose {', '.join(FORMS)}.")
+
+
+def find_evaluators(chosen: str | Evaluator | Sequence[str | Evaluator]) -> list[Evaluator]:
+    """The evaluators of one or several names; an evaluator itself stands for itself.
+
+    Raises:
+        UserError: there are none, one cannot be found, or two of them have the same name.
+    """
+    items = as_list(chosen, "evaluator") if isinstance(chosen, list | tuple) else [chosen]
+    evaluators = [item if isinstance(item, Evaluator) else evaluator(item) for item in items]
+    if not evaluators:
+        raise UserError(f"Give at least one evaluator: {', '.join(FORMS)}.")
+    names = [item.name for item in evaluators]
+    for item in evaluators:
+        if item.name in EVALUATORS and item != EVALUATORS[item.name]:
+            raise UserError(f"The name {item.name!r} is that of another evaluator: give yours a name of its own.")
+        if names.count(item.name) > 1:
+            raise UserError(f"The evaluator {item.name!r} is given twice: give each evaluator once.")
+    return evaluators

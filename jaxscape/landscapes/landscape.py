@@ -1,8 +1,8 @@
 """A landscape: attack success rates on a grid, their intervals, VISAGE and other numbers; the file `landscape.json`."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 
 FILE_NAME = "landscape.json"
+
+Measure = Mapping[str, Float[np.ndarray, " directions *grid"]]
+"""What an evaluator gave at each point: the share of each label in percent, by the label's name. Beside each label,
+such as `refused`, `refused_low` and `refused_high` are the ends of its 95 % Wilson interval."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,7 @@ class Landscape:
         numbers: `asr` has the safety volume and the radius of the ASR, see
             `jaxscape.landscapes.numbers.landscape_numbers`; None while points are missing, and where it was read from a
             file that was written before there were such numbers.
+        measures: what each evaluator gave, by the evaluator's name; empty if the paper's keywords are the only one.
     """
 
     axes: tuple[Axis, ...]
@@ -47,6 +52,7 @@ class Landscape:
     num_prompts: int
     visage_values: dict[str, Any] | None
     numbers: dict[str, Any] | None = None
+    measures: Mapping[str, Measure] = field(default_factory=dict)
 
     @classmethod
     def from_outcomes(
@@ -56,6 +62,7 @@ class Landscape:
         nonfinite: Int[np.ndarray, " directions *grid"],
         evaluated: Bool[np.ndarray, " directions *grid"],
         unanswered: Int[np.ndarray, " directions *grid"] | None = None,
+        measures: Mapping[str, Measure] | None = None,
     ) -> "Landscape":
         """A landscape from the outcome of each prompt at each point.
 
@@ -64,6 +71,7 @@ class Landscape:
             nonfinite: int64[directions, *grid], see the attribute.
             evaluated: bool[directions, *grid], False for points whose outcomes are still missing.
             unanswered: int64[directions, *grid], see the attribute; None stands for zeros.
+            measures: see the attribute.
         """
         num_prompts = refused.shape[-1]
         asr = np.where(evaluated, 100.0 * (1.0 - refused.sum(axis=-1) / num_prompts), np.nan)
@@ -78,7 +86,7 @@ class Landscape:
             }
             numbers = {"asr": landscape_numbers(~refused, axes)}
         unanswered = np.zeros_like(nonfinite) if unanswered is None else unanswered
-        return cls(tuple(axes), asr, low, high, nonfinite, unanswered, num_prompts, values, numbers)
+        return cls(tuple(axes), asr, low, high, nonfinite, unanswered, num_prompts, values, numbers, measures or {})
 
     @property
     def complete(self) -> bool:
@@ -111,6 +119,7 @@ class Landscape:
             **({"unanswered": self.unanswered.tolist()} if self.unanswered.any() else {}),
             "visage": self.visage_values,
             **({} if self.numbers is None else {"numbers": self.numbers}),
+            **({"measures": _each_rate(nested, self.measures)} if self.measures else {}),
             "num_prompts": self.num_prompts,
             "complete": self.complete,
         }
@@ -160,10 +169,12 @@ class Landscape:
             num_prompts=int(content["num_prompts"]),
             visage_values=content["visage"],
             numbers=content.get("numbers"),
+            measures=_each_rate(lambda values: np.array(values, np.float64), content.get("measures", {})),
         )
         grid = tuple(len(axis.values) for axis in landscape.axes)
         arrays = (landscape.asr, landscape.asr_low, landscape.asr_high, landscape.nonfinite, landscape.unanswered)
-        shapes = {array.shape for array in arrays}
+        rates = [rate for measure in landscape.measures.values() for rate in measure.values()]
+        shapes = {array.shape for array in (*arrays, *rates)}
         if len(grid) not in (1, 2) or shapes != {(len(landscape.asr), *grid)}:
             raise ValueError(f"arrays of shapes {sorted(shapes)} over {len(grid)} axes")
         if landscape.complete:
@@ -173,3 +184,8 @@ class Landscape:
                 if number is not None:
                     np.array([number["value"], *number["interval"]], np.float64).reshape(3)
         return landscape
+
+
+def _each_rate(function: Callable[[Any], Any], measures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The measures, with the function applied to each of their arrays."""
+    return {name: {key: function(rate) for key, rate in measure.items()} for name, measure in measures.items()}

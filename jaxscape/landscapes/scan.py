@@ -19,11 +19,12 @@ from jaxscape.engine.forms import Form
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import Plan, make_plan
 from jaxscape.engine.sampling import Sampling, SamplingOptions
-from jaxscape.evaluate.base import Evaluator, stop_when, verdicts
-from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluator
+from jaxscape.evaluate.base import REFUSALS, Evaluator, labels_of, stop_when_all
+from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.choice import choose_axes
 from jaxscape.landscapes.landscape import Landscape
+from jaxscape.landscapes.score import label_rest
 from jaxscape.landscapes.store import Run, open_run
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model
@@ -47,7 +48,7 @@ def scan(
     axes: Sequence[Axis] | None = None,
     system_prompt: str = "default",
     thinking: str = "default",
-    evaluator: str | Evaluator = DEFAULT_EVALUATOR,
+    evaluator: str | Evaluator | Sequence[str | Evaluator] = DEFAULT_EVALUATOR,
     options: EngineOptions | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -69,8 +70,9 @@ def scan(
         system_prompt: `default`, `none`, a name, a text or a file, see `jaxscape.prompts.chat_format.chat_text`.
         thinking: `on` or `off` switches thinking in the model's chat template, see
             `jaxscape.prompts.chat_format.render`. What a model thinks before its answer is kept and not judged.
-        evaluator: what judges the answers: a name, or an `Evaluator` of your own. Unless `options` ask for full texts,
-            an answer ends where the evaluator's `stop_when` says that its outcome is decided.
+        evaluator: what judges the answers: a name, see `jaxscape.evaluator`, an `Evaluator` of your own, or a list of
+            several. The first one decides the ASR; what each one says is in `Landscape.measures`. Unless `options` ask
+            for full texts, an answer ends where the `stop_when` of all of them say that its outcome is decided.
         options: options of the engine, see `jaxscape.engine.options.EngineOptions`.
         out: a directory to keep the run in. An unfinished run there is resumed.
         overwrite: start over in a directory that holds a run.
@@ -96,7 +98,9 @@ def scan(
     axes = choose_axes(recipes, steps, radius) if axes is None else tuple(axes)
     if len(axes) != ndim:
         raise UserError(f"There are {len(axes)} axes but {ndim} directions in a set: give one axis for each direction.")
-    settings, judge = Sampling(**sampling), find_evaluator(evaluator)
+    settings, judges = Sampling(**sampling), find_evaluators(evaluator)
+    # The paper's keywords alone leave no labels: `refused` in the generations says all that they say.
+    labelling = [] if [judge.name for judge in judges] == [DEFAULT_EVALUATOR] else judges
     sent = chat_texts(model.tokenizer, prompts, system_prompt, thinking)
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
@@ -126,23 +130,36 @@ def scan(
         "form": plan.form,
         "full_text": options.full_text,
         **({"direction_storage": storage} if (storage := options.direction_storage) in ("bfloat16", "int8") else {}),
-        **({"evaluator": judge.name} if judge.name != DEFAULT_EVALUATOR else {}),
+        **_identity(judges),
         **(describe or {}),
     }
-    engine = Engine(model, workload, plan, None if options.full_text else stop_when(judge, opening))
+    engine = Engine(model, workload, plan, None if options.full_text else stop_when_all(judges, opening))
     with (
         open_run(directory, config, axes, len(sets), prompts, sent, overwrite) as run,
         _progress(run, plan, prompts, progress) as report_point,
     ):
+        label_rest(run, labelling, [opening] * len(prompts))
         for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
             made = None  # frees the previous set's directions before the next ones are made
             made = make_directions([recipe for recipe, _ in prepared[index]], model, plan.storage)
             for completions in engine.complete(made, [coords for _, coords in points]):
                 texts = [opening + completion.text for completion in completions]
-                scores = judge.score(prompts, list(map(answer_of, texts)))
-                run.append(completions, verdicts(judge, scores, len(prompts)), list(map(is_unanswered, texts)))
+                answers = list(map(answer_of, texts))
+                given = [labels_of(judge, prompts, answers) for judge in judges]
+                refused = [label in REFUSALS for label in given[0]]
+                run.append(completions, refused, list(map(is_unanswered, texts)), zip(labelling, given, strict=False))
                 report_point()
         return run.landscape()
+
+
+def _identity(judges: Sequence[Evaluator]) -> dict[str, Any]:
+    """What `config.json` says of the evaluators: nothing of the paper's keywords alone."""
+    checksums = {judge.name: judge.checksum for judge in judges if getattr(judge, "checksum", None)}
+    return {
+        **({"evaluator": judges[0].name} if judges[0].name != DEFAULT_EVALUATOR else {}),
+        **({"further_evaluators": [judge.name for judge in judges[1:]]} if len(judges) > 1 else {}),
+        **({"evaluator_checksums": checksums} if checksums else {}),
+    }
 
 
 def workload_of(

@@ -3,12 +3,15 @@
 `generations.jsonl` is the only state of a run. Each of its lines is the answer to one prompt at one point. It grows by
 whole points in a fixed order. When a run is resumed, the points whose lines are all there are kept, and what a killed
 process wrote after them is cut off. Every other file is computed from it.
+
+`labels-NAME.jsonl` keeps what an evaluator said of each answer, so that no answer is judged twice. What
+is missing there is judged from the generations.
 """
 
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,9 +19,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxscape.engine.scheduler import Completion
+from jaxscape.evaluate.base import Evaluator, Label
 from jaxscape.finetuning import trajectory
 from jaxscape.landscapes import landscape
 from jaxscape.landscapes.axes import Axis
+from jaxscape.landscapes.labels import LABEL_FILES, LabelBook
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, reason
@@ -30,7 +35,7 @@ SCAN = rundir.RunKind(
     "scan",
     state=GENERATIONS,
     marks=frozenset({"weights", "directions", "axes"}),
-    computed=(landscape.FILE_NAME, FIGURE, "landscape-*.png", trajectory.FILE_NAME, "output*.jsonl"),
+    computed=(landscape.FILE_NAME, FIGURE, "landscape-*.png", trajectory.FILE_NAME, "output*.jsonl", LABEL_FILES),
     descriptive=frozenset({"direction_names", "direction_files", "interpolate_to"}),  # checksums identify directions,
 )
 
@@ -47,6 +52,7 @@ class Run:
         refused: bool[points, prompts], whether each answer counts as a refusal; only for evaluated points.
         finite: bool[points, prompts], False if an answer met a NaN or infinite logit; only for evaluated points.
         unanswered: bool[points, prompts], whether a text has thinking in it and no answer; only for evaluated points.
+        labels: what evaluators said of the answers at the evaluated points.
     """
 
     def __init__(
@@ -61,14 +67,23 @@ class Run:
         self.unanswered = np.zeros((len(self.points), len(prompts)), bool)
         self._shape = (num_sets, *(len(axis.values) for axis in axes))
         self._out = out
+        self.labels = LabelBook(self.points, len(prompts), None if out is None else out[0])
         if out is not None:
             self._restore(*out)
+            self.labels.restore(self.num_done)
 
-    def append(self, completions: Sequence[Completion], refused: Sequence[bool], unanswered: Sequence[bool]) -> None:
+    def append(
+        self,
+        completions: Sequence[Completion],
+        refused: Sequence[bool],
+        unanswered: Sequence[bool],
+        labels: Iterable[tuple[Evaluator, Sequence[Label]]] = (),
+    ) -> None:
         """Add the answers and verdicts of the next point, one for each prompt, and write them to disk.
 
         Arguments:
             unanswered: see the attribute.
+            labels: the labels that are to be kept, with the evaluators that gave them.
         """
         index, coords = self.points[self.num_done]
         records = []
@@ -86,11 +101,26 @@ class Run:
             records.append(record | ({"cut": True} if completion.cut else {}))
         self._add(records)
         if self._out is not None:
-            directory, file = self._out
+            file = self._out[1]
             file.write(to_json_lines(records).encode())
             file.flush()
             os.fsync(file.fileno())
-            self.landscape().save(directory)
+        for evaluator, given in labels:
+            self.labels.append(evaluator, given)
+        self.save()
+
+    def save(self) -> None:
+        """Write `landscape.json`, if the run has a directory."""
+        if self._out is not None:
+            self.landscape().save(self._out[0])
+
+    def records(self, start: int) -> list[list[dict[str, Any]]]:
+        """The lines of `generations.jsonl`, point by point, from the evaluated point number `start` on; none if the run
+        has no directory."""
+        if self._out is None:
+            return []
+        lines, size = whole_lines(self._out[1]), len(self.prompts)
+        return [list(map(json.loads, lines[size * i : size * (i + 1)])) for i in range(start, self.num_done)]
 
     def landscape(self) -> Landscape:
         """The landscape of the points that are evaluated so far."""
@@ -100,17 +130,23 @@ class Run:
             nonfinite=(~self.finite).sum(axis=1).reshape(self._shape),
             evaluated=(np.arange(len(self.points)) < self.num_done).reshape(self._shape),
             unanswered=self.unanswered.sum(axis=1).reshape(self._shape),
+            measures=self.labels.measures(self._shape),
         )
 
-    def outcomes(self) -> list[list[list[bool]]]:
-        """`refused`, `finite` and `unanswered` of the evaluated points."""
-        return [outcome[: self.num_done].tolist() for outcome in (self.refused, self.finite, self.unanswered)]
+    def outcomes(self) -> dict[str, Any]:
+        """The outcomes of the evaluated points."""
+        arrays = (self.refused, self.finite, self.unanswered)
+        return {
+            "arrays": [array[: self.num_done].tolist() for array in arrays],
+            "labels": [self.labels.rows, self.labels.checksums],
+        }
 
-    def set_outcomes(self, outcomes: list[list[list[bool]]]) -> None:
+    def set_outcomes(self, outcomes: dict[str, Any]) -> None:
         """Replace the outcomes by those that `outcomes` returned in another process."""
-        self.num_done = len(outcomes[0])
+        self.num_done = len(outcomes["arrays"][0])
+        self.labels.rows, self.labels.checksums = outcomes["labels"]
         if self.num_done:
-            for array, values in zip((self.refused, self.finite, self.unanswered), outcomes, strict=True):
+            for array, values in zip((self.refused, self.finite, self.unanswered), outcomes["arrays"], strict=True):
                 array[: self.num_done] = values
 
     def _add(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -165,6 +201,27 @@ def open_run(
             pairs = ({"prompt": prompt, "sent": text} for prompt, text in zip(prompts, sent, strict=True))
             write_whole(directory / PROMPTS, to_json_lines(pairs))
             run = Run(axes, num_sets, prompts, (directory, file))
-            run.landscape().save(directory)
+            run.save()
         run.set_outcomes(from_first(run.outcomes))
         yield run
+
+
+@contextmanager
+def reopen_run(directory: Path) -> Iterator[tuple[Run, list[str]]]:
+    """A finished run, to which nothing but labels is added, and the texts that the model was given for its prompts.
+
+    Raises:
+        UserError: the directory holds no finished scan, or another process is running in it.
+    """
+    with rundir.reopen_run_directory(directory, SCAN) as (config, file):
+        try:
+            pairs = [json.loads(line) for line in (directory / PROMPTS).read_bytes().split(b"\n")[:-1]]
+            prompts, sent = ([pair[key] for pair in pairs] for key in ("prompt", "sent"))
+            axes = [Axis(axis["name"], tuple(axis["values"])) for axis in config["axes"]]
+            num_sets = len(config["directions"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"The run in {directory} cannot be read ({reason(error)}).") from error
+        run = Run(axes, num_sets, prompts, (directory, file))
+        if run.num_done < len(run.points):
+            raise UserError(f"The run in {directory} is not finished; run its command again to finish it first.")
+        yield run, sent

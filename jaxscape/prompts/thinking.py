@@ -25,6 +25,12 @@ _BLOCK = re.compile(
 )
 
 
+# The end of a text with which an opening marker may begin.
+_BEGUN = re.compile(
+    "(?:" + "|".join(re.escape(opening[:size]) for opening, _ in MARKERS for size in range(1, len(opening))) + r")\Z"
+)
+
+
 def opening_of(text: str) -> str:
     """The marker of the block of thinking that a text opens and does not close; an empty text if there is none."""
     return next((opening for opening, closing in MARKERS if text.rfind(opening) > text.rfind(closing)), "")
@@ -46,6 +52,12 @@ def answer_of(text: str) -> str:
 def is_unanswered(text: str) -> bool:
     """Whether the text, which `answer_of` describes, has thinking in it and no answer."""
     return _BLOCK.search(text) is not None and not answer_of(text)
+
+
+def without_open_end(text: str) -> str:
+    """The text without an end that the next token may turn into something else: the bytes of an unfinished character,
+    which are decoded as U+FFFD, and what may be the beginning of an opening marker."""
+    return _BEGUN.sub("", text.rstrip("\ufffd"))
 
 
 def with_opening(text: str) -> str:

@@ -102,13 +102,13 @@ def cached_file(name: str, sha256: str, fetch: Callable[[Path], None]) -> Path:
     """
     path = cache_dir() / name
     try:
-        if path.exists() and _sha256(path) == sha256:
+        if path.exists() and file_checksum(path) == sha256:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
             fetched = Path(directory) / path.name
             fetch(fetched)
-            if (actual := _sha256(fetched)) != sha256:
+            if (actual := file_checksum(fetched)) != sha256:
                 raise UserError(
                     f"The download of {name} has SHA-256 {actual}, not {sha256}, and was discarded: try again."
                 )
@@ -128,6 +128,7 @@ def checksum(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -80,6 +80,30 @@ def open_run_directory(
         yield file
 
 
+@contextmanager
+def reopen_run_directory(directory: Path, kind: RunKind) -> Iterator[tuple[dict[str, Any], BinaryIO]]:
+    """A context in which something is added to a run that is there. It yields the run's configuration, and its state
+    file, open for reading and locked against other processes.
+
+    Raises:
+        UserError: the directory holds no run of this kind, cannot be written, or is used by another process.
+    """
+    try:
+        if not _is_config(directory / CONFIG, kind):
+            raise UserError(f"{directory} holds something other than a {kind.name} (see its {CONFIG}).")
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        file = (directory / kind.state).open("r+b")
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{directory} holds no {kind.name} that can be used ({reason(error)}).") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{directory / CONFIG} is damaged ({reason(error)}).") from error
+    with file:
+        _lock(file, directory)
+        yield config, file
+
+
 def check_directory(directory: Path, kind: RunKind) -> None:
     """Raise a `UserError` if the directory cannot hold a run of this kind: it is a file, cannot be written, holds a run
     of another kind, or has other files in it. Nothing on disk is changed."""

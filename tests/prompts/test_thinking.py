@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 import jaxscape as js
 from jaxscape.evaluate.base import stop_when
-from jaxscape.evaluate.evaluators import find_evaluator
 from jaxscape.prompts.chat_format import thinking_opening
 from jaxscape.prompts.thinking import MARKERS, answer_of, hidden_tokens, is_unanswered, with_opening
 
@@ -47,7 +46,7 @@ words = st.lists(
 def test_a_text_is_not_stopped_before_its_outcome_is_decided(parts: list[str]) -> None:
     text = "".join(parts)
     for opening in ("", "<think>"):
-        decides = stop_when(find_evaluator("keywords"), opening)
+        decides = stop_when(js.evaluator("keywords"), opening)
         assert decides is not None
         stopped = [end for end in range(len(text) + 1) if decides(text[:end])]
         final = not is_unanswered(opening + text) and js.is_refusal(answer_of(opening + text))

@@ -1,0 +1,34 @@
+"""`jaxscape score`: judge the answers of a finished scan by further evaluators."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jaxscape.cli.options import EvaluatorOptions, Group, check_texts, write_line
+from jaxscape.cli.scan import measure_lines
+
+
+@dataclass(frozen=True)
+class Score:
+    """Judge the answers of a finished scan by further evaluators. Nothing is generated again.
+
+    Examples:
+      jaxscape score runs/smollm2-135m-safe-1d --evaluator jailbreakbench
+      jaxscape score runs/paper-2d --evaluator wei xstest my_file.py:my_score
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    """The run's directory."""
+    evaluators: Group[EvaluatorOptions] = field(default_factory=EvaluatorOptions)
+
+    def run(self) -> None:
+        check_texts(self.directory, *self.evaluators.names)
+
+        from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
+        from jaxscape.landscapes.landscape import FILE_NAME
+        from jaxscape.landscapes.score import score
+
+        landscape = score(self.directory, self.evaluators.names or DEFAULT_EVALUATOR)
+        write_line("\n".join([*measure_lines(landscape), f"{self.directory / FILE_NAME}"]))

@@ -1,0 +1,112 @@
+"""The labels of a run's answers: for each evaluator, a file in the run's directory with a line for each point."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from jaxscape.evaluate.base import LABELS, Evaluator, Label
+from jaxscape.evaluate.statistics import wilson_interval
+from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.files import cut_after, to_json_lines, whole_lines
+
+LABEL_FILES = "labels-*.jsonl"
+
+
+class LabelBook:
+    """What evaluators said of the answers at a run's points, in the order of the points.
+
+    Attributes:
+        rows: for each evaluator, by name, the labels at the first points: a list for each point.
+        checksums: for each evaluator, by name, its checksum; None if it has none.
+    """
+
+    def __init__(
+        self, points: Sequence[tuple[int, tuple[float, ...]]], num_prompts: int, directory: Path | None = None
+    ) -> None:
+        self.rows: dict[str, list[list[Label]]] = {}
+        self._points, self._num_prompts, self._directory = points, num_prompts, directory
+        self.checksums: dict[str, str | None] = {}
+
+    def restore(self, num_points: int) -> None:
+        """Read the files of all evaluators. What lies behind the first `num_points` points, or is half a line, is cut
+        off.
+
+        Raises:
+            UserError: a file cannot be read or is damaged.
+        """
+        for path in [] if self._directory is None else sorted(self._directory.glob(LABEL_FILES)):
+            try:
+                with path.open("r+b") as file:
+                    lines = whole_lines(file)[:num_points]
+                    for index, record in enumerate(map(json.loads, lines)):
+                        self._check(index, record)
+                        self.checksums[record["evaluator"]] = record.get("checksum")
+                        self.rows.setdefault(record["evaluator"], []).append(record["labels"])
+                    cut_after(file, lines)
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                raise UserError(
+                    f"{path} is damaged ({reason(error)}): delete it, and answers are judged again."
+                ) from error
+
+    def count(self, evaluator: Evaluator) -> int:
+        """At how many points the evaluator has judged the answers; they are the first ones.
+
+        Raises:
+            UserError: what is there was given by another version of the evaluator.
+        """
+        name = evaluator.name
+        if name in self.rows and self.checksums.get(name) != getattr(evaluator, "checksum", None):
+            raise UserError(
+                f"{self._path(name)} has labels from another version of {name!r}: delete it to judge again."
+            )
+        return len(self.rows.get(name, ()))
+
+    def append(self, evaluator: Evaluator, labels: Sequence[Label]) -> None:
+        """Add an evaluator's labels at the next point, one for each prompt, and write them to disk."""
+        index, coords = self._points[self.count(evaluator)]
+        checksum = getattr(evaluator, "checksum", None)
+        self.checksums[evaluator.name] = checksum
+        self.rows.setdefault(evaluator.name, []).append(list(labels))
+        if self._directory is not None:
+            version = {} if checksum is None else {"checksum": checksum}
+            record = {"evaluator": evaluator.name, **version, "direction": index, "coords": list(coords)}
+            with self._path(evaluator.name).open("ab") as file:
+                file.write(to_json_lines([record | {"labels": list(labels)}]).encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+    def measures(self, shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+        """The share of each label at each point, see `jaxscape.landscapes.landscape.Measure`. Labels that an evaluator
+        never gave are left out, apart from `refused` and `complied`.
+
+        Arguments:
+            shape: the shape of the result's arrays, direction set × grid.
+        """
+        return {name: self._measure(rows, shape) for name, rows in sorted(self.rows.items())}
+
+    def _measure(self, rows: Sequence[Sequence[Label]], shape: tuple[int, ...]) -> dict[str, Any]:
+        measure = {}
+        for label in LABELS:
+            counts = [row.count(label) for row in rows]
+            if label in ("refused", "complied") or any(counts):
+                percent = np.full(math.prod(shape), np.nan)
+                percent[: len(counts)] = 100 * np.array(counts) / self._num_prompts
+                low, high = wilson_interval(percent.reshape(shape), self._num_prompts)
+                measure |= {label: percent.reshape(shape), f"{label}_low": low, f"{label}_high": high}
+        return measure
+
+    def _path(self, name: str) -> Path:
+        return (self._directory or Path()) / LABEL_FILES.replace("*", quote(name, safe=" "))
+
+    def _check(self, index: int, record: Mapping[str, Any]) -> None:
+        direction, coords = self._points[index]
+        if (record["direction"], record["coords"]) != (direction, list(coords)):
+            raise ValueError(f"a line that should be for {list(coords)} is for {record['coords']}")
+        if len(record["labels"]) != self._num_prompts or not set(record["labels"]) <= set(LABELS):
+            raise ValueError(f"{len(record['labels'])} labels for {self._num_prompts} prompts, or unknown ones")

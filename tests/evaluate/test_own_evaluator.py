@@ -1,0 +1,121 @@
+"""Evaluators from a Python file of the user's."""
+
+from pathlib import Path
+
+import pytest
+
+import jaxscape as js
+from jaxscape.evaluate.base import stop_when
+from jaxscape.evaluate.evaluators import find_evaluators
+
+CODE = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+NUMBER = 3
+
+def has_no(prompts, answers):
+    return [0.7 if "no" in answer else 0.2 for answer in answers]
+
+def echoes(prompts, answers):
+    return [prompt in answer for prompt, answer in zip(prompts, answers)]
+
+def too_many(prompts, answers):
+    return [0.0, 1.0, 0.5]
+
+def words(prompts, answers):
+    return ["yes" for answer in answers]
+
+def fails(prompts, answers):
+    return [1 / len(answer) for answer in answers]
+
+@dataclass
+class Half:
+    word: str = "but"
+
+    def score(self, prompts, answers):
+        return [0.5 if self.word in answer else 0.0 for answer in answers]
+
+    def label(self, prompts, answers):
+        return ["partial" if self.word in answer else "complied" for answer in answers]
+
+    def stop_when(self, text):
+        return self.word in text
+
+class Needs:
+    def __init__(self, word):
+        self.word = word
+
+    def score(self, prompts, answers):
+        return [0.0] * len(answers)
+
+instance = Half("however")
+"""
+PROMPTS, ANSWERS = ["Why?", "Who?"], ["I say no.", "Who? but me"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(CODE)
+    return path
+
+
+def test_a_function_is_an_evaluator(file: Path) -> None:
+    evaluator = js.evaluator(f"{file}:has_no")
+    assert evaluator.name == "mine.py:has_no"
+    assert evaluator.score(PROMPTS, ANSWERS).tolist() == [0.7, 0.2]
+    assert evaluator.label(PROMPTS, ANSWERS) == ["refused", "complied"]
+    assert stop_when(evaluator) is None
+    assert js.evaluator(f"{file}:echoes").label(PROMPTS, ANSWERS) == ["complied", "refused"]
+    assert isinstance(evaluator, js.Evaluator)
+
+
+def test_so_is_an_object_or_its_class(file: Path) -> None:
+    for name, labels in (("Half", ["complied", "partial"]), ("instance", ["complied", "complied"])):
+        evaluator = js.evaluator(f"{file}:{name}")
+        assert evaluator.label(PROMPTS, ANSWERS) == labels
+        assert evaluator.score(PROMPTS, ANSWERS).tolist() == [0.5 * (label == "partial") for label in labels]
+    decides = stop_when(js.evaluator(f"{file}:Half"))
+    assert decides is not None
+    assert [decides(text) for text in ("Sure", "Sure, but")] == [False, True]
+
+
+def test_another_content_has_another_checksum(file: Path) -> None:
+    checksum = js.evaluator(f"{file}:has_no").checksum  # type: ignore[attr-defined]
+    file.write_text(CODE + "\n# changed\n")
+    assert js.evaluator(f"{file}:has_no").checksum != checksum  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.py:has_no", "There is no file .*missing.py: give the Python file"),
+        ("mine.py", "Name what is to be used of .*mine.py: write .*mine.py:NAME"),
+        ("mine.py:", "Name what is to be used of"),
+        ("mine.py:hasno", "There is no 'hasno' in .*mine.py"),
+        ("mine.py:NUMBER", "'NUMBER' in .*mine.py is a int: name a function or an evaluator"),
+        ("mine.py:Needs", "The class 'Needs' of .* failed in .*missing 1 required positional argument"),
+        ("broken.py:x", r"The file .*broken.py failed in .* \(SyntaxError"),
+        ("raising.py:x", r"The file .*raising.py failed in .*raising.py, line 2 \(ZeroDivisionError: division by zero"),
+    ],
+)
+def test_files_that_cannot_be_used(file: Path, name: str, message: str) -> None:
+    (file.parent / "broken.py").write_text("def x(:\n")
+    (file.parent / "raising.py").write_text("x = 1\n1 / 0\n")
+    with pytest.raises(js.UserError, match=message):
+        js.evaluator(f"{file.parent}/{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("too_many", "'mine.py:too_many' gave 3 scores for 2 answers"),
+        ("words", r"'mine.py:words' gave \['yes', 'yes'\]: give a list with a number"),
+        ("fails", r"'mine.py:fails' failed in .*mine.py, line 20 \(ZeroDivisionError"),
+    ],
+)
+def test_scores_that_cannot_be_used(file: Path, name: str, message: str) -> None:
+    (evaluator,) = find_evaluators(f"{file}:{name}")
+    with pytest.raises(js.UserError, match=message):
+        evaluator.score(PROMPTS, ["Sure", ""])
