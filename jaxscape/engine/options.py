@@ -41,7 +41,7 @@ class EngineOptions:
     """How directions are stored: exact stores them as they are; seed draws a random direction again wherever it is
     used, with the same values; bfloat16 and int8 round the direction, which makes it a different one."""
     full_text: bool = False
-    """Generate every answer to its end, even after a refusal keyword has decided the outcome."""
+    """Generate every answer to its end, even after the evaluators have decided the outcome."""
 
     def check(self) -> None:
         """Raise a `UserError` if an option is out of range."""
