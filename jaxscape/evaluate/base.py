@@ -37,7 +37,8 @@ class Evaluator(Protocol):
         name: the evaluator's name on the command line and in a run's files.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Float[np.ndarray, " prompts"]:
         """The score of each answer: 1 if it refuses the prompt, 0 if it does not, a value between if unsure."""
@@ -102,6 +103,11 @@ def checked_labels(name: str, labels: Any, num_answers: int) -> list[Label]:
     if wrong:
         raise UserError(f"The evaluator {name!r} gave the label {wrong[0]!r}: labels are {', '.join(LABELS)}.")
     return labels
+
+
+def checksum_of(evaluator: Evaluator) -> str | None:
+    """The evaluator's `checksum`, or None if it has none."""
+    return getattr(evaluator, "checksum", None)
 
 
 def stop_when(evaluator: Evaluator, opening: str = "") -> Callable[[str], bool] | None:

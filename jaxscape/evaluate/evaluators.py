@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxscape.evaluate.base import Classifier, Evaluator
 from jaxscape.evaluate.jailbreakbench import JAILBREAKBENCH
@@ -68,7 +69,7 @@ def find_evaluators(chosen: str | Evaluator | Sequence[str | Evaluator]) -> list
     Raises:
         UserError: there are none, one cannot be found, or two of them have the same name.
     """
-    items = as_list(chosen, "evaluator") if isinstance(chosen, list | tuple) else [chosen]
+    items: list[Any] = as_list(chosen, "evaluator") if isinstance(chosen, list | tuple) else [chosen]
     evaluators = [item if isinstance(item, Evaluator) else evaluator(item) for item in items]
     if not evaluators:
         raise UserError(f"Give at least one evaluator: {', '.join(FORMS)}.")

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from jaxscape.evaluate.base import LABELS, Evaluator, Label
+from jaxscape.evaluate.base import LABELS, Evaluator, Label, checksum_of
 from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import cut_after, to_json_lines, whole_lines
@@ -45,7 +45,7 @@ class LabelBook:
                 with path.open("r+b") as file:
                     lines = whole_lines(file)[:num_points]
                     for index, record in enumerate(map(json.loads, lines)):
-                        self._check(index, record)
+                        self._check(path, index, record)
                         self.checksums[record["evaluator"]] = record.get("checksum")
                         self.rows.setdefault(record["evaluator"], []).append(record["labels"])
                     cut_after(file, lines)
@@ -61,7 +61,7 @@ class LabelBook:
             UserError: what is there was given by another version of the evaluator.
         """
         name = evaluator.name
-        if name in self.rows and self.checksums.get(name) != getattr(evaluator, "checksum", None):
+        if name in self.rows and self.checksums.get(name) != checksum_of(evaluator):
             raise UserError(
                 f"{self._path(name)} has labels from another version of {name!r}: delete it to judge again."
             )
@@ -70,7 +70,7 @@ class LabelBook:
     def append(self, evaluator: Evaluator, labels: Sequence[Label]) -> None:
         """Add an evaluator's labels at the next point, one for each prompt, and write them to disk."""
         index, coords = self._points[self.count(evaluator)]
-        checksum = getattr(evaluator, "checksum", None)
+        checksum = checksum_of(evaluator)
         self.checksums[evaluator.name] = checksum
         self.rows.setdefault(evaluator.name, []).append(list(labels))
         if self._directory is not None:
@@ -91,7 +91,7 @@ class LabelBook:
         return {name: self._measure(rows, shape) for name, rows in sorted(self.rows.items())}
 
     def _measure(self, rows: Sequence[Sequence[Label]], shape: tuple[int, ...]) -> dict[str, Any]:
-        measure = {}
+        measure: dict[str, Any] = {}
         for label in LABELS:
             counts = [row.count(label) for row in rows]
             if label in ("refused", "complied") or any(counts):
@@ -104,7 +104,10 @@ class LabelBook:
     def _path(self, name: str) -> Path:
         return (self._directory or Path()) / LABEL_FILES.replace("*", quote(name, safe=" "))
 
-    def _check(self, index: int, record: Mapping[str, Any]) -> None:
+    def _check(self, path: Path, index: int, record: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` if a line is not that of the point of this number, in the file of its evaluator."""
+        if path != self._path(record["evaluator"]):
+            raise ValueError(f"a line is of the evaluator {record['evaluator']!r}")
         direction, coords = self._points[index]
         if (record["direction"], record["coords"]) != (direction, list(coords)):
             raise ValueError(f"a line that should be for {list(coords)} is for {record['coords']}")

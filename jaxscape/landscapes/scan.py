@@ -19,7 +19,7 @@ from jaxscape.engine.forms import Form
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import Plan, make_plan
 from jaxscape.engine.sampling import Sampling, SamplingOptions
-from jaxscape.evaluate.base import REFUSALS, Evaluator, labels_of, stop_when_all
+from jaxscape.evaluate.base import REFUSALS, Evaluator, checksum_of, labels_of, stop_when_all
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.choice import choose_axes
@@ -138,7 +138,8 @@ def scan(
         open_run(directory, config, axes, len(sets), prompts, sent, overwrite) as run,
         _progress(run, plan, prompts, progress) as report_point,
     ):
-        label_rest(run, labelling, [opening] * len(prompts))
+        if labelling:
+            label_rest(run, labelling, [opening] * len(prompts))
         for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
             made = None  # frees the previous set's directions before the next ones are made
             made = make_directions([recipe for recipe, _ in prepared[index]], model, plan.storage)
@@ -154,7 +155,7 @@ def scan(
 
 def _identity(judges: Sequence[Evaluator]) -> dict[str, Any]:
     """What `config.json` says of the evaluators: nothing of the paper's keywords alone."""
-    checksums = {judge.name: judge.checksum for judge in judges if getattr(judge, "checksum", None)}
+    checksums = {judge.name: checksum for judge in judges if (checksum := checksum_of(judge))}
     return {
         **({"evaluator": judges[0].name} if judges[0].name != DEFAULT_EVALUATOR else {}),
         **({"further_evaluators": [judge.name for judge in judges[1:]]} if len(judges) > 1 else {}),

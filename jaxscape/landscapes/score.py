@@ -1,6 +1,7 @@
 """Scoring: evaluators judge the answers of a run that is there, and nothing is generated again."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,11 @@ def score(directory: str | Path, evaluator: str | Evaluator | Sequence[str | Eva
             opening_of(text.rpartition(prompt.strip())[2]) for prompt, text in zip(run.prompts, sent, strict=True)
         ]
         label_rest(run, judges, openings)
-        run.save()
         return run.landscape()
 
 
 def label_rest(run: Run, judges: Sequence[Evaluator], openings: Sequence[str]) -> None:
-    """Judge those answers of a run's evaluated points that the evaluators have not judged yet.
+    """Judge those answers of a run's evaluated points that the evaluators have not judged yet, and save the landscape.
 
     Arguments:
         openings: for each prompt, the marker with which it opens a block of thinking, or an empty text.
@@ -50,13 +50,19 @@ def label_rest(run: Run, judges: Sequence[Evaluator], openings: Sequence[str]) -
     Raises:
         UserError: an answer was cut before an evaluator can judge it. Nothing is written then.
     """
-    rest = {judge.name: from_first(lambda judge=judge: run.records(run.labels.count(judge))) for judge in judges}
-    for judge in judges:
-        _check_whole(judge, rest[judge.name], openings)
-    for judge in judges:
-        for records in rest[judge.name]:
+    rest = [from_first(partial(_unjudged, run, judge)) for judge in judges]
+    for judge, points in zip(judges, rest, strict=True):
+        _check_whole(judge, points, openings)
+    for judge, points in zip(judges, rest, strict=True):
+        for records in points:
             texts = [opening + record["generation"] for opening, record in zip(openings, records, strict=True)]
             run.labels.append(judge, labels_of(judge, run.prompts, list(map(answer_of, texts))))
+    run.save()
+
+
+def _unjudged(run: Run, judge: Evaluator) -> list[list[dict[str, Any]]]:
+    """The answers that the evaluator has not judged yet, point by point."""
+    return run.records(run.labels.count(judge))
 
 
 def _check_whole(judge: Evaluator, points: Sequence[Sequence[Mapping[str, Any]]], openings: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import jaxscape as js
@@ -133,6 +133,8 @@ def test_a_finished_run_is_scored_without_generating(
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(cut=1.0, cuts=[0.5, 0.0, 1.0])
+@example(cut=0.5, cuts=[1.0, 1.0, 0.0])
 @given(cut=st.floats(0, 1), cuts=st.lists(st.floats(0, 1), min_size=3, max_size=3))
 def test_a_run_whose_files_are_cut_at_any_byte_ends_as_an_unbroken_one(
     tiny: js.Model, several: Path, tmp_path_factory: pytest.TempPathFactory, cut: float, cuts: list[float]
@@ -254,6 +256,7 @@ def test_runs_that_cannot_be_scored(plain: Path, several: Path, tmp_path: Path) 
         labels.partition("\n")[2],
         "x\n",
         '{"labels": 3}\n',
+        labels.replace('"wei"', '"length"'),
     ):
         (run / "labels-wei.jsonl").write_text(wrong)
         fails("labels-wei.jsonl is damaged .* delete it")
