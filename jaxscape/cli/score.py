@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from jaxscape.cli.options import EvaluatorOptions, Group, check_texts, write_line
+from jaxscape.cli.options import EvaluatorOptions, Group, check_texts, select_platform, write_line
 from jaxscape.cli.scan import measure_lines
 
 
@@ -30,5 +30,6 @@ class Score:
         from jaxscape.landscapes.landscape import FILE_NAME
         from jaxscape.landscapes.score import score
 
+        select_platform(["cpu"])  # phrases need no accelerator, whose memory JAX would take
         landscape = score(self.directory, self.evaluators.names or DEFAULT_EVALUATOR)
         write_line("\n".join([*measure_lines(landscape), f"{self.directory / FILE_NAME}"]))
