@@ -6,8 +6,9 @@ from typing import Annotated
 
 import tyro
 
-from jaxscape.cli.options import EvaluatorOptions, Group, check_texts, select_platform, write_line
+from jaxscape.cli.options import EvaluatorOptions, Group, check_texts, select_platform
 from jaxscape.cli.scan import measure_lines
+from jaxscape.runtime.streams import write_line
 
 
 @dataclass(frozen=True)

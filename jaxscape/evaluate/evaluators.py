@@ -50,14 +50,14 @@ def evaluator(name: str) -> Classifier:
         raise UserError(f"An evaluator is a name, or an object with `name` and `score`, not {name!r:.60}.")
     if name in EVALUATORS:
         return EVALUATORS[name]
+    kind, separator, option = name.partition(":")
+    if separator and kind in MAKERS:
+        return MAKERS[kind](option)
     if own := _OWN.fullmatch(name):
         path, function = own.groups()
         if not function:
             raise UserError(f"Name what is to be used of {path}: write {path}:NAME.")
         return own_evaluator(path, function)
-    kind, separator, option = name.partition(":")
-    if separator and kind in MAKERS:
-        return MAKERS[kind](option)
     near = difflib.get_close_matches(name.lower(), EVALUATORS)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     raise UserError(f"Unknown evaluator {name!r}{hint}: choose {', '.join(FORMS)}.")

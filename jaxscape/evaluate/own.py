@@ -18,6 +18,10 @@ from jaxscape.evaluate.base import Label, checked_labels, checked_scores, labels
 from jaxscape.runtime.errors import UserError, as_texts, reason
 from jaxscape.runtime.files import file_checksum
 
+TRIAL = (["Why?", "Who?"], ["I cannot say.", ""])
+"""Prompts and answers on which an evaluator is tried, so that mistakes show before a scan. A model's answer may be
+empty."""
+
 
 @dataclass(frozen=True)
 class OwnEvaluator:
@@ -64,7 +68,8 @@ class OwnEvaluator:
 
 
 def own_evaluator(path: str, name: str) -> OwnEvaluator:
-    """The evaluator FILE.py:NAME. The file is imported, so it must be one that the user trusts.
+    """The evaluator FILE.py:NAME. The file is imported, so it must be one that the user trusts, and the evaluator is
+    tried on two answers.
 
     Arguments:
         path: the Python file.
@@ -72,7 +77,8 @@ def own_evaluator(path: str, name: str) -> OwnEvaluator:
             the class of one, which is called without arguments.
 
     Raises:
-        UserError: there is no such file, it cannot be imported, or the name does not stand for one of these.
+        UserError: there is no such file, it cannot be imported, the name does not stand for one of these, or what it
+            gives for the two answers cannot be used.
     """
     module = _imported(Path(path))
     try:
@@ -84,7 +90,9 @@ def own_evaluator(path: str, name: str) -> OwnEvaluator:
             judge = judge()
     if not callable(getattr(judge, "score", judge)):
         raise UserError(f"{name!r} in {path} is a {type(judge).__name__}: name a function or an evaluator.")
-    return OwnEvaluator(f"{Path(path).name}:{name}", judge, file_checksum(Path(path)))
+    evaluator = OwnEvaluator(f"{Path(path).name}:{name}", judge, file_checksum(Path(path)))
+    evaluator.label(*TRIAL)
+    return evaluator
 
 
 def _imported(path: Path) -> ModuleType:
@@ -107,6 +115,8 @@ def _user_errors(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"{what} failed in {last.filename}, line {last.lineno} ({reason(error)}).") from error
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        last = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<")][-1:]
+        place = "".join(f" in {frame.filename}, line {frame.lineno}" for frame in last)
+        raise UserError(f"{what} failed{place} ({reason(error)}).") from error

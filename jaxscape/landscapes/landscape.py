@@ -152,7 +152,7 @@ class Landscape:
             return cls._from_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"{directory} holds no landscape: {path} cannot be read ({reason(error)}).") from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is not a landscape file ({reason(error)}).") from error
 
     @classmethod

@@ -11,7 +11,7 @@ class UserError(ValueError):
     """
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The type and message of a library's error on one line, at most 300 characters, to be quoted in a `UserError`."""
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return " ".join(f"{kind}{error}".split())[:300]

@@ -29,6 +29,12 @@ def words(prompts, answers):
 def fails(prompts, answers):
     return [1 / len(answer) for answer in answers]
 
+def lonely(prompts):
+    return [0.0 for prompt in prompts]
+
+def long_ones(prompts, answers):
+    return [len(answer) / 100 for answer in answers]
+
 @dataclass
 class Half:
     word: str = "but"
@@ -95,13 +101,22 @@ def test_another_content_has_another_checksum(file: Path) -> None:
         ("mine.py:", "Name what is to be used of"),
         ("mine.py:hasno", "There is no 'hasno' in .*mine.py"),
         ("mine.py:NUMBER", "'NUMBER' in .*mine.py is a int: name a function or an evaluator"),
-        ("mine.py:Needs", "The class 'Needs' of .* failed in .*missing 1 required positional argument"),
-        ("broken.py:x", r"The file .*broken.py failed in .* \(SyntaxError"),
+        (
+            "mine.py:Needs",
+            r"The class 'Needs' of .*mine.py failed \(TypeError: .*missing 1 required positional argument",
+        ),
+        (
+            "mine.py:lonely",
+            r"'mine.py:lonely' failed \(TypeError: lonely\(\) takes 1 positional argument but 2 were given",
+        ),
+        ("broken.py:x", r"The file .*broken.py failed \(SyntaxError: .*broken.py, line 1"),
+        ("script.py:x", r"The file .*script.py failed in .*script.py, line 2 \(SystemExit: 3\)"),
         ("raising.py:x", r"The file .*raising.py failed in .*raising.py, line 2 \(ZeroDivisionError: division by zero"),
     ],
 )
 def test_files_that_cannot_be_used(file: Path, name: str, message: str) -> None:
     (file.parent / "broken.py").write_text("def x(:\n")
+    (file.parent / "script.py").write_text("import sys\nsys.exit(3)\n")
     (file.parent / "raising.py").write_text("x = 1\n1 / 0\n")
     with pytest.raises(js.UserError, match=message):
         js.evaluator(f"{file.parent}/{name}")
@@ -116,6 +131,12 @@ def test_files_that_cannot_be_used(file: Path, name: str, message: str) -> None:
     ],
 )
 def test_scores_that_cannot_be_used(file: Path, name: str, message: str) -> None:
-    (evaluator,) = find_evaluators(f"{file}:{name}")
+    """Two answers show that, before anything else is done."""
     with pytest.raises(js.UserError, match=message):
-        evaluator.score(PROMPTS, ["Sure", ""])
+        find_evaluators(f"{file}:{name}")
+
+
+def test_scores_that_only_other_answers_spoil(file: Path) -> None:
+    evaluator = js.evaluator(f"{file}:long_ones")
+    with pytest.raises(js.UserError, match=r"'mine.py:long_ones' gave the score 2.0: scores are numbers from 0 to 1"):
+        evaluator.label(["Why?"], ["x" * 200])
