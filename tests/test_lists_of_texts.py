@@ -49,6 +49,12 @@ calls = {
     "generate": lambda: js.generate(model, ["Why?", None]),
     "evaluator": lambda: js.evaluator(len),
     "scan by": lambda: js.scan(model, [0], prompts=["Why?"], evaluator=["wei", 3]),
+    "system prompt": lambda: js.generate(model, ["Why?"], system_prompt=None),
+    "one coordinate": lambda: js.model_at(model, [0], 0.5),
+    "written coordinates": lambda: js.model_at(model, [0], "0.5"),
+    "one text": lambda: model([1, 2, 3]),
+    "texts": lambda: model("Hi"),
+    "numbers": lambda: model([[1.5]]),
 }
 for name, call in calls.items():
     try:
@@ -71,6 +77,14 @@ def test_what_type_checkers_would_find_too(tiny_dir: Path) -> None:
         "generate -> Number 2 of the prompts is a NoneType: give texts.",
         "evaluator -> An evaluator is a name, or an object with `name` and `score`, not <built-in function len>.",
         "scan by -> An evaluator is a name, or an object with `name` and `score`, not 3.",
+        "system prompt -> The system prompt is a NoneType: give a text, or 'none' for none.",
+        "one coordinate -> coordinates must be a list, not a float: give a list.",
+        "written coordinates -> coordinates must be a list, not the single text '0.5': put it into a list.",
+        *(
+            f"{name} -> A model takes the token ids of texts, integers in an array of two dimensions, not {what}: "
+            f"tokenize the texts first."
+            for name, what in {"one text": "int64[3]", "texts": "<U2[]", "numbers": "float64[1, 1]"}.items()
+        ),
     ]
 
 
@@ -91,3 +105,24 @@ def test_sequences_of_other_libraries_are_lists_too() -> None:
     texts = ["I'm sorry", "Sure"]
     for same in (texts, tuple(texts), np.array(texts), np.array(texts, object), iter(texts)):
         assert as_texts(same, "answers") == texts
+
+
+def test_a_number_that_is_an_array_is_no_list() -> None:
+    with pytest.raises(js.UserError, match="coordinates must be a list, not a ndarray"):
+        as_list(np.array(0.5), "coordinates")
+
+
+@pytest.mark.parametrize(
+    ("coords", "message"), [([float("nan")], r"are \[nan\]: give finite"), ([0.5, 1.0], "2 coord")]
+)
+def test_coordinates_are_finite_numbers_one_for_each_direction(
+    tiny: js.Model, coords: list[float], message: str
+) -> None:
+    with pytest.raises(js.UserError, match=message):
+        js.model_at(tiny, [0], coords)
+
+
+@pytest.mark.parametrize("tokens", [[[1, 300]], [[-1, 2]]])
+def test_tokens_that_are_not_in_the_vocabulary(tiny: js.Model, tokens: list[list[int]]) -> None:
+    with pytest.raises(js.UserError, match=r"token ids reach from -?1 to \d+, but the model's vocabulary has 300"):
+        tiny(np.array(tokens))

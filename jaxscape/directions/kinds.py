@@ -141,10 +141,12 @@ def model_at(model: Model, directions: Sequence[DirectionLike], coords: Sequence
     Raises:
         UserError: there are not as many coordinates as directions, or a direction cannot be made.
     """
-    made = make_directions(directions, model)
+    made, coords = make_directions(directions, model), as_list(coords, "coordinates")
     if len(made) != len(coords):
         raise UserError(
             f"There are {len(made)} directions, but {len(coords)} coordinates: give one for each direction."
         )
+    if not np.isfinite(coords).all():
+        raise UserError(f"The coordinates are {coords}: give finite numbers.")
     params = materialise(model.params, made, jnp.asarray(coords, jnp.float32)) if made else model.params
     return replace(model, params=params)

@@ -15,7 +15,7 @@ from jaxscape.engine.sampling import Sampling, SamplingOptions
 from jaxscape.forecast.chips import bytes_per_chip
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.scan import workload_of
-from jaxscape.models.chat_defaults import adds_bos, without_default_template
+from jaxscape.models.chat_defaults import adds_bos, template_notes
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 from jaxscape.prompts.fields import Prompts
@@ -51,13 +51,12 @@ def preview(
     workload = workload_of(prompt_tokens, settings, axes, recipes)
     plan = make_plan(model, workload, options, _hardware_with(model))
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
-    is_default = without_default_template(model.tokenizer) is not model.tokenizer
     return "\n".join(
         [
             f"plan: {plan}",
             f"directions: {len(recipes)}, points of each: {workload.num_points}",
             prompts.summary(),
-            *(["the model's files have no chat template, so Vicuna's is used"] if is_default else []),
+            *template_notes(model.tokenizer),
             "the first prompt as it is sent:",
             printable(sent[0], kept="\n\t"),
             *([f"the answer begins inside thinking, which {opening} opens"] if opening else []),

@@ -17,7 +17,7 @@ from jaxscape.engine.batching import Workload, encode
 from jaxscape.engine.engine import Engine
 from jaxscape.engine.forms import Form
 from jaxscape.engine.options import EngineOptions
-from jaxscape.engine.planner import Plan, make_plan
+from jaxscape.engine.planner import make_plan
 from jaxscape.engine.sampling import Sampling, SamplingOptions
 from jaxscape.evaluate.base import REFUSALS, Evaluator, checksum_of, labels_of, stop_when_all
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
@@ -26,6 +26,7 @@ from jaxscape.landscapes.choice import choose_axes
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.score import label_rest
 from jaxscape.landscapes.store import Run, open_run
+from jaxscape.models.chat_defaults import template_notes
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_texts, thinking_opening
@@ -136,7 +137,7 @@ def scan(
     engine = Engine(model, workload, plan, None if options.full_text else stop_when_all(judges, opening))
     with (
         open_run(directory, config, axes, len(sets), prompts, sent, overwrite) as run,
-        _progress(run, plan, prompts, progress) as report_point,
+        _progress(run, [str(plan), prompts.summary(), *template_notes(model.tokenizer)], progress) as report_point,
     ):
         if labelling:
             label_rest(run, labelling, [opening] * len(prompts))
@@ -185,18 +186,20 @@ def workload_of(
 
 
 @contextmanager
-def _progress(run: Run, plan: Plan, prompts: Prompts, enabled: bool) -> Iterator[Callable[[], None]]:
+def _progress(run: Run, lines: Sequence[str], enabled: bool) -> Iterator[Callable[[], None]]:
     """A context with a progress bar. It yields a function that reports the point that was finished last.
 
-    First, the plan is shown, and which prompts were read. A report has the point's coordinates, its ASR and the time
-    left.
+    A report has the point's coordinates, its ASR and the time left.
+
+    Arguments:
+        lines: what is shown first, if points are left.
     """
     total, resumed, started = len(run.points), run.num_done, time.monotonic()
     with progress_display(enabled) as bar:
         task = bar.add_task("scan", total=total, completed=resumed)
         if resumed < total:
-            bar.print(str(plan))
-            bar.print(prompts.summary())
+            for line in lines:
+                bar.print(line)
         if resumed:
             bar.print(f"resuming after {resumed} of {total} points")
 

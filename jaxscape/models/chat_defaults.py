@@ -70,6 +70,12 @@ def template_source(tokenizer: PreTrainedTokenizerBase, file: Path) -> str:
     return str(file)
 
 
+def template_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A line for the user if the chat template is the default one; otherwise none."""
+    is_default = without_default_template(tokenizer) is not tokenizer
+    return ["the model's files have no chat template, so Vicuna's is used"] * is_default
+
+
 def without_default_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer as the model's files have it: a copy without the template that `with_chat_template` added."""
     if not isinstance(tokenizer.chat_template, str) or not tokenizer.chat_template.endswith(_VICUNA):

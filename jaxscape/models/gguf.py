@@ -410,7 +410,7 @@ def _check_offsets(reader: gguf.GGUFReader) -> None:
 def _check_token_ids(fields: Fields) -> None:
     """Raise a `UserError` if a special token is not in the vocabulary. (As an index, −1 would be the last token.)"""
     num_tokens = len(fields["tokenizer.ggml.tokens"])
-    for name in ("bos", "eos", "eot", "unknown", "padding"):
+    for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
         key = f"tokenizer.ggml.{name}_token_id"
         token = fields.get(key, 0)
         if type(token) is not int or not 0 <= token < num_tokens:
@@ -465,7 +465,7 @@ def _sizes(metadata: _Metadata, tensors: Tensors) -> Options:
         UserError: an attention head's values have another size than its keys, or the tensors are too few or too
             small for the sizes.
     """
-    num_heads, num_layers = metadata["attention.head_count"], metadata["block_count"]
+    num_heads, num_layers = _of_all_layers(metadata, "attention.head_count"), metadata["block_count"]
     head_dim = metadata.get("attention.key_length", metadata["embedding_length"] // num_heads)
     if (value_dim := metadata.get("attention.value_length", head_dim)) != head_dim:
         raise UserError(
@@ -480,13 +480,23 @@ def _sizes(metadata: _Metadata, tensors: Tensors) -> Options:
         )
     return {
         "hidden_size": metadata["embedding_length"],
-        "intermediate_size": metadata["feed_forward_length"],
+        "intermediate_size": _of_all_layers(metadata, "feed_forward_length"),
         "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
-        "num_key_value_heads": metadata.get("attention.head_count_kv", num_heads),
+        "num_key_value_heads": _of_all_layers(metadata, "attention.head_count_kv", num_heads),
         "head_dim": head_dim,
         "max_position_embeddings": metadata["context_length"],
     }
+
+
+def _of_all_layers(metadata: _Metadata, key: str, default: Any = None) -> Any:
+    """A size that a file may give for each layer, if it is the same in all of them."""
+    value = metadata[key] if default is None else metadata.get(key, default)
+    if not isinstance(value, list):
+        return value
+    if len(set(value)) != 1:
+        raise UserError(f"The file's layers differ in {key} ({value!r:.60}), which is not supported.")
+    return value[0]
 
 
 def _rope_parameters(metadata: _Metadata, head_dim: int) -> Options:
@@ -550,7 +560,7 @@ def _unpermute(values: np.ndarray, num_heads: int) -> np.ndarray:
 def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
     """The ids of the end tokens that the metadata names, and of the whole tokens in `END_OF_TURN`. (Some files of
     Phi-3 call `<|end|>` user-defined.)"""
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     named = {fields[key] for key in keys if key in fields}
     tokens = zip(fields["tokenizer.ggml.tokens"], token_types(fields), strict=True)
     end_of_turn = {

@@ -395,7 +395,7 @@ def _base_of(directory: Path, config: Mapping[str, Any], base: str | None) -> st
     is_stacked = isinstance(named, str) and (named in ADAPTERS or is_adapter(Path(named)))
     if base is not None and not is_stacked:
         return base
-    if named is None:
+    if named in (None, ""):
         raise UserError(
             f"The adapter {directory} names no base model (base_model_name_or_path in its {CONFIG}): name it with "
             f"--base (base= in load_model)."
@@ -403,7 +403,8 @@ def _base_of(directory: Path, config: Mapping[str, Any], base: str | None) -> st
     if not isinstance(named, str):
         raise ValueError(f"base_model_name_or_path is {named!r:.60}, not a name")
     revision = config.get("revision")
-    return named if revision in (None, "main") else f"{named}@{revision}"
+    has_revision = revision not in (None, "", "main") and not Path(named).exists()  # a directory has no revisions
+    return f"{named}@{revision}" if has_revision else named
 
 
 def _matched(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -458,6 +459,8 @@ def _read_tensors(path: Path) -> tuple[Factors, dict[str, Any], dict[str, Any], 
     replaced: dict[str, Any] = {}
     modules: dict[str, str] = {}
     for name, tensor in _stored(path).items():
+        if ".original_module." in name:  # PEFT uses it only where the adapter is switched off
+            continue
         if (match := _LORA_NAME.fullmatch(name)) and tensor.ndim == 2:
             module, is_embedding, part = match.groups()
             weight = parameter_name(f"{module}.weight")
@@ -475,7 +478,7 @@ def _read_tensors(path: Path) -> tuple[Factors, dict[str, Any], dict[str, Any], 
                 f"{path} holds {name}, which is not a factor of a linear layer's weight, nor a tensor of the model; "
                 f"only plain LoRA adapters of linear layers are supported."
             )
-        if key_name in store:
+        if key_name in store and not (store is replaced and np.array_equal(store[key_name], tensor)):
             raise UserError(f"{path} holds {name} twice, under two names; keep only the adapter's own tensors.")
         store[key_name] = tensor
     if incomplete := [name for name, pair in factors.items() if pair.keys() != {"a", "b"}]:

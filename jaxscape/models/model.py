@@ -74,8 +74,23 @@ class Model:
         return str(jax.tree.leaves(self.params)[0].dtype)
 
     def __call__(self, tokens: Int[Array | np.ndarray, "batch time"]) -> Float[Array, "batch time vocab"]:
-        """Next-token logits of texts without padding: int32[B, T] tokens to float32[B, T, V]."""
-        config = self.config.for_length(np.shape(tokens)[1])
+        """Next-token logits of texts without padding: int32[B, T] tokens to float32[B, T, V].
+
+        Raises:
+            UserError: the tokens are no such array, or one of them is not in the vocabulary.
+        """
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+            raise UserError(
+                f"A model takes the token ids of texts, integers in an array of two dimensions, not "
+                f"{tokens.dtype}{list(tokens.shape)}: tokenize the texts first."
+            )
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+            raise UserError(
+                f"The token ids reach from {tokens.min()} to {tokens.max()}, but the model's vocabulary has "
+                f"{self.config.vocab_size} tokens: use the tokenizer that belongs to the model."
+            )
+        config = self.config.for_length(tokens.shape[1])
         return _logits(self.params, np.asarray(tokens, np.int32), config, self.mesh)
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -219,6 +234,8 @@ def _open(source: str, dtype: jnp.dtype, base: str | None, adapters: tuple[Path,
             adapter is its own base, which is an error.
     """
     path = Path(source)
+    if not source.strip():  # as a path, an empty name is the current directory
+        raise UserError("The name of the model is empty: give a name, a model directory, a .gguf file or a hub id.")
     if source in builtin.ADAPTERS:
         return _open_directory(builtin.ADAPTERS[source], dtype, base, adapters)
     if source not in builtin.MODELS:

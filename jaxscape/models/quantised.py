@@ -107,11 +107,11 @@ def dequantised(tensors: Tensors, settings: Settings | None, origin: str) -> tup
             f"({type(error).__name__}: {error!s:.100}): {ADVICE}."
         ) from error
     others = {name: tensor for name, tensor in tensors.items() if name not in used}
-    _check_float(others)
+    _check_float(others, method)
     if not weights and method != "bitsandbytes":
         raise UserError(
-            f"{origin} names the quantisation {method!r} (quantization_config) in its config.json, but none of its "
-            f"tensors is quantised: remove quantization_config if they are the model's weights."
+            f"{origin} names the quantisation {method!r} (quantization_config in config.json, or "
+            f"quantize_config.json), but none of its tensors is quantised: remove it if they are the model's weights."
         )
     if not weights:  # what PEFT leaves when an adapter is merged into a dequantised base
         note(f"{origin} names the quantisation bitsandbytes, but its weights are not quantised; they are used as is.")
@@ -119,10 +119,15 @@ def dequantised(tensors: Tensors, settings: Settings | None, origin: str) -> tup
     return {**others, **weights}, method
 
 
-def _check_float(tensors: Tensors) -> None:
+def _check_float(tensors: Tensors, method: str | None = None) -> None:
     quantised = sorted(name for name, tensor in tensors.items() if tensor.dtype not in FLOAT_DTYPES)
     if quantised:
         tensor = tensors[quantised[0]]
+        if method is not None:
+            raise UserError(
+                f"{tensor.file} holds {tensor.name} as {tensor.dtype}, without the factors that belong to it in the "
+                f"quantisation {method!r}, which config.json names: {ADVICE}."
+            )
         raise UserError(
             f"{tensor.file} holds {tensor.name} as {tensor.dtype}: quantised weights must be converted to float32, "
             f"bfloat16 or float16 first, unless config.json names their format{_guess(tensors)}."
@@ -142,18 +147,20 @@ Read = tuple[dict[str, Tensor], set[str]]
 
 
 def _float8(tensors: Tensors, settings: Settings) -> Read:
-    """FP8 as DeepSeek and Qwen store it: `weight_scale_inv` has a factor for each block of the weight, or one for all.
+    """FP8 as DeepSeek and Qwen store it: `weight_scale_inv` has a factor for each block of the weight, or one for all;
+    and as AutoFP8 does: `weight_scale` is one factor for all of the weight.
 
-    Transformers reads it with `FineGrainedFP8Config(dequantize=True)`.
+    Transformers reads the former with `FineGrainedFP8Config(dequantize=True)`.
     """
     block = settings.get("weight_block_size")
     weights: dict[str, Tensor] = {}
-    used = {name for name in tensors if name.endswith(".activation_scale")}
-    for name in _with_end(tensors, ".weight_scale_inv"):
-        weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale_inv"]
-        grid = (1, 1) if block is None else _grid(weight.name, weight.shape, block)
-        weights[f"{name}.weight"] = _scaled(weight, scale, grid, "F8_E4M3", None)
-        used |= {f"{name}.weight", f"{name}.weight_scale_inv"}
+    used = {name for name in tensors if name.endswith((".activation_scale", ".input_scale"))}
+    for factors in ("weight_scale_inv", "weight_scale"):
+        for name in _with_end(tensors, f".{factors}"):
+            weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.{factors}"]
+            grid = (1, 1) if block is None else _grid(weight.name, weight.shape, block)
+            weights[f"{name}.weight"] = _scaled(weight, scale, grid, "F8_E4M3", None)
+            used |= {f"{name}.weight", f"{name}.{factors}"}
     return weights, used
 
 
@@ -294,7 +301,7 @@ def _gptq(tensors: Tensors, settings: Settings) -> Read:
     bits, layout = settings.get("bits"), settings.get("checkpoint_format", "gptq")
     if bits not in (2, 4, 8) or layout not in (None, "gptq"):
         raise UserError(
-            f"The weights are quantised by GPTQ with {bits} bits in the layout {layout!r}, and 2, 4 or 8 bits in "
+            f"The weights are quantised by GPTQ with {bits!r:.20} bits in the layout {layout!r}, and 2, 4 or 8 bits in "
             f"'gptq' are supported: {ADVICE}."
         )
     names = _with_end(tensors, ".qweight")

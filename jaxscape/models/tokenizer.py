@@ -242,11 +242,13 @@ def _end_tokens(
         named[GENERATION] = read_json(path / GENERATION).get("eos_token_id")
     lists = {name: value if isinstance(value, list) else [value] for name, value in named.items() if value is not None}
     ids = [token for tokens in lists.values() for token in tokens]
-    if wrong := [token for token in ids if type(token) is not int or not 0 <= token < vocab_size]:
-        raise UserError(
-            f"{path} names the end token {wrong[0]!r:.60}, which is not one of its {vocab_size} tokens; correct "
-            f"eos_token_id in its config.json or generation_config.json."
-        )
+    for name, tokens in lists.items():
+        if wrong := [token for token in tokens if type(token) is not int or not 0 <= token < vocab_size]:
+            field = "eos_token" if name == SETTINGS else "eos_token_id"
+            raise UserError(
+                f"{path} names the end token {wrong[0]!r:.60}, which is not one of its {vocab_size} tokens; correct "
+                f"{field} in its {name}."
+            )
     added_tokens = tokenizer.added_tokens_decoder.items()
     end_of_turn = {number for number, token in added_tokens if token.content in END_OF_TURN and number < vocab_size}
     return tuple(sorted({*ids, *end_of_turn})), tuple(str(path / name) for name in lists)

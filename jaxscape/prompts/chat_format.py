@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -44,15 +45,13 @@ SYSTEM_PROMPTS = {
 SYSTEM_PROMPT_NAMES = ("default", "none", *SYSTEM_PROMPTS)
 
 # Some templates write today's date. It is fixed, so that a run can be repeated on another day.
-_DATE = {
-    **{"%d": "26", "%-d": "26", "%e": "26", "%m": "07", "%B": "July", "%b": "Jul", "%Y": "2024", "%y": "24"},
-    **{"%A": "Friday", "%a": "Fri", "%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM", "%F": "2024-07-26"},
-}
+_NOW = datetime(2024, 7, 26, 12)
+_CODES = [f"%{letter}" for letter in "aAbBcCdDeFgGhHIjmMpRSTuUVwWxXyY"] + [f"%-{letter}" for letter in "dHIjmMSy"]
 # This macro hides the function of the same name that transformers gives to templates. Transformers' Jinja drops the
 # newline after a block, so nothing is added to the text.
 _FIXED_DATE = (
     "{% macro strftime_now(format) %}{{ format"
-    + "".join(f"|replace('{code}', '{value}')" for code, value in _DATE.items())
+    + "".join(f"|replace('{code}', '{_NOW.strftime(code)}')" for code in _CODES)
     + " }}{% endmacro %}\n"
 )
 
@@ -144,6 +143,8 @@ def system_prompt_text(system_prompt: str) -> str:
     Raises:
         UserError: the system prompt is a single word that is not a name, the file cannot be read, or there is no text.
     """
+    if not isinstance(system_prompt, str):
+        raise UserError(f"The system prompt is a {type(system_prompt).__name__}: give a text, or 'none' for none.")
     if system_prompt in SYSTEM_PROMPTS:
         return SYSTEM_PROMPTS[system_prompt]
     if system_prompt.startswith(("@", "text:")):
@@ -200,7 +201,7 @@ def _apply_template(
             chat_template=_FIXED_DATE + tokenizer.get_chat_template(),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            date_string=" ".join(_DATE[code] for code in ("%d", "%b", "%Y")),
+            date_string=_NOW.strftime("%d %b %Y"),
             **variables,
         )
     except Exception as error:  # a template is a program and can raise anything
@@ -261,12 +262,14 @@ _PART = re.compile(r"""['"]type['"]: *['"]text['"]""")  # in what a template wri
 
 def _written(apply_template: Template, messages: Messages) -> str:
     """The text that a template writes for messages, in the first of their forms in which it writes what the system
-    message and the user say."""
+    message and the user say, the user's words to their end."""
     said = {message["role"] for message in messages if message["content"]} & {"system", "user"}
     has_part = any(_PART.search(message["content"]) for message in messages)
     for form in _FORMS:
         text = _attempt(apply_template, form(messages))
-        others = (_attempt(apply_template, form(_replaced(messages, role))) for role in said)
+        replaced = [_replaced(messages, role) for role in said]
+        replaced += [_replaced(messages, "user", 1)] * ("user" in said)
+        others = (_attempt(apply_template, form(other)) for other in replaced)
         if text is None or (_PART.search(text) and not has_part):
             continue
         if all(other != text for other in others):
@@ -276,8 +279,8 @@ def _written(apply_template: Template, messages: Messages) -> str:
     apply_template(messages)  # if the template does not accept the messages, its reason is the user's error
     text = next((message["content"] for message in messages if message["role"] in said), "")
     raise UserError(
-        f"The model's chat template leaves out the text that it is given ({shown_text(text)}), as a text and as a list "
-        f"of parts: give the model another chat template."
+        f"The model's chat template leaves out the text that it is given ({shown_text(text)}) or its end, as a text "
+        f"and as a list of parts: give the model another chat template."
     )
 
 
@@ -289,13 +292,20 @@ def _attempt(apply_template: Template, messages: Messages) -> str | None:
         return None
 
 
-def _replaced(messages: Messages, role: str) -> Messages:
-    """The messages, with other texts of the same lengths as the contents of one role."""
+def _replaced(messages: Messages, role: str, length: int | None = None) -> Messages:
+    """The messages, with other characters in the contents of one role: as many of the last ones that are no white
+    space as `length` says, or all."""
     return [
-        message | {"content": ("y" if set(text) == {"x"} else "x") * len(text)} if message["role"] == role else message
+        message | {"content": _with_other_end(message["content"], length)} if message["role"] == role else message
         for message in messages
-        for text in (message["content"],)
     ]
+
+
+def _with_other_end(text: str, length: int | None) -> str:
+    words = text.rstrip()
+    kept = "" if length is None else words[:-length]
+    last = words[len(kept) :]
+    return kept + ("y" if set(last) == {"x"} else "x") * len(last) + text[len(words) :]
 
 
 def _in_user_turn(system: str, messages: Messages) -> Messages:

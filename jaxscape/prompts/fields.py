@@ -27,8 +27,15 @@ NAMES = (*TEXT_NAMES, *CHAT_NAMES, TURNS)
 _CONTEXT_NAMES = ("contextstring", "context", "input", "system", "system_prompt", "history")
 # How programs write a missing value into a text.
 _MISSING_WORDS = ("nan", "null", "none", "na", "n/a", "<na>", "#n/a")
-_NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
+_DASHES = re.compile(r":?[-\u2013\u2014]+:?")  # a missing value, or the line below the header of a Markdown table
+_LABEL = re.compile(r"[-+\w.,:/#]*\d[-+\w.,:/#]*", re.ASCII)  # a number or an identifier
 _WRITTEN_CHAT = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")  # a chat as a table holds it
+# What a text begins with that is already in a chat format, as training data often are.
+_CHAT_FORMAT = re.compile(
+    r"(<s>|<bos>|<\|begin_of_text\|>)?\s*"
+    r"(\[INST\]|<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(user|system)\|>"
+    r"|### ?(Human|Instruction|User)\b|(Human|USER|User): )"
+)
 
 
 class Prompts(list[str]):
@@ -77,10 +84,10 @@ def prompts_of(records: Records, source: str, prompt_column: str | None = None) 
         texts.append(text)
         keys[key] += 1
         not_sent.update(others)
-    if prompt_column is None and all(map(_NUMBER.fullmatch, texts)):
+    if prompt_column is None and all(map(_LABEL.fullmatch, texts)):
         raise UserError(
-            f"All prompts of {source} are numbers, {shown_text(texts[0])} is the first: name the column that has the "
-            f"prompts with --prompt-column."
+            f"All prompts of {source} are numbers or identifiers, {shown_text(texts[0])} is the first: name the column "
+            f"that has the prompts with --prompt-column."
         )
     notes = [_origin(keys, records.of_texts)]
     notes += [f"not sent: {others} of {count}" for others, count in not_sent.items()]
@@ -110,6 +117,12 @@ def _prompt(record: Record, prompt_column: str | None) -> tuple[str, str, list[s
             f"{place}: the prompt in {key!r} goes with {quoted_names(context)}, which would be left out: write both "
             f"into one column, or send the prompt alone with --prompt-column {shown_text(key, 40)}."
         )
+    if (markup := _CHAT_FORMAT.match(text)) and prompt_column is None:
+        raise UserError(
+            f"{place}: the text in {key!r} is in a chat format already ({shown_text(markup[0])}), and the model's own "
+            f"would be put around it: write the prompts alone, or send them so with --prompt-column "
+            f"{shown_text(key, 40)}."
+        )
     return text, key, [*(shown_text(name, 40) for name in context), *other_turns]
 
 
@@ -127,7 +140,8 @@ def _user_turn(value: Any, key: str, place: str) -> tuple[Any, list[str]]:
     messages = openai_messages(value)
     last = max((index for index, message in enumerate(messages) if message.get("role") == "user"), default=None)
     if last is None:
-        raise UserError(f"{place}: the chat has no turn of the user: remove it.")
+        roles = quoted_names(dict.fromkeys(str(message.get("role")) for message in messages))
+        raise UserError(f"{place}: the chat has no turn of the user, but only of {roles}: remove it.")
     return messages[last].get("content"), ["the turns before the user's last one"] * (last > 0)
 
 
@@ -174,7 +188,9 @@ def _text(value: Any, key: str, place: str) -> str:
         raise UserError(f"{start} a list of messages that is written as a text: write the chats as JSON.")
     if not trimmed(value):
         raise UserError(f"{place}: no prompt found, because {key or 'it'!r} is blank: fill it, or remove the entry.")
-    if trimmed(value).casefold() in _MISSING_WORDS:
+    if key and normalised(value) == normalised(key):
+        raise UserError(f"{start} its own name: it is the header of a table once more, so remove this line.")
+    if trimmed(value).casefold() in _MISSING_WORDS or _DASHES.fullmatch(trimmed(value)):
         raise UserError(f"{start} {shown_text(value)}, which stands for a missing value: fill it, or remove the entry.")
     if not is_utf8(value) or "\0" in value:
         raise UserError(f"{place}: half a surrogate pair or a NUL character, which is no text; remove it.")

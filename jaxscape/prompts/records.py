@@ -83,6 +83,8 @@ def read_records(source: str, names: Collection[str], unknown: str) -> Records:
     Raises:
         UserError: the file cannot be read, or is malformed. The message names the line.
     """
+    if "://" in source:
+        raise UserError(f"{source} is an address: download the file, and give its path.")
     path = Path(source)
     ending = path.suffix.lower()
     foreign = next((kind for kind in _FOREIGN if ending in kind.endings), None)
@@ -174,7 +176,8 @@ def is_chat(value: Any) -> bool:
 def openai_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages in OpenAI's format, each with a `role` and, as its `content`, a text.
 
-    ShareGPT's `from`, `value`, `human` and `gpt` are renamed, and parts of a content that are all texts are joined.
+    ShareGPT's `from`, `value`, `human` and `gpt` are renamed, roles are in lower case, and parts of a content that are
+    all texts are joined.
     Whatever else a message holds is kept as it is.
     """
     return [_openai_message(message) for message in messages]
@@ -182,9 +185,12 @@ def openai_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _openai_message(message: dict[str, Any]) -> dict[str, Any]:
     if "role" not in message and "from" in message:
-        role = {"human": "user", "gpt": "assistant"}.get(message["from"], message["from"])
+        role = message["from"]
         others = {key: value for key, value in message.items() if key not in ("from", "value")}
         message = {"role": role, "content": message.get("value"), **others}
+    if isinstance(role := message.get("role"), str):
+        role = role.strip().lower()
+        message = message | {"role": {"human": "user", "gpt": "assistant"}.get(role, role)}
     parts = message.get("content")
     if isinstance(parts, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         texts = [part.get("text") for part in parts]
@@ -252,8 +258,10 @@ def _key_of_list(value: dict[str, Any], source: str, names: Collection[str]) -> 
 
 
 def _is_entry(key: str, value: Any) -> bool:
-    """Whether a value of this known name makes its object an entry: a text, a chat or MT-Bench's turns."""
-    return isinstance(value, str) or is_chat(value) or normalised(key) == "turns"
+    """Whether a value of this known name makes its object an entry: a text, a chat or the texts of its turns."""
+    is_turns = isinstance(value, list) and any(isinstance(turn, str) for turn in value)
+    of_turns = normalised(key).startswith(("turns", "conversation", "messages"))
+    return isinstance(value, str) or is_chat(value) or normalised(key) == "turns" or (of_turns and is_turns)
 
 
 def _json_values(text: str, source: str) -> list[Record]:

@@ -45,7 +45,7 @@ def as_list(values: Any, name: str) -> list[Any]:
     """
     if isinstance(values, str | bytes):
         raise UserError(f"{name} must be a list, not the single text {values[:40]!r}: put it into a list.")
-    if not isinstance(values, Iterable) or isinstance(values, Mapping | Set):
+    if not isinstance(values, Iterable) or isinstance(values, Mapping | Set) or getattr(values, "ndim", 1) == 0:
         raise UserError(f"{name} must be a list, not a {type(values).__name__}: give a list.")
     return list(values)
 

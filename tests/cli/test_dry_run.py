@@ -150,9 +150,11 @@ def test_a_dry_run_finds_what_is_wrong_with_the_prompts(
     tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
-    (model / "chat_template.jinja").write_text("{{ messages[-1].content.split() | first }}")
-    (tmp_path / "prompts.txt").write_text("Write a poem\nWrite a song\n")
+    (model / "chat_template.jinja").write_text(
+        "{{ (messages[-1].content.split() | first) + messages[-1].content[-1] }}"
+    )
+    (tmp_path / "prompts.txt").write_text("Write a poem\nWrite a psalm\n")
     with pytest.raises(SystemExit) as stop:
         main(["scan", "--model", str(model), "--prompts", str(tmp_path / "prompts.txt"), *QUICK])
     assert stop.value.code == 2
-    assert "same text for prompt 1 ('Write a poem') and prompt 2 ('Write a song')" in capfd.readouterr().err
+    assert "same text for prompt 1 ('Write a poem') and prompt 2 ('Write a psalm')" in capfd.readouterr().err

@@ -1,5 +1,6 @@
 """Runs: what they compute, what they keep, and that a killed one ends as an unbroken one would."""
 
+import copy
 import fcntl
 import importlib
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from jaxscape.cli.main import main
 from jaxscape.directions.point import materialise
 from jaxscape.engine.decode import decode_chunk, insert
 from jaxscape.evaluate import keywords as refusal
+from jaxscape.models.chat_defaults import with_chat_template
 from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
 from jaxscape.prompts.chat_format import chat_text
 from jaxscape.report.reference import export_reference
@@ -132,6 +135,13 @@ def test_progress_names_the_point_its_asr_and_the_time_left(tiny: js.Model, capf
     assert "slots" in lines[0]
     assert lines[1].startswith("the first 3 of 100 prompts from 'harmful'; the first one: ")
     assert "1/5  direction 0  alpha -0.5  ASR" in lines[2]
+
+
+def test_a_scan_says_that_a_model_has_no_chat_template(tiny: js.Model, capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer = copy.copy(tiny.tokenizer)
+    tokenizer.chat_template = None
+    js.scan(replace(tiny, tokenizer=with_chat_template(tokenizer)), [0], **OPTIONS | {"progress": True})
+    assert "the model's files have no chat template, so Vicuna's is used" in capfd.readouterr().err.splitlines()
 
 
 @pytest.fixture(scope="module")

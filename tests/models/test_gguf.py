@@ -60,10 +60,11 @@ def write_gguf(path: Path, kind: Q = Q.F32, tokenizer: str = "gpt2", pre: str = 
     writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(MLP)
     writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
+    if "attention.head_count_kv" not in extra.get("fields", {}):
+        writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    adders = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}
+    adders = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
     for key, value in extra.get("fields", {}).items():
         adders[type(value)](f"llama.{key}", value)
     writer.add_vocab_size(len(tokens))
@@ -83,6 +84,8 @@ def write_gguf(path: Path, kind: Q = Q.F32, tokenizer: str = "gpt2", pre: str = 
     writer.add_token_types(types[: extra.get("num_types")])
     for name, number in (("unk", 0), ("bos", 1), ("eos", 2)):
         getattr(writer, f"add_{name}_token_id")(number)
+    if "end_of_message" in extra:
+        writer.add_eom_token_id(extra["end_of_message"])
 
     def add(name: str, rows: int, columns: int, kind: Q = kind) -> None:
         writer.add_tensor(name, quantised(kind, (rows, columns), rng), raw_dtype=kind)
@@ -426,6 +429,22 @@ def test_sentencepiece_puts_a_space_before_every_text(tmp_path: Path) -> None:
 def test_smollm_splits_numbers_into_digits(tmp_path: Path) -> None:
     tokenizer = js.load_model(write_gguf(tmp_path / "tiny.gguf", pre="smollm")).tokenizer
     assert tokenizer.tokenize("the 123") == ["the", "Ġ", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(("sizes", "is_read"), [([KV_HEADS] * LAYERS, True), ([KV_HEADS, HEADS], False)])
+def test_sizes_that_are_given_for_each_layer(tmp_path: Path, sizes: list[int], is_read: bool) -> None:
+    plain = write_gguf(tmp_path / "plain.gguf")
+    path = write_gguf(tmp_path / "model.gguf", fields={"attention.head_count_kv": sizes})
+    if is_read:
+        assert fingerprint(js.load_model(path, "float32").params) == fingerprint(js.load_model(plain, "float32").params)
+    else:
+        with pytest.raises(js.UserError, match=r"layers differ in attention.head_count_kv \(\[2, 4\]\), which is not"):
+            js.load_model(path)
+
+
+def test_the_token_that_ends_a_message_ends_an_answer(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", end_of_message=5)
+    assert js.load_model(path, weights=False).eos_token_ids == (2, 5)
 
 
 def test_end_of_turn_tokens_are_found_in_the_vocabulary(tmp_path: Path) -> None:

@@ -338,6 +338,49 @@ def test_an_adapter_with_a_larger_vocabulary(
         js.load_model(tmp_path, "float32")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_larger_vocabulary_whose_ends_are_trained_too(tiny_dir: Path, tmp_path: Path) -> None:
+    """PEFT then writes the embedding and the head three times: as trained, as saved embeddings and as in the base."""
+    torch.manual_seed(0)
+    base = base_of(tiny_dir)
+    base.resize_token_embeddings(305)
+    model = trained(base, tmp_path, modules_to_save=["embed_tokens", "lm_head"])
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert sum("lm_head" in name for name in names) > 1
+    ours = js.load_model(tmp_path, "float32")
+    assert ours.config.vocab_size == 305
+    tokens = np.array([[304, 7, 301, 9]])
+    np.testing.assert_allclose(ours(tokens), torch_logits(model, tokens), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("revision", ["", "v1.0"])
+def test_the_revision_of_a_base_in_a_directory_means_nothing(
+    pefts: tuple[Path, peft.PeftModel], tmp_path: Path, revision: str, edit_json: Callable[..., None]
+) -> None:
+    directory, model = pefts
+    copied = Path(shutil.copytree(directory, tmp_path / "adapter"))
+    edit_json(copied / "adapter_config.json", revision=revision)
+    np.testing.assert_allclose(
+        js.load_model(copied, "float32")(TOKENS), torch_logits(model, TOKENS), atol=1e-3, rtol=1e-4
+    )
+
+
+def test_an_empty_name_is_not_the_current_directory(
+    pefts: tuple[Path, peft.PeftModel],
+    tiny_dir: Path,
+    tmp_path: Path,
+    edit_json: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tiny_dir)
+    copied = Path(shutil.copytree(pefts[0], tmp_path / "adapter"))
+    edit_json(copied / "adapter_config.json", base_model_name_or_path="")
+    with pytest.raises(js.UserError, match="names no base model"):
+        js.load_model(copied)
+    with pytest.raises(js.UserError, match="The name of the model is empty"):
+        js.load_model("")
+
+
 def without(directory: Path, *words: str) -> bytes:
     """The adapter's file without the tensors that have one of the words in their names."""
     tensors = load_file(directory / "adapter_model.safetensors")

@@ -93,6 +93,24 @@ def test_float8_of_deepseek_and_qwen(copy: Path, block: list[int] | None) -> Non
     assert_transformers_agrees(copy)
 
 
+def test_float8_of_autofp8(copy: Path) -> None:
+    """One factor for all of a weight, by the name `weight_scale`; transformers does not read it."""
+    reference = load_file(copy / WEIGHTS)
+    q_proj = "model.layers.1.self_attn.q_proj.weight"
+
+    def parts(weight: torch.Tensor) -> Stored:
+        whole = float8(weight, *weight.shape)
+        scale = whole["weight_scale_inv"].reshape(1)
+        return {"weight": whole["weight"], "weight_scale": scale, "input_scale": torch.ones(1)}
+
+    quantise(copy, {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}}, parts)
+    stored = load_file(copy / WEIGHTS)
+    ours = np.asarray(named_leaves(js.load_model(copy, "float32").params)[q_proj])
+    scale = stored[q_proj.replace("weight", "weight_scale")]
+    np.testing.assert_array_equal(ours, (stored[q_proj].float() * scale).numpy())
+    np.testing.assert_allclose(ours, reference[q_proj].numpy(), rtol=0.07, atol=0.01)
+
+
 COMPRESSORS = (NaiveQuantizationCompressor, PackedQuantizationCompressor)
 
 
@@ -349,7 +367,7 @@ def test_a_zero_point_that_gptq_cannot_express(tmp_path: Path) -> None:
         ({"quant_method": "hqq"}, r"in the format hqq \(quantization_config\).*use the model that it was made from"),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "NVIDIA's ModelOpt"),
         (["fp8"], "not a table"),
-        ({"quant_method": "fp8"}, r"'fp8' \(quantization_config\).*none of its tensors is quantised"),
+        ({"quant_method": "fp8"}, r"'fp8' \(quantization_config in .*none of its tensors is quantised"),
         ({"bits": 4, "group_size": 32}, "'mlx'.*none of its tensors is quantised"),
         ({"quant_method": "compressed-tensors"}, "its tensors are not stored so"),
         (
@@ -391,6 +409,7 @@ DAMAGES: list[tuple[str, Callable[[torch.Tensor], Stored], Any]] = [
     ("blocks of 48 by 32, which do not divide it", lambda w: float8(w, 32, 32), [48, 32]),
     ("'fp8'.*not stored so", lambda w: float8(w, 32, 32), "128"),
     ("'fp8'.*not stored so", lambda w: {"weight_scale_inv": torch.ones(2, 2)}, [32, 32]),
+    ("as F8_E4M3, without the factors .* 'fp8', which config", lambda w: {"weight": w.to(torch.float8_e4m3fn)}, None),
 ]
 
 

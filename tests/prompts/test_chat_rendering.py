@@ -126,9 +126,16 @@ def test_a_template_that_leaves_out_the_prompt_is_an_error(template: str) -> Non
         chat_text(tokenizer_with(template), "Hi")
 
 
+@pytest.mark.parametrize("kept", ["m.content[:30]", "m.content[0]", "(m.content | trim).split('\\n')[0]"])
+def test_a_template_that_cuts_the_prompt_is_an_error(kept: str) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ " + kept + " }}{% endfor %}"
+    with pytest.raises(js.UserError, match=r"leaves out the text that it is given \('Name three.*'\) or its end"):
+        chat_text(tokenizer_with(template), "Name three kinds of geese.\nThen rank them by size. ")
+
+
 def test_different_prompts_that_are_rendered_alike_are_an_error() -> None:
-    shortens = tokenizer_with("{% for m in messages %}{{ m.content[:90] }}{% endfor %}")
-    prompts = ["Hi", "a" * 90 + "\x1b[31m", "b", "a" * 90 + "!"]
+    shortens = tokenizer_with("{% for m in messages %}{{ m.content[:90] + m.content[-1] }}{% endfor %}")
+    prompts = ["Hi", "a" * 90 + "\x1b[31m!", "b", "a" * 90 + "!"]
     with pytest.raises(js.UserError, match=r"prompt 2 \('a{79}…'\) and prompt 4 \('a{79}…'\)") as error:
         chat_texts(shortens, prompts)
     assert str(error.value).isprintable()

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxscape as js
-from jaxscape.prompts.fields import _MISSING_WORDS, _NUMBER, NAMES, TEXT_NAMES, Prompts
+from jaxscape.prompts.fields import _CHAT_FORMAT, _DASHES, _LABEL, _MISSING_WORDS, NAMES, TEXT_NAMES, Prompts
 from jaxscape.prompts.records import normalised, trimmed
 
 USER = {"role": "user", "content": "Why is the sky blue?"}
@@ -33,7 +33,7 @@ def is_prompt(text: str) -> bool:
         bool(text)
         and trimmed(text) == text
         and text.casefold() not in _MISSING_WORDS
-        and not _NUMBER.fullmatch(text)
+        and not any(pattern.match(text) for pattern in (_LABEL, _DASHES, _CHAT_FORMAT))
         and normalised(text) not in NAMES
     )
 
@@ -258,7 +258,15 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.csv", 'goal\n"a"b\n', "line 2: not valid CSV"),
     ("a.csv", 'goal\n"a\n', "line 2: not valid CSV"),
     ("a.csv", "goal\nNaN\n", "line 2: 'goal' holds 'NaN', which stands for a missing value"),
-    ("a.csv", "question,statement\n1,a\n2,b\n", "All prompts of .* are numbers, '1' is the first"),
+    ("a.csv", "question,statement\n1,a\n2,b\n", "All prompts of .* are numbers or identifiers, '1' is the first"),
+    ("a.csv", "question,text\nQ-01,a\nQ-02,b\n", "All prompts of .* are numbers or identifiers, 'Q-01' is the first"),
+    ("a.csv", "| goal | target |\n| --- | :-: |\n| a | b |\n", "line 2: 'goal' holds '--- ', .* a missing value"),
+    ("a.csv", "Goal,target\na,b\nGoal,target\nc,d\n", "line 3: 'Goal' holds its own name: .* remove this line"),
+    (
+        "a.csv",
+        "text,id\n### Human: a### Assistant: b,1\n",
+        "'text' is in a chat format already .*--prompt-column 'text'",
+    ),
     ("a.csv", "Behavior,ContextString\na,\nb,A text\n", "line 3: the prompt in 'Behavior' goes with 'ContextString'"),
     (
         "a.csv",
@@ -294,7 +302,10 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.json", '{"query": "a", "tags": [{"name": "b"}]}', "entry 1: none of the columns 'name'"),
     ("a.json", '[{"instruction": "a", "input": "b"}]', "entry 1: the prompt in 'instruction' goes with 'input'"),
     ("a.jsonl", '{"system_prompt": "a", "question": "b"}', "'question' goes with 'system_prompt'"),
-    ("a.jsonl", json.dumps({"messages": [ASSISTANT]}), "the chat has no turn of the user"),
+    ("a.jsonl", json.dumps({"messages": [ASSISTANT]}), "the chat has no turn of the user, but only of 'assistant'"),
+    ("a.jsonl", '{"conversations": ["a", "an answer"]}', "line 1: 'conversations' holds a list"),
+    ("a.jsonl", '{"prompt": "<|im_start|>user\\na<|im_end|>"}', "'prompt' is in a chat format already"),
+    ("a.jsonl", '{"text": "<s>[INST] a [/INST] b</s>"}', r"is in a chat format already \('<s>\[INST\]'\)"),
     ("a.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "'messages' holds a list"),
     ("a.jsonl", '{"messages": [{"role": "user", "content": null}]}', "'messages' holds null"),
     ("a.jsonl", '{"turns": []}', "'turns' is blank"),
@@ -311,6 +322,8 @@ def test_what_would_have_to_be_guessed_is_one_sentence(
 
 
 def test_files_that_are_no_files(tmp_path: Path) -> None:
+    with pytest.raises(js.UserError, match=r"^https://example\.com/a\.csv is an address: download the file"):
+        js.load_prompts("https://example.com/a.csv")
     with pytest.raises(js.UserError, match=r"missing\.csv cannot be read"):
         js.load_prompts(tmp_path / "missing.csv")
     (tmp_path / "folder.csv").mkdir()

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ VICUNA = (
 )
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LLAMA2
 TODAY = "{%- set today = strftime_now('%d %B %Y') -%}On {{ today }}: {{ messages[-1]['content'] }}"
+FIXED = datetime(2024, 7, 26, 12).strftime("%c, %j %x %-m")
 DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}"
 DATED += "{{ date_string }}: {{ messages[-1]['content'] }}"
 
@@ -109,6 +111,7 @@ DATED += "{{ date_string }}: {{ messages[-1]['content'] }}"
         (DATED, "default", "26 Jul 2024: Hi"),
         ("{{ strftime_now('%d %B %Y') }}\n{{ messages[-1]['content'] }}", "default", "26 July 2024\nHi"),
         (TODAY, "default", "On 26 July 2024: Hi"),
+        ("{{ strftime_now('%c, %j %x %-m') }}: {{ messages[-1]['content'] }}", "default", f"{FIXED}: Hi"),
         ("", "default", f"{VICUNA} USER: Hi ASSISTANT:"),
         ("", "none", "USER: Hi ASSISTANT:"),
         ("", "Be brief.", "Be brief. USER: Hi ASSISTANT:"),
