@@ -211,9 +211,10 @@ def _check_unread_fields(config: PreTrainedConfig, known_fields: set[str]) -> No
     """Raise a `UserError` if a field that is not in `known_fields` differs from its default, and so may change the
     logits.
 
-    A field that is None, False, zero or empty counts as switched off, so these values are equal to each other.
+    A field that is None, False, zero or empty counts as switched off, so these values are equal to each other. Only
+    `is_causal` is switched on where it is missing.
     """
-    default = type(config)().to_dict()
+    default = type(config)().to_dict() | {"is_causal": True}
     unread = {name: getattr(config, name, None) for name in config.to_dict().keys() - known_fields}
     changed = {name: unread[name] for name in sorted(unread) if (unread[name] or None) != (default.get(name) or None)}
     if changed:

@@ -49,7 +49,7 @@ Options = dict[str, Any]
 """Fields of a transformers configuration, by name."""
 
 # Keys that may have any value, because they do not change what the model computes. Other unknown keys are an error.
-_IRRELEVANT = ("vocab_size", "attention.causal", "rope.scaling.finetuned", "tensor_data_layout")
+_IRRELEVANT = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout")
 
 
 class _Metadata:
@@ -436,6 +436,8 @@ def _config(architecture: Architecture, fields: Fields, tensors: Tensors) -> tup
     }
     options |= architecture.options(metadata, tensors, rope)
     config, transformers_config = _make_configs(architecture, options)
+    if not metadata.get("attention.causal", True):
+        raise UserError("The model's attention is not causal, as in models that embed texts: it cannot answer prompts.")
     if unread := metadata.unread():
         raise UserError(f"The file has options that are not supported: {', '.join(unread)}.")
     if ROPE_DIVISORS not in tensors:

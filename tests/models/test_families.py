@@ -257,6 +257,16 @@ def test_options_that_nobody_computes_are_named(family: str, tmp_path: Path) -> 
             shape_config(str(tmp_path))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_that_is_not_causal_is_refused(family: str, tmp_path: Path) -> None:
+    """transformers lets every token attend to all others where `is_causal` is false, as in models that embed texts."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "is_causal": True}))
+    assert shape_config(str(tmp_path)).num_layers > 1
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "is_causal": False}))
+    with pytest.raises(js.UserError, match="not supported: is_causal=False"):
+        shape_config(str(tmp_path))
+
+
 def test_a_head_of_its_own_is_used_also_where_the_configuration_ties_it(make_model: Any, edit_json: Any) -> None:
     directory, _ = make(make_model, "llama-2")
     edit_json(directory / "config.json", tie_word_embeddings=True)

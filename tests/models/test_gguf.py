@@ -65,6 +65,7 @@ def write_gguf(path: Path, kind: Q = Q.F32, tokenizer: str = "gpt2", pre: str = 
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     adders = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+    adders |= {bool: writer.add_bool}
     for key, value in extra.get("fields", {}).items():
         adders[type(value)](f"llama.{key}", value)
     writer.add_vocab_size(len(tokens))
@@ -439,6 +440,16 @@ def test_sizes_that_are_given_for_each_layer(tmp_path: Path, sizes: list[int], i
         assert fingerprint(js.load_model(path, "float32").params) == fingerprint(js.load_model(plain, "float32").params)
     else:
         with pytest.raises(js.UserError, match=r"layers differ in attention.head_count_kv \(\[2, 4\]\), which is not"):
+            js.load_model(path)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_attention_that_is_not_causal_is_refused(tmp_path: Path, is_causal: bool) -> None:
+    path = write_gguf(tmp_path / "model.gguf", fields={"attention.causal": is_causal})
+    if is_causal:
+        assert js.load_model(path, weights=False).config.num_layers == LAYERS
+    else:
+        with pytest.raises(js.UserError, match="attention is not causal"):
             js.load_model(path)
 
 
