@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.families import from_transformers
 from jaxscape.models.huggingface import HUB_ID, download, load_config
+from jaxscape.models.lora import is_adapter
 from jaxscape.models.weights import CONFIG
 from jaxscape.runtime.errors import UserError
 
@@ -180,7 +181,9 @@ def shape_config(source: str) -> ModelConfig:
     if source in SHAPES:
         return _known_config(source)
     path = Path(source)
-    if path.exists():
+    if source and path.exists():  # as a path, an empty name is the current directory
+        if is_adapter(path) and not (path / CONFIG).exists():
+            raise UserError(f"{source} holds a LoRA adapter, not a whole model: give its base model.")
         return load_config(path / CONFIG if path.is_dir() else path)[1]
     if not HUB_ID.fullmatch(source):
         raise UserError(

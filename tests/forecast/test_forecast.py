@@ -209,7 +209,9 @@ def test_bytes_are_counted_once(eight: Slice, mesh_shape: MeshShape) -> None:
         hlo.loop_traffic(jax.jit(jnp.tanh).lower(x).compile().as_text())
 
 
-def test_known_models_have_the_right_number_of_parameters(tiny_dir: Path, tiny: js.Model, tmp_path: Path) -> None:
+def test_known_models_have_the_right_number_of_parameters(
+    tiny_dir: Path, tiny: js.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     billions = {"llama-2-7b": 6.74, "llama-3-8b": 8.03, "mistral-7b": 7.24, "qwen2.5-7b": 7.6, "qwen3-8b": 8.19}
     billions |= {"llama-3.2-1b": 1.24, "gemma-2-27b": 27.2, "phi-4": 14.7, "smollm3-3b": 3.08, "olmo-2-7b": 7.30}
     for name, expected in billions.items():
@@ -219,8 +221,13 @@ def test_known_models_have_the_right_number_of_parameters(tiny_dir: Path, tiny: 
     found = shape_config(str(tiny_dir))
     assert parameter_shapes(found) == parameter_shapes(tiny.config)
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    monkeypatch.chdir(tiny_dir)
     for source, message in {
         "nothing": "Unknown model 'nothing': give a name",
+        "": "Unknown model '': give a name",
+        str(tmp_path / "adapter"): "holds a LoRA adapter, not a whole model: give its base model",
         str(tmp_path): "architecture is None",
     }.items():
         with pytest.raises(js.UserError, match=message):
