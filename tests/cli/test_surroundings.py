@@ -10,9 +10,17 @@ from helpers import random_landscape
 
 import jaxscape as js
 from jaxscape.cli.options import ModelOptions
+from jaxscape.forecast.chips import LIBTPU_ENVIRONMENT
 from jaxscape.runtime.streams import BROKEN_PIPE
 
 PLATFORM = "JAX_PLATFORMS"
+
+
+@pytest.fixture(autouse=True)
+def _without_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forecasts, in the same process, tell libtpu of a TPU by these variables."""
+    for name in LIBTPU_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
