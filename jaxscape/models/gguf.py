@@ -496,6 +496,11 @@ def _of_all_layers(metadata: _Metadata, key: str, default: Any = None) -> Any:
     value = metadata[key] if default is None else metadata.get(key, default)
     if not isinstance(value, list):
         return value
+    if len(value) != (num_layers := metadata["block_count"]):
+        raise UserError(
+            f"The file gives {key} for {len(value)} layers, but has {num_layers!r:.60}; it is damaged, so download it "
+            f"again."
+        )
     if len(set(value)) != 1:
         raise UserError(f"The file's layers differ in {key} ({value!r:.60}), which is not supported.")
     return value[0]

@@ -193,7 +193,7 @@ def odd_metadata() -> Iterator[Damage]:
 
     sizes = ("embedding_length", "block_count", "feed_forward_length", "head_count", "head_count_kv")
     wrong = [(T.STRING, "4"), (T.INT32, -1), (T.INT64, -(2**63)), (T.UINT32, 0), (T.FLOAT32, 2.0), (T.BOOL, True)]
-    wrong += [listed(T.UINT32, [2]), listed(T.UINT32, []), *((T.UINT64, size) for size in HUGE)]
+    wrong += [listed(T.UINT32, [2, 2]), listed(T.UINT32, []), *((T.UINT64, size) for size in HUGE)]
     for name, value in product((*sizes, "llama__attention__key_length"), wrong):
         if (name, value) != ("llama__attention__key_length", (T.UINT32, 0)):  # 0 counts as no value
             yield change(**{name: value})
