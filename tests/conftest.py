@@ -45,6 +45,8 @@ SLOW_FILES = (
     "test_finetuning_run.py",
     "test_engine.py",
     "test_cli.py",
+    "test_check.py",
+    "test_surroundings.py",
     "test_real_model.py",
     "test_sharding.py",
     "test_notebook.py",

@@ -96,7 +96,7 @@ def adapter_language(path: Path, base: Checkpoint) -> Language:
     ids = tuple(sorted({*ids, *base.eos_token_ids}))
     sources = replace(sources, end_tokens=(*sources.end_tokens, *files))
     if own:
-        note(f"The adapter {path} has a {', '.join(own)} of its own, used instead of the base model's.")
+        note(f"The adapter {path} brings its own {', '.join(own)}, used instead of the base model's.")
     return Language(with_chat_template(tokenizer), ids, sources)
 
 

@@ -174,8 +174,8 @@ def _check_left_over(single: Path, index: Path) -> None:
         return
     if shards:
         raise UserError(
-            f"{single.parent} holds the weights twice, in {single.name} and in the {len(shards)} files that "
-            f"{index.name} names, and one of them is out of date: delete it."
+            f"{single.parent} holds the weights twice, in {single.name} and in the files that {index.name} "
+            f"names, and one of them is out of date: delete it."
         )
 
 

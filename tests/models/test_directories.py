@@ -78,7 +78,7 @@ def test_one_file_comes_before_a_left_over_index(
 
 def test_weights_that_a_directory_holds_twice_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
     directory = with_left_over_index(make_model, tmp_path)
-    fails(directory, rf"holds the weights twice, in {WEIGHTS} and in the \d+ files that {INDEX} names.*: delete it")
+    fails(directory, rf"holds the weights twice, in {WEIGHTS} and in the files that {INDEX} names.*: delete it")
     (directory / WEIGHTS).unlink()
     assert_same_logits(directory, transformers_logits(directory))
 

@@ -331,7 +331,7 @@ def test_an_adapter_with_a_larger_vocabulary(
     assert tokenize(ours, ["Hi"], "default", 1)[0][0] == 300
     tokens = np.array([[300, 7, 301, 9]])
     np.testing.assert_allclose(ours(tokens), torch_logits(model, tokens), atol=1e-3, rtol=1e-4)
-    line = f"The adapter {tmp_path} has a tokenizer, chat template, end tokens (<|im_end|>) of its own"
+    line = f"The adapter {tmp_path} brings its own tokenizer, chat template, end tokens (<|im_end|>)"
     assert line in capsys.readouterr().err
     (tmp_path / "adapter_model.safetensors").write_bytes(without(tmp_path, "embed_tokens", "lm_head"))
     with pytest.raises(js.UserError, match="end token 301, which is not one of its 300 tokens"):
@@ -413,14 +413,14 @@ def test_an_adapters_own_tokenizer_template_and_end_token(
         tokenizer.eos_token = "<s>"
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5]}')
-        ids, line = (1, 2, 5), "has a tokenizer, chat template, end tokens"
+        ids, line = (1, 2, 5), "brings its own tokenizer, chat template, end tokens"
     elif files == "only a template":
         (tmp_path / "chat_template.jinja").write_text(tokenizer.chat_template)
-        ids, line = (2,), "has a chat template of its own"
+        ids, line = (2,), "brings its own chat template,"
     elif files == "only settings":
         settings = {"chat_template": tokenizer.chat_template, "eos_token": {"content": "<s>"}}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-        ids, line = (1, 2), "has a chat template, end tokens (<s>) of its own"
+        ids, line = (1, 2), "brings its own chat template, end tokens (<s>)"
     else:
         tokenizer.chat_template = base_template
         expected, ids, line = chat_text(tokenizer, "Hi"), (2,), ""
@@ -445,7 +445,7 @@ def test_an_adapter_whose_tokenizer_has_no_template_keeps_the_bases(
     template, tokenizer.chat_template = tokenizer.chat_template, None
     tokenizer.save_pretrained(tmp_path)
     assert js.load_model(tmp_path, "float32").tokenizer.chat_template == template
-    assert f"The adapter {tmp_path} has a tokenizer (but no chat template) of its own" in capsys.readouterr().err
+    assert f"The adapter {tmp_path} brings its own tokenizer (but no chat template)" in capsys.readouterr().err
 
 
 def test_an_adapter_whose_base_has_moved(make_model: MakeModel, tmp_path: Path, edit_json: Callable[..., None]) -> None:
