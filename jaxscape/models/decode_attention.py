@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxscape.models.cache import KeysValues
 from jaxscape.runtime.processes import from_first
-from jaxscape.runtime.sharding import partition
+from jaxscape.runtime.sharding import map_shards
 
 BLOCK = 64  # slots that are read at a time
 MIN_QUERIES = 16  # the least number of rows of a matrix product in Triton
@@ -48,12 +48,8 @@ def attention(
     interpret = jax.default_backend() != "gpu"
     run = partial(_device_attention, scale=scale, softcap=softcap, interpret=interpret)
     arrays = (q, visible.astype(jnp.int8), *(array for source in sources for array in source))
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return run(*arrays)
-    axes = [("rows", "kv_heads", "group", None), ("rows", None), *[("rows", "kv_heads", None, None)] * 2 * len(sources)]
-    specs = tuple(partition(mesh, names, x.shape) for names, x in zip(axes, arrays, strict=True))
-    return jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+    axes = [("rows", "kv_heads", "group"), ("rows",), *[("rows", "kv_heads")] * 2 * len(sources)]
+    return map_shards(run, axes, *arrays)
 
 
 def _device_attention(

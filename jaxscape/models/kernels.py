@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxscape.models.config import ModelConfig
 from jaxscape.runtime.processes import from_first
-from jaxscape.runtime.sharding import partition
+from jaxscape.runtime.sharding import map_shards
 
 # The number of lanes of a TPU's vector registers. The kernel's block size and head dimension must be multiples of it.
 LANES = 128
@@ -65,14 +65,7 @@ def attention(q: Queries, k: Keys, v: Keys, is_token: Bool[Array, "batch time"])
         is_token: False for padding; the outputs there are meaningless.
     """
     axes = (("rows", "kv_heads", "group"), ("rows", "kv_heads"), ("rows", "kv_heads"), ("rows",))
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return _device_attention(q, k, v, is_token)
-    specs = tuple(
-        partition(mesh, (*names, *(None,) * (x.ndim - len(names))), x.shape)
-        for names, x in zip(axes, (q, k, v, is_token), strict=True)
-    )
-    return jax.shard_map(_device_attention, in_specs=specs, out_specs=specs[0], check_vma=False)(q, k, v, is_token)
+    return map_shards(_device_attention, axes, q, k, v, is_token)
 
 
 def _device_attention(q: Queries, k: Keys, v: Keys, is_token: Bool[Array, "batch time"]) -> Queries:

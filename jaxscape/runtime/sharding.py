@@ -7,7 +7,7 @@ the number of key-value heads.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -171,3 +171,24 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(mesh, axes, x.shape))
+
+
+def map_shards(function: Callable[..., Array], axes: Sequence[Axes], *arrays: Array) -> Array:
+    """`function(*arrays)`, computed by each device of the mesh for its shards of the arrays.
+
+    XLA cannot split a kernel by itself, so a kernel is called through this function. Outside `on_mesh`, and on one
+    device, the function is called as it is.
+
+    Arguments:
+        function: its result has the shape and the logical axes of the first array.
+        axes: the logical axes of each array; those of the last dimensions may be left out if they are None.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    specs = tuple(
+        partition(mesh, (*names, *(None,) * (x.ndim - len(names))), x.shape)
+        for names, x in zip(axes, arrays, strict=True)
+    )
+    mapped: Array = jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+    return mapped
