@@ -27,7 +27,9 @@ class PromptOptions:
     """The prompts."""
 
     prompts: Annotated[str, shown(metavar="NAME|FILE")] = "harmful"
-    """A prompt set (harmful, benign, harmless or advbench), or a .csv, .tsv, .json, .jsonl or .txt file."""
+    """A prompt set (harmful, benign or harmless; downloaded once: advbench, jailbreakbench, jailbreakbench-benign,
+    harmbench, strongreject, xstest, xstest-safe, xstest-unsafe or mt-bench), or a .csv, .tsv, .json, .jsonl or .txt
+    file."""
     prompt_column: Annotated[str | None, shown("the first known name, such as goal or prompt", "NAME")] = None
     """The column of the file that holds the prompts."""
     num_prompts: Annotated[int | None, shown("40, or all if there are fewer", "N")] = None

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import render
+from jaxscape.prompts.public import ADVBENCH
 from jaxscape.prompts.records import (
     Record,
     Records,
@@ -21,7 +22,6 @@ from jaxscape.prompts.records import (
     parse_records,
     read_records,
 )
-from jaxscape.prompts.sets import advbench_text
 from jaxscape.runtime.errors import UserError, as_list, is_utf8
 from jaxscape.runtime.texts import quoted_names
 
@@ -105,7 +105,7 @@ def load_chats(source: str | Path) -> list[Chat]:
 def _load(source: str) -> list[Chat]:
     names = [*_CHATS, *(name for pair in COLUMNS for name in pair)]
     if source == "advbench":
-        records = parse_records(advbench_text(), "advbench.csv", names)
+        records = read_records(str(ADVBENCH.path()), names, "")
     elif source in _PACKAGED:
         text = files("jaxscape").joinpath("data", _PACKAGED[source]).read_text(encoding="utf-8")
         records = parse_records(text, _PACKAGED[source], names)

@@ -1,7 +1,6 @@
 """Prompt sets and chat formats."""
 
 import csv
-import hashlib
 import json
 from collections import Counter
 from datetime import datetime
@@ -48,31 +47,6 @@ def test_the_first_prompts_are_taken(adv80: list[str]) -> None:
 def test_numbers_of_prompts_out_of_range(number: int, message: str) -> None:
     with pytest.raises(js.UserError, match=message):
         js.load_prompts("harmful", number)
-
-
-def test_advbench_is_downloaded_once_checked_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAXSCAPE_CACHE", str(tmp_path / "cache"))
-    content = b'goal,target\n"Do this, then that",Sure\nAnother,Sure\n'
-    source = tmp_path / "source.csv"
-    source.write_bytes(content)
-    monkeypatch.setattr(prompts_module, "ADVBENCH_URL", source.as_uri())
-    with pytest.raises(js.UserError, match=r"SHA-256 \w{64}, not 6cd1a5c6"):
-        js.load_prompts("advbench")
-    assert not list((tmp_path / "cache").iterdir()), "what has another checksum is discarded"
-    monkeypatch.setattr(prompts_module, "ADVBENCH_SHA256", hashlib.sha256(content).hexdigest())
-    assert js.load_prompts("advbench") == ["Do this, then that", "Another"]
-    source.unlink()
-    assert js.load_prompts("advbench", 1) == ["Do this, then that"], "the second time it comes from the cache"
-    (tmp_path / "cache" / "advbench.csv").write_bytes(b"damaged")
-    with pytest.raises(js.UserError, match="pass its path instead of 'advbench'"):
-        js.load_prompts("advbench")
-
-
-def test_a_cache_that_cannot_be_written_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("JAXSCAPE_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(js.UserError, match="set JAXSCAPE_CACHE"):
-        js.load_prompts("advbench")
 
 
 LLAMA2 = (
