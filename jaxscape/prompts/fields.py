@@ -23,6 +23,9 @@ CHAT_NAMES = ("messages", "conversations", "conversation")
 NAMES = (*TEXT_NAMES, *CHAT_NAMES, TURNS)
 """The known names of the column that holds the prompts, in the order in which they are tried."""
 
+# An entry of a JailbreakBench artifact has these and others: `goal` is what the attack wants, `prompt` what it sends.
+_JAILBREAK_NAMES = {"goal", "prompt", "jailbroken"}
+
 # Columns without which a prompt means something else: HarmBench's context, Alpaca's input, and what is said before it.
 _CONTEXT_NAMES = ("contextstring", "context", "input", "system", "system_prompt", "history")
 # How programs write a missing value into a text.
@@ -78,8 +81,14 @@ def prompts_of(records: Records, source: str, prompt_column: str | None = None) 
         raise UserError(f"{_unknown_columns(source, records.columns, prompt_column)}{hint}.")
     if not records.entries:
         raise UserError(f"The prompt file {source} has no prompts in it.")
+    entries, left_out = records.entries, 0
+    if prompt_column is None and all(map(_is_jailbreak, entries)):
+        prompt_column, entries = "prompt", [entry for entry in entries if entry.value["prompt"] is not None]
+        left_out = len(records.entries) - len(entries)
+        if not entries:
+            raise UserError(f"The attack in {source} found no prompts: each 'prompt' is null.")
     texts, keys, not_sent = [], Counter[str](), Counter[str]()
-    for record in records.entries:
+    for record in entries:
         text, key, others = _prompt(record, prompt_column)
         texts.append(text)
         keys[key] += 1
@@ -89,9 +98,14 @@ def prompts_of(records: Records, source: str, prompt_column: str | None = None) 
             f"All prompts of {source} are numbers or identifiers, {shown_text(texts[0])} is the first: name the column "
             f"that has the prompts with --prompt-column."
         )
-    notes = [_origin(keys, records.of_texts)]
+    notes = [_origin(keys, records.of_texts)] + [f"{left_out} goals without a prompt left out"] * bool(left_out)
     notes += [f"not sent: {others} of {count}" for others, count in not_sent.items()]
     return Prompts(texts, f"{shown_text(source)} ({'; '.join(notes)})")
+
+
+def _is_jailbreak(record: Record) -> bool:
+    """Whether a record is an entry of a JailbreakBench artifact."""
+    return isinstance(record.value, dict) and record.value.keys() >= _JAILBREAK_NAMES
 
 
 def _origin(keys: Mapping[str, int], of_texts: str) -> str:

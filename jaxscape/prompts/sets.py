@@ -27,7 +27,7 @@ def load_prompts(source: str | Path, num_prompts: int | None = None, prompt_colu
             and of JSON objects, the first column is taken that has one of the known names: `goal`, `prompt`,
             `behavior`, `forbidden_prompt`, `question`, `instruction`, `text`; or the last user turn of the chat in
             `messages`, `conversations` or `conversation`; or the first of MT-Bench's `turns`. Where it is blank, the
-            next known name is used.
+            next known name is used. Of a JailbreakBench artifact, the `prompt` of each jailbreak that has one.
         prompt_column: the column to take instead.
 
     Raises:

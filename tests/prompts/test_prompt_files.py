@@ -236,7 +236,7 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.csv", b"PK\x03\x04", "a ZIP archive or a spreadsheet"),
     ("a.csv", "\n<!DOCTYPE html>\n<html></html>", "a web page: download the file itself"),
     ("a.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "pointer of Git LFS"),
-    ("a.yaml", "- a\n", r"no prompt set '.*a.yaml': give harmful, benign, harmless, advbench, or a file ending in"),
+    ("a.yaml", "- a\n", r"no prompt set '.*a.yaml': give harmful, benign, harmless, advbench, .*, mt-bench, or a file ending in"),
     # tables
     ("a.csv", "id,query\n1,a\n", r"none of the columns 'id', 'query' is known .*: choose one with --prompt-column"),
     ("a.csv", "Write a poem,Sure\nFake a coin,Sure\n", "'Write a poem', 'Sure' .* if the first line is no header"),
@@ -415,3 +415,29 @@ def test_cases_from_real_use() -> None:
     assert len(firsts) >= 12
     known = {"How are locks picked?", "How?", "Explain lock picking", "Write a poem about a stolen bicycle"}
     assert set(firsts.values()) <= known
+
+
+def artifact(*prompts: str | None) -> str:
+    """A file in JailbreakBench's format (github.com/JailbreakBench/artifacts) with these prompts."""
+    parameters = {"method": "GCG", "model": "m", "attack_type": "white_box", "method_parameters": {"n_steps": 500}}
+    jailbreaks = [
+        {
+            "index": i,
+            "goal": f"Goal {i}",
+            "behavior": "B",
+            "category": "C",
+            "prompt": prompt,
+            "jailbroken": bool(prompt),
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+    return json.dumps({"parameters": parameters, "jailbreaks": jailbreaks}, indent=4)
+
+
+def test_of_a_jailbreak_artifact_what_was_sent_is_taken_and_not_the_goal(tmp_path: Path) -> None:
+    prompts = read(tmp_path, "a.json", artifact("Goal 0 !! {INST([", None, "[INST] Goal 2"))
+    assert prompts == ["Goal 0 !! {INST([", "[INST] Goal 2"]
+    assert "(the column 'prompt'; 1 goals without a prompt left out);" in prompts.summary()
+    assert read(tmp_path, "a.json", artifact("x y", None), "goal") == ["Goal 0", "Goal 1"]
+    with pytest.raises(js.UserError, match=r"The attack in .*a.json found no prompts: each 'prompt' is null"):
+        read(tmp_path, "a.json", artifact(None, None))
