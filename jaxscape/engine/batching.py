@@ -1,5 +1,6 @@
 """The work that the engine is given: prompts as token ids, and at how many points they are answered."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,3 +99,13 @@ def common_prefix(prompt_tokens: Sequence[Sequence[int]]) -> int:
 def padded_length(length: int) -> int:
     """The length rounded up to a multiple of `LENGTH_MULTIPLE`."""
     return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+def bucket(length: int) -> int:
+    """The width in tokens to which texts are padded whose longest has `length` tokens.
+
+    It is the smallest of 32, 48, 64, 96, 128, 192, … that is not less than `length`. Programs are compiled once for
+    each width, so there should be few widths; with two for each doubling, little of a batch is padding.
+    """
+    power = 2 ** max(5, math.ceil(math.log2(length)))
+    return power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power

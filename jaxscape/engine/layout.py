@@ -97,11 +97,12 @@ def pack(
     texts = [tokens[prefix:] for tokens in workload.prompt_tokens]
     starts = range(0, len(texts), prompts_per_group)
     groups = [range(i, min(i + prompts_per_group, len(texts))) for i in starts]
+    own_lengths = [[len(texts[prompt]) for prompt in group] for group in groups]
     multiple = point_devices // math.gcd(point_devices, groups_per_insert)
     # Of several line widths, take the one with the least padding.
     narrowest = padded_length(max(map(len, texts)))
     widths = range(narrowest, narrowest + 8 * LENGTH_MULTIPLE, LENGTH_MULTIPLE)
-    counts = [max(max(_assign_lines(texts, group, width)) + 1 for group in groups) for width in widths]
+    counts = [max(max(assign_lines(own, width)) + 1 for own in own_lengths) for width in widths]
     shapes = [(-(-count // multiple) * multiple, width) for count, width in zip(counts, widths, strict=True)]
     num_lines, width = min(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
     tokens, segments = (np.zeros((len(groups), num_lines, width), np.int32) for _ in range(2))
@@ -109,7 +110,7 @@ def pack(
     first, lengths, prompt_lengths, ids = (np.zeros((len(groups), prompts_per_group), np.int32) for _ in range(4))
     for g, group in enumerate(groups):
         filled = np.zeros(num_lines, int)
-        for r, (prompt, line) in enumerate(zip(group, _assign_lines(texts, group, width), strict=True)):
+        for r, (prompt, line) in enumerate(zip(group, assign_lines(own_lengths[g], width), strict=True)):
             text, begin = texts[prompt], filled[line]
             span = (g, line, slice(begin, begin + len(text)))
             tokens[span], positions[span], segments[span] = text, prefix + np.arange(len(text)), r
@@ -120,15 +121,25 @@ def pack(
     return prefix_tokens, Groups(tokens, positions, segments, first, lengths, prompt_lengths, ids)
 
 
-def _assign_lines(texts: Sequence[Sequence[int]], group: Sequence[int], width: int) -> list[int]:
-    """The index of the line that takes each text of a group: first fit, the longest texts first."""
+def assign_lines(lengths: Sequence[int], narrowest: int) -> list[int]:
+    """The index of the line that takes each text: first fit, the longest texts first.
+
+    Arguments:
+        lengths: the number of tokens of each text.
+        narrowest: the width of lines, see `line_width`.
+    """
     free: list[int] = []
-    chosen = {}
-    for number in sorted(group, key=lambda number: -len(texts[number])):
-        size = len(texts[number])
+    chosen = [0] * len(lengths)
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        size = lengths[number]
         line = next((i for i, room in enumerate(free) if room >= size), len(free))
         if line == len(free):
-            free.append(width)
+            free.append(line_width(size, narrowest))
         free[line] -= size
         chosen[number] = line
-    return [chosen[number] for number in group]
+    return chosen
+
+
+def line_width(longest: int, narrowest: int) -> int:
+    """The width of a line whose longest text has `longest` tokens: `narrowest`, or the next power of two."""
+    return narrowest if longest <= narrowest else 2 ** (longest - 1).bit_length()

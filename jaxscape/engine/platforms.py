@@ -20,15 +20,18 @@ class Platform:
         fuses_projections: whether decoding is faster with fused projections, see `jaxscape.models.fusion`. On several
             devices along the mesh axis `model` they are never fused, because a fused matrix is sharded as one, and its
             parts would be exchanged.
+        prefill_tokens: number of tokens in a full batch of `jaxscape.engine.prefill`, for each device along the mesh
+            axis `points`: enough for large products to reach their full speed.
     """
 
     order: CacheOrder
     order_without_kernel: CacheOrder
     fuses_projections: bool = False
+    prefill_tokens: int = 8192
 
 
 PLATFORMS = {
-    "cpu": Platform(CPU_ORDER, CPU_ORDER),
+    "cpu": Platform(CPU_ORDER, CPU_ORDER, prefill_tokens=1024),
     "gpu": Platform(GPU_ORDER, GPU_ORDER_WITHOUT_KERNEL, fuses_projections=True),
     "tpu": Platform(TPU_ORDER, TPU_ORDER),
 }

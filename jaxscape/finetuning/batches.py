@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from jaxscape.engine.batching import bucket
 from jaxscape.finetuning.chats import Example
 from jaxscape.finetuning.options import STEP_DECAY, Training
 from jaxscape.runtime.errors import UserError
@@ -72,16 +73,6 @@ def epoch_batches(lengths: Sequence[int], training: Training, epoch: int) -> lis
     ).astype(int)
     batches = np.split(order, range(size, len(order), size))
     return [batches[i].tolist() for i in rng.permutation(len(batches))]
-
-
-def bucket(length: int) -> int:
-    """The width in tokens to which a batch is padded whose longest chat has `length` tokens.
-
-    It is the smallest of 32, 48, 64, 96, 128, 192, … that is not less than `length`. Programs are compiled once for
-    each width, so there should be few widths; with two for each doubling, little of a batch is padding.
-    """
-    power = 2 ** max(5, math.ceil(math.log2(length)))
-    return power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
 
 
 def learning_rates(training: Training, steps_per_epoch: int) -> Float[np.ndarray, " steps"]:

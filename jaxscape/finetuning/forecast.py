@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxscape.finetuning.batches import Batch, bucket
+from jaxscape.engine.batching import bucket
+from jaxscape.finetuning.batches import Batch
 from jaxscape.finetuning.training import Settings, State, check_batch, optimizer, state_shardings, train_step
 from jaxscape.forecast import hlo
 from jaxscape.forecast.chips import Slice, bytes_per_chip, chip_for_dtype, shape_on
@@ -33,7 +34,7 @@ def finetune_step(
 
     Arguments:
         batch_size: number of chats in a step.
-        length: number of tokens of each chat. Chats are padded to `jaxscape.finetuning.batches.bucket(length)`.
+        length: number of tokens of each chat. Chats are padded to `jaxscape.engine.batching.bucket(length)`.
         remat: recompute activations in the backward pass instead of keeping them.
         mesh_shape: by default the weights are sharded over the fewest chips that can hold them.
         dtype: the dtype of the forward and backward passes.

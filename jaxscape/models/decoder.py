@@ -453,7 +453,8 @@ def _visible(
         visible &= context.segments[:, :, None] == context.segments[:, None, :]
     if context.prefix is not None:
         prefix_positions = _repeat_rows(context.prefix.positions, 0, len(positions))
-        prefix_visible = jnp.broadcast_to(in_window(prefix_positions), (*positions.shape, prefix_positions.shape[1]))
+        prefix_visible = (prefix_positions[:, None] >= 0) & in_window(prefix_positions)
+        prefix_visible = jnp.broadcast_to(prefix_visible, (*positions.shape, prefix_positions.shape[1]))
         visible = jnp.concatenate([prefix_visible, visible], axis=-1)
     return visible
 

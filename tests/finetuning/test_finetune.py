@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxscape as js
-from jaxscape.finetuning.batches import bucket, epoch_batches, hold_out, learning_rates
+from jaxscape.engine.batching import bucket
+from jaxscape.finetuning.batches import epoch_batches, hold_out, learning_rates
 from jaxscape.finetuning.chats import tokenize
 from jaxscape.finetuning.training import train_step
 from jaxscape.models.config import LayerKind

@@ -9,7 +9,7 @@ import transformers
 from helpers import losses, torch_losses, with_peft
 
 import jaxscape as js
-from jaxscape.finetuning.batches import bucket
+from jaxscape.engine.batching import bucket
 from jaxscape.finetuning.chats import tokenize
 
 pytestmark = pytest.mark.real
