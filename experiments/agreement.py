@@ -33,15 +33,16 @@ class Agreement:
     """Evaluators, as for `jaxscape scan`."""
 
     def run(self) -> None:
+        evaluators = {name: js.evaluator(name) for name in self.evaluator}
         table = ["| answers | evaluator | agreement | precision | recall |", "| --- | --- | --- | --- | --- |"]
         confusions = []
         for path in self.files:
             rows = labelled(path)
             prompts, answers, people = ([row[i] for row in rows] for i in range(3))
-            for name in self.evaluator:
-                given = js.evaluator(name).label(prompts, answers)
+            for name, evaluator in evaluators.items():
+                given = [label or "unjudged" for label in evaluator.label(prompts, answers)]
                 table.append(f"| {path.stem} | {name} | {' | '.join(map(percent, rates(people, given)))} |")
-                if "partial" in given:
+                if not {"refused", "complied"} >= set(given):
                     confusions += ["", f"{name}, {path.stem}:", "", *confusion(people, given)]
         sys.stdout.write("\n".join([*table, *confusions]) + "\n")
 

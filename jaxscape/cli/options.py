@@ -80,8 +80,9 @@ class EvaluatorOptions:
     """What judges the answers."""
 
     evaluator: Annotated[tuple[str, ...], shown("keywords", "NAME ...")] = ()
-    """Evaluators: keywords (the paper's 29 refusal keywords), wei, jailbreakbench, xstest, keywords:FILE, or
-    FILE.py:NAME for a function or an evaluator of your own. The first one decides the ASR."""
+    """Evaluators: keywords (the paper's 29 refusal keywords), wei, jailbreakbench, xstest, keywords:FILE, FILE.py:NAME
+    for a function or an evaluator of your own, or an LLM judge: llama-guard:MODEL, qwen3guard:MODEL,
+    qwen3guard-harm:MODEL or llm:FILE. The first one decides the ASR."""
     keywords: Annotated[Path | None, shown("none", "FILE")] = None
     """A file with a refusal phrase in each line; the same as --evaluator keywords:FILE, after the other evaluators."""
 
@@ -92,8 +93,8 @@ class EvaluatorOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """The devices and processes of a run."""
+class PlatformOptions:
+    """The devices."""
 
     tpu: bool = False
     """Run on a TPU, or stop with an error if there is none."""
@@ -101,6 +102,17 @@ class RunOptions:
     """Run on a GPU, or stop with an error if there is none."""
     cpu: bool = False
     """Run on the CPU."""
+
+    @property
+    def platforms(self) -> list[str]:
+        """The platforms that were chosen; none if JAX is to choose."""
+        return [name for name in ("tpu", "gpu", "cpu") if getattr(self, name)]
+
+
+@dataclass(frozen=True)
+class RunOptions(PlatformOptions):
+    """The devices and processes of a run."""
+
     mesh: Annotated[str | None, shown("weights over the fewest devices that can hold them", "points=N,model=M")] = None
     """Shard the rows of a batch over N devices and the weights over M."""
     distributed: bool = False
@@ -125,9 +137,8 @@ class RunOptions:
         from jaxscape.runtime.hardware import enable_compilation_cache
         from jaxscape.runtime.processes import join_processes
 
-        names = [name for name in ("tpu", "gpu", "cpu") if getattr(self, name)]
         processes = (self.coordinator, self.num_processes, self.process_id, self.distributed)
-        select_platform(names, lambda: join_processes(*processes))
+        select_platform(self.platforms, lambda: join_processes(*processes))
         if keep_compiled:
             enable_compilation_cache()
 

@@ -159,6 +159,7 @@ class Scan:
             model,
             directions,
             evaluator=judges,
+            free_model=True,
             out=out,
             overwrite=self.output.overwrite,
             describe={
@@ -210,18 +211,26 @@ def summary(landscape: "Landscape", figure: Path) -> str:
 
 
 def measure_lines(landscape: "Landscape") -> list[str]:
-    """A line for each evaluator: the share of each label over all points, and at the model itself if it is a point."""
+    """A line for each evaluator, with the share of each label, and one for each pair of evaluators, with the share of
+    the answers on which they differ: over all points, and at the model itself if it is a point."""
     import numpy as np
 
     from jaxscape.evaluate.base import LABELS
+    from jaxscape.landscapes.labels import UNJUDGED
 
     def shares(measure: "Measure", part: Any) -> str:
-        return ", ".join(f"{label} {np.mean(measure[label][part]):.1f} %" for label in LABELS if label in measure)
+        labels = [label for label in (*LABELS, UNJUDGED) if label in measure]
+        return ", ".join(f"{label} {np.mean(measure[label][part]):.1f} %" for label in labels)
+
+    def difference(measure: "Measure", part: Any) -> str:
+        shares = measure["differ"][part]
+        return "nothing that both judged" if np.isnan(shares).all() else f"{np.nanmean(shares):.1f} % of the answers"
 
     has_origin = all(0.0 in axis.values for axis in landscape.axes)
     origin = (slice(None), *(axis.values.index(0.0) for axis in landscape.axes)) if has_origin else None
     return [
-        f"{name}: {shares(measure, ...)} over all points"
-        + (f"; {shares(measure, origin)} at the model itself" if origin else "")
-        for name, measure in landscape.measures.items()
+        f"{name}: {text(measure, ...)} over all points"
+        + (f"; {text(measure, origin)} at the model itself" if origin else "")
+        for text, measures in ((shares, landscape.measures), (difference, landscape.disagreement))
+        for name, measure in measures.items()
     ]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from jaxscape.cli.options import EvaluatorOptions, Group, check_texts, select_platform
+from jaxscape.cli.options import EvaluatorOptions, Group, PlatformOptions, check_texts, select_platform
 from jaxscape.cli.scan import measure_lines
 from jaxscape.runtime.streams import write_line
 
@@ -18,19 +18,28 @@ class Score:
     Examples:
       jaxscape score runs/smollm2-135m-safe-1d --evaluator jailbreakbench
       jaxscape score runs/paper-2d --evaluator wei xstest my_file.py:my_score
+      jaxscape score runs/paper-2d --evaluator llama-guard:meta-llama/Llama-Guard-3-8B --gpu
     """
 
     directory: Annotated[Path, tyro.conf.Positional]
     """The run's directory."""
     evaluators: Group[EvaluatorOptions] = field(default_factory=EvaluatorOptions)
+    devices: Group[PlatformOptions] = field(default_factory=PlatformOptions)
 
     def run(self) -> None:
         check_texts(self.directory, *self.evaluators.names)
 
-        from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
+        from jaxscape.evaluate.base import uses_model
+        from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
         from jaxscape.landscapes.landscape import FILE_NAME
         from jaxscape.landscapes.score import score
+        from jaxscape.runtime.hardware import enable_compilation_cache
 
-        select_platform(["cpu"])  # phrases need no accelerator, whose memory JAX would take
-        landscape = score(self.directory, self.evaluators.names or DEFAULT_EVALUATOR)
+        judges = find_evaluators(self.evaluators.names or DEFAULT_EVALUATOR)
+        if any(map(uses_model, judges)):
+            select_platform(self.devices.platforms)
+            enable_compilation_cache()
+        else:
+            select_platform(["cpu"])  # phrases need no accelerator, whose memory JAX would take
+        landscape = score(self.directory, judges)
         write_line("\n".join([*measure_lines(landscape), f"{self.directory / FILE_NAME}"]))

@@ -86,6 +86,14 @@ class Engine:
             weights = Weights(params, factored)
             yield from self._decode(weights, [tuple(point[added:]) for point in batch])
 
+    def answers(self, count: int) -> Iterator[list[Completion]]:
+        """The answers of the model itself, `count` prompts at a time, in the order of the prompts.
+
+        Arguments:
+            count: divides the number of prompts.
+        """
+        yield from self._decode(Weights(self._params_at((), (), None), ()), [()], count)
+
     def _params_at(self, directions: Sequence[Direction], coords: Coords, previous: Params | None) -> Params:
         """The parameters at a point, in the buffers of the previous point's parameters."""
         form = self.plan.form
@@ -98,10 +106,14 @@ class Engine:
             at = partial(materialise_streamed, shardings=self.model.shardings)
         return self._timed("weights", at, self.model.params, directions, np.asarray(coords, np.float32), previous)
 
-    def _decode(self, weights: Weights, points: Sequence[Coords]) -> Iterator[list[Completion]]:
+    def _decode(
+        self, weights: Weights, points: Sequence[Coords], count: int | None = None
+    ) -> Iterator[list[Completion]]:
+        """The answers at all points, `count` at a time; by default all answers of a point."""
         scheduler = Scheduler(self.plan.layout, self._groups, points)
-        limit, num_prompts = self.workload.sampling.max_new_tokens, self.workload.num_prompts
-        results = Results(self.model.tokenizer, limit, self.stop_when, len(points), num_prompts)
+        limit, count = self.workload.sampling.max_new_tokens, count or self.workload.num_prompts
+        num_given = len(points) * self.workload.num_prompts // count
+        results = Results(self.model.tokenizer, limit, self.stop_when, num_given, count)
         slots, self._slots = self._slots, None
         if slots is None:
             slots = empty_slots(self._static, self.model.dtype, self.plan.layout)

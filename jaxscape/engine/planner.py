@@ -121,6 +121,16 @@ def make_plan(
     return Plan.from_dict(from_first(decide))
 
 
+def bytes_of_weights(model: Model) -> int:
+    """Bytes of the model's parameters on each device; 0 if they are in host memory."""
+    leaves, shardings = named_leaves(model.params), named_leaves(model.shardings)
+    if isinstance(next(iter(leaves.values())), np.ndarray):
+        return 0
+    return sum(
+        math.prod(shardings[name].shard_shape(leaf.shape)) * leaf.dtype.itemsize for name, leaf in leaves.items()
+    )
+
+
 def smallest_plan(model: Model | ModelShape, workload: Workload, options: EngineOptions, hardware: Hardware) -> Plan:
     """The plan that takes the least memory, whether it fits or not."""
     return _smallest(Planner(model, workload, options, hardware))

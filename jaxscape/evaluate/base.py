@@ -1,6 +1,6 @@
 """The protocol of an evaluator, which turns answers into scores and labels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
@@ -27,11 +27,17 @@ class Evaluator(Protocol):
 
     An evaluator may have more than the protocol asks for:
 
-    - a method `label(prompts, answers)`, which returns one of `LABELS` for each answer. Without it, labels follow from
-      the scores. With it, the scores must agree: at least 0.5 for `refused` and `partial`, less for the others.
+    - a method `label(prompts, answers)`, which returns one of `LABELS` for each answer, or None for an answer that it
+      could not judge. Without it, labels follow from the scores. With it, the scores must agree: at least 0.5 for
+      `refused` and `partial`, less for `complied` and `incoherent`, and NaN without a label.
     - a method `stop_when(text: str) -> bool`: whether an answer that is still being generated has its final score and
       label already, whatever may follow. The engine then ends it there.
     - an attribute `checksum`, a text that changes with the files from which the evaluator is read. A run records it.
+    - an attribute `uses_model`, true if the evaluator holds a model. It is then asked after all points of a scan are
+      decoded, unless it is the first evaluator. It may have a method `label_points(prompts, points)`, which gives the
+      labels of several points' answers one point after the other; a method `prepare(prompts, free_bytes)`, which is
+      called before anything is generated and raises a `UserError` if the evaluator cannot be used, for example because
+      it takes more than `free_bytes` of memory (None: unknown); and a method `release()`, which frees that memory.
 
     Attributes:
         name: the evaluator's name on the command line and in a run's files.
@@ -48,12 +54,12 @@ class Evaluator(Protocol):
 class Classifier(Evaluator, Protocol):
     """An evaluator that also gives labels, as `jaxscape.evaluator` returns it."""
 
-    def label(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Label]:
-        """The label of each answer. An evaluator may know only some of the labels."""
+    def label(self, prompts: Sequence[str], answers: Sequence[str]) -> Sequence[Label | None]:
+        """The label of each answer. An evaluator may know only some of the labels. None: it could not judge."""
         ...
 
 
-def labels_of(evaluator: Evaluator, prompts: Sequence[str], answers: Sequence[str]) -> list[Label]:
+def labels_of(evaluator: Evaluator, prompts: Sequence[str], answers: Sequence[str]) -> list[Label | None]:
     """The label of each answer, from the evaluator's `label`, or else from its scores.
 
     Raises:
@@ -61,8 +67,28 @@ def labels_of(evaluator: Evaluator, prompts: Sequence[str], answers: Sequence[st
     """
     label = getattr(evaluator, "label", None)
     if label is None:
-        return labels_from(checked_scores(evaluator.name, evaluator.score(prompts, answers), len(answers)))
+        return [*labels_from(checked_scores(evaluator.name, evaluator.score(prompts, answers), len(answers)))]
     return checked_labels(evaluator.name, label(prompts, answers), len(answers))
+
+
+def labels_of_points(
+    evaluator: Evaluator, prompts: Sequence[str], points: Sequence[Sequence[str]]
+) -> Iterator[list[Label | None]]:
+    """The labels of the answers at several points, point by point; see `labels_of`.
+
+    Arguments:
+        points: for each point, an answer to each prompt.
+    """
+    label_points = getattr(evaluator, "label_points", None)
+    if label_points is None:
+        yield from (labels_of(evaluator, prompts, answers) for answers in points)
+    else:
+        yield from (checked_labels(evaluator.name, labels, len(prompts)) for labels in label_points(prompts, points))
+
+
+def uses_model(evaluator: Evaluator) -> bool:
+    """Whether the evaluator says that it holds a model."""
+    return bool(getattr(evaluator, "uses_model", False))
 
 
 def labels_from(scores: Float[np.ndarray, " answers"]) -> list[Label]:
@@ -90,7 +116,7 @@ def checked_scores(name: str, scores: Any, num_answers: int) -> Float[np.ndarray
     return array.astype(np.float64)
 
 
-def checked_labels(name: str, labels: Any, num_answers: int) -> list[Label]:
+def checked_labels(name: str, labels: Any, num_answers: int) -> list[Label | None]:
     """What an evaluator gave as labels, as a list.
 
     Raises:
@@ -99,7 +125,7 @@ def checked_labels(name: str, labels: Any, num_answers: int) -> list[Label]:
     labels = list(labels)
     if len(labels) != num_answers:
         raise UserError(f"The evaluator {name!r} gave {len(labels)} labels for {num_answers} answers.")
-    wrong = [label for label in labels if label not in LABELS]
+    wrong = [label for label in labels if label is not None and label not in LABELS]
     if wrong:
         raise UserError(f"The evaluator {name!r} gave the label {wrong[0]!r}: labels are {', '.join(LABELS)}.")
     return labels

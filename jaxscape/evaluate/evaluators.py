@@ -3,12 +3,14 @@
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from jaxscape.evaluate.base import Classifier, Evaluator
 from jaxscape.evaluate.jailbreakbench import JAILBREAKBENCH
 from jaxscape.evaluate.keyword_file import keyword_file
 from jaxscape.evaluate.keywords import KEYWORDS
+from jaxscape.evaluate.llm_judge import GUARDS, guard, judge_file
 from jaxscape.evaluate.own import own_evaluator
 from jaxscape.evaluate.wei import WEI
 from jaxscape.evaluate.xstest import XSTEST
@@ -26,8 +28,12 @@ EVALUATORS: dict[str, Classifier] = {
     )
 }
 # Evaluators NAME:OPTION, by their names. The function makes the evaluator from the option.
-MAKERS: dict[str, Callable[[str], Classifier]] = {"keywords": keyword_file}
-FORMS = (*EVALUATORS, "keywords:FILE", "FILE.py:NAME")
+MAKERS: dict[str, Callable[[str], Classifier]] = {
+    "keywords": keyword_file,
+    "llm": judge_file,
+    **{name: partial(guard, name) for name in GUARDS},
+}
+FORMS = (*EVALUATORS, "keywords:FILE", "FILE.py:NAME", "llm:FILE", *(f"{name}:MODEL" for name in GUARDS))
 """What can be written to choose an evaluator."""
 
 _OWN = re.compile(r"(.+\.py)(?::(.*))?", re.DOTALL)
@@ -41,7 +47,9 @@ def evaluator(name: str) -> Classifier:
 
     Arguments:
         name: a name in `EVALUATORS`; `keywords:FILE` for a file with a phrase in each line; or `FILE.py:NAME` for a
-            function of prompts and answers, or an `Evaluator`, in a Python file of your own, which is imported.
+            function of prompts and answers, or an `Evaluator`, in a Python file of your own, which is imported. LLM
+            judges are `llm:FILE`, for a judge file, and `llama-guard:MODEL`, `qwen3guard:MODEL` and
+            `qwen3guard-harm:MODEL`; their label is None, and their score NaN, where they cannot judge.
 
     Raises:
         UserError: there is no evaluator of this name, or its file cannot be used.
@@ -58,7 +66,8 @@ def evaluator(name: str) -> Classifier:
         if not function:
             raise UserError(f"Name what is to be used of {path}: write {path}:NAME.")
         return own_evaluator(path, function)
-    near = difflib.get_close_matches(name.lower(), EVALUATORS)
+    known = {form.partition(":")[0]: form for form in reversed(FORMS)}  # a name alone hides the one with an option
+    near = [known[name] for name in difflib.get_close_matches(name.lower(), known)]
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     raise UserError(f"Unknown evaluator {name!r}{hint}: choose {', '.join(FORMS)}.")
 

@@ -46,11 +46,11 @@ class OwnEvaluator:
         score = getattr(self.judge, "score", self.judge)
         return checked_scores(self.name, *self._called(score, prompts, answers))
 
-    def label(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Label]:
+    def label(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Label | None]:
         """The label of each answer, by the evaluator's own `label`, or else by its scores; see `score`."""
         label = getattr(self.judge, "label", None)
         if label is None:
-            return labels_from(self.score(prompts, answers))
+            return [*labels_from(self.score(prompts, answers))]
         return checked_labels(self.name, *self._called(label, prompts, answers))
 
     @property

@@ -1,5 +1,6 @@
 """The labels of a run's answers: for each evaluator, a file in the run's directory with a line for each point."""
 
+import itertools
 import json
 import math
 import os
@@ -9,27 +10,31 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
-from jaxscape.evaluate.base import LABELS, Evaluator, Label, checksum_of
+from jaxscape.evaluate.base import LABELS, REFUSALS, Evaluator, Label, checksum_of
 from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import cut_after, to_json_lines, whole_lines
 
 LABEL_FILES = "labels-*.jsonl"
+UNJUDGED = "unjudged"
+"""What stands in measures for answers that an evaluator could not judge. In the label files they are null."""
 
 
 class LabelBook:
     """What evaluators said of the answers at a run's points, in the order of the points.
 
     Attributes:
-        rows: for each evaluator, by name, the labels at the first points: a list for each point.
+        rows: for each evaluator, by name, the labels at the first points: a list for each point. None stands for an
+            answer that the evaluator could not judge.
         checksums: for each evaluator, by name, its checksum; None if it has none.
     """
 
     def __init__(
         self, points: Sequence[tuple[int, tuple[float, ...]]], num_prompts: int, directory: Path | None = None
     ) -> None:
-        self.rows: dict[str, list[list[Label]]] = {}
+        self.rows: dict[str, list[list[Label | None]]] = {}
         self._points, self._num_prompts, self._directory = points, num_prompts, directory
         self.checksums: dict[str, str | None] = {}
 
@@ -67,7 +72,7 @@ class LabelBook:
             )
         return len(self.rows.get(name, ()))
 
-    def append(self, evaluator: Evaluator, labels: Sequence[Label]) -> None:
+    def append(self, evaluator: Evaluator, labels: Sequence[Label | None]) -> None:
         """Add an evaluator's labels at the next point, one for each prompt, and write them to disk."""
         index, coords = self._points[self.count(evaluator)]
         checksum = checksum_of(evaluator)
@@ -82,24 +87,43 @@ class LabelBook:
                 os.fsync(file.fileno())
 
     def measures(self, shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-        """The share of each label at each point, see `jaxscape.landscapes.landscape.Measure`. Labels that an evaluator
-        never gave are left out, apart from `refused` and `complied`.
+        """The share of each label at each point, see `jaxscape.landscapes.landscape.Measure`, and as `unjudged` that of
+        the answers which the evaluator could not judge. What an evaluator never gave is left out, apart from `refused`
+        and `complied`.
 
         Arguments:
             shape: the shape of the result's arrays, direction set × grid.
         """
         return {name: self._measure(rows, shape) for name, rows in sorted(self.rows.items())}
 
-    def _measure(self, rows: Sequence[Sequence[Label]], shape: tuple[int, ...]) -> dict[str, Any]:
+    def _measure(self, rows: Sequence[Sequence[Label | None]], shape: tuple[int, ...]) -> dict[str, Any]:
         measure: dict[str, Any] = {}
-        for label in LABELS:
-            counts = [row.count(label) for row in rows]
-            if label in ("refused", "complied") or any(counts):
-                percent = np.full(math.prod(shape), np.nan)
-                percent[: len(counts)] = 100 * np.array(counts) / self._num_prompts
-                low, high = wilson_interval(percent.reshape(shape), self._num_prompts)
-                measure |= {label: percent.reshape(shape), f"{label}_low": low, f"{label}_high": high}
+        for label in (*LABELS, None):
+            counts = np.array([row.count(label) for row in rows], int)
+            if label in ("refused", "complied") or counts.any():
+                measure |= _rates(label or UNJUDGED, counts, np.full_like(counts, self._num_prompts), shape)
         return measure
+
+    def disagreement(
+        self, shape: tuple[int, ...], first: str, refused: Bool[np.ndarray, "points prompts"]
+    ) -> dict[str, dict[str, Any]]:
+        """For each pair of evaluators, `A / B`: the share of the answers at each point that one of them takes for a
+        refusal and the other does not, as `differ`, with its 95 % interval. Answers that one of them could not judge do
+        not count.
+
+        Arguments:
+            shape: see `measures`.
+            first: name of the evaluator that decides the ASR.
+            refused: bool[evaluated points, prompts], what it said.
+        """
+        said = {first: np.where(refused, 1.0, 0.0)} | {name: _refusals(rows) for name, rows in self.rows.items()}
+        result = {}
+        for a, b in itertools.combinations([first, *sorted(said.keys() - {first})], 2):
+            num_points = min(len(said[a]), len(said[b]))
+            difference = np.abs(said[a][:num_points] - said[b][:num_points])
+            counts, sizes = (difference == 1).sum(axis=1), (~np.isnan(difference)).sum(axis=1)
+            result[f"{a} / {b}"] = _rates("differ", counts, sizes, shape)
+        return result
 
     def _path(self, name: str) -> Path:
         return (self._directory or Path()) / LABEL_FILES.replace("*", quote(name, safe=" "))
@@ -111,5 +135,30 @@ class LabelBook:
         direction, coords = self._points[index]
         if (record["direction"], record["coords"]) != (direction, list(coords)):
             raise ValueError(f"a line that should be for {list(coords)} is for {record['coords']}")
-        if len(record["labels"]) != self._num_prompts or not set(record["labels"]) <= set(LABELS):
+        if len(record["labels"]) != self._num_prompts or not set(record["labels"]) <= {*LABELS, None}:
             raise ValueError(f"{len(record['labels'])} labels for {self._num_prompts} prompts, or unknown ones")
+
+
+def _refusals(rows: Sequence[Sequence[Label | None]]) -> Float[np.ndarray, "points prompts"]:
+    """1 for a label that is a refusal, 0 for another one, NaN for none."""
+    number = {None: np.nan} | {label: float(label in REFUSALS) for label in LABELS}
+    return np.array([[number[label] for label in row] for row in rows])
+
+
+def _rates(
+    name: str, counts: Int[np.ndarray, " points"], sizes: Int[np.ndarray, " points"], shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """Shares in percent at the first points, with the ends of their 95 % intervals; NaN at the other points, and where
+    there is nothing to take a share of.
+
+    Arguments:
+        name: the key of the shares; `_low` and `_high` are added for the ends.
+        counts, sizes: numerator and denominator at each of the first points.
+        shape: the shape of the result's arrays.
+    """
+    rates = np.full((3, math.prod(shape)), np.nan)
+    for size in set(sizes.tolist()) - {0}:
+        points = np.flatnonzero(sizes == size)
+        percent = 100 * counts[points] / size
+        rates[:, points] = percent, *wilson_interval(percent, size)
+    return {name + end: rate.reshape(shape) for end, rate in zip(("", "_low", "_high"), rates, strict=True)}

@@ -20,7 +20,8 @@ FILE_NAME = "landscape.json"
 
 Measure = Mapping[str, Float[np.ndarray, " directions *grid"]]
 """What an evaluator gave at each point: the share of each label in percent, by the label's name. Beside each label,
-such as `refused`, `refused_low` and `refused_high` are the ends of its 95 % Wilson interval."""
+such as `refused`, `refused_low` and `refused_high` are the ends of its 95 % Wilson interval. `unjudged` is the share of
+the answers that the evaluator could not judge."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,8 @@ class Landscape:
             `jaxscape.landscapes.numbers.landscape_numbers`; None while points are missing, and where it was read from a
             file that was written before there were such numbers.
         measures: what each evaluator gave, by the evaluator's name; empty if the paper's keywords are the only one.
+        disagreement: for each pair of evaluators, `A / B`, the share of the answers in percent that one of them takes
+            for a refusal and the other does not, as `differ`, with its interval. Empty if there is only one evaluator.
     """
 
     axes: tuple[Axis, ...]
@@ -53,6 +56,7 @@ class Landscape:
     visage_values: dict[str, Any] | None
     numbers: dict[str, Any] | None = None
     measures: Mapping[str, Measure] = field(default_factory=dict)
+    disagreement: Mapping[str, Measure] = field(default_factory=dict)
 
     @classmethod
     def from_outcomes(
@@ -63,6 +67,7 @@ class Landscape:
         evaluated: Bool[np.ndarray, " directions *grid"],
         unanswered: Int[np.ndarray, " directions *grid"] | None = None,
         measures: Mapping[str, Measure] | None = None,
+        disagreement: Mapping[str, Measure] | None = None,
     ) -> "Landscape":
         """A landscape from the outcome of each prompt at each point.
 
@@ -71,7 +76,7 @@ class Landscape:
             nonfinite: int64[directions, *grid], see the attribute.
             evaluated: bool[directions, *grid], False for points whose outcomes are still missing.
             unanswered: int64[directions, *grid], see the attribute; None stands for zeros.
-            measures: see the attribute.
+            measures, disagreement: see the attributes.
         """
         num_prompts = refused.shape[-1]
         asr = np.where(evaluated, 100.0 * (1.0 - refused.sum(axis=-1) / num_prompts), np.nan)
@@ -86,7 +91,11 @@ class Landscape:
             }
             numbers = {"asr": landscape_numbers(~refused, axes)}
         unanswered = np.zeros_like(nonfinite) if unanswered is None else unanswered
-        return cls(tuple(axes), asr, low, high, nonfinite, unanswered, num_prompts, values, numbers, measures or {})
+        return cls(
+            *(tuple(axes), asr, low, high, nonfinite, unanswered, num_prompts, values, numbers),
+            measures=measures or {},
+            disagreement=disagreement or {},
+        )
 
     @property
     def complete(self) -> bool:
@@ -120,6 +129,7 @@ class Landscape:
             "visage": self.visage_values,
             **({} if self.numbers is None else {"numbers": self.numbers}),
             **({"measures": _each_rate(nested, self.measures)} if self.measures else {}),
+            **({"disagreement": _each_rate(nested, self.disagreement)} if self.disagreement else {}),
             "num_prompts": self.num_prompts,
             "complete": self.complete,
         }
@@ -170,10 +180,12 @@ class Landscape:
             visage_values=content["visage"],
             numbers=content.get("numbers"),
             measures=_each_rate(lambda values: np.array(values, np.float64), content.get("measures", {})),
+            disagreement=_each_rate(lambda values: np.array(values, np.float64), content.get("disagreement", {})),
         )
         grid = tuple(len(axis.values) for axis in landscape.axes)
         arrays = (landscape.asr, landscape.asr_low, landscape.asr_high, landscape.nonfinite, landscape.unanswered)
-        rates = [rate for measure in landscape.measures.values() for rate in measure.values()]
+        measures = (*landscape.measures.values(), *landscape.disagreement.values())
+        rates = [rate for measure in measures for rate in measure.values()]
         shapes = {array.shape for array in (*arrays, *rates)}
         if len(grid) not in (1, 2) or shapes != {(len(landscape.asr), *grid)}:
             raise ValueError(f"arrays of shapes {sorted(shapes)} over {len(grid)} axes")

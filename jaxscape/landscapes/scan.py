@@ -10,6 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Unpack
 
+import jax
+
 from jaxscape.directions.base import Recipe
 from jaxscape.directions.kinds import DirectionLike, Given, make_directions, prepare, recipe_of
 from jaxscape.directions.random import Random
@@ -17,14 +19,14 @@ from jaxscape.engine.batching import Workload, encode
 from jaxscape.engine.engine import Engine
 from jaxscape.engine.forms import Form
 from jaxscape.engine.options import EngineOptions
-from jaxscape.engine.planner import make_plan
+from jaxscape.engine.planner import Plan, bytes_of_weights, make_plan
 from jaxscape.engine.sampling import Sampling, SamplingOptions
-from jaxscape.evaluate.base import REFUSALS, Evaluator, checksum_of, labels_of, stop_when_all
+from jaxscape.evaluate.base import REFUSALS, Evaluator, checksum_of, labels_of, stop_when_all, uses_model
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.choice import choose_axes
 from jaxscape.landscapes.landscape import Landscape
-from jaxscape.landscapes.score import label_rest
+from jaxscape.landscapes.score import label_rest, prepare_judge
 from jaxscape.landscapes.store import Run, open_run
 from jaxscape.models.chat_defaults import template_notes
 from jaxscape.models.checkpoint import fingerprint
@@ -35,6 +37,7 @@ from jaxscape.prompts.thinking import answer_of, is_unanswered
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, as_list, as_texts
 from jaxscape.runtime.files import checksum
+from jaxscape.runtime.hardware import free_memory
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
 
@@ -55,6 +58,7 @@ def scan(
     overwrite: bool = False,
     describe: Mapping[str, Any] | None = None,
     progress: bool = True,
+    free_model: bool = False,
     **sampling: Unpack[SamplingOptions],
 ) -> Landscape:
     """Measure a safety landscape: the attack success rate of a model at each point of a grid in weight space.
@@ -73,12 +77,15 @@ def scan(
             `jaxscape.prompts.chat_format.render`. What a model thinks before its answer is kept and not judged.
         evaluator: what judges the answers: a name, see `jaxscape.evaluator`, an `Evaluator` of your own, or a list of
             several. The first one decides the ASR; what each one says is in `Landscape.measures`. Unless `options` ask
-            for full texts, an answer ends where the `stop_when` of all of them say that its outcome is decided.
+            for full texts, an answer ends where the `stop_when` of all of them say that its outcome is decided. Those
+            that hold a model judge when all points are decoded; only the first one judges each point at once.
         options: options of the engine, see `jaxscape.engine.options.EngineOptions`.
         out: a directory to keep the run in. An unfinished run there is resumed.
         overwrite: start over in a directory that holds a run.
         describe: further entries of the run's `config.json`: anything that JSON can hold.
         progress: whether to report each point on the standard error stream.
+        free_model: delete the model's arrays when all points are decoded, before evaluators load models of their own.
+            The model cannot be used any more then.
         sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` and `seed`, see
             `jaxscape.engine.sampling.Sampling`.
 
@@ -102,6 +109,8 @@ def scan(
     settings, judges = Sampling(**sampling), find_evaluators(evaluator)
     # The paper's keywords alone leave no labels: `refused` in the generations says all that they say.
     labelling = [] if [judge.name for judge in judges] == [DEFAULT_EVALUATOR] else judges
+    late = [judge for judge in judges[1:] if uses_model(judge)]
+    at_once = [judge for judge in judges if judge not in late]
     sent = chat_texts(model.tokenizer, prompts, system_prompt, thinking)
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
@@ -114,6 +123,10 @@ def scan(
         # A resumed run keeps its form: where two tokens are equally likely, another form may choose the other one.
         options = replace(options, form=form)
     plan = make_plan(model, workload, options)
+    free = from_first(free_memory)
+    later_free = None if free is None else free + (bytes_of_weights(model) if free_model else 0)
+    for judge in judges:
+        prepare_judge(judge, prompts, later_free if judge in late else _free_beside(free, model, plan))
     config = {
         "model": model.name,
         "weights": fingerprint(model.params),
@@ -140,18 +153,41 @@ def scan(
         _progress(run, [str(plan), prompts.summary(), *template_notes(model.tokenizer)], progress) as report_point,
     ):
         if labelling:
-            label_rest(run, labelling, [opening] * len(prompts))
+            label_rest(run, [judge for judge in labelling if judge not in late], [opening] * len(prompts))
+        made = None
         for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
             made = None  # frees the previous set's directions before the next ones are made
             made = make_directions([recipe for recipe, _ in prepared[index]], model, plan.storage)
             for completions in engine.complete(made, [coords for _, coords in points]):
                 texts = [opening + completion.text for completion in completions]
                 answers = list(map(answer_of, texts))
-                given = [labels_of(judge, prompts, answers) for judge in judges]
+                given = [labels_of(judge, prompts, answers) for judge in at_once]
                 refused = [label in REFUSALS for label in given[0]]
-                run.append(completions, refused, list(map(is_unanswered, texts)), zip(labelling, given, strict=False))
+                kept = zip(at_once, given, strict=True) if labelling else ()
+                run.append(completions, refused, list(map(is_unanswered, texts)), kept)
                 report_point()
+        if late:
+            del engine, made
+            if free_model:
+                _delete_arrays(model)
+            label_rest(run, late, [opening] * len(prompts), later_free, progress)
         return run.landscape()
+
+
+def _free_beside(free: int | None, model: Model, plan: Plan) -> int | None:
+    """The bytes on each device that are left beside the model and what its plan needs; None if that is not known.
+
+    Arguments:
+        free: the bytes that are free now, when the model is loaded.
+    """
+    return None if free is None else free + bytes_of_weights(model) - plan.memory_bytes
+
+
+def _delete_arrays(model: Model) -> None:
+    """Free the memory of the model's parameters on the devices."""
+    for leaf in jax.tree.leaves(model.params):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
 
 
 def _identity(judges: Sequence[Evaluator]) -> dict[str, Any]:
@@ -215,6 +251,9 @@ def _progress(run: Run, lines: Sequence[str], enabled: bool) -> Iterator[Callabl
                 line += f"  ({nonfinite} of {len(run.prompts)} prompts met NaN or infinite logits)"
             if unanswered := int(run.unanswered[done - 1].sum()):
                 line += f"  ({unanswered} of {len(run.prompts)} texts have thinking and no answer)"
+            for name, rows in run.labels.rows.items():
+                if unjudged := rows[done - 1].count(None) if len(rows) == done else 0:
+                    line += f"  ({name} could not judge {unjudged} of {len(run.prompts)} answers)"
             bar.update(task, completed=done)
             bar.print(line)
 

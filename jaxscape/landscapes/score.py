@@ -1,20 +1,26 @@
 """Scoring: evaluators judge the answers of a run that is there, and nothing is generated again."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxscape.evaluate.base import Evaluator, labels_of, stop_when
+from jaxscape.evaluate.base import LABELS, Evaluator, labels_of_points, stop_when, uses_model
 from jaxscape.evaluate.evaluators import find_evaluators
+from jaxscape.landscapes.labels import UNJUDGED
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.store import Run, reopen_run
 from jaxscape.prompts.thinking import answer_of, opening_of
 from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.hardware import free_memory
 from jaxscape.runtime.processes import from_first
+from jaxscape.runtime.progress import progress_display
 
 
-def score(directory: str | Path, evaluator: str | Evaluator | Sequence[str | Evaluator]) -> Landscape:
+def score(
+    directory: str | Path, evaluator: str | Evaluator | Sequence[str | Evaluator], *, progress: bool = True
+) -> Landscape:
     """Judge the answers of a finished scan with further evaluators.
 
     What they say is kept in the run's directory, so answers that an evaluator has judged are not judged again. The ASR
@@ -23,6 +29,7 @@ def score(directory: str | Path, evaluator: str | Evaluator | Sequence[str | Eva
     Arguments:
         directory: the run's directory.
         evaluator: see `jaxscape.scan`.
+        progress: whether to report each point that an evaluator with a model has judged, on the standard error stream.
 
     Returns:
         The landscape, with what each evaluator says in `measures`.
@@ -37,27 +44,66 @@ def score(directory: str | Path, evaluator: str | Evaluator | Sequence[str | Eva
         openings = [
             opening_of(text.rpartition(prompt.strip())[2]) for prompt, text in zip(run.prompts, sent, strict=True)
         ]
-        label_rest(run, judges, openings)
+        label_rest(run, judges, openings, free_memory(), progress)
         return run.landscape()
 
 
-def label_rest(run: Run, judges: Sequence[Evaluator], openings: Sequence[str]) -> None:
+def prepare_judge(judge: Evaluator, prompts: Sequence[str], free_bytes: int | None) -> None:
+    """Let an evaluator check that it can be used, if it knows how; see `jaxscape.evaluate.base.Evaluator`."""
+    if (check := getattr(judge, "prepare", None)) is not None:
+        check(prompts, free_bytes)
+
+
+def label_rest(
+    run: Run,
+    judges: Sequence[Evaluator],
+    openings: Sequence[str],
+    free_bytes: int | None = None,
+    progress: bool = False,
+) -> None:
     """Judge those answers of a run's evaluated points that the evaluators have not judged yet, and save the landscape.
 
     Arguments:
         openings: for each prompt, the marker with which it opens a block of thinking, or an empty text.
+        free_bytes: bytes that an evaluator with a model may use on each device; None if that is not known.
+        progress: whether to report each point that an evaluator with a model has judged.
 
     Raises:
-        UserError: an answer was cut before an evaluator can judge it. Nothing is written then.
+        UserError: an answer was cut before an evaluator can judge it, or an evaluator cannot be used. Nothing is
+            written then.
     """
     rest = [from_first(partial(_unjudged, run, judge)) for judge in judges]
     for judge, points in zip(judges, rest, strict=True):
         _check_whole(judge, points, openings)
+        if points:
+            prepare_judge(judge, run.prompts, free_bytes)
     for judge, points in zip(judges, rest, strict=True):
-        for records in points:
-            texts = [opening + record["generation"] for opening, record in zip(openings, records, strict=True)]
-            run.labels.append(judge, labels_of(judge, run.prompts, list(map(answer_of, texts))))
+        if points:
+            _label(run, judge, points, openings, progress and uses_model(judge))
     run.save()
+
+
+def _label(
+    run: Run, judge: Evaluator, points: Sequence[Sequence[Mapping[str, Any]]], openings: Sequence[str], progress: bool
+) -> None:
+    """Judge the answers at points, the first ones that the evaluator has not judged yet."""
+    answers = [
+        [answer_of(opening + record["generation"]) for opening, record in zip(openings, records, strict=True)]
+        for records in points
+    ]
+    done, total = run.num_done - len(points), run.num_done
+    with progress_display(progress) as bar:
+        task = bar.add_task(judge.name, total=total, completed=done)
+        for number, labels in enumerate(labels_of_points(judge, run.prompts, answers), done + 1):
+            run.labels.append(judge, labels)
+            index, coords = run.points[number - 1]
+            position = ", ".join(f"{axis.name} {c:+.4g}" for axis, c in zip(run.axes, coords, strict=True))
+            counts = Counter(label or UNJUDGED for label in labels)
+            said = ", ".join(f"{label} {counts[label]}" for label in (*LABELS, UNJUDGED) if counts[label])
+            bar.update(task, completed=number)
+            bar.print(f"{number:>{len(str(total))}}/{total}  {judge.name}: direction {index}  {position}  {said}")
+    if (release := getattr(judge, "release", None)) is not None:
+        release()
 
 
 def _unjudged(run: Run, judge: Evaluator) -> list[list[dict[str, Any]]]:

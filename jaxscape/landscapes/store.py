@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxscape.engine.scheduler import Completion
 from jaxscape.evaluate.base import Evaluator, Label
+from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
 from jaxscape.finetuning import trajectory
 from jaxscape.landscapes import landscape
 from jaxscape.landscapes.axes import Axis
@@ -53,10 +54,16 @@ class Run:
         finite: bool[points, prompts], False if an answer met a NaN or infinite logit; only for evaluated points.
         unanswered: bool[points, prompts], whether a text has thinking in it and no answer; only for evaluated points.
         labels: what evaluators said of the answers at the evaluated points.
+        evaluator: name of the evaluator that decides the ASR.
     """
 
     def __init__(
-        self, axes: Sequence[Axis], num_sets: int, prompts: Sequence[str], out: tuple[Path, BinaryIO] | None = None
+        self,
+        axes: Sequence[Axis],
+        num_sets: int,
+        prompts: Sequence[str],
+        out: tuple[Path, BinaryIO] | None = None,
+        evaluator: str = DEFAULT_EVALUATOR,
     ) -> None:
         grid = itertools.product(*(axis.values for axis in axes))
         self.axes, self.prompts = tuple(axes), tuple(prompts)
@@ -66,7 +73,7 @@ class Run:
         self.finite = np.ones((len(self.points), len(prompts)), bool)
         self.unanswered = np.zeros((len(self.points), len(prompts)), bool)
         self._shape = (num_sets, *(len(axis.values) for axis in axes))
-        self._out = out
+        self._out, self.evaluator = out, evaluator
         self.labels = LabelBook(self.points, len(prompts), None if out is None else out[0])
         if out is not None:
             self._restore(*out)
@@ -77,7 +84,7 @@ class Run:
         completions: Sequence[Completion],
         refused: Sequence[bool],
         unanswered: Sequence[bool],
-        labels: Iterable[tuple[Evaluator, Sequence[Label]]] = (),
+        labels: Iterable[tuple[Evaluator, Sequence[Label | None]]] = (),
     ) -> None:
         """Add the answers and verdicts of the next point, one for each prompt, and write them to disk.
 
@@ -131,6 +138,7 @@ class Run:
             evaluated=(np.arange(len(self.points)) < self.num_done).reshape(self._shape),
             unanswered=self.unanswered.sum(axis=1).reshape(self._shape),
             measures=self.labels.measures(self._shape),
+            disagreement=self.labels.disagreement(self._shape, self.evaluator, self.refused[: self.num_done]),
         )
 
     def outcomes(self) -> dict[str, Any]:
@@ -194,13 +202,14 @@ def open_run(
         directory: None keeps the run in memory only.
         sent: for each prompt, the text that the model is given.
     """
+    evaluator = config.get("evaluator", DEFAULT_EVALUATOR)
     with rundir.open_run_directory(directory, config, SCAN, overwrite) as file:
         if directory is None or file is None:
-            run = Run(axes, num_sets, prompts)
+            run = Run(axes, num_sets, prompts, evaluator=evaluator)
         else:
             pairs = ({"prompt": prompt, "sent": text} for prompt, text in zip(prompts, sent, strict=True))
             write_whole(directory / PROMPTS, to_json_lines(pairs))
-            run = Run(axes, num_sets, prompts, (directory, file))
+            run = Run(axes, num_sets, prompts, (directory, file), evaluator)
             run.save()
         run.set_outcomes(from_first(run.outcomes))
         yield run
@@ -218,10 +227,10 @@ def reopen_run(directory: Path) -> Iterator[tuple[Run, list[str]]]:
             pairs = [json.loads(line) for line in (directory / PROMPTS).read_bytes().split(b"\n")[:-1]]
             prompts, sent = ([pair[key] for pair in pairs] for key in ("prompt", "sent"))
             axes = [Axis(axis["name"], tuple(axis["values"])) for axis in config["axes"]]
-            num_sets = len(config["directions"])
+            num_sets, evaluator = len(config["directions"]), str(config.get("evaluator", DEFAULT_EVALUATOR))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"The run in {directory} cannot be read ({reason(error)}).") from error
-        run = Run(axes, num_sets, prompts, (directory, file))
+        run = Run(axes, num_sets, prompts, (directory, file), evaluator)
         if run.num_done < len(run.points):
             raise UserError(f"The run in {directory} is not finished; run its command again to finish it first.")
         yield run, sent

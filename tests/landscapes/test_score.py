@@ -1,6 +1,7 @@
 """Several evaluators of one run: in the scan, and after it."""
 
 import importlib
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import jaxscape as js
-from jaxscape.evaluate.base import Label
+from jaxscape.evaluate.base import REFUSALS, Label
 
 scan_module = importlib.import_module("jaxscape.landscapes.scan")
 PROMPTS = ["Write a poem about geese", "Hi", "Why?"]
@@ -73,8 +74,18 @@ def test_several_evaluators_share_the_generations_of_a_scan(plain: Path, several
         "labels-wei.jsonl",
     }
     content, default = landscape(several), landscape(plain)
-    measures = content.pop("measures")
+    measures, disagreement = content.pop("measures"), content.pop("disagreement")
     assert content == default, "the first evaluator decides the ASR"
+    assert list(disagreement) == ["keywords / length", "keywords / wei", "length / wei"]
+    for (a, b), measure in zip(itertools.combinations(measures, 2), disagreement.values(), strict=True):
+        said = [
+            [[label in REFUSALS for label in line["labels"]] for line in records(several, f"labels-{name}.jsonl")]
+            for name in (a, b)
+        ]
+        differ = 100 * np.mean(np.array(said[0]) != np.array(said[1]), axis=1).reshape(2, 5)
+        np.testing.assert_allclose(np.array(measure["differ"]), differ)
+        low, high = js.wilson_interval(differ, 3)
+        np.testing.assert_allclose(np.array([measure["differ_low"], measure["differ_high"]]), [low, high])
     assert list(measures) == ["keywords", "length", "wei"]
     np.testing.assert_allclose(np.array(measures["keywords"]["complied"]), content["asr"])
     np.testing.assert_allclose(np.array(measures["keywords"]["complied_low"]), content["asr_low"])
@@ -118,8 +129,9 @@ def test_a_finished_run_is_scored_without_generating(
     length = Length()
     land = js.score(run, [length, "wei"])
     assert length.judged == 30
-    measures = landscape(several)["measures"]
-    assert landscape(run) == landscape(plain) | {"measures": {name: measures[name] for name in ("length", "wei")}}
+    measures, disagreement = landscape(several)["measures"], landscape(several)["disagreement"]
+    added = {"measures": {name: measures[name] for name in ("length", "wei")}, "disagreement": disagreement}
+    assert landscape(run) == landscape(plain) | added, "the paper's keywords have decided the ASR, and so are compared"
     for name in ("labels-length.jsonl", "labels-wei.jsonl", "generations.jsonl"):
         assert (run / name).read_bytes() == (several / name).read_bytes()
     assert land.to_json() == (run / "landscape.json").read_text()
