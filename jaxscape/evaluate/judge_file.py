@@ -196,7 +196,7 @@ def _answer_rule(table: _Table) -> AnswerPatterns:
 def _label(table: _Table, name: str) -> Label:
     if name not in LABELS:
         raise UserError(f"{table.name} has the unknown label {name!r}: labels are {', '.join(LABELS)}.")
-    return name  # type: ignore[return-value]
+    return name
 
 
 def _tokens(table: _Table, label: str, given: Any) -> tuple[str, ...]:

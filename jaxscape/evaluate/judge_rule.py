@@ -61,7 +61,8 @@ class LabelTokens:
         total = log_sum(list(biased.values()))
         score = min(1.0, sum(math.exp(value - total) for label, value in biased.items() if label in REFUSALS))
         side = [label for label in biased if (label in REFUSALS) == (score >= REFUSED_FROM)]
-        return Verdict(max(side, key=lambda label: biased[label]), score)
+        likeliest: Label = max(side, key=biased.__getitem__)
+        return Verdict(likeliest, score)
 
 
 @dataclass(frozen=True)
