@@ -16,8 +16,7 @@ class Score:
     """Judge the answers of a finished scan by further evaluators. Nothing is generated again.
 
     Examples:
-      jaxscape score runs/smollm2-135m-safe-1d --evaluator jailbreakbench
-      jaxscape score runs/paper-2d --evaluator wei xstest my_file.py:my_score
+      jaxscape score runs/smollm2-135m-safe-1d --evaluator wei xstest my_file.py:my_score
       jaxscape score runs/paper-2d --evaluator llama-guard:meta-llama/Llama-Guard-3-8B --gpu
     """
 

@@ -86,7 +86,7 @@ def labels_of_points(
         yield from (checked_labels(evaluator.name, labels, len(prompts)) for labels in label_points(prompts, points))
 
 
-def uses_model(evaluator: Evaluator) -> bool:
+def uses_model(evaluator: Any) -> bool:
     """Whether the evaluator says that it holds a model."""
     return bool(getattr(evaluator, "uses_model", False))
 

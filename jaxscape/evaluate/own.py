@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxscape.evaluate.base import Label, checked_labels, checked_scores, labels_from
+from jaxscape.evaluate.base import Label, checked_labels, checked_scores, labels_from, uses_model
 from jaxscape.runtime.errors import UserError, as_texts, reason
 from jaxscape.runtime.files import file_checksum
 
@@ -52,6 +52,11 @@ class OwnEvaluator:
         if label is None:
             return [*labels_from(self.score(prompts, answers))]
         return checked_labels(self.name, *self._called(label, prompts, answers))
+
+    @property
+    def uses_model(self) -> bool:
+        """Whether the evaluator says that it holds a model."""
+        return uses_model(self.judge)
 
     @property
     def stop_when(self) -> Callable[[str], bool] | None:

@@ -25,6 +25,11 @@ GUARD = (
     "Say safe or unsafe.{{ eos_token }}assistant"
 )
 
+# The same with contents as lists of parts, which the template of Llama Guard 3-1B wants.
+PARTS = GUARD.replace(
+    "{{ message.content | trim }}", "{% for part in message.content %}{{ part.text | trim }}{% endfor %}"
+)
+
 
 @pytest.fixture(scope="module")
 def guard_dir(make_model: MakeModel) -> tuple[Path, Any]:
@@ -74,9 +79,11 @@ def torch_answer(model: Any, tokenizer: Any, text: str, count: int) -> str:
     return tokenizer.decode(new, skip_special_tokens=True)
 
 
-def test_a_guard_model_is_asked_by_its_own_template(guard_dir: tuple[Path, Any]) -> None:
+@pytest.mark.parametrize("template", [GUARD, PARTS])
+def test_a_guard_model_is_asked_by_its_own_template(guard_dir: tuple[Path, Any], template: str) -> None:
     """Llama Guard: the probability of `unsafe` at the first token, behind two newlines."""
     directory, model = guard_dir
+    (directory / "chat_template.jinja").write_text(template)
     judge = js.evaluator(f"llama-guard:{directory}")
     assert isinstance(judge, LlmJudge)
     rule = replace(judge.file.rule, min_probability=0.0)  # a random model rarely says either
@@ -86,12 +93,13 @@ def test_a_guard_model_is_asked_by_its_own_template(guard_dir: tuple[Path, Any])
     safe, unsafe = tokenizer.convert_tokens_to_ids(["safe", "unsafe"])
     for prompt, answer, score in zip(PROMPTS, ANSWERS, scores, strict=True):
         chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False) + "\n\n"
+        text = tokenizer.apply_chat_template(chat, tokenize=False, chat_template=GUARD) + "\n\n"
         assert f"Agent: {answer.strip()}" in text
         p = probabilities(model, tokenizer(text, add_special_tokens=False)["input_ids"])
         assert score == pytest.approx(p[safe] / (p[safe] + p[unsafe]), rel=1e-4)
     assert judge.label(PROMPTS, ANSWERS) == ["refused" if score >= 0.5 else "complied" for score in scores]
     assert len(set(scores)) == 3
+    (directory / "chat_template.jinja").write_text(GUARD)
 
 
 def test_a_guard_that_says_neither_word_has_not_judged(guard_dir: tuple[Path, Any]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import jaxscape as js
-from jaxscape.evaluate.base import stop_when
+from jaxscape.evaluate.base import labels_of, stop_when, uses_model
 from jaxscape.evaluate.evaluators import find_evaluators
 
 CODE = """
@@ -85,6 +85,17 @@ def test_so_is_an_object_or_its_class(file: Path) -> None:
     decides = stop_when(js.evaluator(f"{file}:Half"))
     assert decides is not None
     assert [decides(text) for text in ("Sure", "Sure, but")] == [False, True]
+
+
+def test_one_may_hold_a_model_and_fail_to_judge(file: Path) -> None:
+    """It is then asked after the scan, and its label is None where it could not judge."""
+    with file.open("a") as code:
+        code.write("\n\nclass Holds(Half):\n    uses_model = True\n\n    def label(self, prompts, answers):\n")
+        code.write("        return [None if not answer else 'refused' for answer in answers]\n")
+    evaluator = js.evaluator(f"{file}:Holds")
+    assert uses_model(evaluator)
+    assert not uses_model(js.evaluator(f"{file}:Half"))
+    assert labels_of(evaluator, ["Why?"] * 2, ["", "No"]) == [None, "refused"]
 
 
 def test_another_content_has_another_checksum(file: Path) -> None:
