@@ -1,5 +1,6 @@
 """LLM judges on tiny random models, compared with transformers in torch."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +27,7 @@ GUARD = (
 )
 
 # The same with contents as lists of parts, which the template of Llama Guard 3-1B wants.
-PARTS = GUARD.replace(
-    "{{ message.content | trim }}", "{% for part in message.content %}{{ part.text | trim }}{% endfor %}"
-)
+PARTS = GUARD.replace("message.content", "message.content | map(attribute='text') | join")
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +79,9 @@ def torch_answer(model: Any, tokenizer: Any, text: str, count: int) -> str:
 
 
 @pytest.mark.parametrize("template", [GUARD, PARTS])
-def test_a_guard_model_is_asked_by_its_own_template(guard_dir: tuple[Path, Any], template: str) -> None:
+def test_a_guard_model_is_asked_by_its_own_template(guard_dir: tuple[Path, Any], template: str, tmp_path: Path) -> None:
     """Llama Guard: the probability of `unsafe` at the first token, behind two newlines."""
-    directory, model = guard_dir
+    directory, model = Path(shutil.copytree(guard_dir[0], tmp_path / "guard")), guard_dir[1]
     (directory / "chat_template.jinja").write_text(template)
     judge = js.evaluator(f"llama-guard:{directory}")
     assert isinstance(judge, LlmJudge)
@@ -99,7 +98,6 @@ def test_a_guard_model_is_asked_by_its_own_template(guard_dir: tuple[Path, Any],
         assert score == pytest.approx(p[safe] / (p[safe] + p[unsafe]), rel=1e-4)
     assert judge.label(PROMPTS, ANSWERS) == ["refused" if score >= 0.5 else "complied" for score in scores]
     assert len(set(scores)) == 3
-    (directory / "chat_template.jinja").write_text(GUARD)
 
 
 def test_a_guard_that_says_neither_word_has_not_judged(guard_dir: tuple[Path, Any]) -> None:

@@ -236,7 +236,11 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.csv", b"PK\x03\x04", "a ZIP archive or a spreadsheet"),
     ("a.csv", "\n<!DOCTYPE html>\n<html></html>", "a web page: download the file itself"),
     ("a.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "pointer of Git LFS"),
-    ("a.yaml", "- a\n", r"no prompt set '.*a.yaml': give harmful, benign, harmless, advbench, .*, mt-bench, or a file ending in"),
+    (
+        "a.yaml",
+        "- a\n",
+        r"no prompt set '.*a.yaml': give harmful, benign, harmless, advbench, .*, mt-bench, or a file ending in",
+    ),
     # tables
     ("a.csv", "id,query\n1,a\n", r"none of the columns 'id', 'query' is known .*: choose one with --prompt-column"),
     ("a.csv", "Write a poem,Sure\nFake a coin,Sure\n", "'Write a poem', 'Sure' .* if the first line is no header"),
