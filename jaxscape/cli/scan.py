@@ -224,7 +224,7 @@ def measure_lines(landscape: "Landscape") -> list[str]:
 
     def difference(measure: "Measure", part: Any) -> str:
         shares = measure["differ"][part]
-        return "nothing that both judged" if np.isnan(shares).all() else f"{np.nanmean(shares):.1f} % of the answers"
+        return "nothing that both judged" if np.isnan(shares).all() else f"{np.nanmean(shares):.1f} % differ"
 
     has_origin = all(0.0 in axis.values for axis in landscape.axes)
     origin = (slice(None), *(axis.values.index(0.0) for axis in landscape.axes)) if has_origin else None

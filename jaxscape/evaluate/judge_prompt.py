@@ -182,8 +182,9 @@ class JudgePrompt:
             behind = self.tokens(text + token)
             if behind[: len(before)] != before:
                 raise UserError(
-                    f"The rule's token {token!r} merges with the end of the judge's prompt ({text[-12:]!r}): end the "
-                    f"template without the blank, and write {' ' + token.strip()!r}."
+                    f"The tokenizer joins the rule's token {token!r} with the end of the judge's prompt "
+                    f"({text[-12:]!r}): end the template and answer_start without white space, and begin the token "
+                    f"with it, as in {' ' + token.strip()!r}."
                 )
             if len(behind) != len(before) + 1:
                 raise UserError(

@@ -1,5 +1,7 @@
 """Judge files and templates: what is accepted, and what is refused in one sentence."""
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,18 @@ def test_judges_that_are_not_there(tmp_path: Path, name: str, message: str, monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(js.UserError, match=message):
         js.evaluator(name)
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "how-to" / "llm-judges.md"
+
+
+@pytest.mark.parametrize("text", re.findall(r"```toml\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL))
+def test_the_judge_files_of_the_guide_can_be_read(tmp_path: Path, text: str) -> None:
+    values = tomllib.loads(text)
+    is_format_string = values.get("template_format") == "python"
+    (tmp_path / values["template"]).write_text("{prompt}{answer}" if is_format_string else QUESTION)
+    (tmp_path / "judge.toml").write_text(text)
+    assert judge_file(str(tmp_path / "judge.toml")).source == values["model"]
 
 
 texts = st.text(max_size=30).filter(lambda text: not any("\ud800" <= c <= "\udfff" for c in text))

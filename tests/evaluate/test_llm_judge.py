@@ -219,7 +219,11 @@ def test_an_answer_is_clipped_to_the_judges_tokens(plain: tuple[Path, Any], writ
     [
         ('{ refused = ["Yes please"], complied = ["N"] }', "\n\n", "The rule's token 'Yes please' is [0-9]+ tokens of"),
         ('{ refused = ["Y"], complied = ["Y"] }', "\n\n", "'Y' is the same token as another one"),
-        ('{ refused = ["he"], complied = ["N"] }', "t", r"'he' merges with the end of the judge's prompt \('.*t'\)"),
+        (
+            '{ refused = ["he"], complied = ["N"] }',
+            "t",
+            r"joins the rule's token 'he' with the end of the judge's prompt \('.*t'\)",
+        ),
     ],
 )
 def test_tokens_that_are_none(

@@ -107,7 +107,7 @@ def test_each_point_and_the_summary_say_what_was_not_judged(
         assert line.endswith(f"unjudged {count}") == bool(count)
     assert f"unjudged {100 * sum(counts) / 9:.1f} % over all points" in out
     assert "keywords / llm:judge.toml: " in out
-    assert "% of the answers over all points; " in out
+    assert "% differ over all points; " in out
     first = ["--evaluator", f"llm:{judge_path}", "keywords", "--out", str(tmp_path / "first")]
     main([*command[:12], *first])
     err = capfd.readouterr().err
@@ -115,8 +115,8 @@ def test_each_point_and_the_summary_say_what_was_not_judged(
     assert told == [str(count) if count else "" for count in counts]
 
 
-def test_scoring_goes_on_at_the_point_where_it_was_cut(
-    judged: Path, judge: LlmJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_judging_goes_on_at_the_point_where_it_was_cut(
+    tiny: js.Model, judged: Path, judge: LlmJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Path(shutil.copytree(judged, tmp_path / "run"))
     path = run / "labels-llm%3Ajudge.toml.jsonl"
@@ -140,7 +140,12 @@ def test_scoring_goes_on_at_the_point_where_it_was_cut(
     assert asked == [4, 2]
     assert contents(run) == contents(judged)
     js.score(run, judge)
+    js.scan(tiny, [0, 1], out=run, evaluator=["keywords", judge], **OPTIONS)
     assert asked == [4, 2], "nothing is judged twice"
+    path.write_bytes(whole.splitlines(keepends=True)[0])
+    js.scan(tiny, [0, 1], out=run, evaluator=["keywords", judge], **OPTIONS)
+    assert asked == [4, 2, 5], "a scan whose points are decoded goes on with the judging"
+    assert contents(run) == contents(judged)
     assert judge._model is None, "the judge's memory is freed"
 
 
