@@ -103,8 +103,9 @@ class LlmJudge:
         if free_bytes is not None and needed > MAX_MEMORY_FRACTION * free_bytes:
             raise UserError(
                 f"The judge {self.name!r} does not fit into memory: it takes at least {needed / 1e9:.2f} GB on each "
-                f"device, and {max(free_bytes, 0) / 1e9:.2f} GB are left for it. Choose a smaller judge, or judge the "
-                f"finished run by jaxscape score, which loads nothing else."
+                f"device, and {max(free_bytes, 0) / 1e9:.2f} GB are left for it. Choose a smaller judge; one that is "
+                f"not the scan's first evaluator, or that judges the finished run (jaxscape score), has the device to "
+                f"itself."
             )
 
     def release(self) -> None:

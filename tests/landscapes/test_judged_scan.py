@@ -163,7 +163,7 @@ def test_a_judge_that_cannot_be_used_is_found_before_anything_is_generated(
             js.score(judged, evaluator)
     judge = judge_file(str(judge_path))
     monkeypatch.setattr(scan_module, "free_memory", lambda: 200_000)
-    with pytest.raises(js.UserError, match=r"does not fit into memory: .* judge the finished run by jaxscape score"):
+    with pytest.raises(js.UserError, match=r"does not fit into memory: .* the finished run .jaxscape score., has"):
         js.scan(tiny, [0], out=tmp_path / "run", evaluator=[judge, "keywords"], **OPTIONS)
     monkeypatch.setattr(importlib.import_module("jaxscape.landscapes.score"), "free_memory", lambda: 20_000)
     run = Path(shutil.copytree(judged, tmp_path / "copy"))
