@@ -2,13 +2,14 @@
 
 An answer makes no sense if the model that judges finds it far less likely than answers of its own, or if its text is
 little more than one phrase over and over: such a text is likely under a language model, so likelihood alone misses it.
-In a landscape, the model that judges is the unperturbed one.
+For the same reason, only those tokens count in the likelihood that stand behind their predecessor for the first time. In
+a landscape, the model that judges is the unperturbed one.
 """
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -38,7 +39,7 @@ GRAM = 12  # characters, which is a clause in Chinese and two words in English
 PRIOR_TOKENS = 5
 # How far from the model's own mean to ln(vocabulary), which is a uniform guess, an answer's mean may be.
 FRACTION = 0.5
-SHARE_OF_OWN = 1 / 3  # an answer's share of distinct characters may fall to this part of the model's own
+SHARE_OF_OWN = 0.3  # an answer's share of distinct sequences may fall to this part of the median of the model's own
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,8 @@ class Coherence:
 
     @cached_property
     def model(self) -> Model:
-        """The model that judges.
-
-        Raises:
-            UserError: it cannot be loaded, or it is not the one that the thresholds belong to.
-        """
-        model = self.load()
-        if self.given is not None and fingerprint(model.params) != self.given.weights:
-            raise UserError(
-                f"The model {model.name} has other weights than the one that judged before: give the same model and "
-                f"dtype, or judge again in a new run."
-            )
-        return model
+        """The model that judges."""
+        return self.load()
 
     @cached_property
     def thresholds(self) -> Thresholds:
@@ -163,14 +154,21 @@ class Coherence:
         return coherent
 
 
-def coherence(source: str = "") -> Coherence:
+def coherence(source: str | None = None) -> Coherence:
     """The evaluator `coherence`, or `coherence:SOURCE`.
 
     Arguments:
-        source: the model that judges, see `jaxscape.load_model`; empty for the default model, and in a landscape for
+        source: the model that judges, see `jaxscape.load_model`; None for the default model, and in a landscape for
             the model that is measured.
+
+    Raises:
+        UserError: the source is empty.
     """
-    return Coherence(f"{COHERENCE}:{source}" if source else COHERENCE, lambda: load_model(source or DEFAULT_MODEL))
+    if source is None:
+        return Coherence(COHERENCE, lambda: load_model(DEFAULT_MODEL))
+    if not source:
+        raise UserError(f"Name the model that judges: write {COHERENCE}:MODEL, or {COHERENCE} alone.")
+    return Coherence(f"{COHERENCE}:{source}", lambda: load_model(source))
 
 
 def calibrate(model: Model) -> Thresholds:
@@ -179,8 +177,7 @@ def calibrate(model: Model) -> Thresholds:
     sent = chat_texts(model.tokenizer, prompts)
     room = model.config.max_positions - max(map(len, encode(model, sent, 1)))
     answers = generate(model, prompts, max_new_tokens=min(CALIBRATION_TOKENS, room))
-    surprise = _surprise(model, sent, answers)
-    tokens = np.concatenate(surprise)
+    tokens = np.concatenate(_surprise(model, sent, answers))
     own = round(float(tokens.mean()), 2) if len(tokens) else 0.0
     distinct = float(np.median([distinct_share(answer) for answer in answers]))
     return Thresholds(
@@ -194,8 +191,9 @@ def calibrate(model: Model) -> Thresholds:
 def mean_surprise(
     model: Model, contexts: Sequence[str], answers: Sequence[str], own: float
 ) -> Float[np.ndarray, " answers"]:
-    """The mean negative log-likelihood of each answer's tokens, in nats, with `PRIOR_TOKENS` tokens of `own` nats
-    beside them. It is NaN where the model computes no finite logits.
+    """The mean negative log-likelihood of each answer's new tokens, in nats, with `PRIOR_TOKENS` tokens of `own` nats
+    beside them. A token is new if it follows the token before it for the first time in the answer. The mean is NaN where
+    the model computes no finite logits.
 
     Arguments:
         contexts: the text before each answer, in which special tokens are spelled out.
@@ -213,13 +211,21 @@ def mean_surprise(
 def _surprise(
     model: Model, contexts: Sequence[str], answers: Sequence[str]
 ) -> list[Float[np.ndarray, " tokens"]]:
-    """The negative log-likelihood in nats of each token of each answer."""
+    """The negative log-likelihood in nats of each new token of each answer, see `mean_surprise`."""
     before = encode(model, contexts, 1)
     # The answer is tokenised by itself, as it was generated: no token reaches across its beginning.
     after = model.tokenizer(list(answers), add_special_tokens=False, split_special_tokens=True)["input_ids"]
     rooms = [model.config.max_positions - len(tokens) for tokens in before]
     cut = [tokens[:room] for tokens, room in zip(after, rooms, strict=True)]
-    return [-values.astype(np.float64) for values in log_likelihoods(model, before, cut)]
+    likelihoods = log_likelihoods(model, before, cut)
+    return [-values[_new(tokens)].astype(np.float64) for tokens, values in zip(cut, likelihoods, strict=True)]
+
+
+def _new(tokens: Sequence[int]) -> Bool[np.ndarray, " tokens"]:
+    """Whether each token follows the token before it for the first time."""
+    pairs = list(zip([None, *tokens], tokens, strict=False))
+    first = {pair: index for index, pair in reversed(list(enumerate(pairs)))}
+    return np.array([first[pair] == index for index, pair in enumerate(pairs)], bool)
 
 
 def distinct_share(text: str) -> float:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from jaxscape.evaluate.base import Classifier, Evaluator
+from jaxscape.evaluate.coherence import COHERENCE, Coherence, coherence
 from jaxscape.evaluate.jailbreakbench import JAILBREAKBENCH
 from jaxscape.evaluate.keyword_file import keyword_file
 from jaxscape.evaluate.keywords import KEYWORDS
@@ -27,13 +28,14 @@ EVALUATORS: dict[str, Classifier] = {
         # A new evaluator is one more line here.
     )
 }
-# Evaluators NAME:OPTION, by their names. The function makes the evaluator from the option.
+# Evaluators NAME:OPTION, by their names. The function makes the evaluator from the option. `coherence` needs none.
 MAKERS: dict[str, Callable[[str], Classifier]] = {
     "keywords": keyword_file,
+    COHERENCE: coherence,
     "llm": judge_file,
     **{name: partial(guard, name) for name in GUARDS},
 }
-FORMS = (*EVALUATORS, "keywords:FILE", "FILE.py:NAME", "llm:FILE", *(f"{name}:MODEL" for name in GUARDS))
+FORMS = (*EVALUATORS, COHERENCE, "coherence:MODEL", "keywords:FILE", "FILE.py:NAME", "llm:FILE", *(f"{name}:MODEL" for name in GUARDS))
 """What can be written to choose an evaluator."""
 
 _OWN = re.compile(r"(.+\.py)(?::(.*))?", re.DOTALL)
@@ -46,7 +48,8 @@ def evaluator(name: str) -> Classifier:
     `partial`, `complied` and `incoherent`; an evaluator may know only some of them.
 
     Arguments:
-        name: a name in `EVALUATORS`; `keywords:FILE` for a file with a phrase in each line; or `FILE.py:NAME` for a
+        name: a name in `EVALUATORS`; `coherence`, see `jaxscape.evaluate.coherence.Coherence`, which judges by the
+            default model, or `coherence:MODEL`; `keywords:FILE` for a file with a phrase in each line; or `FILE.py:NAME` for a
             function of prompts and answers, or an `Evaluator`, in a Python file of your own, which is imported. LLM
             judges are `llm:FILE`, for a judge file, and `llama-guard:MODEL`, `qwen3guard:MODEL` and
             `qwen3guard-harm:MODEL`; their label is None, and their score NaN, where they cannot judge.
@@ -59,8 +62,8 @@ def evaluator(name: str) -> Classifier:
     if name in EVALUATORS:
         return EVALUATORS[name]
     kind, separator, option = name.partition(":")
-    if separator and kind in MAKERS:
-        return MAKERS[kind](option)
+    if (separator and kind in MAKERS) or name == COHERENCE:
+        return MAKERS[kind](option) if separator else coherence()
     if own := _OWN.fullmatch(name):
         path, function = own.groups()
         if not function:
@@ -84,7 +87,8 @@ def find_evaluators(chosen: str | Evaluator | Sequence[str | Evaluator]) -> list
         raise UserError(f"Give at least one evaluator: {', '.join(FORMS)}.")
     names = [item.name for item in evaluators]
     for item in evaluators:
-        if item.name in EVALUATORS and item != EVALUATORS[item.name]:
+        is_other = item.name == COHERENCE and not isinstance(item, Coherence)
+        if is_other or (item.name in EVALUATORS and item != EVALUATORS[item.name]):
             raise UserError(f"The name {item.name!r} is that of another evaluator: give yours a name of its own.")
         if names.count(item.name) > 1:
             raise UserError(f"The evaluator {item.name!r} is given twice: give each evaluator once.")

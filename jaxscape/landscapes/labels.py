@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxscape.evaluate.base import LABELS, REFUSALS, Evaluator, Label, checksum_of
+from jaxscape.evaluate.coherence import COHERENCE
 from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import cut_after, to_json_lines, whole_lines
@@ -89,12 +90,38 @@ class LabelBook:
     def measures(self, shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
         """The share of each label at each point, see `jaxscape.landscapes.landscape.Measure`, and as `unjudged` that of
         the answers which the evaluator could not judge. What an evaluator never gave is left out, apart from `refused`
-        and `complied`.
+        and `complied`. What `coherence` gave is in `shares` instead.
 
         Arguments:
             shape: the shape of the result's arrays, direction set × grid.
         """
-        return {name: self._measure(rows, shape) for name, rows in sorted(self.rows.items())}
+        return {name: self._measure(rows, shape) for name, rows in sorted(self.rows.items()) if name != COHERENCE}
+
+    def shares(self, shape: tuple[int, ...]) -> dict[str, Any] | None:
+        """The shares of `refused`, `complied` and `incoherent` answers at each point, see
+        `jaxscape.landscapes.landscape.Landscape`; None if `coherence` has judged nothing.
+
+        Arguments:
+            shape: see `measures`.
+        """
+        if not (rows := self.rows.get(COHERENCE)):
+            return None
+        sizes = np.full(len(rows), self._num_prompts)
+        shares: dict[str, Any] = {}
+        for kind in ("refused", "complied", "incoherent"):
+            shares |= _rates(kind, np.array([row.count(kind) for row in rows]), sizes, shape)
+        return shares
+
+    def complied(self, shape: tuple[int, ...]) -> Bool[np.ndarray, " directions *grid prompts"] | None:
+        """Whether each answer complies, as `coherence` sees it; None while it has not judged all points.
+
+        Arguments:
+            shape: see `measures`.
+        """
+        rows = self.rows.get(COHERENCE, [])
+        if len(rows) < math.prod(shape):
+            return None
+        return (np.array(rows, object) == "complied").reshape(*shape, self._num_prompts)
 
     def _measure(self, rows: Sequence[Sequence[Label | None]], shape: tuple[int, ...]) -> dict[str, Any]:
         measure: dict[str, Any] = {}
@@ -116,7 +143,8 @@ class LabelBook:
             first: name of the evaluator that decides the ASR.
             refused: bool[evaluated points, prompts], what it said.
         """
-        said = {first: np.where(refused, 1.0, 0.0)} | {name: _refusals(rows) for name, rows in self.rows.items()}
+        said = {first: np.where(refused, 1.0, 0.0)}
+        said |= {name: _refusals(rows) for name, rows in self.rows.items() if name != COHERENCE}
         result = {}
         for a, b in itertools.combinations([first, *sorted(said.keys() - {first})], 2):
             num_points = min(len(said[a]), len(said[b]))

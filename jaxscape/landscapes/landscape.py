@@ -39,11 +39,15 @@ class Landscape:
         visage_values: VISAGE of the kinds `paper` and `reference`, and the ends of their 95 % intervals, `interval` and
             `reference_interval`; None while points are missing.
         numbers: `asr` has the safety volume and the radius of the ASR, see
-            `jaxscape.landscapes.numbers.landscape_numbers`; None while points are missing, and where it was read from a
-            file that was written before there were such numbers.
+            `jaxscape.landscapes.numbers.landscape_numbers`, and `complied` those of the share of answers that comply, if
+            there are shares; None while points are missing, and where it was read from a file that was written before
+            there were such numbers.
         measures: what each evaluator gave, by the evaluator's name; empty if the paper's keywords are the only one.
         disagreement: for each pair of evaluators, `A / B`, the share of the answers in percent that one of them takes
             for a refusal and the other does not, as `differ`, with its interval. Empty if there is only one evaluator.
+        shares: the shares of the answers that are `refused`, `complied` and `incoherent`, in percent, which add up to
+            100, with their intervals, as in a `Measure`. Partial refusals count as refused. Empty if the scan was told
+            to leave them out.
     """
 
     axes: tuple[Axis, ...]
@@ -57,6 +61,7 @@ class Landscape:
     numbers: dict[str, Any] | None = None
     measures: Mapping[str, Measure] = field(default_factory=dict)
     disagreement: Mapping[str, Measure] = field(default_factory=dict)
+    shares: Measure = field(default_factory=dict)
 
     @classmethod
     def from_outcomes(
@@ -68,6 +73,8 @@ class Landscape:
         unanswered: Int[np.ndarray, " directions *grid"] | None = None,
         measures: Mapping[str, Measure] | None = None,
         disagreement: Mapping[str, Measure] | None = None,
+        shares: Measure | None = None,
+        complied: Bool[np.ndarray, " directions *grid prompts"] | None = None,
     ) -> "Landscape":
         """A landscape from the outcome of each prompt at each point.
 
@@ -76,7 +83,8 @@ class Landscape:
             nonfinite: int64[directions, *grid], see the attribute.
             evaluated: bool[directions, *grid], False for points whose outcomes are still missing.
             unanswered: int64[directions, *grid], see the attribute; None stands for zeros.
-            measures, disagreement: see the attributes.
+            measures, disagreement, shares: see the attributes.
+            complied: bool[directions, *grid, prompts], whether each answer complies; None if that is not known of all.
         """
         num_prompts = refused.shape[-1]
         asr = np.where(evaluated, 100.0 * (1.0 - refused.sum(axis=-1) / num_prompts), np.nan)
@@ -90,11 +98,13 @@ class Landscape:
                 "reference_interval": list(visage_interval(refused, "reference")),
             }
             numbers = {"asr": landscape_numbers(~refused, axes)}
+            numbers |= {} if complied is None else {"complied": landscape_numbers(complied, axes)}
         unanswered = np.zeros_like(nonfinite) if unanswered is None else unanswered
         return cls(
             *(tuple(axes), asr, low, high, nonfinite, unanswered, num_prompts, values, numbers),
             measures=measures or {},
             disagreement=disagreement or {},
+            shares=shares or {},
         )
 
     @property
@@ -128,6 +138,7 @@ class Landscape:
             **({"unanswered": self.unanswered.tolist()} if self.unanswered.any() else {}),
             "visage": self.visage_values,
             **({} if self.numbers is None else {"numbers": self.numbers}),
+            **({"shares": {kind: nested(share) for kind, share in self.shares.items()}} if self.shares else {}),
             **({"measures": _each_rate(nested, self.measures)} if self.measures else {}),
             **({"disagreement": _each_rate(nested, self.disagreement)} if self.disagreement else {}),
             "num_prompts": self.num_prompts,
@@ -181,18 +192,20 @@ class Landscape:
             numbers=content.get("numbers"),
             measures=_each_rate(lambda values: np.array(values, np.float64), content.get("measures", {})),
             disagreement=_each_rate(lambda values: np.array(values, np.float64), content.get("disagreement", {})),
+            shares={kind: np.array(share, np.float64) for kind, share in content.get("shares", {}).items()},
         )
         grid = tuple(len(axis.values) for axis in landscape.axes)
         arrays = (landscape.asr, landscape.asr_low, landscape.asr_high, landscape.nonfinite, landscape.unanswered)
         measures = (*landscape.measures.values(), *landscape.disagreement.values())
-        rates = [rate for measure in measures for rate in measure.values()]
+        rates = [rate for measure in (*measures, landscape.shares) for rate in measure.values()]
         shapes = {array.shape for array in (*arrays, *rates)}
         if len(grid) not in (1, 2) or shapes != {(len(landscape.asr), *grid)}:
             raise ValueError(f"arrays of shapes {sorted(shapes)} over {len(grid)} axes")
         if landscape.complete:
             values = content["visage"]
             np.array([values["paper"], values["reference"], *values["interval"]], np.float64).reshape(4)
-            for number in ({"asr": {}} if landscape.numbers is None else landscape.numbers)["asr"].values():
+            numbers = {"asr": {}} if landscape.numbers is None else landscape.numbers
+            for number in (*numbers["asr"].values(), *numbers.get("complied", {}).values()):
                 if number is not None:
                     np.array([number["value"], *number["interval"]], np.float64).reshape(3)
         return landscape

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -22,11 +23,13 @@ from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import Plan, bytes_of_weights, make_plan
 from jaxscape.engine.sampling import Sampling, SamplingOptions
 from jaxscape.evaluate.base import REFUSALS, Evaluator, checksum_of, labels_of, stop_when_all, uses_model
+from jaxscape.evaluate.coherence import COHERENCE, Coherence, coherence
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.choice import choose_axes
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.score import label_rest, prepare_judge
+from jaxscape.landscapes.shares import in_run
 from jaxscape.landscapes.store import Run, open_run
 from jaxscape.models.chat_defaults import template_notes
 from jaxscape.models.checkpoint import fingerprint
@@ -59,6 +62,7 @@ def scan(
     describe: Mapping[str, Any] | None = None,
     progress: bool = True,
     free_model: bool = False,
+    shares: bool = True,
     **sampling: Unpack[SamplingOptions],
 ) -> Landscape:
     """Measure a safety landscape: the attack success rate of a model at each point of a grid in weight space.
@@ -86,6 +90,8 @@ def scan(
         progress: whether to report each point on the standard error stream.
         free_model: delete the model's arrays when all points are decoded, before evaluators load models of their own.
             The model cannot be used any more then.
+        shares: whether the unperturbed model judges, after all points are decoded, which answers make no sense; see
+            `Landscape.shares`.
         sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` and `seed`, see
             `jaxscape.engine.sampling.Sampling`.
 
@@ -110,6 +116,8 @@ def scan(
     # The paper's keywords alone leave no labels: `refused` in the generations says all that they say.
     labelling = [] if [judge.name for judge in judges] == [DEFAULT_EVALUATOR] else judges
     late = [judge for judge in judges[1:] if uses_model(judge)]
+    if shares and COHERENCE not in [judge.name for judge in judges]:
+        late.append(coherence())
     at_once = [judge for judge in judges if judge not in late]
     sent = chat_texts(model.tokenizer, prompts, system_prompt, thinking)
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
@@ -152,8 +160,18 @@ def scan(
         open_run(directory, config, axes, len(sets), prompts, sent, overwrite) as run,
         _progress(run, [str(plan), prompts.summary(), *template_notes(model.tokenizer)], progress) as report_point,
     ):
+        bind = partial(
+            in_run,
+            run=run,
+            directory=directory,
+            sent=dict(zip(prompts, sent, strict=True)),
+            load=lambda: model,
+            weights=config["weights"],
+            decides=judges[0],
+        )
+        at_once = [bind(judge) if isinstance(judge, Coherence) else judge for judge in at_once]
         if labelling:
-            label_rest(run, [judge for judge in labelling if judge not in late], [opening] * len(prompts))
+            label_rest(run, at_once, [opening] * len(prompts))
         made = None
         for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
             made = None  # frees the previous set's directions before the next ones are made
@@ -168,9 +186,13 @@ def scan(
                 report_point()
         if late:
             del engine, made
-            if free_model:
-                _delete_arrays(model)
-            label_rest(run, late, [opening] * len(prompts), later_free, progress)
+            own = [bind(judge) for judge in late if isinstance(judge, Coherence)]
+            label_rest(run, own, [opening] * len(prompts), None, progress)
+            if others := [judge for judge in late if not isinstance(judge, Coherence)]:
+                del own
+                if free_model:
+                    _delete_arrays(model)
+                label_rest(run, others, [opening] * len(prompts), later_free, progress)
         return run.landscape()
 
 

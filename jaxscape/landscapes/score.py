@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxscape.evaluate.base import LABELS, Evaluator, labels_of_points, stop_when, uses_model
-from jaxscape.evaluate.evaluators import find_evaluators
+from jaxscape.evaluate.coherence import Coherence
+from jaxscape.evaluate.evaluators import EVALUATORS, find_evaluators
 from jaxscape.landscapes.labels import UNJUDGED
 from jaxscape.landscapes.landscape import Landscape
+from jaxscape.landscapes.shares import in_run, load_checked
 from jaxscape.landscapes.store import Run, reopen_run
+from jaxscape.models.model import Model, load_model
 from jaxscape.prompts.thinking import answer_of, opening_of
+from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.hardware import free_memory
 from jaxscape.runtime.processes import from_first
@@ -38,14 +42,36 @@ def score(
         UserError: the directory holds no finished scan, an evaluator cannot be used, or its answers were cut before an
             evaluator can judge them.
     """
-    judges = find_evaluators(evaluator)
-    with reopen_run(Path(directory)) as (run, sent):
+    judges, directory = find_evaluators(evaluator), Path(directory)
+    with reopen_run(directory) as (run, sent):
         # What a chat template opens stands behind the prompt.
         openings = [
             opening_of(text.rpartition(prompt.strip())[2]) for prompt, text in zip(run.prompts, sent, strict=True)
         ]
+        bind = partial(
+            in_run,
+            run=run,
+            directory=directory,
+            sent=dict(zip(run.prompts, sent, strict=True)),
+            load=partial(_load_model, directory),
+            weights=rundir.recorded_value(directory, "weights"),
+            decides=EVALUATORS.get(run.evaluator),
+        )
+        judges = [bind(judge) if isinstance(judge, Coherence) else judge for judge in judges]
         label_rest(run, judges, openings, free_memory(), progress)
         return run.landscape()
+
+
+def _load_model(directory: Path) -> Model:
+    """The model that the scan in a directory measured.
+
+    Raises:
+        UserError: it cannot be loaded any more, or has other weights now.
+    """
+    name, dtype, base, weights = (
+        rundir.recorded_value(directory, key) for key in ("model", "dtype", "base", "weights")
+    )
+    return load_checked(partial(load_model, name, dtype, base=base), weights)
 
 
 def prepare_judge(judge: Evaluator, prompts: Sequence[str], free_bytes: int | None) -> None:

@@ -32,11 +32,12 @@ from jaxscape.runtime.files import cut_after, to_json_lines, whole_lines, write_
 from jaxscape.runtime.processes import from_first
 
 GENERATIONS, PROMPTS, FIGURE = "generations.jsonl", "prompts.jsonl", "landscape.png"
+COHERENCE_FILE = "coherence.json"
 SCAN = rundir.RunKind(
     "scan",
     state=GENERATIONS,
     marks=frozenset({"weights", "directions", "axes"}),
-    computed=(landscape.FILE_NAME, FIGURE, "landscape-*.png", trajectory.FILE_NAME, "output*.jsonl", LABEL_FILES),
+    computed=(landscape.FILE_NAME, FIGURE, "landscape-*.png", trajectory.FILE_NAME, "output*.jsonl", LABEL_FILES, COHERENCE_FILE),
     descriptive=frozenset({"direction_names", "direction_files", "interpolate_to"}),  # checksums identify directions,
 )
 
@@ -74,6 +75,7 @@ class Run:
         self.unanswered = np.zeros((len(self.points), len(prompts)), bool)
         self._shape = (num_sets, *(len(axis.values) for axis in axes))
         self._out, self.evaluator = out, evaluator
+        self._unwritten: list[list[dict[str, Any]]] = []  # the lines of a run without a directory, point by point
         self.labels = LabelBook(self.points, len(prompts), None if out is None else out[0])
         if out is not None:
             self._restore(*out)
@@ -107,7 +109,9 @@ class Run:
             record |= {"unanswered": True} if has_no_answer else {}
             records.append(record | ({"cut": True} if completion.cut else {}))
         self._add(records)
-        if self._out is not None:
+        if self._out is None:
+            self._unwritten.append(records)
+        else:
             file = self._out[1]
             file.write(to_json_lines(records).encode())
             file.flush()
@@ -122,10 +126,9 @@ class Run:
             self.landscape().save(self._out[0])
 
     def records(self, start: int) -> list[list[dict[str, Any]]]:
-        """The lines of `generations.jsonl`, point by point, from the evaluated point number `start` on; none if the run
-        has no directory."""
+        """The lines of `generations.jsonl`, point by point, from the evaluated point number `start` on."""
         if self._out is None:
-            return []
+            return self._unwritten[start:]
         lines, size = whole_lines(self._out[1]), len(self.prompts)
         return [list(map(json.loads, lines[size * i : size * (i + 1)])) for i in range(start, self.num_done)]
 
@@ -138,6 +141,8 @@ class Run:
             evaluated=(np.arange(len(self.points)) < self.num_done).reshape(self._shape),
             unanswered=self.unanswered.sum(axis=1).reshape(self._shape),
             measures=self.labels.measures(self._shape),
+            shares=self.labels.shares(self._shape),
+            complied=self.labels.complied(self._shape),
             disagreement=self.labels.disagreement(self._shape, self.evaluator, self.refused[: self.num_done]),
         )
 

@@ -43,7 +43,8 @@ MODELS = {
 }
 
 # Directories of the LoRA adapters that come with this package. Each has its evaluation results in `scores.json`.
-ADAPTERS = {"smollm2-135m-safe": Path(__file__).parents[1] / "data" / "smollm2-135m-safe"}
+DEFAULT_MODEL = "smollm2-135m-safe"
+ADAPTERS = {DEFAULT_MODEL: Path(__file__).parents[1] / "data" / "smollm2-135m-safe"}
 
 NAMES = (*ADAPTERS, *MODELS)
 

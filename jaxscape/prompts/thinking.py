@@ -36,6 +36,12 @@ def opening_of(text: str) -> str:
     return next((opening for opening, closing in MARKERS if text.rfind(opening) > text.rfind(closing)), "")
 
 
+def end_of_thinking(opening: str) -> str:
+    """What ends an empty block of thinking that `opening` begins, and a blank line, as Qwen3's chat template writes it;
+    an empty text if there is no opening."""
+    return f"\n\n{dict(MARKERS)[opening]}\n\n" if opening else ""
+
+
 def answer_of(text: str) -> str:
     """The text without its blocks of thinking. A text that has none is returned as it is.
 

@@ -1,0 +1,129 @@
+"""The three shares of a scan: the evaluator `coherence` for the answers of a run, and its thresholds, which the run keeps.
+
+In a run, an answer refuses if the evaluator that decides the ASR says so.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from jaxscape.evaluate.base import Evaluator, Label
+from jaxscape.evaluate.coherence import COHERENCE, Coherence, Thresholds, calibrate
+from jaxscape.landscapes.store import COHERENCE_FILE, Run
+from jaxscape.models.checkpoint import fingerprint
+from jaxscape.models.model import Model
+from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.files import write_whole
+from jaxscape.runtime.processes import from_first
+
+ANSWERS_AT_ONCE = 256  # enough for full batches, and few enough that progress is seen
+
+
+@dataclass(frozen=True, eq=False)
+class _CoherenceOfRun(Coherence):
+    """The evaluator for points of a run whose refusals are known.
+
+    Attributes:
+        run: the run.
+    """
+
+    run: Run | None = None
+
+    def label_points(self, prompts: Sequence[str], points: Sequence[Sequence[str]]) -> Iterator[list[Label]]:
+        """The labels of the answers at the last points that are evaluated, point by point."""
+        assert self.run is not None
+        size = -(-ANSWERS_AT_ONCE // len(prompts))
+        done = self.run.num_done - len(points)
+        for start in range(0, len(points), size):
+            part = points[start : start + size]
+            refused = self.run.refused[done + start : done + start + len(part)].ravel().tolist()
+            labels = self.label([*prompts] * len(part), list(itertools.chain.from_iterable(part)), refused)
+            yield from (labels[i : i + len(prompts)] for i in range(0, len(labels), len(prompts)))
+
+
+def in_run(
+    judge: Coherence,
+    run: Run,
+    directory: Path | None,
+    sent: Mapping[str, str],
+    load: Callable[[], Model],
+    weights: str,
+    decides: Evaluator | None,
+) -> Coherence:
+    """The evaluator for the answers of a run. Its thresholds are those that the run has kept; if it has none, the model
+    that judges is calibrated, and the run keeps them.
+
+    Arguments:
+        directory: the run's directory; None if it has none.
+        sent: for each prompt of the run, the text that its model was given.
+        load: loads the run's model, which `coherence` judges by. It is called only if it is needed.
+        weights: checksum of the parameters of the run's model.
+        decides: the evaluator that decides the ASR; None if only its verdicts are known. If it is `judge` itself, the
+            paper's keywords tell refusals.
+
+    Raises:
+        UserError: the thresholds that are kept are damaged, or those of another model.
+    """
+    path = None if directory is None else directory / COHERENCE_FILE
+    is_own = judge.name == COHERENCE
+    kept = from_first(partial(_read, path)).get(judge.name)
+    thresholds = None if kept is None else Thresholds(**kept)
+    if is_own and thresholds is not None and thresholds.weights != weights:
+        raise UserError(f"{path} has the thresholds of another model than the run's: delete it to calibrate again.")
+    if thresholds is None:
+        model = load() if is_own else judge.model
+        thresholds = Thresholds(**from_first(partial(asdict, calibrate(model))))
+        if path is not None:
+            from_first(partial(_add, path, judge.name, thresholds))
+        load = partial(_same, model)
+    elif not is_own:
+        load = partial(load_checked, judge.load, thresholds.weights)
+    # Another model was given the prompts in a chat format of its own.
+    texts = (lambda prompts: [sent[prompt] for prompt in prompts]) if is_own else None
+    if decides is judge:
+        return Coherence(judge.name, load, thresholds, sent=texts)
+    return _CoherenceOfRun(judge.name, load, thresholds, decides, texts, run)
+
+
+def load_checked(load: Callable[[], Model], weights: str) -> Model:
+    """The model that `load` loads.
+
+    Arguments:
+        weights: checksum that its parameters must have.
+
+    Raises:
+        UserError: it cannot be loaded, or its parameters have another checksum.
+    """
+    model = load()
+    if fingerprint(model.params) != weights:
+        raise UserError(
+            f"The model {model.name} has other weights now than when the run was made, so it cannot judge the run's "
+            f"answers: put the former weights back, or scan again."
+        )
+    return model
+
+
+def _same(model: Model) -> Model:
+    return model
+
+
+def _read(path: Path | None) -> dict[str, dict[str, float]]:
+    """The thresholds that a run has kept, by the name of the evaluator."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        content: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+        for entry in content.values():
+            Thresholds(**entry).surprise + 0.0, entry["distinct"] + 0.0, entry["own"] + 0.0  # noqa: B018
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({reason(error)}): delete it, and thresholds are calibrated again."
+        ) from error
+    return content
+
+
+def _add(path: Path, name: str, thresholds: Thresholds) -> None:
+    write_whole(path, json.dumps(_read(path) | {name: asdict(thresholds)}, indent=1) + "\n")
