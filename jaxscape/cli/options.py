@@ -80,9 +80,9 @@ class EvaluatorOptions:
     """What judges the answers."""
 
     evaluator: Annotated[tuple[str, ...], shown("keywords", "NAME ...")] = ()
-    """Evaluators: keywords (the paper's 29 refusal keywords), wei, jailbreakbench, xstest, keywords:FILE, FILE.py:NAME
-    for a function or an evaluator of your own, or an LLM judge: llama-guard:MODEL, qwen3guard:MODEL,
-    qwen3guard-harm:MODEL or llm:FILE. The first one decides the ASR."""
+    """Evaluators: keywords (the paper's 29 refusal keywords), wei, jailbreakbench, xstest, coherence or coherence:MODEL
+    (which answers make no sense), keywords:FILE, FILE.py:NAME for a function or an evaluator of your own, or an LLM
+    judge: llama-guard:MODEL, qwen3guard:MODEL, qwen3guard-harm:MODEL or llm:FILE. The first one decides the ASR."""
     keywords: Annotated[Path | None, shown("none", "FILE")] = None
     """A file with a refusal phrase in each line; the same as --evaluator keywords:FILE, after the other evaluators."""
 
@@ -90,6 +90,15 @@ class EvaluatorOptions:
     def names(self) -> tuple[str, ...]:
         """The evaluators' names, which `jaxscape.evaluator` knows; none if none was chosen."""
         return (*self.evaluator, *(() if self.keywords is None else (f"keywords:{self.keywords}",)))
+
+
+@dataclass(frozen=True)
+class ScanEvaluatorOptions(EvaluatorOptions):
+    """What judges the answers."""
+
+    no_shares: bool = False
+    """Leave out the shares of answers that refuse, comply and make no sense, which the model that is measured judges
+    after all points are decoded. `jaxscape score RUN --evaluator coherence` adds them later."""
 
 
 @dataclass(frozen=True)

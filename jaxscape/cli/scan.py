@@ -1,16 +1,17 @@
 """`jaxscape scan`: measure a model's safety landscape, and keep it in a directory."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jaxscape.cli.options import (
     DEFAULT_NUM_PROMPTS,
-    EvaluatorOptions,
     Group,
     ModelOptions,
     OutputOptions,
     RunOptions,
+    ScanEvaluatorOptions,
     check_texts,
 )
 from jaxscape.engine.options import EngineOptions, GenerationOptions
@@ -83,7 +84,7 @@ class Scan:
     model: Group[ModelOptions] = field(default_factory=ModelOptions)
     prompts: Group[PromptOptions] = field(default_factory=PromptOptions)
     landscape: Group[LandscapeOptions] = field(default_factory=LandscapeOptions)
-    evaluators: Group[EvaluatorOptions] = field(default_factory=EvaluatorOptions)
+    evaluators: Group[ScanEvaluatorOptions] = field(default_factory=ScanEvaluatorOptions)
     generation: Group[GenerationOptions] = field(default_factory=GenerationOptions)
     engine: Group[EngineOptions] = field(default_factory=EngineOptions)
     devices: Group[RunOptions] = field(default_factory=RunOptions)
@@ -160,6 +161,7 @@ class Scan:
             directions,
             evaluator=judges,
             free_model=True,
+            shares=not self.evaluators.no_shares,
             out=out,
             overwrite=self.output.overwrite,
             describe={
@@ -185,9 +187,7 @@ def summary(landscape: "Landscape", figure: Path) -> str:
     """A few lines for the user: the ASR, VISAGE and the other numbers, and where the figure is."""
     import numpy as np
 
-    from jaxscape.report.tables import estimate_text
-
-    values, numbers = landscape.visage_values or {}, (landscape.numbers or {})["asr"]
+    values, numbers = landscape.visage_values or {}, landscape.numbers or {}
     origin = tuple(axis.values.index(0.0) for axis in landscape.axes)
     centre = np.mean([asr[origin] for asr in landscape.asr])
     low, high = values["interval"]
@@ -195,9 +195,10 @@ def summary(landscape: "Landscape", figure: Path) -> str:
         f"ASR of the model itself: {centre:.1f} %; over all points: {landscape.asr.mean():.1f} %",
         f"VISAGE: {values['paper']:.2f} (95 % interval {low:.2f} to {high:.2f}); reference code's definition: "
         f"{values['reference']:.2f}",
-        f"Safety volume in percent: {estimate_text(numbers['volume'], '.2f', '95 % interval ')}",
-        f"Radius, where the ASR rises above 50 %: {estimate_text(numbers['radius'], '.3g', '95 % interval ')}",
+        *_number_lines(numbers["asr"], "", "the ASR"),
     ]
+    if "complied" in numbers:
+        lines += _number_lines(numbers["complied"], " of complied alone", "the share that complies")
     if nonfinite := int(landscape.nonfinite.sum()):
         points = int((landscape.nonfinite > 0).sum())
         lines.append(f"NaN or infinite logits: {nonfinite} completions at {points} points")
@@ -210,9 +211,26 @@ def summary(landscape: "Landscape", figure: Path) -> str:
     return "\n".join([*lines, *measure_lines(landscape), f"{figure}"])
 
 
+def _number_lines(numbers: Mapping[str, Any], what: str, rate: str) -> list[str]:
+    """A line for the volume and one for the radius, if there is one.
+
+    Arguments:
+        what: what stands behind their names.
+        rate: what the radius says of which it rises above 50 %.
+    """
+    from jaxscape.report.tables import estimate_text
+
+    volume, radius = numbers["volume"], numbers["radius"]
+    lines = [f"Safety volume{what} in percent: {estimate_text(volume, '.2f', '95 % interval ')}"]
+    if radius is not None:
+        lines.append(f"Radius{what}, where {rate} rises above 50 %: {estimate_text(radius, '.3g', '95 % interval ')}")
+    return lines
+
+
 def measure_lines(landscape: "Landscape") -> list[str]:
-    """A line for each evaluator, with the share of each label, and one for each pair of evaluators, with the share of
-    the answers on which they differ: over all points, and at the model itself if it is a point."""
+    """A line for the three shares, one for each evaluator, with the share of each label, and one for each pair of
+    evaluators, with the share of the answers on which they differ: over all points, and at the model itself if it is a
+    point."""
     import numpy as np
 
     from jaxscape.evaluate.base import LABELS
@@ -220,7 +238,7 @@ def measure_lines(landscape: "Landscape") -> list[str]:
 
     def shares(measure: "Measure", part: Any) -> str:
         labels = [label for label in (*LABELS, UNJUDGED) if label in measure]
-        return ", ".join(f"{label} {np.mean(measure[label][part]):.1f} %" for label in labels)
+        return ", ".join(f"{label} {np.nanmean(measure[label][part]):.1f} %" for label in labels)
 
     def difference(measure: "Measure", part: Any) -> str:
         shares = measure["differ"][part]
@@ -228,9 +246,10 @@ def measure_lines(landscape: "Landscape") -> list[str]:
 
     has_origin = all(0.0 in axis.values for axis in landscape.axes)
     origin = (slice(None), *(axis.values.index(0.0) for axis in landscape.axes)) if has_origin else None
+    judged = ({"shares": landscape.shares} if landscape.shares else {}) | dict(landscape.measures)
     return [
         f"{name}: {text(measure, ...)} over all points"
         + (f"; {text(measure, origin)} at the model itself" if origin else "")
-        for text, measures in ((shares, landscape.measures), (difference, landscape.disagreement))
+        for text, measures in ((shares, judged), (difference, landscape.disagreement))
         for name, measure in measures.items()
     ]

@@ -2,13 +2,13 @@
 
 An answer makes no sense if the model that judges finds it far less likely than answers of its own, or if its text is
 little more than one phrase over and over: such a text is likely under a language model, so likelihood alone misses it.
-For the same reason, only those tokens count in the likelihood that stand behind their predecessor for the first time. In
-a landscape, the model that judges is the unperturbed one.
+For the same reason, a token counts in the likelihood only where it follows the token before it for the first time. In a
+landscape, the model that judges is the unperturbed one.
 """
 
 import bisect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -192,8 +192,8 @@ def mean_surprise(
     model: Model, contexts: Sequence[str], answers: Sequence[str], own: float
 ) -> Float[np.ndarray, " answers"]:
     """The mean negative log-likelihood of each answer's new tokens, in nats, with `PRIOR_TOKENS` tokens of `own` nats
-    beside them. A token is new if it follows the token before it for the first time in the answer. The mean is NaN where
-    the model computes no finite logits.
+    beside them. A token is new if it follows the token before it for the first time in the answer. The mean is NaN
+    where the model computes no finite logits.
 
     Arguments:
         contexts: the text before each answer, in which special tokens are spelled out.
@@ -208,9 +208,7 @@ def mean_surprise(
     )
 
 
-def _surprise(
-    model: Model, contexts: Sequence[str], answers: Sequence[str]
-) -> list[Float[np.ndarray, " tokens"]]:
+def _surprise(model: Model, contexts: Sequence[str], answers: Sequence[str]) -> list[Float[np.ndarray, " tokens"]]:
     """The negative log-likelihood in nats of each new token of each answer, see `mean_surprise`."""
     before = encode(model, contexts, 1)
     # The answer is tokenised by itself, as it was generated: no token reaches across its beginning.

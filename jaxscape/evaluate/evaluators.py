@@ -35,7 +35,15 @@ MAKERS: dict[str, Callable[[str], Classifier]] = {
     "llm": judge_file,
     **{name: partial(guard, name) for name in GUARDS},
 }
-FORMS = (*EVALUATORS, COHERENCE, "coherence:MODEL", "keywords:FILE", "FILE.py:NAME", "llm:FILE", *(f"{name}:MODEL" for name in GUARDS))
+FORMS = (
+    *EVALUATORS,
+    COHERENCE,
+    "coherence:MODEL",
+    "keywords:FILE",
+    "FILE.py:NAME",
+    "llm:FILE",
+    *(f"{name}:MODEL" for name in GUARDS),
+)
 """What can be written to choose an evaluator."""
 
 _OWN = re.compile(r"(.+\.py)(?::(.*))?", re.DOTALL)

@@ -37,7 +37,15 @@ SCAN = rundir.RunKind(
     "scan",
     state=GENERATIONS,
     marks=frozenset({"weights", "directions", "axes"}),
-    computed=(landscape.FILE_NAME, FIGURE, "landscape-*.png", trajectory.FILE_NAME, "output*.jsonl", LABEL_FILES, COHERENCE_FILE),
+    computed=(
+        landscape.FILE_NAME,
+        FIGURE,
+        "landscape-*.png",
+        trajectory.FILE_NAME,
+        "output*.jsonl",
+        LABEL_FILES,
+        COHERENCE_FILE,
+    ),
     descriptive=frozenset({"direction_names", "direction_files", "interpolate_to"}),  # checksums identify directions,
 )
 
