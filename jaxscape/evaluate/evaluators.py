@@ -57,9 +57,9 @@ def evaluator(name: str) -> Classifier:
 
     Arguments:
         name: a name in `EVALUATORS`; `coherence`, see `jaxscape.evaluate.coherence.Coherence`, which judges by the
-            default model, or `coherence:MODEL`; `keywords:FILE` for a file with a phrase in each line; or `FILE.py:NAME` for a
-            function of prompts and answers, or an `Evaluator`, in a Python file of your own, which is imported. LLM
-            judges are `llm:FILE`, for a judge file, and `llama-guard:MODEL`, `qwen3guard:MODEL` and
+            default model, or `coherence:MODEL`; `keywords:FILE` for a file with a phrase in each line; or
+            `FILE.py:NAME` for a function of prompts and answers, or an `Evaluator`, in a Python file of your own, which
+            is imported. LLM judges are `llm:FILE`, for a judge file, and `llama-guard:MODEL`, `qwen3guard:MODEL` and
             `qwen3guard-harm:MODEL`; their label is None, and their score NaN, where they cannot judge.
 
     Raises:

@@ -39,9 +39,9 @@ class Landscape:
         visage_values: VISAGE of the kinds `paper` and `reference`, and the ends of their 95 % intervals, `interval` and
             `reference_interval`; None while points are missing.
         numbers: `asr` has the safety volume and the radius of the ASR, see
-            `jaxscape.landscapes.numbers.landscape_numbers`, and `complied` those of the share of answers that comply, if
-            there are shares; None while points are missing, and where it was read from a file that was written before
-            there were such numbers.
+            `jaxscape.landscapes.numbers.landscape_numbers`, and `complied`, if there are shares, those of the share of
+            the answers that comply; None while points are missing, and where it was read from a file that was written
+            before there were such numbers.
         measures: what each evaluator gave, by the evaluator's name; empty if the paper's keywords are the only one.
         disagreement: for each pair of evaluators, `A / B`, the share of the answers in percent that one of them takes
             for a refusal and the other does not, as `differ`, with its interval. Empty if there is only one evaluator.

@@ -1,4 +1,4 @@
-"""The three shares of a scan: the evaluator `coherence` for the answers of a run, and its thresholds, which the run keeps.
+"""The three shares of a scan: the evaluator `coherence` in a run, which keeps its thresholds.
 
 In a run, an answer refuses if the evaluator that decides the ASR says so.
 """
@@ -117,7 +117,7 @@ def _read(path: Path | None) -> dict[str, dict[str, float]]:
     try:
         content: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
         for entry in content.values():
-            Thresholds(**entry).surprise + 0.0, entry["distinct"] + 0.0, entry["own"] + 0.0  # noqa: B018
+            [float(value) for key, value in asdict(Thresholds(**entry)).items() if key != "weights"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({reason(error)}): delete it, and thresholds are calibrated again."
