@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jaxscape.evaluate.coherence import COHERENCE
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
+from jaxscape.landscapes.labels import label_file
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.numbers import (
     crossings,
@@ -30,6 +33,7 @@ from jaxscape.runtime.errors import UserError, as_list, reason
 from jaxscape.runtime.rundir import CONFIG
 
 NUMBERS = ("visage", "volume", "radius")
+COMPLIED = ("complied_volume", "complied_radius")  # of runs with shares
 LEVEL = 0.05  # a difference is larger than the noise if its adjusted p-value is below this
 ENOUGH_DIRECTIONS = 10  # with fewer, intervals over directions are too narrow; see experiments/precision.py
 _RESAMPLES = 10_000  # at least, and
@@ -47,6 +51,7 @@ class ComparedRun:
         config: what `config.json` holds.
         prompts: its prompts in alphabetical order; empty for an unfinished run.
         succeeded: bool[directions, *grid, prompts], whether each attack succeeded, in the order of `prompts`.
+        complied: the same of answers that comply, as `coherence` sees it; None if the run has no shares.
     """
 
     name: str
@@ -54,16 +59,20 @@ class ComparedRun:
     config: dict[str, Any]
     prompts: tuple[str, ...]
     succeeded: Bool[np.ndarray, " directions *grid prompts"]
+    complied: Bool[np.ndarray, " directions *grid prompts"] | None = None
 
     @property
     def numbers(self) -> dict[str, dict[str, Any]] | None:
-        """`visage`, `volume` and `radius`, each with `value` and `interval` as in `landscape.json`; those that a
-        landscape does not have are left out. None for an unfinished run."""
+        """`visage`, `volume`, `radius`, and the latter two of complied alone, `complied_volume` and `complied_radius`.
+        Each has `value` and `interval` as in `landscape.json`; those that a landscape does not have are left out. None
+        for an unfinished run."""
         land = self.landscape
         if land.visage_values is None or land.numbers is None:
             return None
         visage = {"value": land.visage_values["paper"], "interval": land.visage_values["interval"]}
-        return {"visage": visage} | {name: number for name, number in land.numbers["asr"].items() if number is not None}
+        complied = {f"complied_{name}": number for name, number in land.numbers.get("complied", {}).items()}
+        numbers = land.numbers["asr"] | complied
+        return {"visage": visage} | {name: number for name, number in numbers.items() if number is not None}
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class Difference:
 
     Attributes:
         first, second: names of the runs.
-        number: one of `NUMBERS`.
+        number: one of `NUMBERS` or `COMPLIED`.
         value: the number of the second run minus that of the first.
         low, high: the ends of its 95 % bootstrap percentile interval, not adjusted for the number of differences.
         bound: `at least` or `at most` if the radius of one run is only a lower bound, else empty.
@@ -201,14 +210,30 @@ def _load(directory: Path, name: str) -> ComparedRun:
             raise ValueError(f"{GENERATIONS} has {len(records)} answers")
         if not np.allclose(100 * succeeded.mean(axis=-1), landscape.asr):
             raise ValueError(f"the answers in {GENERATIONS} give another ASR than {directory / 'landscape.json'} has")
+        complied = _complied(directory, succeeded.shape)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"The run in {directory} cannot be compared ({reason(error)}): give the directory that its scan wrote."
         ) from error
     # An older file has no numbers, and the answers are what counts.
-    landscape = replace(landscape, numbers={"asr": landscape_numbers(succeeded, landscape.axes)})
+    rates = {"asr": succeeded} | ({} if complied is None else {"complied": complied})
+    landscape = replace(
+        landscape, numbers={name: landscape_numbers(happened, landscape.axes) for name, happened in rates.items()}
+    )
     order = sorted(range(len(prompts)), key=prompts.__getitem__)  # runs are paired whatever the order of their prompts
-    return ComparedRun(name, landscape, config, tuple(prompts[i] for i in order), succeeded[..., order])
+    return ComparedRun(
+        *(name, landscape, config, tuple(prompts[i] for i in order), succeeded[..., order]),
+        complied=None if complied is None else complied[..., order],
+    )
+
+
+def _complied(directory: Path, shape: tuple[int, ...]) -> Bool[np.ndarray, "*shape"] | None:
+    """Whether each answer of a run complies; None if `coherence` has not judged all of them."""
+    path = directory / label_file(COHERENCE)
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    if len(lines) != math.prod(shape[:-1]):
+        return None
+    return np.array([[label == "complied" for label in json.loads(line)["labels"]] for line in lines]).reshape(shape)
 
 
 def _remarks(run: ComparedRun) -> list[str]:
@@ -236,13 +261,18 @@ def _comparable(first: ComparedRun, second: ComparedRun) -> tuple[list[str], lis
     kinds = sorted(", ".join(axis.name for axis in item) for item in axes)
     if kinds[0] != kinds[1]:
         return [], [f"Not compared, because they have different axes ({kinds[0]}; {kinds[1]})"]
-    numbers, notes = list(NUMBERS), []
+    has_shares = [run.complied is not None for run in (first, second)]
+    numbers, notes = [*NUMBERS, *(COMPLIED if all(has_shares) else ())], []
+    if any(has_shares) and not all(has_shares):
+        notes.append("Complied alone is not compared, because one has no shares; jaxscape score adds them")
     if axes[0] != axes[1]:
-        numbers = ["radius"]
+        numbers = [number for number in numbers if number.endswith("radius")]
         notes.append("VISAGE and volume are not compared, because they depend on the grid, and the grids differ")
-    if why := _incomparable_radius(first, second):
-        numbers.remove("radius")
-        notes.append(f"The radius is not compared, because {why}")
+    for number in [number for number in numbers if number.endswith("radius")]:
+        if why := _incomparable_radius(first, second, number):
+            numbers.remove(number)
+            of = " of complied alone" if number in COMPLIED else ""
+            notes.append(f"The radius{of} is not compared, because {why}")
     if first.prompts != second.prompts:
         notes.append("Different prompts, which may be what makes a difference")
     if not _share_directions(first, second):
@@ -261,9 +291,13 @@ def _comparable(first: ComparedRun, second: ComparedRun) -> tuple[list[str], lis
     return numbers, notes
 
 
-def _incomparable_radius(first: ComparedRun, second: ComparedRun) -> str:
-    """Why the radii of two runs cannot be compared; empty if they can."""
-    radii = [run.numbers["radius"] for run in (first, second) if run.numbers and "radius" in run.numbers]
+def _incomparable_radius(first: ComparedRun, second: ComparedRun, number: str) -> str:
+    """Why the radii of two runs cannot be compared; empty if they can.
+
+    Arguments:
+        number: `radius` or `complied_radius`.
+    """
+    radii = [run.numbers[number] for run in (first, second) if run.numbers and number in run.numbers]
     if len(radii) < 2:
         return "the model itself lies outside the axes"
     smaller, larger = sorted(radii, key=lambda radius: radius["value"])
@@ -344,12 +378,14 @@ def _samples(
         assert rays is not None, "the radius of a run without rays is never asked for"
         return mean_radius(crossings(rates, rays), rays)[0]
 
+    happened = run.complied if number in COMPLIED else run.succeeded
+    assert happened is not None, "numbers of complied alone are asked only of runs with shares"
     measures: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "visage": lambda rates: visage_per_direction(rates, "paper", len(axes)),
         "volume": lambda rates: safety_volume(rates, axes),
         "radius": radius,
     }
-    return over_directions(resample(run.succeeded, prompts, measures[number]), directions)
+    return over_directions(resample(happened, prompts, measures[number.removeprefix("complied_")]), directions)
 
 
 def _p_value(change: Float[np.ndarray, " resamples"]) -> float:

@@ -154,7 +154,7 @@ class LabelBook:
         return result
 
     def _path(self, name: str) -> Path:
-        return (self._directory or Path()) / LABEL_FILES.replace("*", quote(name, safe=" "))
+        return (self._directory or Path()) / label_file(name)
 
     def _check(self, path: Path, index: int, record: Mapping[str, Any]) -> None:
         """Raise a `ValueError` if a line is not that of the point of this number, in the file of its evaluator."""
@@ -165,6 +165,11 @@ class LabelBook:
             raise ValueError(f"a line that should be for {list(coords)} is for {record['coords']}")
         if len(record["labels"]) != self._num_prompts or not set(record["labels"]) <= {*LABELS, None}:
             raise ValueError(f"{len(record['labels'])} labels for {self._num_prompts} prompts, or unknown ones")
+
+
+def label_file(name: str) -> str:
+    """The name of the file with the labels of the evaluator of this name."""
+    return LABEL_FILES.replace("*", quote(name, safe=" "))
 
 
 def _refusals(rows: Sequence[Sequence[Label | None]]) -> Float[np.ndarray, "points prompts"]:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxscape.finetuning.trajectory import Trajectory
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.landscape import Landscape
+from jaxscape.landscapes.numbers import THRESHOLD
 from jaxscape.report.canvas import Axes, Figure, MatplotlibFigure, patheffects, png
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
@@ -22,6 +23,13 @@ TRAJECTORY_COLOURS = ("#FFFFFF", "#E69F00", "#56B4E9")
 COLOUR_MAP = "cividis"  # its lightness rises evenly, so that it reads the same in grey
 GREEK = {"alpha": "\N{GREEK SMALL LETTER ALPHA}", "beta": "\N{GREEK SMALL LETTER BETA}"}
 ASR_LABEL = "attack success rate (%)"
+# From the bottom up, so that the ASR, which counts whatever is not refused, lies on the border of two areas. In grey,
+# complied is dark, refused light, and incoherent hatched.
+SHARES: dict[str, dict[str, Any]] = {
+    "complied": {"facecolor": "#D55E00", "label": "complied"},
+    "incoherent": {"facecolor": "#D0D0D0", "edgecolor": "#8C8C8C", "hatch": "///", "label": "incoherent"},
+    "refused": {"facecolor": "#D6EBF8", "label": "refused"},
+}
 
 Draw = Callable[[Landscape, Sequence[Trajectory]], MatplotlibFigure]
 """A function that draws a landscape, complete or not, with the trajectories of finetunings on it."""
@@ -30,9 +38,11 @@ Draw = Callable[[Landscape, Sequence[Trajectory]], MatplotlibFigure]
 def plot_landscape(landscape: Landscape, trajectories: Sequence[Trajectory] = ()) -> Figure:
     """A figure of a landscape, which may be unfinished. Its title gives VISAGE.
 
-    1D: the ASR along each direction with its 95 % interval. 2D: for each direction set a filled contour plot and a
-    surface. Trajectories are drawn on the contour plot; the legend gives the largest residual of each, the fraction
-    of a checkpoint's distance from the start that is orthogonal to the plane.
+    1D: the ASR along each direction with its 95 % interval, over the stacked shares of answers that comply, make no
+    sense and refuse, the mean over the directions. 2D: for each direction set filled contour plots of the ASR and of
+    the shares that comply and make no sense. Of a landscape without shares, 1D shows the ASR alone, and 2D a filled
+    contour plot of it and a surface. Trajectories are drawn on the contour plots; the legend gives the largest residual
+    of each, the fraction of a checkpoint's distance from the start that is orthogonal to the plane.
     """
     return _plot_1d(landscape) if len(landscape.axes) == 1 else _plot_2d(landscape, trajectories)
 
@@ -78,21 +88,61 @@ def _plot_1d(landscape: Landscape) -> Figure:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     plot = figure.add_subplot()
     (axis,) = landscape.axes
-    _draw_curves(plot, landscape)
+    if landscape.shares:
+        figure.set_figheight(4.8)
+        _draw_shares(plot, landscape)
+        _draw_curves(plot, landscape, ("k",))
+        _mark_radii(plot, landscape)
+    else:
+        _draw_curves(plot, landscape, COLOURS)
     mark_models(plot, axis)
-    plot.set(xlabel=axis_label(axis.name), ylabel=ASR_LABEL, ylim=(-3, 103), title=_title(landscape))
+    label = "share of the answers (%)" if landscape.shares else ASR_LABEL
+    plot.set(xlabel=axis_label(axis.name), ylabel=label, ylim=(-3, 103), title=_title(landscape))
     plot.grid(alpha=0.3)
-    if len(landscape.asr) > 1:
+    if landscape.shares:
+        plot.set(xlim=(min(axis.values), max(axis.values)), ylim=(-1, 101))
+        plot.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
+    elif len(landscape.asr) > 1:
         plot.legend()
     return figure
 
 
-def _draw_curves(plot: Axes, landscape: Landscape) -> None:
+def _draw_shares(plot: Axes, landscape: Landscape) -> None:
+    """The shares, stacked, as the mean over the directions. A point at which not all directions are judged is left
+    out."""
+    coords, bottom = np.array(landscape.axes[0].values), np.zeros(len(landscape.axes[0].values))
+    for kind, style in SHARES.items():
+        top = bottom + landscape.shares[kind].mean(axis=0)
+        plot.fill_between(coords, bottom, top, linewidth=0, **style)
+        bottom = top
+
+
+def _mark_radii(plot: Axes, landscape: Landscape) -> None:
+    """A mark where the ASR of each direction rises above 50 %, on either side."""
+    radius = (landscape.numbers or {}).get("asr", {}).get("radius")
+    sides = {"negative": -1, "positive": 1}
+    found = [
+        sign * entry[side]["value"]
+        for entry in (radius or {}).get("directions", [])
+        for side, sign in sides.items()
+        if side in entry and not entry[side]["at_least"]
+    ]
+    if found:
+        style: dict[str, Any] = {"marker": "d", "markersize": 9, "color": "w", "markeredgecolor": "k"}
+        label = f"radius: ASR rises above {THRESHOLD:.0f} %"
+        plot.plot(found, [THRESHOLD] * len(found), linestyle="", zorder=4, label=label, **style)
+
+
+def _draw_curves(plot: Axes, landscape: Landscape, colours: Sequence[str]) -> None:
     """The ASR along each direction, and a band for its interval."""
     coords = landscape.axes[0].values
+    names = [f"direction {i}" for i in range(len(landscape.asr))]
+    if landscape.shares:
+        names = [f"ASR, {name}" for name in names] if len(names) > 1 else ["attack success rate (ASR), 95 % interval"]
     for i, (asr, low, high) in enumerate(zip(landscape.asr, landscape.asr_low, landscape.asr_high, strict=True)):
-        colour = COLOURS[i % len(COLOURS)]
-        plot.fill_between(coords, low, high, color=colour, alpha=0.15, linewidth=0)
+        colour = colours[i % len(colours)]
+        alpha = 0.15 / len(names) if landscape.shares else 0.15
+        plot.fill_between(coords, low, high, color=colour, alpha=alpha, linewidth=0)
         plot.plot(
             coords,
             asr,
@@ -100,7 +150,7 @@ def _draw_curves(plot: Axes, landscape: Landscape) -> None:
             linestyle=STYLES[i % len(STYLES)],
             marker=MARKERS[i % len(MARKERS)],
             markersize=4,
-            label=f"direction {i}",
+            label=names[i],
         )
 
 
@@ -117,6 +167,9 @@ def _plot_2d(landscape: Landscape, trajectories: Sequence[Trajectory]) -> Figure
     num_sets = len(landscape.asr)
     figure = Figure(figsize=(11, 4.4 * num_sets), layout="constrained")
     figure.suptitle(_title(landscape))
+    if landscape.shares:
+        _draw_planes(figure, landscape, trajectories)
+        return figure
     for i, asr in enumerate(landscape.asr):
         values = np.ma.masked_invalid(asr)
         contour = figure.add_subplot(num_sets, 2, 2 * i + 1)
@@ -130,8 +183,26 @@ def _plot_2d(landscape: Landscape, trajectories: Sequence[Trajectory]) -> Figure
     return figure
 
 
+def _draw_planes(figure: Figure, landscape: Landscape, trajectories: Sequence[Trajectory]) -> None:
+    """For each direction set, the ASR, the share that complies and the share that makes no sense, side by side."""
+    num_sets = len(landscape.asr)
+    figure.set_size_inches(14, 4.4 * num_sets)
+    rates = {
+        ASR_LABEL: landscape.asr,
+        "complied (%)": landscape.shares["complied"],
+        "incoherent (%)": landscape.shares["incoherent"],
+    }
+    for i in range(num_sets):
+        plots = [figure.add_subplot(num_sets, 3, 3 * i + column) for column in (1, 2, 3)]
+        for plot, (label, values) in zip(plots, rates.items(), strict=True):
+            filled = _draw_contour(plot, landscape.axes, np.ma.masked_invalid(values[i]))
+            _draw_trajectories(plot, trajectories)
+            plot.set_title(f"{label}, direction set {i}" if num_sets > 1 else label, fontsize=10)
+        figure.colorbar(filled, ax=plots, label="share of the answers (%)")
+
+
 def _draw_contour(plot: Axes, axes: Sequence[Axis], values: np.ma.MaskedArray) -> Any:
-    """A filled contour plot of ASR values, with a cross at the model. Returns what a colour bar is made from."""
+    """A filled contour plot of a rate in percent, with a cross at the model. Returns what a colour bar is made from."""
     first, second = axes
     x, y = np.meshgrid(first.values, second.values, indexing="ij")
     filled = plot.contourf(x, y, values, levels=np.arange(0, 101, 10), cmap=COLOUR_MAP)

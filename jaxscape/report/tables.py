@@ -6,10 +6,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxscape.landscapes.comparison import LEVEL, ComparedRun, Comparison, Difference
+from jaxscape.landscapes.comparison import COMPLIED, LEVEL, ComparedRun, Comparison, Difference
 
-TITLES = {"visage": "VISAGE", "volume": "safety volume (%)", "radius": "radius"}
-FORMATS = {"visage": ".2f", "volume": ".2f", "radius": ".3g"}
+TITLES = {
+    "visage": "VISAGE",
+    "volume": "safety volume (%)",
+    "radius": "radius",
+    "complied_volume": "safety volume of complied alone (%)",
+    "complied_radius": "radius of complied alone",
+}
+FORMATS = {"visage": ".2f", "volume": ".2f", "radius": ".3g", "complied_volume": ".2f", "complied_radius": ".3g"}
 MINUS = "\N{MINUS SIGN}"
 
 Rows = list[list[str]]
@@ -43,7 +49,8 @@ def to_markdown(comparison: Comparison) -> str:
 def to_latex(comparison: Comparison) -> str:
     """The text of `table.tex`: a `tabular` of the runs and one of the differences, which need no package, and the notes
     as comments."""
-    parts = [_latex_table(_run_rows(comparison), "lrrrrr")]
+    rows = _run_rows(comparison)
+    parts = [_latex_table(rows, "l" + "r" * (len(rows[0]) - 1))]
     if comparison.differences:
         parts += [_latex_table(_difference_rows(comparison), "llrrrrll"), f"% {_latex(_level_note(comparison))}"]
     return "\n\n".join([*parts, *(f"% Note: {_latex(note)}" for note in comparison.notes)]) + "\n"
@@ -51,20 +58,28 @@ def to_latex(comparison: Comparison) -> str:
 
 def to_csv(comparison: Comparison) -> str:
     """The text of `table.csv`: a row for each run. A number that was not measured is an empty cell."""
+    names = _names(comparison)
+    radii = [name for name in names if name.endswith("radius")]
     head = ["run", "prompts", "directions", "points"]
-    for name in TITLES:
-        head += [name, f"{name}_low", f"{name}_high"]
-    head += ["radius_at_least", "radius_low_at_least", "radius_high_at_least"]
-    return _csv([head, *map(_csv_row, comparison.runs)])
+    head += [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+    head += [f"{name}{end}_at_least" for name in radii for end in ("", "_low", "_high")]
+    return _csv([head, *(_csv_row(run, names, radii) for run in comparison.runs)])
 
 
-def _csv_row(run: ComparedRun) -> list[Any]:
+def _csv_row(run: ComparedRun, names: Sequence[str], radii: Sequence[str]) -> list[Any]:
     numbers = run.numbers or {}
     row: list[Any] = [run.name, run.landscape.num_prompts, len(run.landscape.asr), run.landscape.asr[0].size]
-    for name in TITLES:
+    for name in names:
         row += [numbers[name]["value"], *numbers[name]["interval"]] if name in numbers else [""] * 3
-    radius = numbers.get("radius")
-    return row + ([""] * 3 if radius is None else [radius["at_least"], *radius["interval_at_least"]])
+    for name in radii:
+        row += [numbers[name]["at_least"], *numbers[name]["interval_at_least"]] if name in numbers else [""] * 3
+    return row
+
+
+def _names(comparison: Comparison) -> list[str]:
+    """The numbers that tables have: those of complied alone only if a run has shares."""
+    has_shares = any(run.complied is not None for run in comparison.runs)
+    return [name for name in TITLES if has_shares or name not in COMPLIED]
 
 
 def differences_to_csv(comparison: Comparison) -> str:
@@ -86,7 +101,8 @@ def differences_to_csv(comparison: Comparison) -> str:
 
 
 def _run_rows(comparison: Comparison) -> Rows:
-    rows = [["run", "prompts", "directions", *TITLES.values()]]
+    names = _names(comparison)
+    rows = [["run", "prompts", "directions", *(TITLES[name] for name in names)]]
     for run in comparison.runs:
         numbers = run.numbers
         cells = [
@@ -95,7 +111,7 @@ def _run_rows(comparison: Comparison) -> Rows:
             else estimate_text(numbers[name], FORMATS[name])
             if name in numbers
             else "none"
-            for name in TITLES
+            for name in names
         ]
         rows.append([run.name, str(run.landscape.num_prompts), str(len(run.landscape.asr)), *cells])
     return rows
