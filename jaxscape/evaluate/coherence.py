@@ -37,7 +37,8 @@ GRAM = 12  # characters, which is a clause in Chinese and two words in English
 # The mean over an answer's tokens has this many tokens of the model's own mean beside them, because a few surprising
 # tokens ("Yes.") show nothing.
 PRIOR_TOKENS = 5
-# How far from the model's own mean to ln(vocabulary), which is a uniform guess, an answer's mean may be.
+# How far from the model's own mean to ln(vocabulary), which is a uniform guess, an answer's mean may be. Answers of a
+# model that guesses itself may have twice its own mean.
 FRACTION = 0.5
 SHARE_OF_OWN = 0.3  # an answer's share of distinct sequences may fall to this part of the median of the model's own
 
@@ -183,7 +184,7 @@ def calibrate(model: Model) -> Thresholds:
     return Thresholds(
         weights=fingerprint(model.params),
         own=own,
-        surprise=round(own + FRACTION * (math.log(model.config.vocab_size) - own), 2),
+        surprise=round(max(own + FRACTION * (math.log(model.config.vocab_size) - own), 2 * own), 2),
         distinct=round(SHARE_OF_OWN * distinct, 2),
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jaxscape.evaluate.base import Evaluator, Label
 from jaxscape.evaluate.coherence import COHERENCE, Coherence, Thresholds, calibrate
@@ -110,12 +111,12 @@ def _same(model: Model) -> Model:
     return model
 
 
-def _read(path: Path | None) -> dict[str, dict[str, float]]:
+def _read(path: Path | None) -> dict[str, dict[str, Any]]:
     """The thresholds that a run has kept, by the name of the evaluator."""
     if path is None or not path.exists():
         return {}
     try:
-        content: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
         for entry in content.values():
             [float(value) for key, value in asdict(Thresholds(**entry)).items() if key != "weights"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -108,7 +108,7 @@ class Zero:
 
 def test_a_new_kind_is_one_class_in_the_registry(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kinds, "KINDS", (*KINDS, Zero))
-    land = js.scan(tiny, ["zero:0"], prompts=["Hi", "Why?"], steps=2, max_new_tokens=4, progress=False)
+    land = js.scan(tiny, ["zero:0"], prompts=["Hi", "Why?"], steps=2, max_new_tokens=4, progress=False, shares=False)
     assert len(set(land.asr.ravel().tolist())) == 1
 
 
@@ -124,7 +124,16 @@ def test_the_axis_to_another_model_runs_from_0_to_1(tiny: js.Model, make_model: 
 def test_seeds_are_checked_before_anything_is_written(tiny: js.Model, tmp_path: Path) -> None:
     for directions in ([-1], [2**32], ["random:4294967296"], [(0, 2**32)]):
         with pytest.raises(js.UserError, match="seed"):
-            js.scan(tiny, directions, prompts=["Hi"], steps=2, max_new_tokens=4, out=tmp_path / "run", progress=False)
+            js.scan(
+                tiny,
+                directions,
+                prompts=["Hi"],
+                steps=2,
+                max_new_tokens=4,
+                out=tmp_path / "run",
+                progress=False,
+                shares=False,
+            )
     assert not (tmp_path / "run").exists()
 
 

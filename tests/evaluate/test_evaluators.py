@@ -19,7 +19,7 @@ from jaxscape.prompts.thinking import MARKERS, answer_of
 
 THINKING = [marker for pair in MARKERS for marker in pair]
 PROMPTS = ["Write a poem about geese", "Hi", "Why?"]
-OPTIONS: dict[str, Any] = {"prompts": PROMPTS, "steps": 2, "max_new_tokens": 6, "progress": False}
+OPTIONS: dict[str, Any] = {"prompts": PROMPTS, "steps": 2, "max_new_tokens": 6, "progress": False, "shares": False}
 
 
 class Length:

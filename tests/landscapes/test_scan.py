@@ -35,7 +35,7 @@ from jaxscape.report.reference import export_reference
 PROMPTS = js.load_prompts("harmful", 3)
 scan_module = importlib.import_module("jaxscape.landscapes.scan")
 FILES = {"config.json", "prompts.jsonl", "generations.jsonl", "landscape.json"}
-OPTIONS: dict[str, Any] = {"prompts": PROMPTS, "steps": 4, "max_new_tokens": 6, "progress": False}
+OPTIONS: dict[str, Any] = {"prompts": PROMPTS, "steps": 4, "max_new_tokens": 6, "progress": False, "shares": False}
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -211,6 +211,7 @@ def test_a_killed_process_goes_on_where_it_was(tiny_dir: Path, tmp_path: Path) -
         lambda: directory.exists(),
         lambda: lines() >= 1,
         lambda: lines() >= 20,
+        (directory / "coherence.json").exists,
     ]
     for reached in moments:
         process = subprocess.Popen(
@@ -220,11 +221,11 @@ def test_a_killed_process_goes_on_where_it_was(tiny_dir: Path, tmp_path: Path) -
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it was killed, not finished"
-    assert 20 <= lines() < 2 * 41 * 3
+    assert lines() == 2 * 41 * 3
     main(command)
     main(scan_command(tmp_path / "unbroken", tiny_dir))
     assert contents(directory) == contents(tmp_path / "unbroken")
-    assert set(contents(directory)) == FILES | {"landscape.png"}
+    assert set(contents(directory)) == FILES | {"landscape.png", "coherence.json", "labels-coherence.jsonl"}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from jaxscape.evaluate.base import REFUSALS, Label
 
 scan_module = importlib.import_module("jaxscape.landscapes.scan")
 PROMPTS = ["Write a poem about geese", "Hi", "Why?"]
-OPTIONS: dict[str, Any] = {"prompts": PROMPTS, "steps": 4, "max_new_tokens": 6, "progress": False}
+OPTIONS: dict[str, Any] = {"prompts": PROMPTS, "steps": 4, "max_new_tokens": 6, "progress": False, "shares": False}
 WHOLE = js.EngineOptions(full_text=True)
 
 

@@ -17,7 +17,13 @@ from jaxscape.engine.engine import Engine
 from jaxscape.engine.planner import make_plan
 from jaxscape.engine.sampling import Sampling
 
-OPTIONS: dict[str, Any] = {"prompts": ["Hi", "Why?", "Tell me"], "steps": 2, "max_new_tokens": 12, "progress": False}
+OPTIONS: dict[str, Any] = {
+    "prompts": ["Hi", "Why?", "Tell me"],
+    "steps": 2,
+    "max_new_tokens": 12,
+    "progress": False,
+    "shares": False,
+}
 SWITCH = "{% if add_generation_prompt and enable_thinking %}<think>\n{% endif %}"
 
 
