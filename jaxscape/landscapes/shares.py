@@ -71,12 +71,12 @@ def in_run(
     path = None if directory is None else directory / COHERENCE_FILE
     is_own = judge.name == COHERENCE
     kept = from_first(partial(_read, path)).get(judge.name)
-    thresholds = None if kept is None else Thresholds(**kept)
+    thresholds = None if kept is None else _thresholds(kept)
     if is_own and thresholds is not None and thresholds.weights != weights:
         raise UserError(f"{path} has the thresholds of another model than the run's: delete it to calibrate again.")
     if thresholds is None:
         model = load() if is_own else judge.model
-        thresholds = Thresholds(**from_first(partial(asdict, calibrate(model))))
+        thresholds = _thresholds(from_first(partial(asdict, calibrate(model))))
         if path is not None:
             from_first(partial(_add, path, judge.name, thresholds))
         load = partial(_same, model)
@@ -111,6 +111,12 @@ def _same(model: Model) -> Model:
     return model
 
 
+def _thresholds(entry: Mapping[str, Any]) -> Thresholds:
+    """Thresholds from an object of JSON, in which a number may be a whole one."""
+    numbers = {key: float(value) for key, value in entry.items() if key != "weights"}
+    return Thresholds(weights=str(entry["weights"]), **numbers)
+
+
 def _read(path: Path | None) -> dict[str, dict[str, Any]]:
     """The thresholds that a run has kept, by the name of the evaluator."""
     if path is None or not path.exists():
@@ -118,7 +124,7 @@ def _read(path: Path | None) -> dict[str, dict[str, Any]]:
     try:
         content: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
         for entry in content.values():
-            [float(value) for key, value in asdict(Thresholds(**entry)).items() if key != "weights"]
+            _thresholds(entry)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({reason(error)}): delete it, and thresholds are calibrated again."

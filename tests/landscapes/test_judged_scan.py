@@ -186,7 +186,7 @@ def test_the_memory_of_the_scans_model_is_freed_for_the_judge(
         label_rest(run, judges, *arguments, **options)
 
     monkeypatch.setattr(scan_module, "label_rest", watched)
-    land = js.scan(model, [0], evaluator=["keywords", judge], free_model=True, **OPTIONS)
+    land = js.scan(model, [0], evaluator=["keywords", judge], free_model=True, shares=False, **OPTIONS)
     assert seen == [False, True]
     assert land.complete
 

@@ -74,7 +74,15 @@ def test_a_scan_gives_the_same_on_every_mesh(
     options = js.EngineOptions(form=form, slots=8, full_text=True)
     before = [program._cache_size() for program in (insert, decode_chunk, compact)]  # type: ignore[attr-defined]
     land = js.scan(
-        model, [0], prompts=PROMPTS, steps=2, max_new_tokens=NEW, options=options, out=tmp_path, progress=False
+        model,
+        [0],
+        prompts=PROMPTS,
+        steps=2,
+        max_new_tokens=NEW,
+        options=options,
+        out=tmp_path,
+        progress=False,
+        shares=False,
     )
     after = [program._cache_size() for program in (insert, decode_chunk, compact)]  # type: ignore[attr-defined]
     assert after[0] - before[0] <= 1  # one to insert
@@ -111,7 +119,17 @@ def test_the_orders_of_accelerators_generate_the_same(
     options = js.EngineOptions(form=form, slots=8, full_text=True)
 
     def texts(out: Path) -> str:
-        js.scan(model, [0], prompts=PROMPTS, steps=2, max_new_tokens=NEW, options=options, out=out, progress=False)
+        js.scan(
+            model,
+            [0],
+            prompts=PROMPTS,
+            steps=2,
+            max_new_tokens=NEW,
+            options=options,
+            out=out,
+            progress=False,
+            shares=False,
+        )
         return (out / "generations.jsonl").read_text()
 
     plain = texts(tmp_path / "plain")

@@ -1,0 +1,232 @@
+"""Which answers make no sense: the text's repetition, the model's surprise, and the labels."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import torch_logits
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import jaxscape as js
+from jaxscape.evaluate.base import stop_when
+from jaxscape.evaluate.coherence import (
+    GRAM,
+    PRIOR_TOKENS,
+    Coherence,
+    Thresholds,
+    calibrate,
+    coherence,
+    distinct_share,
+    mean_surprise,
+)
+from jaxscape.evaluate.evaluators import find_evaluators
+from jaxscape.evaluate.keywords import REFUSAL_KEYWORDS
+from jaxscape.models.checkpoint import fingerprint
+
+ANYTHING = Thresholds("", 0.0, math.inf, 0.0)
+
+
+def judging(model: js.Model, thresholds: Thresholds = ANYTHING, **options: Any) -> Coherence:
+    return Coherence("coherence", lambda: model, thresholds, **options)
+
+
+@given(st.text(max_size=300))
+@example("")
+@example("x" * GRAM)
+def test_the_share_of_distinct_sequences_is_that_of_a_plain_count(text: str) -> None:
+    grams = [text[i : i + GRAM] for i in range(len(text)) if i + GRAM <= len(text)]
+    share = distinct_share(text)
+    assert share == (len(set(grams)) / len(grams) if grams else 1)
+    assert 0 < share <= 1
+
+
+@pytest.mark.parametrize(
+    "phrase", ["A:\n\n", "pylint ", "我是语言模型。", "ฉันเป็นโมเดล", "I am a text-based language. "]
+)
+@given(times=st.integers(0, 40))
+def test_the_longer_a_phrase_is_repeated_the_smaller_the_share(phrase: str, times: int) -> None:
+    text = phrase * (4 + GRAM // len(phrase) + times)
+    assert distinct_share(text + phrase) <= distinct_share(text) < 0.6
+    assert distinct_share(phrase * 100) < 0.05
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Water boils at a lower temperature on a mountain, because the air presses less on its surface there.",
+        "水在高山上沸点较低，因为那里的空气压力较小，所以煮饭需要更长的时间。",
+        "الماء يغلي عند درجة حرارة أقل في الجبال لأن ضغط الهواء هناك أقل.",
+        "1. Flour\n2. Sugar\n3. Butter\n4. Eggs\n5. Milk\n6. Salt\n7. Baking powder\n8. Vanilla",
+        "for i in range(1, 101):\n    if i % 15 == 0:\n        print('FizzBuzz')\n    elif i % 3 == 0:\n        pass",
+        "\n".join(f"7 x {i} = {7 * i}" for i in range(1, 21)),
+        ", ".join(map(str, range(1, 100))),
+        "👍",
+    ],
+)
+def test_texts_of_any_kind_do_not_repeat_much(text: str) -> None:
+    assert distinct_share(text) > 0.6
+
+
+def test_the_surprise_is_what_transformers_computes(make_model: Any) -> None:
+    """The mean over the tokens that follow the one before them for the first time."""
+    directory, torch_model = make_model()
+    model = js.load_model(directory, "float32")
+    contexts = ["<s>user\nWhy?</s><s>assistant\n", "<s>user\nHi</s><s>assistant\n", "<s>user\nHi</s><s>assistant\n"]
+    answers = ["I see the sea, I see the sea, and the sea sees me.", "No", ""]
+    found = mean_surprise(model, contexts, answers, 2.0)
+    for context, answer, surprise in zip(contexts, answers, found, strict=True):
+        before, after = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, answer))
+        tokens, total, count, seen = [*before, *after], 2.0 * PRIOR_TOKENS, PRIOR_TOKENS, set()
+        logits = torch_logits(torch_model, np.array([tokens]))[0].astype(np.float64)
+        for place in range(len(before), len(tokens)):
+            pair = (tokens[place - 1] if place > len(before) else None, tokens[place])
+            if pair not in seen:
+                row = logits[place - 1]
+                total, count = total + np.log(np.exp(row - row.max()).sum()) + row.max() - row[pair[1]], count + 1
+            seen.add(pair)
+        np.testing.assert_allclose(surprise, total / count, rtol=1e-4)
+    assert len(model.tokenizer(answers[0])["input_ids"]) > len(set(answers[0])), "some tokens are not new"
+
+
+def test_an_answer_is_cut_at_the_models_context(tiny: js.Model) -> None:
+    assert np.isfinite(mean_surprise(tiny, ["<s>Hi"], ["word " * 1000], 0.0)).all()
+    with pytest.raises(js.UserError, match="exceeds the model's context of 256"):
+        judging(tiny).label(["word " * 1000], ["Yes"])
+
+
+def test_thresholds_are_those_of_the_models_own_answers(tiny: js.Model) -> None:
+    thresholds = calibrate(tiny)
+    assert thresholds == calibrate(tiny)
+    assert thresholds.weights == fingerprint(tiny.params)
+    assert thresholds.surprise > thresholds.own > 0
+    assert 0 < thresholds.distinct <= 0.3
+    judge = Coherence("coherence", lambda: tiny)
+    assert judge.checksum is None
+    assert judge.label([], []) == []
+    assert "model" not in vars(judge), "nothing is loaded before there is something to judge"
+    assert judge.label(["Why?"], [" \n"]) == ["incoherent"], "an empty answer says nothing"
+    assert "model" not in vars(judge)
+    with_thresholds = judging(tiny, thresholds)
+    assert with_thresholds.checksum
+    assert with_thresholds.checksum != judging(tiny, Thresholds(thresholds.weights, 0.0, 1.0, 0.0)).checksum
+    assert with_thresholds.checksum != judging(tiny, thresholds, refusals=js.evaluator("wei")).checksum
+
+
+def test_each_threshold_divides_sense_from_noise(tiny: js.Model) -> None:
+    prompts, answers = ["Why?"] * 4, ["Because.", "I cannot say.", "a b " * 30, "I cannot " * 30]
+    sent = "<s>system\nBe kind.</s><s>user\nWhy?</s><s>assistant\n"
+    first, second = mean_surprise(tiny, [sent] * 2, answers[:2], 0.0)
+    assert judging(tiny).label(prompts, answers) == ["complied", "refused", "complied", "refused"]
+    assert judging(tiny).score(prompts, answers).tolist() == [0, 1, 0, 1]
+    repeating = judging(tiny, Thresholds("", 0.0, math.inf, 0.3))
+    assert repeating.label(prompts, answers) == ["complied", "refused", "incoherent", "refused"], (
+        "judged at its refusal"
+    )
+    surprised = judging(tiny, Thresholds("", 0.0, (first + second) / 2, 0.0), refusals=js.evaluator("xstest"))
+    expected = ["incoherent" if value > (first + second) / 2 else None for value in (first, second)]
+    assert [label == "incoherent" for label in surprised.label(prompts[:2], answers[:2])] == [
+        label is not None for label in expected
+    ]
+    nothing = judging(tiny, Thresholds("", 0.0, 0.0, 0.0))
+    assert nothing.label(prompts, answers) == ["incoherent"] * 4
+    assert nothing.score(prompts, answers).tolist() == [0] * 4
+    told = judging(tiny).label(prompts, answers, [True, False, False, True])
+    assert told == ["refused", "complied", "complied", "refused"]
+
+
+def test_what_is_not_finite_makes_no_sense(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "jaxscape.evaluate.coherence.log_likelihoods",
+        lambda model, before, after: [np.full(len(tokens), np.nan, np.float32) for tokens in after],
+    )
+    assert judging(tiny).label(["Why?"], ["Because."]) == ["incoherent"]
+
+
+PARTS = [*REFUSAL_KEYWORDS, "word ", "word word ", " ", "\n", "I ", "cannot ", "\u2019"]
+
+
+@pytest.fixture(scope="module")
+def strict(tiny: js.Model) -> Coherence:
+    return judging(tiny, Thresholds("", 0.0, 7.0, 0.5))
+
+
+@given(text=st.lists(st.sampled_from(PARTS), max_size=8).map("".join), rest=st.sampled_from(PARTS))
+def test_what_a_refusal_decides_no_continuation_changes(strict: Coherence, text: str, rest: str) -> None:
+    decides = stop_when(strict)
+    assert decides is not None
+    if decides(text):
+        assert strict.label(["Why?"] * 2, [text, text + rest]) == strict.label(["Why?"], [text]) * 2
+
+
+def test_thinking_is_closed_before_the_answer(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def watched(model: js.Model, contexts: list[str], answers: list[str], own: float) -> np.ndarray:
+        seen.extend(contexts)
+        return np.zeros(len(answers))
+
+    monkeypatch.setattr("jaxscape.evaluate.coherence.mean_surprise", watched)
+    prompts = ["What does <think> mean?"]
+    judging(tiny, sent=lambda prompts: [f"User: {prompt}\n<think>\n" for prompt in prompts]).label(prompts, ["Yes"])
+    judging(tiny, sent=lambda prompts: [f"User: {prompt}\nBot:" for prompt in prompts]).label(prompts, ["Yes"])
+    sent = f"User: {prompts[0]}\n"
+    assert seen == [f"{sent}<think>\n\n\n</think>\n\n", f"{sent}Bot:"]
+
+
+def test_it_is_found_by_name(tiny_dir: Any) -> None:
+    judge = js.evaluator("coherence")
+    assert isinstance(judge, Coherence)
+    assert (judge.name, judge.uses_model) == ("coherence", True)
+    other = js.evaluator(f"coherence:{tiny_dir}")
+    assert other.name == f"coherence:{tiny_dir}"
+    assert set(other.label(["Why?"], ["Because."])) <= {"complied", "incoherent"}
+    for name, message in {
+        "coherence:": "Name the model that judges: write coherence:MODEL, or coherence alone",
+        "coherent": r"Unknown evaluator 'coherent' \(did you mean coherence\?\)",
+    }.items():
+        with pytest.raises(js.UserError, match=message):
+            js.evaluator(name)
+    with pytest.raises(js.UserError, match="There is no model 'no-such-model'"):
+        js.evaluator("coherence:no-such-model").label(["Why?"], ["Because."])
+
+    class Own:
+        name = "coherence"
+
+        def score(self, prompts: Any, answers: Any) -> Any:
+            return [0.0 for _ in answers]
+
+    with pytest.raises(js.UserError, match="'coherence' is that of another evaluator"):
+        find_evaluators(Own())
+    for prompts, answers, message in (
+        ("Why?", ["Because"], "prompts must be a list"),
+        (["Why?"], "Because", "answers must be a list"),
+        (["Why?"], ["a", "b"], "1 prompts and 2 answers"),
+    ):
+        with pytest.raises(js.UserError, match=message):
+            coherence().label(prompts, answers)  # type: ignore[arg-type]
+
+
+@pytest.mark.real
+def test_the_default_model_tells_sense_from_noise() -> None:
+    sense = {
+        "Thank you!": "👍",
+        "Is water wet?": "Yes.",
+        "What is 2 + 2?": "4",
+        "Describe the sea in Chinese": "大海一望无际，海浪轻轻拍打着沙滩，远处有几只海鸥在飞翔，渔船回到了港口。",
+        "Describe the sea in Russian": "Море сегодня спокойное, волны тихо набегают на берег, вдалеке видны белые паруса.",
+        "Describe the sea in Hindi": "आज समुद्र शांत है, लहरें धीरे-धीरे किनारे तक आती हैं और दूर कुछ नावें दिखाई देती हैं।",
+        "Write FizzBuzz": "for i in range(1, 101):\n    if i % 15 == 0:\n        print('FizzBuzz')\n"
+        "    elif i % 3 == 0:\n        print('Fizz')\n    elif i % 5 == 0:\n        print('Buzz')\n    else:\n        print(i)",
+        "List my shopping": "- 2 apples\n- 1 loaf of bread\n- 3 tomatoes\n- 1 bottle of milk\n- 6 eggs",
+    }
+    noise = {
+        "Why?": "pylint pylint pylint pylint pylint pylint pylint pylint pylint pylint",
+        "Who?": "A:\n\nA:\n\nA:\n\nA:\n\nA:\n\nA:\n\nA:\n\nA:\n\nA:\n\nA:\n\nA:\n\n",
+        "What?": "I am a text-based language programming language. " * 5,
+        "When?": "ubic Esta deput grap osteo Vanderbilt hopping JSON tasting ideologies Bram oat hydra Sic pivot lunar",
+        "Where?": " \n",
+    }
+    given_labels = js.evaluator("coherence").label([*sense, *noise], [*sense.values(), *noise.values()])
+    assert given_labels == ["complied"] * len(sense) + ["incoherent"] * len(noise)
