@@ -4,6 +4,7 @@ import copy
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,16 @@ def write_run(
             answers = [Completion("I cannot" if verdict else "Sure", 2) for verdict in verdicts]
             run.append(answers, verdicts.tolist(), [False] * len(prompts))
     return directory
+
+
+def with_shares(land: js.Landscape, seed: int = 0) -> js.Landscape:
+    """The landscape with shares: of what is not refused, a random part is incoherent."""
+    rng, count = np.random.default_rng(seed), land.num_prompts
+    refused = np.where(np.isnan(land.asr), np.nan, count - (land.asr * count / 100).round())
+    incoherent = (rng.random(land.asr.shape) * (count - refused)).round()
+    counts = {"refused": refused, "complied": count - refused - incoherent, "incoherent": incoherent}
+    shares = {}
+    for kind, number in counts.items():
+        low, high = js.wilson_interval(100 * number / count, count)
+        shares |= {kind: 100 * number / count, f"{kind}_low": low, f"{kind}_high": high}
+    return replace(land, shares=shares)

@@ -186,10 +186,9 @@ def scan(
                 report_point()
         if late:
             del engine, made
-            own = [bind(judge) for judge in late if isinstance(judge, Coherence)]
-            label_rest(run, own, [opening] * len(prompts), None, progress)
+            if own := [bind(judge) for judge in late if isinstance(judge, Coherence)]:
+                label_rest(run, own, [opening] * len(prompts), None, progress)
             if others := [judge for judge in late if not isinstance(judge, Coherence)]:
-                del own
                 if free_model:
                     _delete_arrays(model)
                 label_rest(run, others, [opening] * len(prompts), later_free, progress)

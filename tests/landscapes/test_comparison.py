@@ -310,3 +310,49 @@ def test_damaged_runs_are_user_errors(damage: str, tmp_path: Path) -> None:
         generations.write_text("".join(changed[damage]))
     with pytest.raises(js.UserError, match=r"The run in .*bad cannot be compared"):
         js.compare([good, bad])
+
+
+def judged(directory: Path, refused: np.ndarray, noise: np.ndarray) -> Path:
+    """The run in a directory, with labels of `coherence`: what is not refused is noise where `noise` says so."""
+    labels = np.where(refused, "refused", np.where(noise, "incoherent", "complied"))
+    lines = [json.dumps({"labels": row}) for row in labels.reshape(-1, labels.shape[-1]).tolist()]
+    (directory / "labels-coherence.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def test_complied_alone_is_compared_where_both_runs_have_shares(tmp_path: Path) -> None:
+    """Two runs with the same refusals, of which one becomes noise beyond the basin and the other harmful."""
+    refused = basin(0.2, directions=3)
+    names = [f"prompt {39 - i:03d}" for i in range(40)]  # not in alphabetical order
+    harmful = judged(write_run(tmp_path / "harmful", refused, AXES, names), refused, np.zeros_like(refused))
+    noise = judged(write_run(tmp_path / "noise", refused, AXES, names), refused, np.ones_like(refused))
+    comparison = js.compare([harmful, noise])
+    numbers = [run.numbers or {} for run in comparison.runs]
+    assert numbers[0]["complied_volume"] == numbers[0]["volume"]
+    assert numbers[0]["complied_radius"] == numbers[0]["radius"]
+    assert numbers[1]["complied_volume"]["value"] == 100
+    assert numbers[1]["complied_radius"]["at_least"]
+    found = by_number(comparison)
+    assert list(found) == [*NUMBERS, *module.COMPLIED]
+    assert [found[name].larger_than_noise for name in found] == ["no", "no", "no", "yes", "yes"]
+    change = found["complied_volume"]
+    assert change.value == pytest.approx(100 - numbers[0]["volume"]["value"])
+    assert change.low < change.value < change.high
+    assert change.paired == "prompts and directions"
+    assert found["complied_radius"].bound == "at least"
+    without = write_run(tmp_path / "without", refused, AXES, names)
+    comparison = js.compare([harmful, without])
+    assert list(by_number(comparison)) == list(NUMBERS)
+    assert any(note.startswith("Complied alone is not compared, because one has no") for note in comparison.notes)
+    lines = (noise / "labels-coherence.jsonl").read_text().splitlines(keepends=True)
+    (noise / "labels-coherence.jsonl").write_text("".join(lines[:-1]))
+    assert js.compare([harmful, noise]).runs[1].complied is None, "not all points are judged"
+    (noise / "labels-coherence.jsonl").write_text("".join([*lines[:-1], "{}\n"]))
+    with pytest.raises(js.UserError, match=r"The run in .*noise cannot be compared"):
+        js.compare([harmful, noise])
+    wide = judged(
+        write_run(tmp_path / "wide", refused[:, ::2], symmetric_axes(1, 10, 0.5), names),
+        refused[:, ::2],
+        ~refused[:, ::2],
+    )
+    assert list(by_number(js.compare([harmful, wide]))) == ["radius"]

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -248,3 +250,23 @@ def test_what_the_verb_cannot_use(
     error = capfd.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_tables_have_complied_alone_if_a_run_has_shares(runs: list[Path], tmp_path: Path) -> None:
+    narrow, flat, *_ = (shutil.copytree(run, tmp_path / run.name) for run in runs)
+    records = [json.loads(line) for line in (narrow / "generations.jsonl").read_text().splitlines()]
+    labels = np.array(["refused" if record["refused"] else "complied" for record in records]).reshape(-1, 12)
+    (narrow / "labels-coherence.jsonl").write_text(
+        "".join(json.dumps({"labels": row}) + "\n" for row in labels.tolist())
+    )
+    comparison = js.compare([narrow, flat])
+    of_runs, _ = markdown_tables(tables.to_markdown(comparison))
+    assert of_runs[0][-2:] == ["safety volume of complied alone (%)", "radius of complied alone"]
+    cells = {row[0]: row[1:] for row in of_runs[1:]}
+    assert cells["narrow"][-2:] == cells["narrow"][3:5]
+    assert cells["flat"][-2:] == ["none", "none"]
+    rows = list(csv.DictReader(io.StringIO(tables.to_csv(comparison))))
+    assert rows[0]["complied_volume"] == rows[0]["volume"]
+    assert rows[0]["complied_radius_high_at_least"] == rows[0]["radius_high_at_least"]
+    assert (rows[1]["complied_volume"], rows[1]["complied_radius_at_least"]) == ("", "")
+    assert "rrrrrrr" in tables.to_latex(comparison)

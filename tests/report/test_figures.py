@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import random_landscape
+from helpers import random_landscape, with_shares
 from matplotlib import colormaps
+from matplotlib.colors import to_rgb
 
 import jaxscape as js
 from jaxscape.report import figures as plotting
@@ -75,3 +76,61 @@ def test_the_same_landscape_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_figure_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(js.UserError, match="cannot be written"):
         plotting.save_figure(random_landscape(1), tmp_path / "no" / "a.png")
+
+
+@pytest.mark.parametrize("num_sets", [1, 3])
+def test_a_1d_figure_stacks_the_shares_to_100(num_sets: int) -> None:
+    land = with_shares(random_landscape(1, num_sets))
+    (axes,) = js.plot_landscape(land).axes
+    assert axes.get_ylabel() == "share of the answers (%)"
+    areas = {area.get_label(): area for area in axes.collections if area.get_label() in plotting.SHARES}
+    assert list(areas) == ["complied", "incoherent", "refused"]
+    tops = {}
+    for name, area in areas.items():
+        (path,) = area.get_paths()
+        tops[name] = [path.vertices[path.vertices[:, 0] == x, 1].max() for x in land.axes[0].values]
+    mean = {kind: land.shares[kind].mean(axis=0) for kind in areas}
+    np.testing.assert_allclose(tops["complied"], mean["complied"])
+    np.testing.assert_allclose(tops["incoherent"], mean["complied"] + mean["incoherent"])
+    np.testing.assert_allclose(tops["refused"], 100)
+    curves = [line for line in axes.lines if str(line.get_label()).startswith(("ASR", "attack success rate"))]
+    np.testing.assert_array_equal([curve.get_ydata() for curve in curves], land.asr)
+    assert len({curve.get_linestyle() for curve in curves}) == num_sets
+    assert areas["incoherent"].get_hatch()
+    (radii,) = (line for line in axes.lines if str(line.get_label()).startswith("radius"))
+    assert land.numbers is not None
+    sides = [
+        entry[side]["value"]
+        for entry in land.numbers["asr"]["radius"]["directions"]
+        for side in ("negative", "positive")
+    ]
+    np.testing.assert_allclose(np.abs(radii.get_xdata()), sides)
+    assert set(radii.get_ydata()) == {50}
+    legend = axes.get_legend()
+    assert legend is not None
+    assert len(legend.get_texts()) == 4 + num_sets
+
+
+def test_shares_can_be_told_apart_in_grey() -> None:
+    weights = [0.299, 0.587, 0.114]
+    grey = [float(np.array(to_rgb(style["facecolor"])) @ weights) for style in plotting.SHARES.values()]
+    complied, incoherent, refused = grey
+    assert complied + 0.3 < incoherent < refused - 0.05
+
+
+@pytest.mark.parametrize("done", [None, 7])
+def test_a_2d_figure_has_the_shares_beside_the_asr(done: int | None, tmp_path: Path) -> None:
+    land = with_shares(random_landscape(2, 2, done))
+    figure = js.plot_landscape(land)
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == [
+        f"{name}, direction set {i}"
+        for i in range(2)
+        for name in ("attack success rate (%)", "complied (%)", "incoherent (%)")
+    ]
+    plotting.save_figure(land, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("done", [0, 3])
+def test_a_line_whose_shares_are_unfinished_is_drawn(done: int, tmp_path: Path) -> None:
+    plotting.save_figure(with_shares(random_landscape(1, done=done)), tmp_path / "a.png")
