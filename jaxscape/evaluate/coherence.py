@@ -142,16 +142,16 @@ class Coherence:
         return answer[: bisect.bisect_left(range(len(answer)), True, key=lambda size: decides(answer[:size]))]
 
     def _are_coherent(self, prompts: Sequence[str], answers: Sequence[str]) -> Bool[np.ndarray, " answers"]:
-        coherent = np.zeros(len(answers), bool)
-        kept = [i for i, answer in enumerate(answers) if answer.strip()]
-        if kept:
+        """Whether each answer makes sense. The model is asked only where the text does not show that it makes none."""
+        coherent = np.array([bool(answer.strip()) for answer in answers], bool)
+        if coherent.any():
             thresholds = self.thresholds
+            coherent &= [distinct_share(answer) >= thresholds.distinct for answer in answers]
+        if kept := np.flatnonzero(coherent).tolist():
             asked, said = [prompts[i] for i in kept], [answers[i] for i in kept]
             sent = chat_texts(self.model.tokenizer, asked) if self.sent is None else self.sent(asked)
             contexts = [_before_answer(text, prompt) for text, prompt in zip(sent, asked, strict=True)]
-            surprise = mean_surprise(self.model, contexts, said, thresholds.own)
-            distinct = np.array([distinct_share(answer) for answer in said])
-            coherent[kept] = (surprise <= thresholds.surprise) & (distinct >= thresholds.distinct)
+            coherent[kept] = mean_surprise(self.model, contexts, said, thresholds.own) <= thresholds.surprise
         return coherent
 
 

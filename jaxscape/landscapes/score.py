@@ -17,7 +17,7 @@ from jaxscape.models.model import Model, load_model
 from jaxscape.prompts.thinking import answer_of, opening_of
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError
-from jaxscape.runtime.hardware import free_memory
+from jaxscape.runtime.hardware import free_memory, skip_absent_tpu
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
 
@@ -42,6 +42,7 @@ def score(
         UserError: the directory holds no finished scan, an evaluator cannot be used, or its answers were cut before an
             evaluator can judge them.
     """
+    skip_absent_tpu()
     judges, directory = find_evaluators(evaluator), Path(directory)
     with reopen_run(directory) as (run, sent):
         # What a chat template opens stands behind the prompt.

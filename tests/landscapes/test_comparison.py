@@ -355,4 +355,4 @@ def test_complied_alone_is_compared_where_both_runs_have_shares(tmp_path: Path) 
         refused[:, ::2],
         ~refused[:, ::2],
     )
-    assert list(by_number(js.compare([harmful, wide]))) == ["radius"]
+    assert list(by_number(js.compare([harmful, wide]))) == ["radius", "complied_radius"]
