@@ -72,8 +72,8 @@ class CoherenceCheck:
         for path in self.files:
             prompts, answers, _ = zip(*labelled(path), strict=True)
             given = judge.label(prompts, answers)
-            counts = [given.count(kind) for kind in ("refused", "complied", "incoherent")]
-            rows.append((f"`{path.stem}`", "coherent", *counts))
+            refused, complied, incoherent = (given.count(kind) for kind in ("refused", "complied", "incoherent"))
+            rows.append((f"`{path.stem}`", "coherent", refused, complied, incoherent))
         text = table(rows)
 
         def write() -> None:
