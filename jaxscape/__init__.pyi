@@ -19,6 +19,8 @@ from .finetuning.trajectory import Trajectory, load_trajectories, project, save_
 from .landscapes.axes import Axis, interpolation_axis
 from .landscapes.comparison import Comparison, compare
 from .landscapes.landscape import Landscape
+from .landscapes.measure import measure
+from .landscapes.measurement import Measurement
 from .landscapes.scan import scan
 from .landscapes.score import score
 from .landscapes.visage import visage
@@ -26,6 +28,7 @@ from .models.model import Model, load_model, save_model
 from .prompts.sets import load_prompts
 from .report.comparison import plot_comparison, save_comparison
 from .report.figures import plot_landscape, save_figure
+from .report.measures import plot_measures
 from .runtime.errors import UserError
 from .runtime.sharding import MeshShape, Split
 
@@ -37,6 +40,7 @@ __all__ = [
     "EngineOptions",
     "Evaluator",
     "Landscape",
+    "Measurement",
     "MeshShape",
     "Model",
     "Split",
@@ -58,10 +62,12 @@ __all__ = [
     "load_prompts",
     "load_trajectories",
     "make_directions",
+    "measure",
     "model_at",
     "perplexity",
     "plot_comparison",
     "plot_landscape",
+    "plot_measures",
     "project",
     "random_direction",
     "save_comparison",

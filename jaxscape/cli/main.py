@@ -27,6 +27,9 @@ class Verb(NamedTuple):
 
 VERBS = {
     "scan": Verb("scan", "Scan", "Measure a model's safety landscape, and keep it in a directory."),
+    "measure": Verb(
+        "measure", "Measure", "Measure weights along the directions of a landscape without decoding answers."
+    ),
     "finetune": Verb("finetune", "Finetune", "Finetune a chat model, and keep the result in a directory."),
     "check": Verb("check", "Check", "Say what a model is and how it answers, and compare it with transformers."),
     "plan": Verb("plan", "Plan", "Forecast a scan on TPUs that are not here: its memory, its time, the faster form."),

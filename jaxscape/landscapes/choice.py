@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from jaxscape.directions.base import Recipe
 from jaxscape.directions.difference import To
 from jaxscape.directions.files import File
-from jaxscape.directions.kinds import Given, parse_direction
+from jaxscape.directions.kinds import DirectionLike, Given, parse_direction, recipe_of
 from jaxscape.directions.principal import Principal
 from jaxscape.directions.random import Random
 from jaxscape.landscapes.axes import Axis, interpolation_axis, symmetric_axes
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, as_list
 
 DEFAULT_RADIUS = 0.5
 # Principal components are scaled so that the path reaches coordinate 1 along the first; the figure has a margin.
@@ -109,6 +109,29 @@ def _check(
     if num_directions != 1 and len(interpolate_to) == ndim:
         raise UserError("--num-directions counts random directions, and this interpolation has none: leave it out.")
     return used[0] if used else "--num-directions"
+
+
+def choose_grid(
+    directions: Sequence[DirectionLike | Sequence[DirectionLike]],
+    axes: Sequence[Axis] | None,
+    steps: int,
+    radius: float | None,
+) -> tuple[list[list[Recipe | Given]], tuple[Axis, ...]]:
+    """The recipes of each direction set, and the axes of the grid, from the arguments of `jaxscape.scan`.
+
+    Raises:
+        UserError: there are no directions, the sets differ in their number, or the axes do not fit them.
+    """
+    sets = [tuple(item) if isinstance(item, list | tuple) else (item,) for item in as_list(directions, "directions")]
+    recipes = [[recipe_of(direction) for direction in item] for item in sets]
+    sizes = {sum(recipe.count for recipe in item) for item in recipes}
+    if len(sizes) != 1:
+        raise UserError("Give at least one direction, and either single directions or pairs of them, not both.")
+    ndim = sizes.pop()
+    axes = choose_axes(recipes, steps, radius) if axes is None else tuple(axes)
+    if len(axes) != ndim:
+        raise UserError(f"There are {len(axes)} axes but {ndim} directions in a set: give one axis for each direction.")
+    return recipes, axes
 
 
 def choose_axes(

@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import jax
 
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import DirectionLike, Given, make_directions, prepare, recipe_of
+from jaxscape.directions.kinds import DirectionLike, Given, make_directions, prepare
 from jaxscape.directions.random import Random
 from jaxscape.engine.batching import Workload, encode
 from jaxscape.engine.engine import Engine
@@ -26,7 +26,7 @@ from jaxscape.evaluate.base import REFUSALS, Evaluator, checksum_of, labels_of, 
 from jaxscape.evaluate.coherence import COHERENCE, Coherence, coherence
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
 from jaxscape.landscapes.axes import Axis
-from jaxscape.landscapes.choice import choose_axes
+from jaxscape.landscapes.choice import choose_grid
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.score import label_rest, prepare_judge
 from jaxscape.landscapes.shares import in_run
@@ -38,7 +38,7 @@ from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 from jaxscape.prompts.fields import Prompts
 from jaxscape.prompts.thinking import answer_of, is_unanswered
 from jaxscape.runtime import rundir
-from jaxscape.runtime.errors import UserError, as_list, as_texts
+from jaxscape.runtime.errors import as_texts
 from jaxscape.runtime.files import checksum
 from jaxscape.runtime.hardware import free_memory
 from jaxscape.runtime.processes import from_first
@@ -101,17 +101,9 @@ def scan(
     Raises:
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
     """
-    directions, texts = as_list(directions, "directions"), as_texts(prompts, "prompts")
+    recipes, axes = choose_grid(directions, axes, steps, radius)
+    texts = as_texts(prompts, "prompts")
     prompts = prompts if isinstance(prompts, Prompts) else Prompts(texts)
-    sets = [tuple(item) if isinstance(item, list | tuple) else (item,) for item in directions]
-    recipes = [[recipe_of(direction) for direction in item] for item in sets]
-    sizes = {sum(recipe.count for recipe in item) for item in recipes}
-    if len(sizes) != 1:
-        raise UserError("Give at least one direction, and either single directions or pairs of them, not both.")
-    ndim = sizes.pop()
-    axes = choose_axes(recipes, steps, radius) if axes is None else tuple(axes)
-    if len(axes) != ndim:
-        raise UserError(f"There are {len(axes)} axes but {ndim} directions in a set: give one axis for each direction.")
     settings, judges = Sampling(**sampling), find_evaluators(evaluator)
     # The paper's keywords alone leave no labels: `refused` in the generations says all that they say.
     labelling = [] if [judge.name for judge in judges] == [DEFAULT_EVALUATOR] else judges
@@ -157,7 +149,7 @@ def scan(
     }
     engine = Engine(model, workload, plan, None if options.full_text else stop_when_all(judges, opening))
     with (
-        open_run(directory, config, axes, len(sets), prompts, sent, overwrite) as run,
+        open_run(directory, config, axes, len(recipes), prompts, sent, overwrite) as run,
         _progress(run, [str(plan), prompts.summary(), *template_notes(model.tokenizer)], progress) as report_point,
     ):
         bind = partial(

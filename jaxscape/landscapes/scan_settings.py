@@ -1,0 +1,95 @@
+"""What a scan that is there was made with, so that something else can be measured at the same points."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxscape.directions.base import Recipe
+from jaxscape.directions.kinds import parse_direction
+from jaxscape.landscapes.axes import Axis
+from jaxscape.landscapes.store import PROMPTS, SCAN
+from jaxscape.models.checkpoint import fingerprint
+from jaxscape.models.model import Model
+from jaxscape.runtime import rundir
+from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.files import read_json
+
+
+@dataclass(frozen=True)
+class ScanSettings:
+    """The settings of a scan that say what its points and its prompts are.
+
+    Attributes:
+        directory: the scan's directory.
+        model, base, dtype: what the model was loaded from, and how.
+        directions: the recipes of each direction set.
+        prompts, prompt_source: the prompts, and the set or file that they were read from; None if a program gave them.
+        weights, ids: checksums of the model and of the directions of each set.
+    """
+
+    directory: Path
+    model: str
+    base: str | None
+    dtype: str
+    directions: tuple[tuple[Recipe, ...], ...]
+    axes: tuple[Axis, ...]
+    prompts: tuple[str, ...]
+    prompt_source: str | None
+    system_prompt: str
+    thinking: str
+    weights: str
+    ids: list[list[Any]]
+
+    @classmethod
+    def load(cls, directory: Path) -> "ScanSettings":
+        """Read the settings of the scan in a directory, finished or not.
+
+        Raises:
+            UserError: the directory holds no scan, or its directions were given by a program and have no name.
+        """
+        config = read_json(directory / rundir.CONFIG)
+        if not config.keys() >= SCAN.marks:
+            raise UserError(f"{directory} holds something other than a scan (see its {rundir.CONFIG}).")
+        try:
+            lines = (directory / PROMPTS).read_text(encoding="utf-8").split("\n")[:-1]
+            names = [tuple(map(str, item)) for item in config["direction_names"]]
+            if any(name == "given" for item in names for name in item):
+                raise UserError(
+                    f"The directions of {directory} were given by a program, and are not kept: measure with that "
+                    f"program, or save them with save_direction and scan along the files."
+                )
+            return cls(
+                directory=directory,
+                model=str(config["model"]),
+                base=config.get("base"),
+                dtype=str(config["dtype"]),
+                directions=tuple(tuple(map(parse_direction, item)) for item in names),
+                axes=tuple(Axis(axis["name"], tuple(axis["values"])) for axis in config["axes"]),
+                prompts=tuple(str(json.loads(line)["prompt"]) for line in lines),
+                prompt_source=config.get("prompt_source"),
+                system_prompt=str(config["system_prompt"]),
+                thinking=str(config.get("thinking", "default")),
+                weights=str(config["weights"]),
+                ids=config["directions"],
+            )
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"The scan in {directory} cannot be read ({reason(error)}).") from error
+
+    def check_weights(self, model: Model) -> None:
+        """Raise a `UserError` if the model's weights are not those of the scan."""
+        if fingerprint(model.params) != self.weights:
+            raise UserError(
+                f"The weights of {model.name} in {model.dtype} are not those of the scan in {self.directory}, which "
+                f"were {self.model} in {self.dtype}: load the same model in the same dtype."
+            )
+
+    def check_directions(self, ids: Sequence[Sequence[Any]]) -> None:
+        """Raise a `UserError` if directions with these checksums are not those of the scan."""
+        if [list(item) for item in ids] != self.ids:
+            raise UserError(
+                f"The directions of the scan in {self.directory} have changed since: their files or models are others."
+            )
