@@ -6,7 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxscape.landscapes.comparison import COMPLIED, LEVEL, ComparedRun, Comparison, Difference
+from jaxscape.landscapes.landscape import Landscape
 
 TITLES = {
     "visage": "VISAGE",
@@ -40,10 +43,44 @@ def estimate_text(number: Mapping[str, Any], spec: str, label: str = "") -> str:
 
 def to_markdown(comparison: Comparison) -> str:
     """The text of `table.md`: a table of the runs, one of the differences, and the notes."""
-    parts = [_markdown_table(_run_rows(comparison))]
+    return "\n\n".join(filter(None, [markdown_table(_run_rows(comparison)), difference_table(comparison)])) + "\n"
+
+
+def difference_table(comparison: Comparison) -> str:
+    """The differences between the runs of a comparison as a Markdown table, and its notes; empty if there are none."""
+    parts = []
     if comparison.differences:
-        parts += [_markdown_table(_difference_rows(comparison)), _markdown(_level_note(comparison))]
-    return "\n\n".join([*parts, *(_markdown(f"Note: {note}") for note in comparison.notes)]) + "\n"
+        parts += [markdown_table(_difference_rows(comparison)), _markdown(_level_note(comparison))]
+    return "\n\n".join([*parts, *(_markdown(f"Note: {note}") for note in comparison.notes)])
+
+
+def landscape_table(landscapes: Mapping[str, Landscape]) -> str:
+    """The numbers of complete landscapes as a Markdown table, with 95 % intervals.
+
+    The columns are the ASR of the model itself, VISAGE by the paper's definition and by its code, the safety volume and
+    the radius. A number that a landscape does not have is `none`.
+
+    Arguments:
+        landscapes: each landscape by what its row is called.
+    """
+    head = ["", "prompts", "directions", "ASR of the model (%)", "VISAGE", "VISAGE (code)", *list(TITLES.values())[1:]]
+    return markdown_table([head, *([name, *_landscape_row(land)] for name, land in landscapes.items())])
+
+
+def _landscape_row(land: Landscape) -> list[str]:
+    origin = (0, *(int(np.argmin(np.abs(axis.values))) for axis in land.axes))
+    low, high = float(land.asr_low[origin]), float(land.asr_high[origin])
+    visage, numbers = land.visage_values or {}, (land.numbers or {}).get("asr", {})
+    values = [
+        ({"value": float(land.asr[origin]), "interval": (low, high)}, ".1f"),
+        *(
+            ({"value": visage[kind], "interval": visage[interval]}, ".1f")
+            for kind, interval in (("paper", "interval"), ("reference", "reference_interval"))
+        ),
+        *((numbers.get(name), spec) for name, spec in (("volume", ".1f"), ("radius", ".3f"))),
+    ]
+    cells = ["none" if number is None else estimate_text(number, spec) for number, spec in values]
+    return [str(land.num_prompts), str(len(land.asr)), *cells]
 
 
 def to_latex(comparison: Comparison) -> str:
@@ -161,7 +198,8 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", visible(text)).replace(MINUS, "-")
 
 
-def _markdown_table(rows: Rows) -> str:
+def markdown_table(rows: Rows) -> str:
+    """The rows as a Markdown table; the first row is the head."""
     head, *body = ([_markdown(cell) for cell in row] for row in rows)
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 

@@ -1,0 +1,104 @@
+"""What the programs in `experiments/` share: their options, and how their results are written."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxscape.cli.options import EvaluatorOptions, Group, ModelOptions, RunOptions, check_texts
+
+if TYPE_CHECKING:
+    from jaxscape.landscapes.landscape import Landscape
+    from jaxscape.models.model import Model
+    from jaxscape.report.canvas import Figure
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The options of an experiment with landscapes of one model."""
+
+    model: Group[ModelOptions] = field(default_factory=ModelOptions)
+    devices: Group[RunOptions] = field(default_factory=RunOptions)
+    evaluators: Group[EvaluatorOptions] = field(default_factory=EvaluatorOptions)
+    prompts: str = "harmful"
+    """The harmful prompts: a set or a file, as for `jaxscape scan`. The paper's are the first 80 of advbench."""
+    num_prompts: int = 40
+    """Number of prompts, from the first one on."""
+    num_directions: int = 1
+    """Number of random directions; the paper has three."""
+    seed: int = 0
+    """Seed of the first random direction; further ones have the seeds SEED + 1, SEED + 2, …"""
+    steps: int = 20
+    """Number of intervals along each direction; an even number."""
+    radius: float = 0.5
+    """The axes run from -RADIUS to RADIUS."""
+    max_new_tokens: int = 64
+    """Maximum number of tokens generated for a prompt; the paper has 512."""
+    out: Path = Path("runs/experiment")
+    """Directory of all runs and results. Unfinished runs in it are resumed."""
+    overwrite: bool = False
+    """Start over where the directory holds runs."""
+
+    def start(self, options: ModelOptions | None = None) -> "Model":
+        """Select the devices, and load the model, or the one that `options` name."""
+        options = options or self.model
+        check_texts(options.model, self.prompts, self.out, *self.evaluators.names)
+        self.devices.start()
+        return options.load(self.devices.mesh)
+
+    def harmful_prompts(self) -> list[str]:
+        """The harmful prompts.
+
+        Raises:
+            UserError: they cannot be read, or are fewer than `num_prompts`.
+        """
+        from jaxscape.prompts.sets import load_prompts
+
+        return load_prompts(self.prompts, self.num_prompts)
+
+    def scan(self, name: str, model: "Model", prompts: Sequence[str], ndim: int = 1, **changes: Any) -> "Landscape":
+        """The landscape in OUT/name, along random directions; an unfinished one is finished.
+
+        Arguments:
+            changes: arguments of `jaxscape.scan` that differ from these options.
+        """
+        from jaxscape.landscapes.choice import choose_directions
+        from jaxscape.landscapes.scan import scan
+
+        sets = choose_directions(ndim, seed=self.seed, num_directions=self.num_directions)
+        settings: dict[str, Any] = {
+            "steps": self.steps,
+            "radius": self.radius,
+            "max_new_tokens": self.max_new_tokens,
+            "overwrite": self.overwrite,
+            **({"evaluator": self.evaluators.names} if self.evaluators.names else {}),
+        }
+        return scan(model, sets, prompts=prompts, out=self.out / name, **(settings | changes))
+
+    def write_results(self, table: str, figure: "Figure") -> None:
+        """Print the table, and write it to OUT/table.md and the figure to OUT/figure.png."""
+        from jaxscape.report.canvas import png
+        from jaxscape.runtime.files import write_whole
+        from jaxscape.runtime.processes import from_first
+        from jaxscape.runtime.streams import write_line
+
+        def write() -> None:
+            write_whole(self.out / "table.md", table)
+            write_whole(self.out / "figure.png", png(figure, dpi=150))
+            write_line(table.rstrip("\n"))
+
+        from_first(write)
+
+    def compare(self, landscapes: Mapping[str, "Landscape"]) -> None:
+        """Write the numbers of landscapes, their differences, and the figure of all.
+
+        Arguments:
+            landscapes: the landscapes by their names in OUT.
+        """
+        from jaxscape.landscapes.comparison import compare
+        from jaxscape.report.comparison import plot_comparison
+        from jaxscape.report.tables import difference_table, landscape_table
+
+        comparison = compare([self.out / name for name in landscapes])
+        tables = [landscape_table(landscapes), difference_table(comparison)]
+        self.write_results("\n\n".join(filter(None, tables)) + "\n", plot_comparison(comparison))

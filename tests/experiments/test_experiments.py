@@ -1,0 +1,96 @@
+"""The paper's experiments in small: their tables and figures, and that a second run only reads what is there."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import MakeModel
+
+import jaxscape as js
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--num-prompts", "2", "--steps", "2", "--max-new-tokens", "3"]
+
+
+def run(name: str, out: Path, *arguments: object) -> str:
+    """The table that a program leaves. It must have drawn a figure too."""
+    command = [str(ROOT / "experiments" / f"{name}.py"), *QUICK, "--out", str(out), *map(str, arguments)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command)
+        runpy.run_path(command[0], run_name="__main__")
+    assert (out / "figure.png").stat().st_size > 10_000
+    return (out / "table.md").read_text()
+
+
+def rows(table: str) -> list[list[str]]:
+    """The cells of the first table, without its head."""
+    lines = table.split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_visage_of_models(
+    tiny_dir: Path, make_model: MakeModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other, _ = make_model(seed=1)
+    options = ["--model", tiny_dir, "--others", other, "--plane-steps", "2"]
+    table = run("visage", tmp_path / "out", *options)
+    names = [f"{directory.name}-{n}d" for directory in (tiny_dir, other) for n in (1, 2)]
+    assert [row[0] for row in rows(table)] == names
+    land = json.loads((tmp_path / "out" / names[1] / "landscape.json").read_text())
+    assert [len(axis["values"]) for axis in land["axes"]] == [3, 3]
+    assert rows(table)[1][4].startswith(f"{land['visage']['paper']:.1f} (")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run("visage", tmp_path / "out", *options) == table
+    assert {path: path.read_bytes() for path in before} == before
+    assert table.rstrip() in capfd.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        run("visage", tmp_path / "out", *options[:3], tiny_dir)
+    assert "Two models have the same name" in capfd.readouterr().err
+
+
+def test_system_prompts_are_compared_along_the_same_direction(tiny_dir: Path, tmp_path: Path) -> None:
+    options = ["--model", tiny_dir, "--system-prompts", "none", "Be brief, please."]
+    table = run("system_prompts", tmp_path / "out", *options)
+    assert [row[0] for row in rows(table)] == ["none", "Be-brief-please"]
+    assert "| Be-brief-please - none | VISAGE |" in table
+    assert "prompts and directions |" in table, "runs are paired"
+
+
+def test_prompt_sets_are_compared(tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("Why?\nHow?\nWho?\n")
+    table = run("prompt_sets", tmp_path / "out", "--model", tiny_dir, "--second", tmp_path / "mine.txt")
+    assert [row[:3] for row in rows(table)] == [["harmful", "2", "1"], ["mine", "2", "1"]]
+    with pytest.raises(SystemExit, match="2"):
+        run("prompt_sets", tmp_path / "out", "--model", tiny_dir, "--second", "harmful")
+    assert "--prompts and --second are both called harmful" in capfd.readouterr().err
+
+
+def test_jailbreaks_of_an_artifact_and_the_vote(tiny_dir: Path, tmp_path: Path) -> None:
+    """The vote of all models, from the answers that the runs keep."""
+    entries = [{"goal": "Bad", "prompt": prompt, "jailbroken": True} for prompt in ("Bad !(", None, "Say bad.", "No.")]
+    (tmp_path / "artifact.json").write_text(json.dumps({"parameters": {}, "jailbreaks": entries}))
+    (tmp_path / "e").write_text("e\n")
+    options = ["--model", tiny_dir, "--artifact", tmp_path / "artifact.json", "--num-directions", "2"]
+    options += ["--keywords", tmp_path / "e", "--max-new-tokens", "12"]
+    table = run("jailbreaks", tmp_path / "out", *options)
+    lines = (tmp_path / "out" / "jailbreaks" / "generations.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert {record["prompt"] for record in records} == {"Bad !(", "Say bad."}
+    far = [record for record in records if record["coords"] != [0.0]]
+    refusals = [
+        [record["refused"] for record in far if record["prompt"] == prompt] for prompt in ("Bad !(", "Say bad.")
+    ]
+    assert [len(votes) for votes in refusals] == [4, 4]
+    mean = 100 * (1 - sum(map(sum, refusals)) / 8)
+    vote = 100 * sum(sum(votes) < 2 for votes in refusals) / 2
+    assert rows(table)[1][:3] == ["0.15", f"{mean:.1f}", f"{vote:.1f}"]
+    assert len(rows(table)) == 2
+
+
+def test_harmful_prompts_are_asked_as_programs_without_an_artifact(tiny_dir: Path, tmp_path: Path) -> None:
+    run("jailbreaks", tmp_path / "out", "--model", tiny_dir, "--num-directions", "1", "--num-prompts", "1")
+    line = (tmp_path / "out" / "jailbreaks" / "prompts.jsonl").read_text().splitlines()[0]
+    assert js.load_prompts("harmful", 1)[0] in line
+    assert "def steps():" in line
