@@ -37,7 +37,7 @@ class Jailbreaks(Experiment):
     """Number of random directions; two models vote along each of them."""
     steps: int = 12
     """Number of intervals along each direction; an even number."""
-    radius: float = 0.15
+    radius: float = 0.12
     """The axes run from -RADIUS to RADIUS."""
     out: Path = Path("runs/jailbreaks")
 

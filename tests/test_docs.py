@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import jaxscape as js
-from jaxscape.cli.main import VERBS, main
+from jaxscape.cli.main import VERBS, main, run_program
 from jaxscape.finetuning import chats
 from jaxscape.forecast.known_models import SHAPES
 from jaxscape.models import builtin
@@ -111,3 +111,25 @@ def test_every_command_in_the_documents_is_understood(command: list[str], monkey
     options = getattr(importlib.import_module(f"jaxscape.cli.{command[0]}"), VERBS[command[0]].options)
     monkeypatch.setattr(options, "run", lambda self: None)
     main(command)
+
+
+EXPERIMENT = re.compile(r"python experiments/(\w+)\.py\b([^\n]*)")
+EXPERIMENTS = [
+    (name, shlex.split(options, comments=True))
+    for document in DOCUMENTS
+    for block in BASH.findall(document.read_text(encoding="utf-8"))
+    for name, options in EXPERIMENT.findall(block.replace("\\\n", " "))
+]
+
+
+@pytest.mark.parametrize(("name", "options"), EXPERIMENTS, ids=str)
+def test_every_experiment_in_the_documents_is_understood(
+    name: str, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    module = importlib.import_module(name)
+    (program,) = [
+        value for value in vars(module).values() if getattr(value, "__module__", "") == name and "run" in vars(value)
+    ]
+    monkeypatch.setattr(program, "run", lambda self: None)
+    run_program(program, options)

@@ -85,7 +85,7 @@ def test_jailbreaks_of_an_artifact_and_the_vote(tiny_dir: Path, tmp_path: Path) 
     assert [len(votes) for votes in refusals] == [4, 4]
     mean = 100 * (1 - sum(map(sum, refusals)) / 8)
     vote = 100 * sum(sum(votes) < 2 for votes in refusals) / 2
-    assert rows(table)[1][:3] == ["0.15", f"{mean:.1f}", f"{vote:.1f}"]
+    assert rows(table)[1][:3] == ["0.12", f"{mean:.1f}", f"{vote:.1f}"]
     assert len(rows(table)) == 2
 
 
