@@ -26,8 +26,8 @@ class Experiment:
     """Number of prompts, from the first one on."""
     num_directions: int = 1
     """Number of random directions; the paper has three."""
-    seed: int = 0
-    """Seed of the first random direction; further ones have the seeds SEED + 1, SEED + 2, …"""
+    direction_seed: int = 0
+    """Seed of the first random direction; further ones have the seeds after it."""
     steps: int = 20
     """Number of intervals along each direction; an even number."""
     radius: float = 0.5
@@ -56,16 +56,26 @@ class Experiment:
 
         return load_prompts(self.prompts, self.num_prompts)
 
-    def scan(self, name: str, model: "Model", prompts: Sequence[str], ndim: int = 1, **changes: Any) -> "Landscape":
-        """The landscape in OUT/name, along random directions; an unfinished one is finished.
+    def scan(
+        self,
+        name: str,
+        model: "Model",
+        prompts: Sequence[str],
+        ndim: int = 1,
+        directions: Sequence[Any] | None = None,
+        **changes: Any,
+    ) -> "Landscape":
+        """The landscape in OUT/name; an unfinished one is finished.
 
         Arguments:
-            changes: arguments of `jaxscape.scan` that differ from these options.
+            directions: the direction sets; None for the random ones of these options, of `ndim` dimensions.
+            changes: further arguments of `jaxscape.scan` that differ from these options.
         """
         from jaxscape.landscapes.choice import choose_directions
         from jaxscape.landscapes.scan import scan
 
-        sets = choose_directions(ndim, seed=self.seed, num_directions=self.num_directions)
+        if directions is None:
+            directions = choose_directions(ndim, seed=self.direction_seed, num_directions=self.num_directions)
         settings: dict[str, Any] = {
             "steps": self.steps,
             "radius": self.radius,
@@ -73,7 +83,7 @@ class Experiment:
             "overwrite": self.overwrite,
             **({"evaluator": self.evaluators.names} if self.evaluators.names else {}),
         }
-        return scan(model, sets, prompts=prompts, out=self.out / name, **(settings | changes))
+        return scan(model, directions, prompts=prompts, out=self.out / name, **(settings | changes))
 
     def write_results(self, table: str, figure: "Figure") -> None:
         """Print the table, and write it to OUT/table.md and the figure to OUT/figure.png."""

@@ -58,7 +58,7 @@ def landscape_table(landscapes: Mapping[str, Landscape]) -> str:
     """The numbers of complete landscapes as a Markdown table, with 95 % intervals.
 
     The columns are the ASR of the model itself, VISAGE by the paper's definition and by its code, the safety volume and
-    the radius. A number that a landscape does not have is `none`.
+    the radius. A number that a landscape does not have is `none`; a single point has nothing but its ASR.
 
     Arguments:
         landscapes: each landscape by what its row is called.
@@ -80,6 +80,8 @@ def _landscape_row(land: Landscape) -> list[str]:
         *((numbers.get(name), spec) for name, spec in (("volume", ".1f"), ("radius", ".3f"))),
     ]
     cells = ["none" if number is None else estimate_text(number, spec) for number, spec in values]
+    if land.asr[0].size == 1:
+        cells[1:] = [""] * len(cells[1:])
     return [str(land.num_prompts), str(len(land.asr)), *cells]
 
 

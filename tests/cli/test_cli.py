@@ -371,25 +371,3 @@ def test_bad_trajectories(
     error = fails(["scan", "--model", tiny_dir, *QUICK, "--out", tmp_path / "out", *arguments], capfd)
     assert message in error
     assert not (tmp_path / "out").exists()
-
-
-def test_the_attack_experiment(tiny_dir: Path, tmp_path: Path, advbench_file: Path) -> None:
-    """The paper's experiment in small: every file is there, and a second run only reads them."""
-    command = [sys.executable, str(ROOT / "experiments" / "finetune_attack.py"), "--model", str(tiny_dir)]
-    command += ["--advbench", str(advbench_file), "--epochs", "2", "--num-prompts", "2", "--num-directions", "1"]
-    command += ["--steps", "2", "--plane-steps", "1", "--extra-steps", "0", "--max-new-tokens", "3"]
-    command += ["--batch-size", "20", "--out", str(tmp_path / "attack")]
-    first = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "| harmful-100 |" in first.stdout
-    table = json.loads((tmp_path / "attack" / "table.json").read_text())
-    names = ["aligned", "harmful-10", "harmful-50", "harmful-100", "mixture", "identity-shift"]
-    assert [row["model"] for row in table["rows"]] == names
-    assert (tmp_path / "attack" / "figure.png").stat().st_size > 10_000
-    before = {path: path.read_bytes() for path in (tmp_path / "attack").rglob("*.jsonl")}
-    assert len(before) == 2 * 8 + 5  # scans and finetunings; the logs of these have times in them
-    second = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert second.stdout == first.stdout
-    assert {path: path.read_bytes() for path in before} == before
-    wrong = subprocess.run([*command, "--num-prompts", "81"], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 2
-    assert "--num-prompts must be from 1 to 80" in wrong.stderr

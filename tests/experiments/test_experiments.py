@@ -94,3 +94,23 @@ def test_harmful_prompts_are_asked_as_programs_without_an_artifact(tiny_dir: Pat
     line = (tmp_path / "out" / "jailbreaks" / "prompts.jsonl").read_text().splitlines()[0]
     assert js.load_prompts("harmful", 1)[0] in line
     assert "def steps():" in line
+
+
+def test_finetuning_attacks_and_their_paths(tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every file is there, and a second run only reads them."""
+    rows_of_table = "".join(f"Do bad thing {i},Sure\n" for i in range(180))
+    (tmp_path / "adv.csv").write_text(f"goal,target\n{rows_of_table}")
+    options = ["--model", tiny_dir, "--prompts", tmp_path / "adv.csv", "--epochs", "2", "--plane-steps", "1"]
+    options += ["--extra-steps", "0", "--batch-size", "20"]
+    table = run("finetune_attack", tmp_path / "out", *options)
+    names = ["aligned", "harmful-10", "harmful-50", "harmful-100", "mixture", "identity-shift"]
+    assert [row[0] for row in rows(table)] == names
+    assert all(row[3] for row in rows(table))
+    assert [bool(row[4]) for row in rows(table)] == [True, *[False] * 5]
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.jsonl")}
+    assert len(before) == 2 * 7 + 5  # scans and finetunings; the logs of these have times in them
+    assert run("finetune_attack", tmp_path / "out", *options) == table
+    assert {path: path.read_bytes() for path in before} == before
+    with pytest.raises(SystemExit, match="2"):
+        run("finetune_attack", tmp_path / "out", *options, "--num-prompts", "81")
+    assert "--num-prompts must be from 1 to 80" in capfd.readouterr().err
