@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jaxscape.landscapes.landscape import Landscape
     from jaxscape.models.model import Model
     from jaxscape.report.canvas import Figure
+    from jaxscape.report.curves import Panels
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class Experiment:
 
         return load_prompts(self.prompts, self.num_prompts)
 
+    def random_directions(self, ndim: int = 1) -> list[Any]:
+        """The random direction sets."""
+        from jaxscape.landscapes.choice import choose_directions
+
+        return list(choose_directions(ndim, seed=self.direction_seed, num_directions=self.num_directions))
+
     def scan(
         self,
         name: str,
@@ -71,11 +78,10 @@ class Experiment:
             directions: the direction sets; None for the random ones of these options, of `ndim` dimensions.
             changes: further arguments of `jaxscape.scan` that differ from these options.
         """
-        from jaxscape.landscapes.choice import choose_directions
         from jaxscape.landscapes.scan import scan
 
         if directions is None:
-            directions = choose_directions(ndim, seed=self.direction_seed, num_directions=self.num_directions)
+            directions = self.random_directions(ndim)
         settings: dict[str, Any] = {
             "steps": self.steps,
             "radius": self.radius,
@@ -86,7 +92,7 @@ class Experiment:
         return scan(model, directions, prompts=prompts, out=self.out / name, **(settings | changes))
 
     def write_results(self, table: str, figure: "Figure") -> None:
-        """Print the table, and write it to OUT/table.md and the figure to OUT/figure.png."""
+        """Print the table, and write it to OUT/table.md and the figure to OUT/figure.png. OUT holds a run already."""
         from jaxscape.report.canvas import png
         from jaxscape.runtime.files import write_whole
         from jaxscape.runtime.processes import from_first
@@ -98,6 +104,12 @@ class Experiment:
             write_line(table.rstrip("\n"))
 
         from_first(write)
+
+    def write_curves(self, x: Sequence[float], xlabel: str, panels: "Panels") -> None:
+        """Write several quantities along one axis as a table and as a figure; see `jaxscape.report.curves`."""
+        from jaxscape.report.curves import curves_table, plot_curves
+
+        self.write_results(curves_table(x, xlabel, panels) + "\n", plot_curves(x, xlabel, panels))
 
     def compare(self, landscapes: Mapping[str, "Landscape"]) -> None:
         """Write the numbers of landscapes, their differences, and the figure of all.

@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[2]
 QUICK = ["--num-prompts", "2", "--steps", "2", "--max-new-tokens", "3"]
 
 
-def run(name: str, out: Path, *arguments: object) -> str:
-    """The table that a program leaves. It must have drawn a figure too."""
+def run(name: str, out: Path, *arguments: object, results: Path | None = None) -> str:
+    """The table that a program leaves in `results`, or in `out`. It must have drawn a figure too."""
     command = [str(ROOT / "experiments" / f"{name}.py"), *QUICK, "--out", str(out), *map(str, arguments)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
         runpy.run_path(command[0], run_name="__main__")
-    assert (out / "figure.png").stat().st_size > 10_000
-    return (out / "table.md").read_text()
+    assert ((results or out) / "figure.png").stat().st_size > 10_000
+    return ((results or out) / "table.md").read_text()
 
 
 def rows(table: str) -> list[list[str]]:
@@ -85,7 +85,7 @@ def test_jailbreaks_of_an_artifact_and_the_vote(tiny_dir: Path, tmp_path: Path) 
     assert [len(votes) for votes in refusals] == [4, 4]
     mean = 100 * (1 - sum(map(sum, refusals)) / 8)
     vote = 100 * sum(sum(votes) < 2 for votes in refusals) / 2
-    assert rows(table)[1][:3] == ["0.12", f"{mean:.1f}", f"{vote:.1f}"]
+    assert rows(table)[1][:3] == ["0.12", f"{mean:.3g}", f"{vote:.3g}"]
     assert len(rows(table)) == 2
 
 
@@ -114,3 +114,27 @@ def test_finetuning_attacks_and_their_paths(tiny_dir: Path, tmp_path: Path, capf
     with pytest.raises(SystemExit, match="2"):
         run("finetune_attack", tmp_path / "out", *options, "--num-prompts", "81")
     assert "--num-prompts must be from 1 to 80" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["capability", "perplexity", "damage"])
+def test_what_is_measured_beside_safety(what: str, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """All three share the scan for safety; each has its own table."""
+    out = tmp_path_factory.getbasetemp() / "beside-safety"
+    table = run("beside_safety", out, what, "--model", tiny_dir, "--texts", "benign", results=out / what)
+    assert [row[0] for row in rows(table)] == ["-0.5", "+0", "+0.5"]
+    (values,) = json.loads((out / what / "measures.json").read_text())["measures"].values()
+    assert [row[-1].split(" (")[0] for row in rows(table)] == [f"{value:.3g}" for value in values["value"][0]]
+    assert (out / "harmless").exists() == (what == "damage")
+    assert len(rows(table)[0]) == 3 + (what == "damage")
+
+
+def test_the_questions_are_easy_and_well_formed() -> None:
+    lines = (ROOT / "experiments" / "questions.jsonl").read_text().splitlines()
+    questions = [json.loads(line) for line in lines]
+    assert len({question["question"]["stem"] for question in questions}) == 60
+    for question in questions:
+        labels = [choice["label"] for choice in question["question"]["choices"]]
+        assert labels == list("ABCD")
+        assert question["answerKey"] in labels
+    keys = [question["answerKey"] for question in questions]
+    assert min(map(keys.count, "ABCD")) >= 8
