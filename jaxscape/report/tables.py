@@ -58,31 +58,37 @@ def landscape_table(landscapes: Mapping[str, Landscape]) -> str:
     """The numbers of complete landscapes as a Markdown table, with 95 % intervals.
 
     The columns are the ASR of the model itself, VISAGE by the paper's definition and by its code, the safety volume and
-    the radius. A number that a landscape does not have is `none`; a single point has nothing but its ASR.
+    the radius, and those of complied alone, if a landscape has shares. A single point has nothing but its ASR.
 
     Arguments:
         landscapes: each landscape by what its row is called.
     """
-    head = ["", "prompts", "directions", "ASR of the model (%)", "VISAGE", "VISAGE (code)", *list(TITLES.values())[1:]]
-    return markdown_table([head, *([name, *_landscape_row(land)] for name, land in landscapes.items())])
-
-
-def _landscape_row(land: Landscape) -> list[str]:
-    origin = (0, *(int(np.argmin(np.abs(axis.values))) for axis in land.axes))
-    low, high = float(land.asr_low[origin]), float(land.asr_high[origin])
-    visage, numbers = land.visage_values or {}, (land.numbers or {}).get("asr", {})
-    values = [
-        ({"value": float(land.asr[origin]), "interval": (low, high)}, ".1f"),
-        *(
-            ({"value": visage[kind], "interval": visage[interval]}, ".1f")
-            for kind, interval in (("paper", "interval"), ("reference", "reference_interval"))
-        ),
-        *((numbers.get(name), spec) for name, spec in (("volume", ".1f"), ("radius", ".3f"))),
+    cells = {name: _landscape_cells(land) for name, land in landscapes.items()}
+    titles = list(dict.fromkeys(title for row in cells.values() for title in row))
+    rows = [
+        [name, str(land.num_prompts), str(len(land.asr)), *(cells[name].get(title, "") for title in titles)]
+        for name, land in landscapes.items()
     ]
-    cells = ["none" if number is None else estimate_text(number, spec) for number, spec in values]
-    if land.asr[0].size == 1:
-        cells[1:] = [""] * len(cells[1:])
-    return [str(land.num_prompts), str(len(land.asr)), *cells]
+    return markdown_table([["", "prompts", "directions", *titles], *rows])
+
+
+def _landscape_cells(land: Landscape) -> dict[str, str]:
+    """The numbers of a landscape as texts, by the titles of their columns."""
+    origin = (0, *(int(np.argmin(np.abs(axis.values))) for axis in land.axes))
+    ends = float(land.asr_low[origin]), float(land.asr_high[origin])
+    cells = {"ASR of the model (%)": estimate_text({"value": float(land.asr[origin]), "interval": ends}, ".1f")}
+    if land.asr[0].size == 1 or land.visage_values is None or land.numbers is None:
+        return cells
+    visage = land.visage_values
+    kinds = (("VISAGE", "paper", "interval"), ("VISAGE (code)", "reference", "reference_interval"))
+    for title, kind, interval in kinds:
+        cells[title] = estimate_text({"value": visage[kind], "interval": visage[interval]}, ".1f")
+    for rate, what in (("asr", ""), ("complied", " of complied alone")):
+        if rate in land.numbers:
+            volume, radius = (land.numbers[rate][name] for name in ("volume", "radius"))
+            cells[f"safety volume{what} (%)"] = estimate_text(volume, ".1f")
+            cells[f"radius{what}"] = "none" if radius is None else estimate_text(radius, ".3f")
+    return cells
 
 
 def to_latex(comparison: Comparison) -> str:
