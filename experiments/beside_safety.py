@@ -54,7 +54,7 @@ class BesideSafety(Experiment):
         measured = js.measure(model, self.random_directions(), [name], harmless=harmless, out=out, **options)
         values = measured.measures[name]
         panels[measured.labels[name]] = {self.what: mean(values["low"], values["value"], values["high"])}
-        replace(self, out=out).write_curves(safety.axes[0].values, "distance along the direction", panels)
+        replace(self, out=out).write_curves(safety.axes[0].values, "distance along the direction", lambda: panels)
 
 
 def mean(*values: np.ndarray) -> np.ndarray:

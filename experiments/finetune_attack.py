@@ -72,7 +72,7 @@ class FinetuneAttack(Experiment):
         surface = self.scan("surface", aligned, prompts, directions=[plane], axes=axes)
         paths = [js.project(name, js.load_path(self.out / name, aligned), plane) for name in PLANE]
         from_first(lambda: js.save_trajectories(paths, self.out / "surface"))
-        self.write_results(landscape_table(landscapes) + "\n", js.plot_landscape(surface, paths))
+        self.write_results(lambda: (landscape_table(landscapes), js.plot_landscape(surface, paths)))
 
 
 if __name__ == "__main__":

@@ -47,16 +47,19 @@ class Jailbreaks(Experiment):
         model = self.start()
         axis = self.scan("jailbreaks", model, attacks).axes[0]
         self.scan("harmless", model, harmless)
-        attacked, asked = js.compare([self.out / "jailbreaks", self.out / "harmless"]).runs
         distances = [value for value in axis.values if value >= 0]
-        passed, answered = (
-            np.array([rates_at(run.succeeded, axis, distance) for distance in distances]).T for run in (attacked, asked)
-        )
-        names = ("one perturbed model", f"vote of {2 * self.num_directions}")
-        panels = {
-            "attack success (%)": dict(zip(names, passed, strict=True)),
-            "refusals of harmless prompts (%)": dict(zip(names, 100 - answered, strict=True)),
-        }
+
+        def panels() -> dict[str, dict[str, np.ndarray]]:
+            attacked, asked = (
+                np.array([rates_at(run.succeeded, axis, distance) for distance in distances]).T
+                for run in js.compare([self.out / "jailbreaks", self.out / "harmless"]).runs
+            )
+            names = ("one perturbed model", f"vote of {2 * self.num_directions}")
+            return {
+                "attack success (%)": dict(zip(names, attacked, strict=True)),
+                "refusals of harmless prompts (%)": dict(zip(names, 100 - asked, strict=True)),
+            }
+
         self.write_curves(distances, "distance from the model", panels)
 
 

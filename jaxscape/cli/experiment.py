@@ -1,6 +1,6 @@
 """What the programs in `experiments/` share: their options, and how their results are written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,25 +91,38 @@ class Experiment:
         }
         return scan(model, directions, prompts=prompts, out=self.out / name, **(settings | changes))
 
-    def write_results(self, table: str, figure: "Figure") -> None:
-        """Print the table, and write it to OUT/table.md and the figure to OUT/figure.png. OUT holds a run already."""
+    def write_results(self, make: Callable[[], tuple[str, "Figure"]]) -> None:
+        """Print a table, and write it to OUT/table.md and a figure to OUT/figure.png. OUT holds a run already.
+
+        Arguments:
+            make: gives the table and the figure. Only the first process calls it, so it may read the runs' files.
+        """
         from jaxscape.report.canvas import png
         from jaxscape.runtime.files import write_whole
         from jaxscape.runtime.processes import from_first
         from jaxscape.runtime.streams import write_line
 
         def write() -> None:
-            write_whole(self.out / "table.md", table)
+            table, figure = make()
+            write_whole(self.out / "table.md", f"{table}\n")
             write_whole(self.out / "figure.png", png(figure, dpi=150))
-            write_line(table.rstrip("\n"))
+            write_line(table)
 
         from_first(write)
 
-    def write_curves(self, x: Sequence[float], xlabel: str, panels: "Panels") -> None:
-        """Write several quantities along one axis as a table and as a figure; see `jaxscape.report.curves`."""
+    def write_curves(self, x: Sequence[float], xlabel: str, make: Callable[[], "Panels"]) -> None:
+        """Write several quantities along one axis as a table and as a figure; see `jaxscape.report.curves`.
+
+        Arguments:
+            make: gives the curves; see `write_results`.
+        """
         from jaxscape.report.curves import curves_table, plot_curves
 
-        self.write_results(curves_table(x, xlabel, panels) + "\n", plot_curves(x, xlabel, panels))
+        def results() -> tuple[str, "Figure"]:
+            panels = make()
+            return curves_table(x, xlabel, panels), plot_curves(x, xlabel, panels)
+
+        self.write_results(results)
 
     def compare(self, landscapes: Mapping[str, "Landscape"]) -> None:
         """Write the numbers of landscapes, their differences, and the figure of all.
@@ -121,6 +134,9 @@ class Experiment:
         from jaxscape.report.comparison import plot_comparison
         from jaxscape.report.tables import difference_table, landscape_table
 
-        comparison = compare([self.out / name for name in landscapes])
-        tables = [landscape_table(landscapes), difference_table(comparison)]
-        self.write_results("\n\n".join(filter(None, tables)) + "\n", plot_comparison(comparison))
+        def results() -> tuple[str, "Figure"]:
+            comparison = compare([self.out / name for name in landscapes])
+            tables = filter(None, [landscape_table(landscapes), difference_table(comparison)])
+            return "\n\n".join(tables), plot_comparison(comparison)
+
+        self.write_results(results)

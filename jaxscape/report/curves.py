@@ -43,7 +43,8 @@ def plot_curves(x: Sequence[float], xlabel: str, panels: Panels) -> Figure:
         elif np.nanmin(drawn) > 0 and np.nanmax(drawn) > LOG_FROM * np.nanmin(drawn):
             plot.set_yscale("log")
         plot.grid(alpha=0.3)
-        plot.legend(fontsize=8)
+        if len(curves) > 1:
+            plot.legend(fontsize=8)
     plots[-1].set_xlabel(xlabel)
     return figure
 
