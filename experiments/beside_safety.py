@@ -1,7 +1,7 @@
 """Safety beside capability, perplexity or damage, along the same directions (Peng et al., arXiv 2405.17374).
 
-    python experiments/beside_safety.py capability                     # 5 minutes on two CPU cores
-    python experiments/beside_safety.py perplexity                     # 3 more minutes: the safety is there already
+    python experiments/beside_safety.py capability                     # 8 minutes on two CPU cores
+    python experiments/beside_safety.py perplexity                     # 12 more minutes: the safety is there
     python experiments/beside_safety.py damage                         # and over-refusal; 5 more minutes
     python experiments/beside_safety.py capability --questions abstract_algebra_test.csv
 

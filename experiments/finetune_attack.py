@@ -11,6 +11,7 @@ The run goes on where it was interrupted. OUT/table.md and OUT/figure.png hold t
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jaxscape as js
 from jaxscape.cli.experiment import Experiment
@@ -61,7 +62,11 @@ class FinetuneAttack(Experiment):
             tuned = js.finetune(aligned, chats, self.training, out=self.out / name, overwrite=self.overwrite)
             # A model that learned another identity is asked under it (Qi et al., arXiv 2310.03693).
             system_prompt = chats[0][0]["content"] if name == "identity-shift" else "default"
-            point = {"axes": [js.Axis("alpha", (0.0,))], "directions": [0], "system_prompt": system_prompt}
+            point: dict[str, Any] = {
+                "axes": [js.Axis("alpha", (0.0,))],
+                "directions": [0],
+                "system_prompt": system_prompt,
+            }
             landscapes[name] = self.scan(f"asr-{name}", tuned.model, prompts, **point)
             if name in PLANE:
                 directions[name] = js.difference(aligned, tuned.model)
