@@ -11,7 +11,7 @@ from jaxscape.evaluate.coherence import COHERENCE, Coherence, coherence
 from jaxscape.evaluate.jailbreakbench import JAILBREAKBENCH
 from jaxscape.evaluate.keyword_file import keyword_file
 from jaxscape.evaluate.keywords import KEYWORDS
-from jaxscape.evaluate.llm_judge import GUARDS, guard, judge_file
+from jaxscape.evaluate.llm_judge import GUARDS, SHIPPED, LlmJudge, guard, judge_file, shipped_judge
 from jaxscape.evaluate.own import own_evaluator
 from jaxscape.evaluate.wei import WEI
 from jaxscape.evaluate.xstest import XSTEST
@@ -35,9 +35,11 @@ MAKERS: dict[str, Callable[[str], Classifier]] = {
     "llm": judge_file,
     **{name: partial(guard, name) for name in GUARDS},
 }
+# Evaluators that hold a model: each call makes one of its own.
+WITH_MODEL: dict[str, Callable[[], Classifier]] = {COHERENCE: coherence, SHIPPED: shipped_judge}
 FORMS = (
     *EVALUATORS,
-    COHERENCE,
+    *WITH_MODEL,
     "coherence:MODEL",
     "keywords:FILE",
     "FILE.py:NAME",
@@ -57,10 +59,11 @@ def evaluator(name: str) -> Classifier:
 
     Arguments:
         name: a name in `EVALUATORS`; `coherence`, see `jaxscape.evaluate.coherence.Coherence`, which judges by the
-            default model, or `coherence:MODEL`; `keywords:FILE` for a file with a phrase in each line; or
-            `FILE.py:NAME` for a function of prompts and answers, or an `Evaluator`, in a Python file of your own, which
-            is imported. LLM judges are `llm:FILE`, for a judge file, and `llama-guard:MODEL`, `qwen3guard:MODEL` and
-            `qwen3guard-harm:MODEL`; their label is None, and their score NaN, where they cannot judge.
+            default model, or `coherence:MODEL`; `judge` for the judge that comes with jaxscape, a small language model;
+            `keywords:FILE` for a file with a phrase in each line; or `FILE.py:NAME` for a function of prompts and
+            answers, or an `Evaluator`, in a Python file of your own, which is imported. Other LLM judges are
+            `llm:FILE`, for a judge file, and `llama-guard:MODEL`, `qwen3guard:MODEL` and `qwen3guard-harm:MODEL`; their
+            label is None, and their score NaN, where they cannot judge.
 
     Raises:
         UserError: there is no evaluator of this name, or its file cannot be used.
@@ -69,9 +72,11 @@ def evaluator(name: str) -> Classifier:
         raise UserError(f"An evaluator is a name, or an object with `name` and `score`, not {name!r:.60}.")
     if name in EVALUATORS:
         return EVALUATORS[name]
+    if name in WITH_MODEL:
+        return WITH_MODEL[name]()
     kind, separator, option = name.partition(":")
-    if (separator and kind in MAKERS) or name == COHERENCE:
-        return MAKERS[kind](option) if separator else coherence()
+    if separator and kind in MAKERS:
+        return MAKERS[kind](option)
     if own := _OWN.fullmatch(name):
         path, function = own.groups()
         if not function:
@@ -95,7 +100,7 @@ def find_evaluators(chosen: str | Evaluator | Sequence[str | Evaluator]) -> list
         raise UserError(f"Give at least one evaluator: {', '.join(FORMS)}.")
     names = [item.name for item in evaluators]
     for item in evaluators:
-        is_other = item.name == COHERENCE and not isinstance(item, Coherence)
+        is_other = item.name in WITH_MODEL and not isinstance(item, Coherence | LlmJudge)
         if is_other or (item.name in EVALUATORS and item != EVALUATORS[item.name]):
             raise UserError(f"The name {item.name!r} is that of another evaluator: give yours a name of its own.")
         if names.count(item.name) > 1:

@@ -32,6 +32,7 @@ from jaxscape.runtime.files import checksum, file_checksum
 from jaxscape.runtime.hardware import Roofline
 
 BUILTIN_FILES = Path(__file__).parents[1] / "data" / "judges"
+SHIPPED, SHIPPED_FILE = "judge", Path(__file__).parents[1] / "data" / "judge" / "judge.toml"
 BATCH_ANSWERS = 256  # about so many answers are judged at a time by the probability of the first token
 USUAL_ANSWER = 512  # number of an answer's tokens for which memory is reserved, before any answer is known
 LARGE_FILE = 2**26  # bytes; of larger files of a judge's model, only the size is part of its checksum
@@ -252,6 +253,11 @@ def guard(name: str, source: str) -> LlmJudge:
     if not source.strip():
         raise UserError(f"Name the model of the judge: write {name}:MODEL.")
     return LlmJudge(f"{name}:{Path(source).name or source}", source, read_judge_file(BUILTIN_FILES / f"{name}.toml"))
+
+
+def shipped_judge() -> LlmJudge:
+    """The judge `judge`, which comes with jaxscape: a LoRA adapter of `smollm2-135m` and its judge file."""
+    return judge_file(str(SHIPPED_FILE), SHIPPED)
 
 
 GUARDS = tuple(sorted(path.stem for path in BUILTIN_FILES.glob("*.toml")))
