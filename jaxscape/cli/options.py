@@ -81,8 +81,9 @@ class EvaluatorOptions:
 
     evaluator: Annotated[tuple[str, ...], shown("keywords", "NAME ...")] = ()
     """Evaluators: keywords (the paper's 29 refusal keywords), wei, jailbreakbench, xstest, coherence or coherence:MODEL
-    (which answers make no sense), keywords:FILE, FILE.py:NAME for a function or an evaluator of your own, or an LLM
-    judge: llama-guard:MODEL, qwen3guard:MODEL, qwen3guard-harm:MODEL or llm:FILE. The first one decides the ASR."""
+    (which answers make no sense), judge (a small language model that comes with jaxscape), keywords:FILE, FILE.py:NAME
+    for a function or an evaluator of your own, or an LLM judge: llama-guard:MODEL, qwen3guard:MODEL,
+    qwen3guard-harm:MODEL or llm:FILE. The first one decides the ASR."""
     keywords: Annotated[Path | None, shown("none", "FILE")] = None
     """A file with a refusal phrase in each line; the same as --evaluator keywords:FILE, after the other evaluators."""
 
