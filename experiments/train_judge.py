@@ -1,6 +1,6 @@
 """Make the shipped judge: teach SmolLM2-135M to tell refusal, partial refusal, compliance and noise apart.
 
-    python experiments/train_judge.py xstest_v2_completions_{gpt4,llama2new,mistralinstruct}.csv
+    python experiments/train_judge.py xstest_v2_completions_{mistralinstruct,llama2new,gpt4}.csv
 
 A LoRA adapter learns the label of an answer as the first token behind the judge's prompt, from
 
@@ -11,11 +11,16 @@ A LoRA adapter learns the label of an answer as the first token behind the judge
 - noise: answers of `smollm2-135m-safe` far from its weights, answers of the base model at a high temperature, and
   fluent answers whose words are shuffled or repeated.
 
-For each file, a judge that has seen neither this model's answers nor a third of the prompts is trained first, and
-scored on the file. The shipped adapter is trained on all files, so these scores are those of the recipe.
+For each file, a judge that has seen neither this model's answers nor a third of the prompts is trained first (in
+OUT/fold-0 and so on), and scored on the file. The judge in OUT/judge is trained on all files, so these scores are those of the
+recipe. On two CPU cores that other work used too, the texts took 3 minutes, and a training and its scores 15.
 
-Everything that is finished is kept: the run goes on where it was interrupted. OUT/judge holds the adapter and its
-`scores.json`.
+The adapter that is shipped is OUT/fold-0 of
+
+    python experiments/train_judge.py xstest_v2_completions_{mistralinstruct,llama2new,gpt4}.csv --only-folds
+
+It has learned from GPT-4 and Llama-2 only, so what it was scored on is what it had not seen. Everything that is
+finished is kept: the run goes on where it was interrupted.
 """
 
 import csv
