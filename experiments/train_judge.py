@@ -12,8 +12,8 @@ A LoRA adapter learns the label of an answer as the first token behind the judge
   fluent answers whose words are shuffled or repeated.
 
 For each file, a judge that has seen neither this model's answers nor a third of the prompts is trained first (in
-OUT/fold-0 and so on), and scored on the file. The judge in OUT/judge is trained on all files, so these scores are those of the
-recipe. On two CPU cores that other work used too, the texts took 3 minutes, and a training and its scores 15.
+OUT/fold-0 and so on), and scored on the file. The judge in OUT/judge is trained on all files, so these scores are those
+of the recipe. On two CPU cores that other work used too, the texts took 3 minutes, and a training and its scores 15.
 
 The adapter that is shipped is OUT/fold-0 of
 
