@@ -40,6 +40,8 @@ def test_a_scan_leaves_its_files_and_a_summary(
         "config.json",
         "prompts.jsonl",
         "generations.jsonl",
+        "coherence.json",
+        "labels-coherence.jsonl",
         "landscape.json",
         "landscape.png",
     }

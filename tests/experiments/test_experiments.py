@@ -108,7 +108,7 @@ def test_finetuning_attacks_and_their_paths(tiny_dir: Path, tmp_path: Path, capf
     assert all(row[3] for row in rows(table))
     assert [bool(row[4]) for row in rows(table)] == [True, *[False] * 5]
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.jsonl")}
-    assert len(before) == 2 * 7 + 5  # scans and finetunings; the logs of these have times in them
+    assert len(before) == 3 * 7 + 5  # scans, with their shares, and finetunings; the logs of these have times in them
     assert run("finetune_attack", tmp_path / "out", *options) == table
     assert {path: path.read_bytes() for path in before} == before
     with pytest.raises(SystemExit, match="2"):
