@@ -4,7 +4,7 @@
 
 A LoRA adapter learns refusals in varied words to harmful requests (the chats of `safe`), and the model's own answers to
 harmless prompts, which use the same phrases and often the same alarming words. No prompt that the model is scored on is
-among those that it learns from.
+among those that it learns from word for word; `docs/measurements.md` says how many are near copies.
 
 The run goes on where it was interrupted. OUT/adapter holds the adapter and its `scores.json`.
 """
