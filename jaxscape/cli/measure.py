@@ -91,7 +91,7 @@ class Measure:
         else:
             loaded = load_prompts(source, self.prompts.num_prompts, self.prompts.prompt_column)
             prompts = loaded if self.prompts.num_prompts is not None else loaded.first(DEFAULT_NUM_PROMPTS)
-            points = self._points(files) | {"prompts": prompts}
+            points = self._points() | {"prompts": prompts}
         targets = None
         if "likelihood" in what.measures:
             targets = [what.target] * len(prompts) if what.target is not None else _targets(source, prompts)
@@ -122,22 +122,12 @@ class Measure:
 
         from_first(conclude)
 
-    def _points(self, files: list[str]) -> dict[str, Any]:
+    def _points(self) -> dict[str, Any]:
         """The arguments of `measure` that say where and how prompts are asked."""
-        from jaxscape.landscapes.choice import choose_axes, choose_directions
-
-        options = self.landscape
-        sets = choose_directions(
-            options.ndim,
-            seed=options.seed,
-            num_directions=options.num_directions,
-            names=options.direction,
-            files=files,
-            interpolate_to=options.interpolate_to,
-        )
+        sets, axes = self.landscape.grid()
         return {
             "directions": [list(item) for item in sets],
-            "axes": choose_axes(sets, options.steps, options.radius, options.extra_steps),
+            "axes": axes,
             "system_prompt": self.prompts.system_prompt,
             "thinking": self.prompts.thinking,
         }

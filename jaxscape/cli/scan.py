@@ -20,6 +20,8 @@ from jaxscape.runtime.help import shown
 from jaxscape.runtime.streams import write_line
 
 if TYPE_CHECKING:
+    from jaxscape.landscapes.axes import Axis
+    from jaxscape.landscapes.choice import DirectionSet
     from jaxscape.landscapes.landscape import Landscape, Measure
 
 
@@ -71,6 +73,21 @@ class LandscapeOptions:
     """Directories of finetunings of this model, whose paths are drawn on the plane (--ndim 2). Without other
     directions, the plane is that of the paths' first two principal components."""
 
+    def grid(self) -> "tuple[list[DirectionSet], tuple[Axis, ...]]":
+        """The direction sets that the options describe, and the axes along them."""
+        from jaxscape.landscapes.choice import choose_axes, choose_directions
+
+        sets = choose_directions(
+            self.ndim,
+            seed=self.seed,
+            num_directions=self.num_directions,
+            names=self.direction,
+            files=[str(path) for path in self.directions],
+            interpolate_to=self.interpolate_to,
+            trajectories=[str(path) for path in self.trajectory],
+        )
+        return sets, choose_axes(sets, self.steps, self.radius, self.extra_steps)
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -105,7 +122,6 @@ class Scan:
         from jaxscape.engine.forms import Form
         from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
         from jaxscape.finetuning.trajectory import project, save_trajectories
-        from jaxscape.landscapes.choice import choose_axes, choose_directions
         from jaxscape.landscapes.preview import preview
         from jaxscape.landscapes.scan import scan
         from jaxscape.landscapes.store import FIGURE, SCAN
@@ -114,16 +130,7 @@ class Scan:
         from jaxscape.runtime import rundir
         from jaxscape.runtime.processes import from_first
 
-        sets = choose_directions(
-            options.ndim,
-            seed=options.seed,
-            num_directions=options.num_directions,
-            names=options.direction,
-            files=files,
-            interpolate_to=options.interpolate_to,
-            trajectories=trajectories,
-        )
-        axes = choose_axes(sets, options.steps, options.radius, options.extra_steps)
+        sets, axes = options.grid()
         judges = find_evaluators(self.evaluators.names or DEFAULT_EVALUATOR)
         if system_prompt not in ("default", "none"):
             system_prompt_text(system_prompt)

@@ -26,7 +26,7 @@ from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model, load_model
 from jaxscape.prompts.chat_format import chat_texts
 from jaxscape.prompts.sets import load_prompts
-from jaxscape.prompts.thinking import end_of_thinking, opening_of
+from jaxscape.prompts.thinking import end_of_thinking, opening_after
 from jaxscape.runtime.errors import UserError, as_texts
 from jaxscape.runtime.files import checksum
 
@@ -239,4 +239,4 @@ def distinct_share(text: str) -> float:
 
 def _before_answer(sent: str, prompt: str) -> str:
     """The text before an answer: the prompt as it was sent, with the block of thinking closed that it may open."""
-    return sent + end_of_thinking(opening_of(sent.rpartition(prompt.strip())[2]))
+    return sent + end_of_thinking(opening_after(prompt, sent))

@@ -1,6 +1,7 @@
 """The axes of a landscape: symmetric around the model, or from the model to another."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxscape.runtime.errors import UserError
@@ -16,6 +17,11 @@ class Axis:
 
     name: str
     values: tuple[float, ...]
+
+
+def point_text(axes: Sequence[Axis], coords: Sequence[float]) -> str:
+    """A point's coordinates for lines of progress, such as `alpha +0.1, beta -0.2`."""
+    return ", ".join(f"{axis.name} {c:+.4g}" for axis, c in zip(axes, coords, strict=True))
 
 
 def symmetric_axes(ndim: int, steps: int, radius: float) -> tuple[Axis, ...]:

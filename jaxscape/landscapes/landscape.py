@@ -139,8 +139,8 @@ class Landscape:
             "visage": self.visage_values,
             **({} if self.numbers is None else {"numbers": self.numbers}),
             **({"shares": {kind: nested(share) for kind, share in self.shares.items()}} if self.shares else {}),
-            **({"measures": _each_rate(nested, self.measures)} if self.measures else {}),
-            **({"disagreement": _each_rate(nested, self.disagreement)} if self.disagreement else {}),
+            **({"measures": each_array(nested, self.measures)} if self.measures else {}),
+            **({"disagreement": each_array(nested, self.disagreement)} if self.disagreement else {}),
             "num_prompts": self.num_prompts,
             "complete": self.complete,
         }
@@ -190,8 +190,8 @@ class Landscape:
             num_prompts=int(content["num_prompts"]),
             visage_values=content["visage"],
             numbers=content.get("numbers"),
-            measures=_each_rate(lambda values: np.array(values, np.float64), content.get("measures", {})),
-            disagreement=_each_rate(lambda values: np.array(values, np.float64), content.get("disagreement", {})),
+            measures=each_array(lambda values: np.array(values, np.float64), content.get("measures", {})),
+            disagreement=each_array(lambda values: np.array(values, np.float64), content.get("disagreement", {})),
             shares={kind: np.array(share, np.float64) for kind, share in content.get("shares", {}).items()},
         )
         grid = tuple(len(axis.values) for axis in landscape.axes)
@@ -211,6 +211,6 @@ class Landscape:
         return landscape
 
 
-def _each_rate(function: Callable[[Any], Any], measures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def each_array(function: Callable[[Any], Any], measures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The measures, with the function applied to each of their arrays."""
     return {name: {key: function(rate) for key, rate in measure.items()} for name, measure in measures.items()}

@@ -28,7 +28,7 @@ from jaxscape.directions.storage import Direction
 from jaxscape.evaluate.measure import Subject, WeightMeasure
 from jaxscape.evaluate.measures import check_names, make_measures
 from jaxscape.landscapes import measurement
-from jaxscape.landscapes.axes import Axis
+from jaxscape.landscapes.axes import Axis, point_text
 from jaxscape.landscapes.choice import choose_grid
 from jaxscape.landscapes.measurement import Measurement
 from jaxscape.landscapes.scan_settings import ScanSettings
@@ -247,7 +247,7 @@ class _Run:
         """One line about the point that was evaluated last."""
         done, total = len(self.samples), len(self.points)
         index, coords = self.points[done - 1]
-        place = ", ".join(f"{axis.name} {c:+.4g}" for axis, c in zip(self.axes, coords, strict=True))
+        place = point_text(self.axes, coords)
         values = (f"{name} {value['value'].flat[done - 1]:.4g}" for name, value in self.measurement().measures.items())
         left = timedelta(seconds=round(seconds * (total - done)))
         return f"{done:>{len(str(total))}}/{total}  direction {index}  {place}  {'  '.join(values)}  {left} left"

@@ -1,7 +1,7 @@
 """Measures of weights on a grid of points, and their file, `measures.json`."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from jaxscape.evaluate.measure import WeightMeasure
 from jaxscape.landscapes.axes import Axis
+from jaxscape.landscapes.landscape import each_array
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 
@@ -76,7 +77,7 @@ class Measurement:
 
         content = {
             "axes": [{"name": axis.name, "values": list(axis.values)} for axis in self.axes],
-            "measures": _each(nested, self.measures),
+            "measures": each_array(nested, self.measures),
             "labels": self.labels,
             "settings": self.settings,
             "complete": self.complete,
@@ -108,7 +109,7 @@ class Measurement:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             axes = tuple(Axis(str(axis["name"]), tuple(map(float, axis["values"]))) for axis in content["axes"])
-            measures = _each(lambda values: np.array(values, np.float64), content["measures"])
+            measures = each_array(lambda values: np.array(values, np.float64), content["measures"])
             arrays = [values for measure in measures.values() for values in measure.values()]
             if {array.shape[1:] for array in arrays} != {tuple(len(axis.values) for axis in axes)}:
                 raise ValueError("arrays of other shapes than the axes")
@@ -129,8 +130,3 @@ def _point_values(measure: WeightMeasure, samples: Float[np.ndarray, "samples co
         names = ("value", "low", "high") if key == "value" else (key, f"{key}_low", f"{key}_high")
         values |= zip(names, interval if is_finite.any() else (np.nan,) * 3, strict=True)
     return values | {"nonfinite": float((~is_finite).sum())}
-
-
-def _each(function: Callable[[Any], Any], measures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The measures, with the function applied to each of their arrays."""
-    return {name: {key: function(values) for key, values in measure.items()} for name, measure in measures.items()}

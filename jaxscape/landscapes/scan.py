@@ -25,7 +25,7 @@ from jaxscape.engine.sampling import Sampling, SamplingOptions
 from jaxscape.evaluate.base import REFUSALS, Evaluator, checksum_of, labels_of, stop_when_all, uses_model
 from jaxscape.evaluate.coherence import COHERENCE, Coherence, coherence
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
-from jaxscape.landscapes.axes import Axis
+from jaxscape.landscapes.axes import Axis, point_text
 from jaxscape.landscapes.choice import choose_grid
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.score import label_rest, prepare_judge
@@ -255,8 +255,7 @@ def _progress(run: Run, lines: Sequence[str], enabled: bool) -> Iterator[Callabl
         def report_point() -> None:
             done = run.num_done
             index, coords = run.points[done - 1]
-            position = ", ".join(f"{axis.name} {c:+.4g}" for axis, c in zip(run.axes, coords, strict=True))
-            asr = 100 * (1 - run.refused[done - 1].mean())
+            position, asr = point_text(run.axes, coords), 100 * (1 - run.refused[done - 1].mean())
             elapsed = time.monotonic() - started
             left = timedelta(seconds=round(elapsed / (done - resumed) * (total - done)))
             line = f"{done:>{len(str(total))}}/{total}  direction {index}  {position}  ASR {asr:5.1f} %  {left} left"

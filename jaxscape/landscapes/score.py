@@ -9,12 +9,13 @@ from typing import Any
 from jaxscape.evaluate.base import LABELS, Evaluator, labels_of_points, stop_when, uses_model
 from jaxscape.evaluate.coherence import Coherence
 from jaxscape.evaluate.evaluators import EVALUATORS, find_evaluators
+from jaxscape.landscapes.axes import point_text
 from jaxscape.landscapes.labels import UNJUDGED
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.shares import in_run, load_checked
 from jaxscape.landscapes.store import Run, reopen_run
 from jaxscape.models.model import Model, load_model
-from jaxscape.prompts.thinking import answer_of, opening_of
+from jaxscape.prompts.thinking import answer_of, opening_after
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.hardware import free_memory, skip_absent_tpu
@@ -45,10 +46,7 @@ def score(
     skip_absent_tpu()
     judges, directory = find_evaluators(evaluator), Path(directory)
     with reopen_run(directory) as (run, sent):
-        # What a chat template opens stands behind the prompt.
-        openings = [
-            opening_of(text.rpartition(prompt.strip())[2]) for prompt, text in zip(run.prompts, sent, strict=True)
-        ]
+        openings = [opening_after(prompt, text) for prompt, text in zip(run.prompts, sent, strict=True)]
         bind = partial(
             in_run,
             run=run,
@@ -124,7 +122,7 @@ def _label(
         for number, labels in enumerate(labels_of_points(judge, run.prompts, answers), done + 1):
             run.labels.append(judge, labels)
             index, coords = run.points[number - 1]
-            position = ", ".join(f"{axis.name} {c:+.4g}" for axis, c in zip(run.axes, coords, strict=True))
+            position = point_text(run.axes, coords)
             counts = Counter(label or UNJUDGED for label in labels)
             said = ", ".join(f"{label} {counts[label]}" for label in (*LABELS, UNJUDGED) if counts[label])
             bar.update(task, completed=number)

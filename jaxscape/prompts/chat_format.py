@@ -10,7 +10,7 @@ from typing import Any, get_args
 from transformers import PreTrainedTokenizerBase
 
 from jaxscape.prompts.records import read_text
-from jaxscape.prompts.thinking import Thinking, opening_of
+from jaxscape.prompts.thinking import Thinking, opening_after
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.texts import shown_text
 
@@ -130,7 +130,7 @@ def thinking_opening(
     Arguments:
         system_prompt, thinking: see `chat_text`.
     """
-    return opening_of(chat_text(tokenizer, _PROBE, system_prompt, thinking).rpartition(_PROBE)[2])
+    return opening_after(_PROBE, chat_text(tokenizer, _PROBE, system_prompt, thinking))
 
 
 def system_prompt_text(system_prompt: str) -> str:

@@ -36,6 +36,15 @@ def opening_of(text: str) -> str:
     return next((opening for opening, closing in MARKERS if text.rfind(opening) > text.rfind(closing)), "")
 
 
+def opening_after(prompt: str, sent: str) -> str:
+    """The marker of the block of thinking that a chat template opens behind a prompt; see `opening_of`.
+
+    Arguments:
+        sent: the text that the model is given for the prompt.
+    """
+    return opening_of(sent.rpartition(prompt.strip())[2])
+
+
 def end_of_thinking(opening: str) -> str:
     """What ends an empty block of thinking that `opening` begins, and a blank line, as Qwen3's chat template writes it;
     an empty text if there is no opening."""

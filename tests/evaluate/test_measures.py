@@ -151,7 +151,7 @@ def test_intervals_contain_the_mean_and_scale_with_it(values: list[float], scale
 
 
 def test_the_bootstrap_covers_as_often_as_it_says() -> None:
-    """Of 95 % intervals of the mean of 60 numbers, about 95 % contain the true mean, and so for a ratio of means."""
+    """About 95 % of the 95 % intervals of a mean of 60 numbers contain the true mean; those of a ratio too."""
     rng = np.random.default_rng(0)
     drawn = rng.gamma(4, 1 / 4, size=(100, 60, 2))  # little skew, which percentile intervals do not correct
     means = [mean_interval(samples[:, 0]) for samples in drawn]
