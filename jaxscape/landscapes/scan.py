@@ -22,9 +22,10 @@ from jaxscape.engine.forms import Form
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import Plan, bytes_of_weights, make_plan
 from jaxscape.engine.sampling import Sampling, SamplingOptions
-from jaxscape.evaluate.base import REFUSALS, Evaluator, checksum_of, labels_of, stop_when_all, uses_model
+from jaxscape.evaluate.base import Evaluator, checksum_of, stop_when_all, uses_model
 from jaxscape.evaluate.coherence import COHERENCE, Coherence, coherence
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
+from jaxscape.landscapes.answers import answers_at
 from jaxscape.landscapes.axes import Axis, point_text
 from jaxscape.landscapes.choice import choose_grid
 from jaxscape.landscapes.landscape import Landscape
@@ -36,7 +37,6 @@ from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 from jaxscape.prompts.fields import Prompts
-from jaxscape.prompts.thinking import answer_of, is_unanswered
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import as_texts
 from jaxscape.runtime.files import checksum
@@ -147,7 +147,8 @@ def scan(
         **_identity(judges),
         **(describe or {}),
     }
-    engine = Engine(model, workload, plan, None if options.full_text else stop_when_all(judges, opening))
+    stop_when = None if options.full_text else stop_when_all(judges, opening)
+    openings, sets = [opening] * len(prompts), [[recipe for recipe, _ in item] for item in prepared]
     with (
         open_run(directory, config, axes, len(recipes), prompts, sent, overwrite) as run,
         _progress(run, [str(plan), prompts.summary(), *template_notes(model.tokenizer)], progress) as report_point,
@@ -163,28 +164,42 @@ def scan(
         )
         at_once = [bind(judge) if isinstance(judge, Coherence) else judge for judge in at_once]
         if labelling:
-            label_rest(run, at_once, [opening] * len(prompts))
-        made = None
-        for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
-            made = None  # frees the previous set's directions before the next ones are made
-            made = make_directions([recipe for recipe, _ in prepared[index]], model, plan.storage)
-            for completions in engine.complete(made, [coords for _, coords in points]):
-                texts = [opening + completion.text for completion in completions]
-                answers = list(map(answer_of, texts))
-                given = [labels_of(judge, prompts, answers) for judge in at_once]
-                refused = [label in REFUSALS for label in given[0]]
-                kept = zip(at_once, given, strict=True) if labelling else ()
-                run.append(completions, refused, list(map(is_unanswered, texts)), kept)
-                report_point()
-        if late:
-            del engine, made
-            if own := [bind(judge) for judge in late if isinstance(judge, Coherence)]:
-                label_rest(run, own, [opening] * len(prompts), None, progress)
-            if others := [judge for judge in late if not isinstance(judge, Coherence)]:
-                if free_model:
-                    _delete_arrays(model)
-                label_rest(run, others, [opening] * len(prompts), later_free, progress)
+            label_rest(run, at_once, openings)
+        _decode(run, Engine(model, workload, plan, stop_when), sets, at_once, opening, bool(labelling), report_point)
+        if own := [bind(judge) for judge in late if isinstance(judge, Coherence)]:
+            label_rest(run, own, openings, None, progress)
+        if others := [judge for judge in late if not isinstance(judge, Coherence)]:
+            if free_model:
+                _delete_arrays(model)
+            label_rest(run, others, openings, later_free, progress)
         return run.landscape()
+
+
+def _decode(
+    run: Run,
+    engine: Engine,
+    sets: Sequence[Sequence[DirectionLike]],
+    judges: Sequence[Evaluator],
+    opening: str,
+    keeps_labels: bool,
+    report_point: Callable[[], None],
+) -> None:
+    """Decode and judge the points of a run that are left, direction set by direction set.
+
+    Arguments:
+        sets: the directions of each set.
+        judges, opening: see `answers_at`. The first evaluator decides the ASR.
+        keeps_labels: whether the run keeps what the evaluators say.
+        report_point: called after each point.
+    """
+    made = None
+    for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
+        made = None  # frees the previous set's directions before the next ones are made
+        made = make_directions(sets[index], engine.model, engine.plan.storage)
+        for answers in answers_at([coords for _, coords in points], engine, made, judges, run.prompts, opening):
+            kept = zip(judges, answers.labels, strict=True) if keeps_labels else ()
+            run.append(answers.completions, answers.refused, answers.unanswered, kept)
+            report_point()
 
 
 def _free_beside(free: int | None, model: Model, plan: Plan) -> int | None:
