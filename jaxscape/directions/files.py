@@ -5,24 +5,32 @@ from pathlib import Path
 from typing import ClassVar
 
 import jax
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from jaxscape.directions.storage import Direction
+from jaxscape.directions.storage import Direction, dense
 from jaxscape.models.checkpoint import Params, check_tensors, named_leaves, tensor_shapes, to_dtype, tree_of
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError, reason
 
 
-def save_direction(direction: Params, path: str | Path, model: Model) -> None:
+def save_direction(direction: Direction, path: str | Path, model: Model) -> None:
     """Write a direction as safetensors, under Hugging Face parameter names and in Hugging Face layouts.
+
+    Tensors that are stored as something else than arrays are written as arrays in the parameters' dtypes.
 
     Raises:
         UserError: the direction does not fit the model, or the file cannot be written.
     """
     check_direction(direction, model)
+    weights = named_leaves(model.params)
+    tensors = {
+        name: tensor if isinstance(tensor, jax.Array | np.ndarray) else dense(tensor).astype(weights[name].dtype)
+        for name, tensor in named_leaves(direction).items()
+    }
     try:
-        save_file(named_leaves(direction), path, metadata={"format": "flax", "model": model.name})
+        save_file(tensors, path, metadata={"format": "flax", "model": model.name})
     except (OSError, SafetensorError) as error:
         raise UserError(f"The direction cannot be written to {path} ({reason(error)}).") from error
 
@@ -53,7 +61,7 @@ def load_direction(path: str | Path, model: Model) -> Params:
         raise UserError(f"The direction {path} cannot be read as safetensors ({reason(error)}).") from error
 
 
-def check_direction(direction: Params, model: Model) -> None:
+def check_direction(direction: Direction, model: Model) -> None:
     """Raise a `UserError` if a direction's tensors do not have the names and shapes of the model's parameters; it lists
     the differences."""
     check_tensors(tensor_shapes(model.params), tensor_shapes(direction), "the direction")

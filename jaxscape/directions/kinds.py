@@ -13,6 +13,7 @@ import numpy as np
 from jaxscape.directions.base import Recipe
 from jaxscape.directions.difference import To
 from jaxscape.directions.files import File, check_direction
+from jaxscape.directions.low_rank import LowRank
 from jaxscape.directions.point import materialise
 from jaxscape.directions.principal import Principal
 from jaxscape.directions.random import Random, random_direction
@@ -21,7 +22,7 @@ from jaxscape.models.checkpoint import Params, fingerprint
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError, as_list
 
-KINDS: tuple[type[Recipe], ...] = (Random, File, To, Principal)
+KINDS: tuple[type[Recipe], ...] = (Random, File, To, Principal, LowRank)
 """All kinds of directions. A new kind is one more class here."""
 
 

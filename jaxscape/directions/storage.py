@@ -1,4 +1,5 @@
-"""How the tensors of a direction are stored: as arrays, in fewer bits, or as a seed from which they are drawn again."""
+"""How the tensors of a direction are stored: as arrays, as factors, in fewer bits, or as a seed from which they are
+drawn again."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, Shaped
 
 from jaxscape.directions.sums import tensor_norm
@@ -15,7 +16,59 @@ from jaxscape.models.checkpoint import Params, named_leaves, tree_of
 from jaxscape.models.model import Model
 
 Direction = Params
-"""A tree like the parameters, whose leaves are arrays, `Scaled` or `Seeded` tensors."""
+"""A tree like the parameters, whose leaves are arrays, `Factored`, `Scaled` or `Seeded` tensors."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["left", "right"], meta_fields=[])
+@dataclass(frozen=True)
+class Factored:
+    """A tensor of low rank: the product of two factors. With rank 0, it is zero and takes no memory.
+
+    The fields may be `jax.ShapeDtypeStruct`s, when only the shapes matter.
+
+    Attributes:
+        right: [rank, in] for a matrix; [rank] for a vector.
+    """
+
+    left: Float[Any, "out rank"]
+    right: Float[Any, "rank *in"]
+
+    @property
+    def rank(self) -> int:
+        return int(self.right.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.left.shape[0], *self.right.shape[1:])
+
+    def dense(self) -> Float[Array, "*shape"]:
+        """The tensor, float32, with the same bits on every mesh.
+
+        It is a sum over the rank in a fixed order, because the order in a matrix product may depend on the shapes of
+        the shards.
+        """
+        left, right = self.left.astype(jnp.float32), self.right.astype(jnp.float32)
+        left = left.reshape(*left.shape, *(1,) * (right.ndim - 1))
+
+        def add(k: Any, total: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+            return total + left[:, k] * right[k]
+
+        zero = jnp.zeros(self.shape, jnp.float32)
+        return jax.lax.fori_loop(0, self.rank, add, zero, unroll=min(self.rank, 8)) if self.rank else zero
+
+
+def factored(left: Float[Any, "out rank"], right: Float[Any, "rank *in"], sharding: NamedSharding) -> Factored:
+    """The product of two factors, on the devices that hold a tensor with this sharding, sharded as its dimensions
+    are."""
+    first, *others = (*sharding.spec, None)[: max(1, len(sharding.spec))]
+    by_row = NamedSharding(sharding.mesh, PartitionSpec(first))
+    by_column = NamedSharding(sharding.mesh, PartitionSpec(None, *others))
+    return Factored(jax.device_put(left, by_row), jax.device_put(right, by_column))
+
+
+def zero_tensor(shape: tuple[int, ...], sharding: NamedSharding) -> Factored:
+    """A tensor of zeros that takes no memory."""
+    return factored(np.zeros((shape[0], 0), np.float32), np.zeros((0, *shape[1:]), np.float32), sharding)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
@@ -28,6 +81,10 @@ class Scaled:
 
     values: Shaped[Any, "*shape"]
     scale: Float[Any, ""]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
 
     def dense(self) -> Float[Array, "*shape"]:
         """The tensor, float32."""
@@ -55,7 +112,7 @@ class Seeded:
 
     key: Key[Any, ""]
     scale: Float[Any, ""]
-    other: "Array | Scaled | Seeded | None"
+    other: "Array | Factored | Scaled | Seeded | None"
     along: Float[Any, ""] | None
     shape: tuple[int, ...]
     dtype: str
@@ -69,7 +126,7 @@ class Seeded:
         return (noise * self.scale).astype(self.dtype).astype(jnp.float32)
 
 
-def dense(tensor: "Array | Scaled | Seeded") -> Float[Array, "*shape"]:
+def dense(tensor: Array | Factored | Scaled | Seeded) -> Float[Array, "*shape"]:
     """A direction's tensor in float32, however it is stored."""
     return tensor.astype(jnp.float32) if isinstance(tensor, jax.Array) else tensor.dense()
 
@@ -83,8 +140,14 @@ def stored(direction: Direction, storage: str) -> Direction:
     """A direction with its tensors rounded to `bfloat16` or `int8`, and scaled to the norms that they had.
 
     The result is a different direction: landscapes along it are exact, but not those of the original direction.
+    `Factored` tensors stay as they are, because their factors take little memory.
     """
-    return jax.tree.map(lambda tensor: rounded(tensor, storage), direction)
+    return tree_of(
+        {
+            name: tensor if isinstance(tensor, Factored) else rounded(tensor, storage)
+            for name, tensor in named_leaves(direction).items()
+        }
+    )
 
 
 @partial(jax.jit, static_argnums=1)
@@ -101,11 +164,12 @@ def rounded(tensor: Float[Array, "*shape"], storage: str) -> Scaled:
 
 
 def on_model_mesh(direction: Direction, model: Model) -> Direction:
-    """The direction with its arrays sharded as the model's parameters are."""
+    """The direction with its arrays and factors sharded as the model's parameters are."""
     shardings = named_leaves(model.shardings)
-    return tree_of(
-        {
-            name: jax.device_put(tensor, shardings[name]) if isinstance(tensor, jax.Array | np.ndarray) else tensor
-            for name, tensor in named_leaves(direction).items()
-        }
-    )
+
+    def placed(tensor: Any, sharding: NamedSharding) -> Any:
+        if isinstance(tensor, Factored):
+            return factored(tensor.left, tensor.right, sharding)
+        return jax.device_put(tensor, sharding) if isinstance(tensor, jax.Array | np.ndarray) else tensor
+
+    return tree_of({name: placed(tensor, shardings[name]) for name, tensor in named_leaves(direction).items()})

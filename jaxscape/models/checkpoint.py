@@ -229,8 +229,16 @@ def check_tensors(
 
 
 def fingerprint(params: Params) -> str:
-    """A checksum of every tensor's name, shape, dtype and values. It does not depend on the sharding."""
-    leaves = named_leaves(params)
+    """A checksum of every tensor's name, shape, dtype and values. It does not depend on the sharding.
+
+    Arguments:
+        params: the parameters, or a direction. Of a tensor that consists of several arrays, each has a name of its own.
+    """
+    leaves = {
+        f"{name}{jax.tree_util.keystr(path)}": array
+        for name, leaf in named_leaves(params).items()
+        for path, array in jax.tree_util.tree_leaves_with_path(leaf)
+    }
     sums = jax.device_get([_checksum(jnp.asarray(leaf)) for leaf in leaves.values()])
     descriptions = [
         (name, leaf.shape, str(leaf.dtype), tensor_sums.tolist())

@@ -13,12 +13,15 @@ import jaxscape as js
 from jaxscape.directions import kinds
 from jaxscape.directions.base import Recipe
 from jaxscape.directions.kinds import KINDS, parse_direction, prepare, recipe_of
+from jaxscape.directions.low_rank import LowRank
 from jaxscape.directions.point import materialise
 from jaxscape.directions.random import Random
 from jaxscape.models.checkpoint import fingerprint
 
 
-@pytest.mark.parametrize("name", ["random:0", "random:4294967295", "file:a/b.safetensors", "to:org/model@main"])
+@pytest.mark.parametrize(
+    "name", ["random:0", "random:4294967295", "file:a/b.safetensors", "to:org/model@main", "low-rank:4:7"]
+)
 def test_a_recipe_has_the_name_that_it_was_made_from(name: str) -> None:
     assert str(parse_direction(name)) == name
 
@@ -44,7 +47,7 @@ def test_every_kind_keeps_the_protocol() -> None:
     assert len({kind.kind for kind in KINDS}) == len(KINDS)
     for kind in KINDS:
         assert kind.usage.startswith(f"{kind.kind}:")
-        assert isinstance(kind.parse("0"), Recipe)
+        assert isinstance(kind.parse("1:0" if kind is LowRank else "0"), Recipe)
 
 
 def test_names_seeds_trees_and_recipes_make_the_same_direction(tiny: js.Model, tmp_path: Path) -> None:

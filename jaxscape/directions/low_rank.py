@@ -1,0 +1,123 @@
+"""Random directions of low rank, which cost hardly more than the model itself."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+from weakref import WeakKeyDictionary
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Key
+
+from jaxscape.directions.random import tensor_key
+from jaxscape.directions.storage import Direction, factored, zero_tensor
+from jaxscape.directions.sums import tensor_norm
+from jaxscape.models.checkpoint import named_leaves, tree_of
+from jaxscape.models.model import Model
+from jaxscape.runtime.errors import UserError, check_seed
+from jaxscape.runtime.sharding import replicated
+
+
+def low_rank_direction(model: Model, rank: int, seed: int) -> Direction:
+    """A random direction whose matrices have rank `rank`.
+
+    Each matrix W [out, in] of the model moves along s A B, where A [out, rank] and B [rank, in] are Gaussian noise and
+    s gives the product the norm of W. All other tensors, and those whose names contain `norm`, do not move. The factors
+    of a tensor depend only on the seed, the parameter's name and its shape. (Evolution strategies perturb weights in
+    this way: Sarkar et al., arXiv 2511.16652.)
+
+    Arguments:
+        seed: from 0 to 2³² − 1.
+
+    Returns:
+        A tree like `model.params` whose leaves are `Factored` tensors, with factors in the parameters' dtypes.
+
+    Raises:
+        UserError: the rank is below 1 or above the smaller dimension of a matrix, or the seed is out of range.
+    """
+    shardings = named_leaves(model.shardings)
+    shapes = {name: weight.shape for name, weight in named_leaves(model.params).items()}
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and "norm" not in name}
+    narrowest = min(matrices, key=lambda name: min(matrices[name]))
+    if not 1 <= rank <= min(matrices[narrowest]):
+        raise UserError(
+            f"A direction of rank {rank} is not possible, because {narrowest} has the shape {shapes[narrowest]}: give "
+            f"a rank from 1 to {min(matrices[narrowest])}."
+        )
+    norms, everywhere = _norms(model), replicated(model.mesh)
+    direction = {name: zero_tensor(shape, shardings[name]) for name, shape in shapes.items() if name not in matrices}
+    for name, shape in matrices.items():
+        pair = _factors(tensor_key(seed, name), norms[name], shape, rank, model.dtype, everywhere)
+        direction[name] = factored(*pair, shardings[name])
+    return tree_of(direction)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _factors(
+    key: Key[Array, ""],
+    norm: Float[Array, ""],
+    shape: tuple[int, int],
+    rank: int,
+    dtype: str,
+    everywhere: NamedSharding,
+) -> tuple[Float[Array, "out rank"], Float[Array, "rank in"]]:
+    """Gaussian factors of a matrix with this norm.
+
+    Every device computes all of both factors, so their bits do not depend on the mesh.
+    """
+    left, right = (
+        jax.lax.with_sharding_constraint(jax.random.normal(part, size, jnp.float32), everywhere)
+        for part, size in zip(jax.random.split(key), ((shape[0], rank), (rank, shape[1])), strict=True)
+    )
+    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    # |A B|² is the sum of the entries of (AᵀA) ∘ (B Bᵀ), which takes less time than A B.
+    square = (product(left.T, left) * product(right, right.T)).sum()
+    return (left * (norm / jnp.sqrt(square))).astype(dtype), right.astype(dtype)
+
+
+_known_norms: "WeakKeyDictionary[Model, dict[str, Array]]" = WeakKeyDictionary()
+
+
+def _norms(model: Model) -> dict[str, Float[Array, ""]]:
+    """The norm of each of the model's tensors, computed once for all directions."""
+    if model not in _known_norms:
+        everywhere, shardings = replicated(model.mesh), named_leaves(model.shardings)
+        norm = jax.jit(lambda weight: tensor_norm(weight.astype(jnp.float32)), out_shardings=everywhere)
+        weights = named_leaves(model.params)
+        _known_norms[model] = {name: norm(jax.device_put(weight, shardings[name])) for name, weight in weights.items()}
+    return _known_norms[model]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """`low-rank:RANK:SEED`: the random direction of a rank and a seed."""
+
+    rank: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.rank < 1:
+            raise UserError(f"The rank of the direction {self} must be at least 1.")
+
+    kind: ClassVar[str] = "low-rank"
+    usage: ClassVar[str] = "low-rank:RANK:SEED"
+    is_interpolation: ClassVar[bool] = False
+    count: ClassVar[int] = 1
+
+    @classmethod
+    def parse(cls, option: str) -> "LowRank":
+        rank, _, seed = option.partition(":")
+        if not (rank.isdecimal() and seed.isdecimal()):
+            raise UserError(
+                f"The direction 'low-rank:{option}' has no rank or no seed: write {cls.usage}, for example "
+                f"low-rank:1:0."
+            )
+        return cls(int(rank), int(seed))
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.rank}:{self.seed}"
+
+    def make(self, model: Model) -> list[Direction]:
+        return [low_rank_direction(model, self.rank, self.seed)]
