@@ -128,6 +128,7 @@ class Measure:
         return {
             "directions": [list(item) for item in sets],
             "axes": axes,
+            "control": False,  # the sets have their controls
             "system_prompt": self.prompts.system_prompt,
             "thinking": self.prompts.thinking,
         }

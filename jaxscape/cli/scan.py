@@ -60,13 +60,17 @@ class LandscapeOptions:
     num_directions: int = 1
     """Number of random directions; with --ndim 2, of pairs of them."""
     direction: Annotated[tuple[str, ...], shown("random ones", "KIND:OPTION ...")] = ()
-    """Directions by name: random:SEED, file:PATH, to:MODEL or principal:RUN[,RUN...]. With --ndim 2, two of them make
-    a pair."""
+    """Directions by name, such as random:SEED, file:PATH, to:MODEL or principal:RUN[,RUN...]; see the guide "Choose a
+    direction" for all kinds. With --ndim 2, two of them make a pair."""
     directions: Annotated[tuple[Path, ...], shown("none", "FILE ...")] = ()
     """Safetensors files with directions, the same as --direction file:PATH for each of them."""
     interpolate_to: Annotated[tuple[str, ...], shown("none", "MODEL ...")] = ()
     """Models to interpolate to. With --ndim 2 give two models, which span the plane, or one, which is put beside a
     random direction."""
+    equal_norm: bool = False
+    """Scale every direction to the norm of the weights, so that several kinds share one axis."""
+    no_control: bool = False
+    """Leave out the random direction of the same norm and rank that is scanned beside each special one."""
     extra_steps: int = 0
     """Number of further intervals of an interpolation beyond each of its two ends."""
     trajectory: Annotated[tuple[Path, ...], shown("none", "RUN ...")] = ()
@@ -75,7 +79,7 @@ class LandscapeOptions:
 
     def grid(self) -> "tuple[list[DirectionSet], tuple[Axis, ...]]":
         """The direction sets that the options describe, and the axes along them."""
-        from jaxscape.landscapes.choice import choose_axes, choose_directions
+        from jaxscape.landscapes.choice import choose_axes, choose_directions, with_controls
 
         sets = choose_directions(
             self.ndim,
@@ -85,7 +89,10 @@ class LandscapeOptions:
             files=[str(path) for path in self.directions],
             interpolate_to=self.interpolate_to,
             trajectories=[str(path) for path in self.trajectory],
+            equal_norm=self.equal_norm,
         )
+        if not self.no_control:
+            sets = with_controls(sets)
         return sets, choose_axes(sets, self.steps, self.radius, self.extra_steps)
 
 
@@ -158,7 +165,7 @@ class Scan:
 
         from jaxscape.report.figures import save_figure  # Matplotlib writes a cache when it is imported
 
-        directions = [[prepare(recipe, model)[0] for recipe in item] for item in sets]
+        directions = [[prepared.recipe for prepared in item] for item in prepare(sets, model)]
         paths = []
         if trajectories:
             plane = make_directions(directions[0], model)
@@ -166,6 +173,7 @@ class Scan:
         landscape = scan(
             model,
             directions,
+            control=False,  # the sets have their controls
             evaluator=judges,
             free_model=True,
             shares=not self.evaluators.no_shares,

@@ -1,16 +1,27 @@
-"""The protocol of a recipe: a description from which the same directions can be made again."""
+"""The protocols of recipes: descriptions from which the same directions can be made again.
 
-from typing import ClassVar, Protocol, runtime_checkable
+A recipe has a name, `KIND` or `KIND:OPTION`. The name of a recipe that is made of others begins with theirs, each in
+square brackets: `orthogonal:[gradient][random:0]`, or `restricted:[random:0]:*mlp*`.
+"""
+
+import itertools
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxscape.directions.storage import Direction
 from jaxscape.models.model import Model
+from jaxscape.runtime.errors import UserError
 
 
 @runtime_checkable
 class Recipe(Protocol):
     """Where directions come from. The recipes of one kind are a class; `jaxscape.directions.kinds` lists the kinds.
 
-    `str(recipe)` is the recipe's name, `KIND:OPTION`, from which `parse` makes it again.
+    `str(recipe)` is the recipe's name. Three further attributes may be left out:
+
+    - `has_control`: whether a random direction of the same norm and rank is scanned beside it by default; else False.
+    - `is_drawn`: whether the directions follow from the name and the weights alone and are made quickly, so that a scan
+      makes them when their turn comes; else False.
+    - `units`: what a coordinate of 1 along them is, see `jaxscape.landscapes.axes.Axis.unit`; else `("raw",)`.
 
     Attributes:
         kind: what the names of these recipes begin with.
@@ -27,15 +38,6 @@ class Recipe(Protocol):
         """How many directions the recipe makes."""
         ...
 
-    @classmethod
-    def parse(cls, option: str) -> "Recipe":
-        """The recipe that the text after `KIND:` describes.
-
-        Raises:
-            UserError: the text describes no direction of this kind.
-        """
-        ...
-
     def make(self, model: Model) -> list[Direction]:
         """The directions, each a tree like `model.params`.
 
@@ -43,3 +45,97 @@ class Recipe(Protocol):
             UserError: a file or model cannot be read, or does not fit this model.
         """
         ...
+
+
+class SimpleRecipe(Recipe, Protocol):
+    """A recipe that is made of no other."""
+
+    @classmethod
+    def parse(cls, option: str) -> Recipe:
+        """The recipe that the text after `KIND:` describes; the text is empty if the name is `KIND` alone.
+
+        Raises:
+            UserError: the text describes no direction of this kind.
+        """
+        ...
+
+
+class ComposedRecipe(Recipe, Protocol):
+    """A recipe that is made of others."""
+
+    @classmethod
+    def compose(cls, parts: tuple[Recipe, ...], option: str) -> Recipe:
+        """The recipe that is made of the recipes in square brackets, with the text that follows them as its option.
+
+        Raises:
+            UserError: there are not as many recipes as this kind needs, one of them makes several directions, or the
+                option describes no direction of this kind.
+        """
+        ...
+
+
+def has_control(recipe: object) -> bool:
+    """Whether a random direction of the same norm and rank is scanned beside a recipe's by default."""
+    return bool(getattr(recipe, "has_control", False))
+
+
+def is_drawn(recipe: object) -> bool:
+    """Whether a recipe's directions are made when their turn comes, because they follow from its name and the weights
+    alone."""
+    return bool(getattr(recipe, "is_drawn", False))
+
+
+def units_of(recipe: object) -> tuple[str, ...]:
+    """What a coordinate of 1 along a recipe's directions is: `tensors`, `weights`, `raw`, or several of these."""
+    units: tuple[str, ...] = getattr(recipe, "units", ("raw",))
+    return units
+
+
+def needs_option(kind: type[Any], option: str) -> str:
+    """The option of a kind whose name needs one.
+
+    Raises:
+        UserError: it is empty.
+    """
+    if not option:
+        raise UserError(f"The direction {kind.kind!r} needs an option: write {kind.usage}.")
+    return option
+
+
+def check_no_option(kind: type[Any], option: str) -> None:
+    """Raise a `UserError` if an option was given to a kind that has none."""
+    if option:
+        raise UserError(f"The direction {kind.kind!r} has no option: write {kind.usage}, and not {option!r} after it.")
+
+
+def check_parts(kind: type[Any], parts: tuple[Recipe, ...], fewest: int, most: int | None = None) -> None:
+    """Raise a `UserError` if a composed recipe has the wrong number of parts, or if a part makes several directions."""
+    if len(parts) < fewest or (most is not None and len(parts) > most):
+        raise UserError(
+            f"The direction {kind.kind!r} has {len(parts)} directions in square brackets: write {kind.usage}."
+        )
+    for part in parts:
+        if part.count != 1:
+            raise UserError(
+                f"The direction {part} makes {part.count} directions: a direction of the kind {kind.kind!r} is made of "
+                f"single ones."
+            )
+
+
+def split_parts(rest: str) -> tuple[list[str], str]:
+    """The names in square brackets with which a composed recipe's text begins, and the option after them.
+
+    Raises:
+        UserError: the brackets are not closed, or what follows them does not begin with a colon.
+    """
+    parts: list[str] = []
+    while rest.startswith("["):
+        depths = list(itertools.accumulate((one == "[") - (one == "]") for one in rest))
+        if 0 not in depths:
+            raise UserError(f"A square bracket is not closed in {rest!r}: write each direction as [NAME].")
+        end = depths.index(0)
+        parts.append(rest[1:end])
+        rest = rest[end + 1 :]
+    if rest and not rest.startswith(":"):
+        raise UserError(f"Cannot read {rest!r}: write each direction as [NAME], and an option after a colon.")
+    return parts, rest[1:]

@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxscape.directions.base import needs_option
 from jaxscape.directions.storage import Direction
 from jaxscape.models.checkpoint import Params, check_tensors, tensor_shapes
 from jaxscape.models.model import Model, load_model
@@ -37,7 +38,7 @@ class To:
 
     @classmethod
     def parse(cls, option: str) -> "To":
-        return cls(option)
+        return cls(needs_option(cls, option))
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.model}"

@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
+from jaxscape.directions.base import needs_option
 from jaxscape.directions.storage import Direction, dense
 from jaxscape.models.checkpoint import Params, check_tensors, named_leaves, tensor_shapes, to_dtype, tree_of
 from jaxscape.models.model import Model
@@ -80,7 +81,7 @@ class File:
 
     @classmethod
     def parse(cls, option: str) -> "File":
-        return cls(option)
+        return cls(needs_option(cls, option))
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.path}"

@@ -1,8 +1,10 @@
 """The registry of kinds of directions, and the one way to name a direction on the command line, in Python and in files.
 
-A direction's name is `KIND:OPTION`, for example `random:0`, `file:direction.safetensors` or `to:MODEL`.
+A direction's name is `KIND` or `KIND:OPTION`, for example `random:0`, `file:direction.safetensors` or `to:MODEL`. The
+name of one that is made of others has theirs in square brackets: `orthogonal:[random:0][file:d.safetensors]`.
 """
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -10,20 +12,47 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from jaxscape.directions.base import Recipe
+from jaxscape.directions.base import ComposedRecipe, Recipe, SimpleRecipe, is_drawn, split_parts
+from jaxscape.directions.composed import Orthogonal, Projected, Sum
+from jaxscape.directions.control import Control
 from jaxscape.directions.difference import To
 from jaxscape.directions.files import File, check_direction
+from jaxscape.directions.filters import Filter
+from jaxscape.directions.gaussian import Gaussian
 from jaxscape.directions.low_rank import LowRank
+from jaxscape.directions.norms import TensorNorm, WeightNorm
 from jaxscape.directions.point import materialise
 from jaxscape.directions.principal import Principal
 from jaxscape.directions.random import Random, random_direction
+from jaxscape.directions.restricted import Restricted
+from jaxscape.directions.sparse import Sparse
 from jaxscape.directions.storage import Direction, on_model_mesh, stored
 from jaxscape.models.checkpoint import Params, fingerprint
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError, as_list
 
-KINDS: tuple[type[Recipe], ...] = (Random, File, To, Principal, LowRank)
-"""All kinds of directions. A new kind is one more class here."""
+KINDS: tuple[type[SimpleRecipe], ...] = (
+    Random,
+    Gaussian,
+    Filter,
+    Sparse,
+    LowRank,
+    File,
+    To,
+    Principal,
+)
+"""All kinds of directions that are made of no other. A new kind is one more class here."""
+
+COMPOSED_KINDS: tuple[type[ComposedRecipe], ...] = (
+    Sum,
+    Orthogonal,
+    Projected,
+    Restricted,
+    WeightNorm,
+    TensorNorm,
+    Control,
+)
+"""All kinds of directions that are made of others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +67,8 @@ class Given:
     name: str = "given"
     ids: tuple[str, ...] | None = None
 
+    kind: ClassVar[str] = "given"
+    usage: ClassVar[str] = "given"
     is_interpolation: ClassVar[bool] = False
 
     @property
@@ -53,25 +84,32 @@ class Given:
         return list(self.directions)
 
 
-DirectionLike = Mapping[str, Any] | int | np.integer | str | Recipe | Given
+DirectionLike = Mapping[str, Any] | int | np.integer | str | Recipe
 """A direction as `scan` and `model_at` take it: a tree like `model.params`, the seed of a random direction, a name such
 as `random:0`, or a recipe."""
 
 
 def parse_direction(name: str) -> Recipe:
-    """The recipe that a name, `KIND:OPTION`, describes.
+    """The recipe that a name describes.
 
     Raises:
-        UserError: there is no such kind, or the option does not describe a direction.
+        UserError: there is no such kind, or the name does not describe a direction.
     """
-    kind, _, option = name.partition(":")
-    for recipe in KINDS:
-        if recipe.kind == kind and option:
-            return recipe.parse(option)
-    raise UserError(f"Unknown direction {name!r}: write one of {', '.join(recipe.usage for recipe in KINDS)}.")
+    kind, _, rest = name.partition(":")
+    for simple in KINDS:
+        if simple.kind == kind:
+            return simple.parse(rest)
+    for composed in COMPOSED_KINDS:
+        if composed.kind == kind:
+            parts, option = split_parts(rest)
+            return composed.compose(tuple(map(parse_direction, parts)), option)
+    usages = {known.kind: known.usage for known in (*KINDS, *COMPOSED_KINDS)}
+    near = [usages[known] for known in difflib.get_close_matches(kind.lower(), usages)]
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise UserError(f"Unknown direction {name!r}{hint}: write one of {', '.join(usages.values())}.")
 
 
-def recipe_of(direction: Any) -> Recipe | Given:
+def recipe_of(direction: Any) -> Recipe:
     """The recipe of a `DirectionLike`. Nothing is read or computed.
 
     Raises:
@@ -83,7 +121,7 @@ def recipe_of(direction: Any) -> Recipe | Given:
         return Random(int(direction))
     if isinstance(direction, Mapping):
         return Given((dict(direction),))
-    if isinstance(direction, Recipe | Given):
+    if isinstance(direction, Recipe):
         return direction
     raise UserError(
         f"A direction cannot be a {type(direction).__name__}: give a tree like the model's parameters, a seed, a name "
@@ -114,22 +152,49 @@ def make_directions(directions: Sequence[DirectionLike], model: Model, storage: 
     return made
 
 
-def prepare(recipe: Recipe | Given, model: Model) -> tuple[Random | Given, list[int | str]]:
-    """A direction that can be made without reading files, and what identifies it in a run's configuration.
+@dataclass(frozen=True)
+class Prepared:
+    """A direction that can be made without reading files and without long computations.
 
-    Returns:
-        A random direction's recipe and its seed; such a direction is made when it is needed. Of any other recipe, the
-        directions themselves and a checksum of each.
+    Attributes:
+        recipe: what makes it.
+        ids: what identifies each direction in a run's configuration: a seed, a name, or a checksum of its tensors.
+    """
+
+    recipe: Recipe
+    ids: tuple[int | str, ...]
+
+
+def prepare(sets: Sequence[Sequence[Recipe]], model: Model) -> list[list[Prepared]]:
+    """The directions of a scan's sets, prepared once each.
+
+    A direction that follows quickly from its name and the weights is made when its set's turn comes. Any other is made
+    here, also when a control needs it too.
 
     Raises:
         UserError: a file or model cannot be read, or does not fit the model.
     """
-    if isinstance(recipe, Random):
-        return recipe, [recipe.seed]
-    made = tuple(recipe.make(model))
-    known = recipe.ids if isinstance(recipe, Given) else None
-    ids = tuple(map(fingerprint, made)) if known is None else known
-    return Given(made, str(recipe), ids), list(ids)
+    known: dict[str, Prepared] = {}
+
+    def prepared(recipe: Recipe) -> Prepared:
+        name = str(recipe)
+        if isinstance(recipe, Given):
+            ids = tuple(map(fingerprint, recipe.make(model))) if recipe.ids is None else recipe.ids
+            return Prepared(replace(recipe, ids=ids), ids)
+        if isinstance(recipe, Random):
+            return Prepared(recipe, (recipe.seed,))
+        if isinstance(recipe, Control):
+            of = prepared(recipe.of)
+            ids = tuple(f"{Control.kind}:{identity}:{recipe.seed}" for identity in of.ids)
+            return Prepared(replace(recipe, of=of.recipe), ids)
+        if is_drawn(recipe):
+            return Prepared(recipe, (name,))
+        if name not in known:
+            made = tuple(recipe.make(model))
+            known[name] = prepared(Given(made, name))
+        return known[name]
+
+    return [[prepared(recipe) for recipe in item] for item in sets]
 
 
 def model_at(model: Model, directions: Sequence[DirectionLike], coords: Sequence[float]) -> Model:

@@ -48,8 +48,8 @@ def low_rank_direction(model: Model, rank: int, seed: int) -> Direction:
     norms, everywhere = _norms(model), replicated(model.mesh)
     direction = {name: zero_tensor(shape, shardings[name]) for name, shape in shapes.items() if name not in matrices}
     for name, shape in matrices.items():
-        pair = _factors(tensor_key(seed, name), norms[name], shape, rank, model.dtype, everywhere)
-        direction[name] = factored(*pair, shardings[name])
+        left, right = _factors(tensor_key(seed, name), norms[name], shape, rank, model.dtype, everywhere)
+        direction[name] = factored(left, right, shardings[name])
     return tree_of(direction)
 
 
@@ -104,6 +104,8 @@ class LowRank:
     kind: ClassVar[str] = "low-rank"
     usage: ClassVar[str] = "low-rank:RANK:SEED"
     is_interpolation: ClassVar[bool] = False
+    is_drawn: ClassVar[bool] = True
+    units: ClassVar[tuple[str, ...]] = ("tensors",)
     count: ClassVar[int] = 1
 
     @classmethod

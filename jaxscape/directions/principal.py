@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
+from jaxscape.directions.base import needs_option
+from jaxscape.directions.composed import combine
 from jaxscape.directions.path import load_path
 from jaxscape.directions.storage import Direction
 from jaxscape.directions.sums import inner
@@ -43,12 +43,7 @@ def principal_directions(steps: Sequence[Params], count: int = 2) -> list[Params
     vectors = vectors * np.where(vectors[-1] < 0, -1, 1)
     scale = np.abs(vectors[:, 0]).max() * np.sqrt(values[0])
     weights = vectors / np.sqrt(values) * scale
-    return [_combine(list(steps), jnp.asarray(column, jnp.float32)) for column in weights.T]
-
-
-@jax.jit
-def _combine(steps: list[Params], weights: Float[Array, " steps"]) -> Params:
-    return jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *steps)
+    return [combine(list(steps), jnp.asarray(column, jnp.float32)) for column in weights.T]
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class Principal:
 
     @classmethod
     def parse(cls, option: str) -> "Principal":
-        return cls(tuple(option.split(",")))
+        return cls(tuple(needs_option(cls, option).split(",")))
 
     def __str__(self) -> str:
         return f"{self.kind}:{','.join(self.runs)}"

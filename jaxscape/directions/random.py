@@ -1,6 +1,7 @@
 """Random, layer-normalised directions."""
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key
 
+from jaxscape.directions.base import needs_option
 from jaxscape.directions.storage import Direction, Seeded, dense, rounded, standard_normal
 from jaxscape.directions.sums import order_free_sum, tensor_norm
 from jaxscape.models.checkpoint import named_leaves, tree_of
@@ -54,6 +56,44 @@ def random_direction(
     return tree_of(direction)
 
 
+def noise_direction(
+    model: Model,
+    seed: int,
+    draw: Callable[[Float[Array, "*shape"], Key[Array, ""], NamedSharding], Float[Array, "*shape"]],
+) -> Direction:
+    """A direction of noise. Parameters whose name contains `norm` are not perturbed.
+
+    Arguments:
+        draw: a jitted function of a weight, a key that depends on the seed and on the parameter's name, and the
+            sharding of the result; it returns the direction's tensor.
+    """
+    shardings = named_leaves(model.shardings)
+
+    def tensor(name: str, weight: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        if "norm" in name:
+            return jnp.zeros(weight.shape, weight.dtype, device=shardings[name])
+        return draw(jax.device_put(weight, shardings[name]), tensor_key(seed, name), shardings[name])
+
+    return tree_of({name: tensor(name, weight) for name, weight in named_leaves(model.params).items()})
+
+
+def scaled_to_norm(tensor: Float[Array, "*shape"], target: Float[Array, ""]) -> Float[Array, "*shape"]:
+    """A float32 tensor scaled to a Euclidean norm; zeros stay zeros."""
+    norm = tensor_norm(tensor)
+    return tensor * (target / jnp.where(norm > 0, norm, 1.0))
+
+
+def seed_of(kind: type[Any], text: str) -> int:
+    """The seed that the text after the last colon of a direction's name is.
+
+    Raises:
+        UserError: it is empty, or no number.
+    """
+    if not needs_option(kind, text).isdecimal():
+        raise UserError(f"The seed of the direction {kind.kind!r} is a number, not {text!r}: write {kind.usage}.")
+    return int(text)
+
+
 def tensor_key(seed: int, name: str) -> Key[Array, ""]:
     """The random key of a tensor's noise. CRC-32 and threefry are standards, so all machines draw the same."""
     return jax.random.fold_in(jax.random.key(check_seed(seed), impl="threefry2x32"), zlib.crc32(name.encode()))
@@ -92,13 +132,13 @@ class Random:
     kind: ClassVar[str] = "random"
     usage: ClassVar[str] = "random:SEED"
     is_interpolation: ClassVar[bool] = False
+    is_drawn: ClassVar[bool] = True
+    units: ClassVar[tuple[str, ...]] = ("tensors", "weights")
     count: ClassVar[int] = 1
 
     @classmethod
     def parse(cls, option: str) -> "Random":
-        if not option.isdecimal():
-            raise UserError(f"The direction 'random:{option}' has no seed: write {cls.usage}, for example random:0.")
-        return cls(int(option))
+        return cls(seed_of(cls, option))
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.seed}"

@@ -1,7 +1,7 @@
 """How the tensors of a direction are stored: as arrays, as factors, in fewer bits, or as a seed from which they are
 drawn again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -131,6 +131,11 @@ def dense(tensor: Array | Factored | Scaled | Seeded) -> Float[Array, "*shape"]:
     return tensor.astype(jnp.float32) if isinstance(tensor, jax.Array) else tensor.dense()
 
 
+def dense_tree(direction: Direction) -> Params:
+    """The direction as a tree of float32 arrays."""
+    return tree_of({name: dense(tensor) for name, tensor in named_leaves(direction).items()})
+
+
 def standard_normal(key: Key[Array, ""], shape: tuple[int, ...], sharding: NamedSharding) -> Float[Array, "*shape"]:
     """Standard normal noise in float32, with the same values under every sharding."""
     return jax.lax.with_sharding_constraint(jax.random.normal(key, shape, jnp.float32), sharding)
@@ -173,3 +178,10 @@ def on_model_mesh(direction: Direction, model: Model) -> Direction:
         return jax.device_put(tensor, sharding) if isinstance(tensor, jax.Array | np.ndarray) else tensor
 
     return tree_of({name: placed(tensor, shardings[name]) for name, tensor in named_leaves(direction).items()})
+
+
+def scaled(tensor: Any, factor: float) -> Any:
+    """A direction's tensor multiplied by a number. It stays factors if it is stored as factors."""
+    if isinstance(tensor, Factored):
+        return replace(tensor, left=tensor.left * factor)
+    return (dense(tensor) * factor).astype(tensor.dtype)

@@ -1,8 +1,9 @@
 """The axes of a landscape: symmetric around the model, or from the model to another."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jaxscape.runtime.errors import UserError
 
@@ -13,10 +14,24 @@ class Axis:
 
     Attributes:
         values: the coordinates of the grid along this axis, as multiples of the direction.
+        unit: what a coordinate of 1 is: `tensors`, the norm of each tensor; `weights`, the norm of all weights that
+            random directions perturb; `raw`, the direction as it is made; `own`, several of these, because the
+            direction sets differ. None stands for what the axis's name says: the direction of a set of random
+            directions, or the other model of an interpolation.
     """
 
     name: str
     values: tuple[float, ...]
+    unit: str | None = None
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> "Axis":
+        """The axis that an entry of a run's file describes. Raises one of several exceptions if it describes none."""
+        return cls(str(entry["name"]), tuple(map(float, entry["values"])), entry.get("unit"))
+
+    def described(self) -> dict[str, Any]:
+        """The axis in the files of a run, which leave out a unit of None."""
+        return {"name": self.name, "values": list(self.values), **({} if self.unit is None else {"unit": self.unit})}
 
 
 def point_text(axes: Sequence[Axis], coords: Sequence[float]) -> str:

@@ -1,11 +1,14 @@
 """The direction sets and the axes of a landscape, as the options of a scan describe them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from jaxscape.directions.base import Recipe
+from jaxscape.directions.base import Recipe, has_control, units_of
+from jaxscape.directions.control import Control
 from jaxscape.directions.difference import To
 from jaxscape.directions.files import File
 from jaxscape.directions.kinds import DirectionLike, Given, parse_direction, recipe_of
+from jaxscape.directions.norms import WeightNorm
 from jaxscape.directions.principal import Principal
 from jaxscape.directions.random import Random
 from jaxscape.landscapes.axes import Axis, interpolation_axis, symmetric_axes
@@ -14,6 +17,9 @@ from jaxscape.runtime.errors import UserError, as_list
 DEFAULT_RADIUS = 0.5
 # Principal components are scaled so that the path reaches coordinate 1 along the first; the figure has a margin.
 PRINCIPAL_RADIUS = 1.25
+
+WITHOUT_UNIT = (Random, File, To, Principal, Given)
+"""Kinds whose axes have no `Axis.unit`, so that the files of their runs are those of earlier releases."""
 
 DirectionSet = tuple[Recipe, ...]
 """The recipes for one landscape. Together they make one direction for each of its axes."""
@@ -28,6 +34,7 @@ def choose_directions(
     files: Sequence[str] = (),
     interpolate_to: Sequence[str] = (),
     trajectories: Sequence[str] = (),
+    equal_norm: bool = False,
 ) -> list[DirectionSet]:
     """The direction sets that the options of a scan describe. No file or model is read.
 
@@ -41,6 +48,8 @@ def choose_directions(
             has a random direction.
         trajectories: directories of finetunings whose paths are drawn on the plane. Without other directions, the plane
             is that of their first two principal components.
+        equal_norm: scale each direction to the norm of the weights, see `jaxscape.directions.norms.WeightNorm`. A
+            layer-normalised random direction has it already.
 
     Raises:
         UserError: the options contradict one another, or do not fill the sets.
@@ -57,6 +66,8 @@ def choose_directions(
         sets = [(Principal(tuple(trajectories)),)]
     else:
         sets = _grouped([Random(seed + i) for i in range(num_directions * ndim)], ndim, option)
+    if equal_norm:
+        sets = [tuple(one if isinstance(one, Random) else WeightNorm(one) for one in item) for item in sets]
     if trajectories and (ndim != 2 or num_directions != 1 or len(sets) != 1):
         raise UserError("--trajectory is drawn on one plane: give --ndim 2 and at most one pair of directions.")
     return sets
@@ -111,19 +122,43 @@ def _check(
     return used[0] if used else "--num-directions"
 
 
+def with_controls(sets: Sequence[Sequence[Recipe]]) -> list[DirectionSet]:
+    """The direction sets, each followed by its random control if one of its directions is special.
+
+    In the control, a `Control` of its own seed stands for each special direction. Nothing is added if a set has a
+    control already, because its user chose the controls then.
+    """
+    chosen = [tuple(item) for item in sets]
+    if any(isinstance(recipe, Control) for item in chosen for recipe in item):
+        return chosen
+    controlled = []
+    for item in chosen:
+        controlled.append(item)
+        if any(map(has_control, item)):
+            controlled.append(
+                tuple(Control(recipe, seed) if has_control(recipe) else recipe for seed, recipe in enumerate(item))
+            )
+    return controlled
+
+
 def choose_grid(
     directions: Sequence[DirectionLike | Sequence[DirectionLike]],
     axes: Sequence[Axis] | None,
     steps: int,
     radius: float | None,
-) -> tuple[list[list[Recipe | Given]], tuple[Axis, ...]]:
+    control: bool = True,
+) -> tuple[list[DirectionSet], tuple[Axis, ...]]:
     """The recipes of each direction set, and the axes of the grid, from the arguments of `jaxscape.scan`.
+
+    Arguments:
+        control: add the random controls of special directions, see `with_controls`.
 
     Raises:
         UserError: there are no directions, the sets differ in their number, or the axes do not fit them.
     """
     sets = [tuple(item) if isinstance(item, list | tuple) else (item,) for item in as_list(directions, "directions")]
-    recipes = [[recipe_of(direction) for direction in item] for item in sets]
+    recipes: list[DirectionSet] = [tuple(map(recipe_of, item)) for item in sets]
+    recipes = with_controls(recipes) if control else recipes
     sizes = {sum(recipe.count for recipe in item) for item in recipes}
     if len(sizes) != 1:
         raise UserError("Give at least one direction, and either single directions or pairs of them, not both.")
@@ -135,7 +170,7 @@ def choose_grid(
 
 
 def choose_axes(
-    sets: Sequence[Sequence[Recipe | Given]], steps: int, radius: float | None, extra_steps: int = 0
+    sets: Sequence[Sequence[Recipe]], steps: int, radius: float | None, extra_steps: int = 0
 ) -> tuple[Axis, ...]:
     """The axes that all direction sets of a landscape share.
 
@@ -156,10 +191,20 @@ def choose_axes(
             "All direction sets of a landscape share its axes, but these need different ones: scan directions to other "
             "models, principal components and other directions in runs of their own."
         )
-    return axes
+    if all(isinstance(recipe, WITHOUT_UNIT) for directions in sets for recipe in directions):
+        return axes
+    along = [[recipe for recipe in directions for _ in range(recipe.count)] for directions in sets]
+    return tuple(replace(axis, unit=_unit(ones)) for axis, ones in zip(axes, zip(*along, strict=True), strict=True))
 
 
-def _axes(directions: Sequence[Recipe | Given], steps: int, radius: float | None, extra_steps: int) -> tuple[Axis, ...]:
+def _unit(recipes: Sequence[Recipe]) -> str:
+    """The unit in which coordinates along all these directions can be stated, see `Axis.unit`."""
+    first, *others = (units_of(recipe.of if isinstance(recipe, Control) else recipe) for recipe in recipes)
+    shared = [unit for unit in first if all(unit in other for other in others)]
+    return shared[0] if shared else "own"
+
+
+def _axes(directions: Sequence[Recipe], steps: int, radius: float | None, extra_steps: int) -> tuple[Axis, ...]:
     num_interpolated = sum(recipe.count for recipe in directions if recipe.is_interpolation)
     num_symmetric = sum(recipe.count for recipe in directions) - num_interpolated
     if extra_steps and not num_interpolated:

@@ -130,7 +130,7 @@ class Landscape:
             return cells.tolist()
 
         content = {
-            "axes": [{"name": axis.name, "values": list(axis.values)} for axis in self.axes],
+            "axes": [axis.described() for axis in self.axes],
             "asr": nested(self.asr),
             "asr_low": nested(self.asr_low),
             "asr_high": nested(self.asr_high),
@@ -181,7 +181,7 @@ class Landscape:
         """The inverse of `to_json`. Raises one of several exceptions if the text is not that of a landscape."""
         content = json.loads(text)
         landscape = cls(
-            axes=tuple(Axis(str(axis["name"]), tuple(map(float, axis["values"]))) for axis in content["axes"]),
+            axes=tuple(map(Axis.read, content["axes"])),
             asr=np.array(content["asr"], np.float64),
             asr_low=np.array(content["asr_low"], np.float64),
             asr_high=np.array(content["asr_high"], np.float64),

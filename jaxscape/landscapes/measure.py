@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,9 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxscape.directions.kinds import DirectionLike, Given, make_directions, prepare
+from jaxscape.directions.base import Recipe
+from jaxscape.directions.kinds import DirectionLike, make_directions, prepare
 from jaxscape.directions.point import materialise, materialise_streamed
-from jaxscape.directions.random import Random
 from jaxscape.directions.storage import Direction
 from jaxscape.evaluate.measure import Subject, WeightMeasure
 from jaxscape.evaluate.measures import check_names, make_measures
@@ -70,6 +69,7 @@ def measure(
     steps: int = 20,
     radius: float | None = None,
     axes: Sequence[Axis] | None = None,
+    control: bool = True,
     system_prompt: str = "default",
     thinking: str = "default",
     out: str | Path | None = None,
@@ -80,7 +80,7 @@ def measure(
     """Measure a model's weights at each point of a grid in weight space, without decoding answers there.
 
     Arguments:
-        directions, steps, radius, axes, system_prompt, thinking, out, overwrite, describe, progress: as in
+        directions, steps, radius, axes, control, system_prompt, thinking, out, overwrite, describe, progress: as in
             `jaxscape.scan`.
         measures: names: `first-token` (probability of refusal at the first token), `damage` (KL divergence of the first
             token on harmless prompts from the unperturbed model's), `likelihood` (log-likelihood per token of a target
@@ -111,7 +111,7 @@ def measure(
         scanned.check_weights(model)
         directions, axes, prompts = scanned.directions, scanned.axes, scanned.prompts
         system_prompt, thinking = scanned.system_prompt, scanned.thinking
-    recipes, axes = choose_grid(directions, axes, steps, radius)
+    recipes, axes = choose_grid(directions, axes, steps, radius, control and scanned is None)
     texts = as_texts(prompts, "prompts")
     if not texts and kinds & {"first-token", "likelihood"}:
         raise UserError("There are no prompts: give at least one.")
@@ -129,8 +129,8 @@ def measure(
         system_prompt=system_prompt,
         thinking=thinking,
     )
-    prepared = [[prepare(recipe, model) for recipe in item] for item in recipes]
-    ids = [[identity for _, ids in item for identity in ids] for item in prepared]
+    prepared = prepare(recipes, model)
+    ids = [[identity for direction in item for identity in direction.ids] for item in prepared]
     if scanned is not None:
         scanned.check_directions(ids)
     made = make_measures(names, subject)
@@ -139,8 +139,8 @@ def measure(
         "weights": fingerprint(model.params),
         "dtype": model.dtype,
         "directions": ids,
-        "direction_names": [[str(recipe) for recipe, _ in item] for item in prepared],
-        "grid": [asdict(axis) for axis in axes],
+        "direction_names": [[str(direction.recipe) for direction in item] for item in prepared],
+        "grid": [axis.described() for axis in axes],
         "measures": {measure.name: checksum(json.dumps(measure.settings)) for measure in made},
         "prompts": checksum(texts),
         "targets": None if subject.targets is None else checksum(list(subject.targets)),
@@ -152,14 +152,14 @@ def measure(
         **(describe or {}),
     }
     with _open(directory, config, axes, len(recipes), made, subject, overwrite) as run:
-        _evaluate(run, model, [[recipe for recipe, _ in item] for item in prepared], made, progress)
+        _evaluate(run, model, [[direction.recipe for direction in item] for item in prepared], made, progress)
         return run.measurement()
 
 
 def _evaluate(
     run: "_Run",
     model: Model,
-    sets: Sequence[Sequence[Random | Given]],
+    sets: Sequence[Sequence[Recipe]],
     made: Sequence[WeightMeasure],
     progress: bool,
 ) -> None:

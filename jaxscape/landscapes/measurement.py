@@ -76,7 +76,7 @@ class Measurement:
             return cells.tolist()
 
         content = {
-            "axes": [{"name": axis.name, "values": list(axis.values)} for axis in self.axes],
+            "axes": [axis.described() for axis in self.axes],
             "measures": each_array(nested, self.measures),
             "labels": self.labels,
             "settings": self.settings,
@@ -108,7 +108,7 @@ class Measurement:
         path = Path(directory) / FILE_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            axes = tuple(Axis(str(axis["name"]), tuple(map(float, axis["values"]))) for axis in content["axes"])
+            axes = tuple(map(Axis.read, content["axes"]))
             measures = each_array(lambda values: np.array(values, np.float64), content["measures"])
             arrays = [values for measure in measures.values() for values in measure.values()]
             if {array.shape[1:] for array in arrays} != {tuple(len(axis.values) for axis in axes)}:

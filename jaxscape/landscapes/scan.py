@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import jax
 
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import DirectionLike, Given, make_directions, prepare
+from jaxscape.directions.kinds import DirectionLike, make_directions, prepare
 from jaxscape.directions.random import Random
 from jaxscape.engine.batching import Workload, encode
 from jaxscape.engine.engine import Engine
@@ -53,6 +53,7 @@ def scan(
     steps: int = 20,
     radius: float | None = None,
     axes: Sequence[Axis] | None = None,
+    control: bool = True,
     system_prompt: str = "default",
     thinking: str = "default",
     evaluator: str | Evaluator | Sequence[str | Evaluator] = DEFAULT_EVALUATOR,
@@ -76,6 +77,8 @@ def scan(
             −radius to radius, and its `steps` are even, so that the model itself is a point.
         radius: None for the default: 1.25 along principal components, and else 0.5.
         axes: one for each direction of a set, instead of those that steps and radius describe.
+        control: whether a random direction of the same norm and rank is scanned beside each special one that is given
+            by name, see `jaxscape.directions.control.Control`. It is one more direction set.
         system_prompt: `default`, `none`, a name, a text or a file, see `jaxscape.prompts.chat_format.chat_text`.
         thinking: `on` or `off` switches thinking in the model's chat template, see
             `jaxscape.prompts.chat_format.render`. What a model thinks before its answer is kept and not judged.
@@ -101,7 +104,7 @@ def scan(
     Raises:
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
     """
-    recipes, axes = choose_grid(directions, axes, steps, radius)
+    recipes, axes = choose_grid(directions, axes, steps, radius, control)
     texts = as_texts(prompts, "prompts")
     prompts = prompts if isinstance(prompts, Prompts) else Prompts(texts)
     settings, judges = Sampling(**sampling), find_evaluators(evaluator)
@@ -115,7 +118,7 @@ def scan(
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
     workload = workload_of(prompt_tokens, settings, axes, recipes)
-    prepared = [[prepare(recipe, model) for recipe in item] for item in recipes]
+    prepared = prepare(recipes, model)
     directory = None if out is None else Path(out)
     options = options or EngineOptions()
     form = from_first(lambda: rundir.recorded_value(directory, "form"))
@@ -131,9 +134,9 @@ def scan(
         "model": model.name,
         "weights": fingerprint(model.params),
         "dtype": model.dtype,
-        "directions": [[identity for _, ids in item for identity in ids] for item in prepared],
-        "direction_names": [[str(recipe) for recipe, _ in item] for item in prepared],
-        "axes": [asdict(axis) for axis in axes],
+        "directions": [[identity for direction in item for identity in direction.ids] for item in prepared],
+        "direction_names": [[str(direction.recipe) for direction in item] for item in prepared],
+        "axes": [axis.described() for axis in axes],
         "num_prompts": len(prompts),
         "prompts": checksum(list(prompts)),
         "tokens": checksum(prompt_tokens),
@@ -148,7 +151,7 @@ def scan(
         **(describe or {}),
     }
     stop_when = None if options.full_text else stop_when_all(judges, opening)
-    openings, sets = [opening] * len(prompts), [[recipe for recipe, _ in item] for item in prepared]
+    openings, sets = [opening] * len(prompts), [[direction.recipe for direction in item] for item in prepared]
     with (
         open_run(directory, config, axes, len(recipes), prompts, sent, overwrite) as run,
         _progress(run, [str(plan), prompts.summary(), *template_notes(model.tokenizer)], progress) as report_point,
@@ -232,7 +235,7 @@ def workload_of(
     prompt_tokens: Sequence[Sequence[int]],
     sampling: Sampling,
     axes: Sequence[Axis],
-    recipes: Sequence[Sequence[Recipe | Given]],
+    recipes: Sequence[Sequence[Recipe]],
 ) -> Workload:
     """The workload of each direction set of a scan.
 

@@ -66,7 +66,7 @@ class ScanSettings:
                 base=config.get("base"),
                 dtype=str(config["dtype"]),
                 directions=tuple(tuple(map(parse_direction, item)) for item in names),
-                axes=tuple(Axis(axis["name"], tuple(axis["values"])) for axis in config["axes"]),
+                axes=tuple(map(Axis.read, config["axes"])),
                 prompts=tuple(str(json.loads(line)["prompt"]) for line in lines),
                 prompt_source=config.get("prompt_source"),
                 system_prompt=str(config["system_prompt"]),

@@ -239,7 +239,7 @@ def reopen_run(directory: Path) -> Iterator[tuple[Run, list[str]]]:
         try:
             pairs = [json.loads(line) for line in (directory / PROMPTS).read_bytes().split(b"\n")[:-1]]
             prompts, sent = ([pair[key] for pair in pairs] for key in ("prompt", "sent"))
-            axes = [Axis(axis["name"], tuple(axis["values"])) for axis in config["axes"]]
+            axes = list(map(Axis.read, config["axes"]))
             num_sets, evaluator = len(config["directions"]), str(config.get("evaluator", DEFAULT_EVALUATOR))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"The run in {directory} cannot be read ({reason(error)}).") from error

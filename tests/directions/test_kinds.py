@@ -12,8 +12,7 @@ from helpers import MakeModel, assert_same_tree
 import jaxscape as js
 from jaxscape.directions import kinds
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import KINDS, parse_direction, prepare, recipe_of
-from jaxscape.directions.low_rank import LowRank
+from jaxscape.directions.kinds import COMPOSED_KINDS, KINDS, parse_direction, prepare, recipe_of
 from jaxscape.directions.point import materialise
 from jaxscape.directions.random import Random
 from jaxscape.models.checkpoint import fingerprint
@@ -29,13 +28,15 @@ def test_a_recipe_has_the_name_that_it_was_made_from(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("random", "Unknown direction 'random': write one of random:SEED, file:PATH, to:MODEL, principal:RUN"),
-        ("random:", "Unknown direction 'random:'"),
-        ("random:one", "The direction 'random:one' has no seed: write random:SEED"),
-        ("random:-1", "The direction 'random:-1' has no seed"),
+        ("random", "The direction 'random' needs an option: write random:SEED"),
+        ("to:", "The direction 'to' needs an option: write to:MODEL"),
+        ("file", "The direction 'file' needs an option: write file:PATH"),
+        ("principal", "The direction 'principal' needs an option: write principal:RUN"),
+        ("random:one", "The seed of the direction 'random' is a number, not 'one': write random:SEED"),
+        ("random:-1", "The seed of the direction 'random' is a number, not '-1'"),
         ("random:4294967296", "seed"),
-        ("gradient:harmful", "Unknown direction 'gradient:harmful'"),
-        ("", "Unknown direction ''"),
+        ("randomly:0", r"Unknown direction 'randomly:0' \(did you mean random:SEED"),
+        ("", "Unknown direction '': write one of random:SEED, "),
     ],
 )
 def test_names_that_are_none(name: str, message: str) -> None:
@@ -44,10 +45,14 @@ def test_names_that_are_none(name: str, message: str) -> None:
 
 
 def test_every_kind_keeps_the_protocol() -> None:
-    assert len({kind.kind for kind in KINDS}) == len(KINDS)
+    kinds = (*KINDS, *COMPOSED_KINDS)
+    assert len({kind.kind for kind in kinds}) == len(kinds)
+    for kind in kinds:
+        assert kind.usage.startswith(kind.kind)
+        assert all(hasattr(kind, name) for name in ("is_interpolation", "count", "make"))
     for kind in KINDS:
-        assert kind.usage.startswith(f"{kind.kind}:")
-        assert isinstance(kind.parse("1:0" if kind is LowRank else "0"), Recipe)
+        option = "0.5:0" if kind.kind == "sparse" else "2:0" if kind.kind == "low-rank" else "0"
+        assert isinstance(kind.parse(option), Recipe)
 
 
 def test_names_seeds_trees_and_recipes_make_the_same_direction(tiny: js.Model, tmp_path: Path) -> None:
@@ -67,11 +72,10 @@ def test_a_random_direction_is_orthogonal_to_the_one_before_it(tiny: js.Model) -
 
 
 def test_what_identifies_a_direction_in_a_run(tiny: js.Model) -> None:
-    recipe, ids = prepare(Random(7), tiny)
-    assert (recipe, ids) == (Random(7), [7]), "a random direction is made when it is needed"
     tree = js.random_direction(tiny, 7)
-    recipe, ids = prepare(recipe_of(tree), tiny)
-    assert ids == [fingerprint(tree)]
+    (drawn,), (given,) = prepare([[Random(7)], [recipe_of(tree)]], tiny)
+    assert (drawn.recipe, drawn.ids) == (Random(7), (7,)), "a random direction is made when it is needed"
+    assert given.ids == (fingerprint(tree),)
 
 
 def test_the_model_at_a_point(tiny: js.Model, make_model: MakeModel) -> None:

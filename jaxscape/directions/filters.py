@@ -1,0 +1,60 @@
+"""Random, filter-normalised directions."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Key
+
+from jaxscape.directions.random import noise_direction, seed_of
+from jaxscape.directions.storage import Direction, standard_normal
+from jaxscape.directions.sums import tensor_norm
+from jaxscape.models.model import Model
+from jaxscape.runtime.errors import check_seed
+
+
+@dataclass(frozen=True)
+class Filter:
+    """`filter:SEED`: Gaussian noise in which each filter has the norm of the filter that it perturbs.
+
+    This is the filter normalisation of Li et al. (arXiv 1712.09913). The filters of a matrix are its rows, the weights
+    of one output each; those of an embedding are the vectors of its tokens. A vector, such as a bias, is one filter.
+    The noise itself is that of `random:SEED`. Parameters whose name contains `norm` are not perturbed.
+    """
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+    kind: ClassVar[str] = "filter"
+    usage: ClassVar[str] = "filter:SEED"
+    is_interpolation: ClassVar[bool] = False
+    is_drawn: ClassVar[bool] = True
+    units: ClassVar[tuple[str, ...]] = ("tensors", "weights")
+    count: ClassVar[int] = 1
+
+    @classmethod
+    def parse(cls, option: str) -> "Filter":
+        return cls(seed_of(cls, option))
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.seed}"
+
+    def make(self, model: Model) -> list[Direction]:
+        return [noise_direction(model, self.seed, _filters)]
+
+
+@partial(jax.jit, static_argnums=2)
+def _filters(weight: Float[Array, "*shape"], key: Key[Array, ""], sharding: NamedSharding) -> Float[Array, "*shape"]:
+    noise = standard_normal(key, weight.shape, sharding)
+    norms, targets = _filter_norms(noise), _filter_norms(weight.astype(jnp.float32))
+    return (noise * (targets / jnp.where(norms > 0, norms, 1.0))).astype(weight.dtype)
+
+
+def _filter_norms(tensor: Float[Array, "*shape"]) -> Float[Array, "..."]:
+    """The norm of each row, or of a vector, in a shape that broadcasts against the tensor."""
+    return jax.vmap(tensor_norm)(tensor)[:, None] if tensor.ndim == 2 else tensor_norm(tensor)
