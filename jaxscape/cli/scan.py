@@ -16,6 +16,7 @@ from jaxscape.cli.options import (
 )
 from jaxscape.engine.options import EngineOptions, GenerationOptions
 from jaxscape.prompts.thinking import Thinking
+from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.help import shown
 from jaxscape.runtime.streams import write_line
 
@@ -79,10 +80,17 @@ class LandscapeOptions:
 
     def grid(self) -> "tuple[list[DirectionSet], tuple[Axis, ...]]":
         """The direction sets that the options describe, and the axes along them."""
-        from jaxscape.landscapes.choice import choose_axes, choose_directions, with_controls
+        from jaxscape.landscapes.choice import choose_axes
+
+        sets = self.sets(self.ndim)
+        return sets, choose_axes(sets, self.steps, self.radius, self.extra_steps)
+
+    def sets(self, ndim: int) -> "list[DirectionSet]":
+        """The direction sets that the options describe, with `ndim` directions each."""
+        from jaxscape.landscapes.choice import choose_directions, with_controls
 
         sets = choose_directions(
-            self.ndim,
+            ndim,
             seed=self.seed,
             num_directions=self.num_directions,
             names=self.direction,
@@ -91,9 +99,36 @@ class LandscapeOptions:
             trajectories=[str(path) for path in self.trajectory],
             equal_norm=self.equal_norm,
         )
-        if not self.no_control:
-            sets = with_controls(sets)
-        return sets, choose_axes(sets, self.steps, self.radius, self.extra_steps)
+        return sets if self.no_control else with_controls(sets)
+
+
+@dataclass(frozen=True)
+class PointOptions:
+    """Which points are evaluated, if not all of the grid."""
+
+    points: Annotated[Path | None, shown("the grid", "FILE")] = None
+    """A .csv or .json file with the coordinates of points, one for each direction. It takes the place of the grid, so
+    that there may be any number of directions."""
+    adaptive: bool = False
+    """Evaluate points of the grid only where the landscape changes, and interpolate the others."""
+
+    def coordinates(self, grid: LandscapeOptions) -> "tuple[tuple[float, ...], ...] | None":
+        """The points of the file; None if there is none.
+
+        Arguments:
+            grid: the options that describe a grid, which a file takes the place of.
+        """
+        from jaxscape.landscapes.points import load_points
+
+        if self.points is None:
+            return None
+        if self.adaptive:
+            raise UserError("--adaptive chooses points of a grid, and --points is no grid: give only one of them.")
+        names = ("ndim", "steps", "radius", "extra_steps", "trajectory")
+        given = [name for name in names if getattr(grid, name) != getattr(LandscapeOptions(), name)]
+        if given:
+            raise UserError(f"--points takes the place of the grid: leave out --{given[0].replace('_', '-')}.")
+        return load_points(self.points)
 
 
 @dataclass(frozen=True)
@@ -108,6 +143,7 @@ class Scan:
     model: Group[ModelOptions] = field(default_factory=ModelOptions)
     prompts: Group[PromptOptions] = field(default_factory=PromptOptions)
     landscape: Group[LandscapeOptions] = field(default_factory=LandscapeOptions)
+    points: Group[PointOptions] = field(default_factory=PointOptions)
     evaluators: Group[ScanEvaluatorOptions] = field(default_factory=ScanEvaluatorOptions)
     generation: Group[GenerationOptions] = field(default_factory=GenerationOptions)
     engine: Group[EngineOptions] = field(default_factory=EngineOptions)
@@ -117,12 +153,13 @@ class Scan:
     def run(self) -> None:
         # Whatever can be wrong is checked before anything slow is done.
         options = self.landscape
-        out = self.output.out or Path("runs") / f"{self.model.short_name}-{options.ndim}d"
+        kind = f"{options.ndim}d" if self.points.points is None else "points"
+        out = self.output.out or Path("runs") / f"{self.model.short_name}-{kind}"
         files, trajectories = [str(path) for path in options.directions], [str(path) for path in options.trajectory]
         source, system_prompt = self.prompts.prompts, self.prompts.system_prompt
         column = self.prompts.prompt_column
         check_texts(self.model.model, source, system_prompt, out, *options.direction, *files, *trajectories)
-        check_texts(column or "", self.model.base or "", *self.evaluators.names)
+        check_texts(column or "", self.points.points or "", self.model.base or "", *self.evaluators.names)
 
         from jaxscape.directions.kinds import make_directions, prepare
         from jaxscape.directions.path import load_path
@@ -137,7 +174,8 @@ class Scan:
         from jaxscape.runtime import rundir
         from jaxscape.runtime.processes import from_first
 
-        sets, axes = options.grid()
+        points = self.points.coordinates(options)
+        sets, axes = options.grid() if points is None else (options.sets(len(points[0])), None)
         judges = find_evaluators(self.evaluators.names or DEFAULT_EVALUATOR)
         if system_prompt not in ("default", "none"):
             system_prompt_text(system_prompt)
@@ -152,6 +190,8 @@ class Scan:
         answering = {
             "prompts": prompts,
             "axes": axes,
+            "points": points,
+            "adaptive": self.points.adaptive,
             "system_prompt": system_prompt,
             "thinking": self.prompts.thinking,
             "options": self.engine,
@@ -200,20 +240,22 @@ class Scan:
 
 def summary(landscape: "Landscape", figure: Path) -> str:
     """A few lines for the user: the ASR, VISAGE and the other numbers, and where the figure is."""
-    import numpy as np
-
-    values, numbers = landscape.visage_values or {}, landscape.numbers or {}
-    origin = tuple(axis.values.index(0.0) for axis in landscape.axes)
-    centre = np.mean([asr[origin] for asr in landscape.asr])
-    low, high = values["interval"]
-    lines = [
-        f"ASR of the model itself: {centre:.1f} %; over all points: {landscape.asr.mean():.1f} %",
-        f"VISAGE: {values['paper']:.2f} (95 % interval {low:.2f} to {high:.2f}); reference code's definition: "
-        f"{values['reference']:.2f}",
-        *_number_lines(numbers["asr"], "", "the ASR"),
-    ]
-    if "complied" in numbers:
-        lines += _number_lines(numbers["complied"], " of complied alone", "the share that complies")
+    values, numbers, origin = landscape.visage_values, landscape.numbers or {}, landscape.origin
+    centre = "" if origin is None else f" of the model itself: {landscape.asr[:, *origin].mean():.1f} %;"
+    lines = [f"ASR{centre} over all points: {landscape.asr.mean():.1f} %"]
+    if landscape.filled is not None:
+        lines.append(
+            f"Evaluated: {landscape.num_evaluated} of {landscape.asr.size} points; the others are interpolated"
+        )
+    if values is not None:
+        low, high = values["interval"]
+        lines.append(
+            f"VISAGE: {values['paper']:.2f} (95 % interval {low:.2f} to {high:.2f}); reference code's definition: "
+            f"{values['reference']:.2f}"
+        )
+    for rate, what, of in (("asr", "", "the ASR"), ("complied", " of complied alone", "the share that complies")):
+        if rate in numbers:
+            lines += _number_lines(numbers[rate], what, of)
     if nonfinite := int(landscape.nonfinite.sum()):
         points = int((landscape.nonfinite > 0).sum())
         lines.append(f"NaN or infinite logits: {nonfinite} completions at {points} points")
@@ -259,8 +301,7 @@ def measure_lines(landscape: "Landscape") -> list[str]:
         shares = measure["differ"][part]
         return "nothing that both judged" if np.isnan(shares).all() else f"{np.nanmean(shares):.1f} % differ"
 
-    has_origin = all(0.0 in axis.values for axis in landscape.axes)
-    origin = (slice(None), *(axis.values.index(0.0) for axis in landscape.axes)) if has_origin else None
+    origin = None if landscape.origin is None else (slice(None), *landscape.origin)
     judged = ({"shares": landscape.shares} if landscape.shares else {}) | dict(landscape.measures)
     return [
         f"{name}: {text(measure, ...)} over all points"

@@ -35,7 +35,9 @@ class Axis:
 
 
 def point_text(axes: Sequence[Axis], coords: Sequence[float]) -> str:
-    """A point's coordinates for lines of progress, such as `alpha +0.1, beta -0.2`."""
+    """A point's coordinates for lines of progress, such as `alpha +0.1, beta -0.2`, or `(+0.1, -0.2)` without axes."""
+    if not axes:
+        return f"({', '.join(f'{c:+.4g}' for c in coords)})"
     return ", ".join(f"{axis.name} {c:+.4g}" for axis, c in zip(axes, coords, strict=True))
 
 

@@ -91,8 +91,8 @@ def _grouped(recipes: Sequence[Recipe], ndim: int, option: str) -> list[Directio
     if current:
         count = sum(recipe.count for recipe in recipes)
         raise UserError(
-            f"With --ndim {ndim}, directions come in sets of {ndim}, but {option} gives {count}: add one or leave one "
-            f"out."
+            f"In {ndim} dimensions, directions come in sets of {ndim}, but {option} gives {count}: give {ndim} for "
+            f"each landscape."
         )
     return sets
 
@@ -156,17 +156,36 @@ def choose_grid(
     Raises:
         UserError: there are no directions, the sets differ in their number, or the axes do not fit them.
     """
-    sets = [tuple(item) if isinstance(item, list | tuple) else (item,) for item in as_list(directions, "directions")]
-    recipes: list[DirectionSet] = [tuple(map(recipe_of, item)) for item in sets]
-    recipes = with_controls(recipes) if control else recipes
-    sizes = {sum(recipe.count for recipe in item) for item in recipes}
-    if len(sizes) != 1:
-        raise UserError("Give at least one direction, and either single directions or pairs of them, not both.")
-    ndim = sizes.pop()
+    recipes = choose_sets(directions, control)
+    ndim = count_directions(recipes)
     axes = choose_axes(recipes, steps, radius) if axes is None else tuple(axes)
     if len(axes) != ndim:
         raise UserError(f"There are {len(axes)} axes but {ndim} directions in a set: give one axis for each direction.")
     return recipes, axes
+
+
+def choose_sets(
+    directions: Sequence[DirectionLike | Sequence[DirectionLike]], control: bool = True
+) -> list[DirectionSet]:
+    """The recipes of each direction set, from the arguments of `jaxscape.scan`.
+
+    Arguments:
+        control: add the random controls of special directions, see `with_controls`.
+
+    Raises:
+        UserError: there are no directions, or the sets differ in their number.
+    """
+    sets = [tuple(item) if isinstance(item, list | tuple) else (item,) for item in as_list(directions, "directions")]
+    recipes: list[DirectionSet] = [tuple(map(recipe_of, item)) for item in sets]
+    recipes = with_controls(recipes) if control else recipes
+    if len({sum(recipe.count for recipe in item) for item in recipes}) != 1:
+        raise UserError("Give at least one direction, and either single directions or pairs of them, not both.")
+    return recipes
+
+
+def count_directions(sets: Sequence[Sequence[Recipe]]) -> int:
+    """The number of directions in each set."""
+    return sum(recipe.count for recipe in sets[0])
 
 
 def choose_axes(

@@ -2,17 +2,17 @@
 
 import itertools
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxscape.evaluate.coherence import COHERENCE
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
+from jaxscape.landscapes.adaptive import interpolated
 from jaxscape.landscapes.labels import label_file
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.numbers import (
@@ -50,7 +50,8 @@ class ComparedRun:
         landscape: its landscape; the numbers are there if it is complete.
         config: what `config.json` holds.
         prompts: its prompts in alphabetical order; empty for an unfinished run.
-        succeeded: bool[directions, *grid, prompts], whether each attack succeeded, in the order of `prompts`.
+        succeeded: bool[directions, *grid, prompts], whether each attack succeeded, in the order of `prompts`; of an
+            adaptive scan float64, interpolated where points are not evaluated.
         complied: the same of answers that comply, as `coherence` sees it; None if the run has no shares.
     """
 
@@ -58,8 +59,8 @@ class ComparedRun:
     landscape: Landscape
     config: dict[str, Any]
     prompts: tuple[str, ...]
-    succeeded: Bool[np.ndarray, " directions *grid prompts"]
-    complied: Bool[np.ndarray, " directions *grid prompts"] | None = None
+    succeeded: Shaped[np.ndarray, " directions *grid prompts"]
+    complied: Shaped[np.ndarray, " directions *grid prompts"] | None = None
 
     @property
     def numbers(self) -> dict[str, dict[str, Any]] | None:
@@ -197,6 +198,10 @@ def _load(directory: Path, name: str) -> ComparedRun:
         UserError: the directory holds no run that can be read.
     """
     landscape = Landscape.load(directory)
+    if landscape.points:
+        raise UserError(
+            f"{directory} is a scan of listed points, which have no VISAGE, volume or radius to compare: leave it out."
+        )
     try:
         config = dict(json.loads((directory / CONFIG).read_text(encoding="utf-8")))
         _directions(config)  # raises an error if they are something else
@@ -205,12 +210,14 @@ def _load(directory: Path, name: str) -> ComparedRun:
         lines = (directory / GENERATIONS).read_bytes().split(b"\n")[:-1]
         records = [json.loads(line) for line in lines]
         prompts = [str(record["prompt"]) for record in records[: landscape.num_prompts]]
-        succeeded = np.array([record["refused"] is False for record in records]).reshape(*landscape.asr.shape, -1)
-        if succeeded.shape[-1] != landscape.num_prompts:
+        points = records[:: landscape.num_prompts]
+        succeeded = np.array([record["refused"] is False for record in records])
+        if len(records) != landscape.num_evaluated * landscape.num_prompts:
             raise ValueError(f"{GENERATIONS} has {len(records)} answers")
+        succeeded = _on_grid(landscape, points, succeeded.reshape(len(points), -1))
         if not np.allclose(100 * succeeded.mean(axis=-1), landscape.asr):
             raise ValueError(f"the answers in {GENERATIONS} give another ASR than {directory / 'landscape.json'} has")
-        complied = _complied(directory, succeeded.shape)
+        complied = _complied(directory, landscape, points)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"The run in {directory} cannot be compared ({reason(error)}): give the directory that its scan wrote."
@@ -227,13 +234,33 @@ def _load(directory: Path, name: str) -> ComparedRun:
     )
 
 
-def _complied(directory: Path, shape: tuple[int, ...]) -> Bool[np.ndarray, "*shape"] | None:
+def _on_grid(
+    landscape: Landscape, records: Sequence[Mapping[str, Any]], values: Bool[np.ndarray, "points prompts"]
+) -> Shaped[np.ndarray, " directions *grid prompts"]:
+    """Values at the evaluated points of a run on its grid, interpolated at points that are not evaluated.
+
+    Arguments:
+        records: a line for each of the points, which has its direction set and its coordinates.
+    """
+    if landscape.filled is None:
+        return values.reshape(*landscape.asr.shape, -1)
+    grid = itertools.product(range(len(landscape.asr)), itertools.product(*(axis.values for axis in landscape.axes)))
+    numbers = {point: number for number, point in enumerate(grid)}
+    arranged = np.full((len(numbers), values.shape[1]), np.nan)
+    arranged[[numbers[record["direction"], tuple(record["coords"])] for record in records]] = values
+    return interpolated(arranged.reshape(*landscape.asr.shape, -1), ~landscape.filled, landscape.axes)
+
+
+def _complied(
+    directory: Path, landscape: Landscape, points: Sequence[Mapping[str, Any]]
+) -> Shaped[np.ndarray, " directions *grid prompts"] | None:
     """Whether each answer of a run complies; None if `coherence` has not judged all of them."""
     path = directory / label_file(COHERENCE)
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    if len(lines) != math.prod(shape[:-1]):
+    if len(lines) != len(points):
         return None
-    return np.array([[label == "complied" for label in json.loads(line)["labels"]] for line in lines]).reshape(shape)
+    complied = np.array([[label == "complied" for label in json.loads(line)["labels"]] for line in lines])
+    return _on_grid(landscape, points, complied)
 
 
 def _remarks(run: ComparedRun) -> list[str]:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,9 @@ from jaxscape.runtime.files import cut_after, to_json_lines, whole_lines
 LABEL_FILES = "labels-*.jsonl"
 UNJUDGED = "unjudged"
 """What stands in measures for answers that an evaluator could not judge. In the label files they are null."""
+
+Rates = dict[str, Float[np.ndarray, " points"]]
+"""Shares in percent and the ends of their 95 % intervals, by name, at the first evaluated points."""
 
 
 class LabelBook:
@@ -87,59 +89,41 @@ class LabelBook:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def measures(self, shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-        """The share of each label at each point, see `jaxscape.landscapes.landscape.Measure`, and as `unjudged` that of
-        the answers which the evaluator could not judge. What an evaluator never gave is left out, apart from `refused`
-        and `complied`. What `coherence` gave is in `shares` instead.
-
-        Arguments:
-            shape: the shape of the result's arrays, direction set × grid.
+    def measures(self) -> dict[str, Rates]:
+        """For each evaluator, by name, the share of each label at the points that it has judged, and as `unjudged` that
+        of the answers which it could not judge. What an evaluator never gave is left out, apart from `refused` and
+        `complied`. What `coherence` gave is in `shares` instead.
         """
-        return {name: self._measure(rows, shape) for name, rows in sorted(self.rows.items()) if name != COHERENCE}
+        return {name: self._measure(rows) for name, rows in sorted(self.rows.items()) if name != COHERENCE}
 
-    def shares(self, shape: tuple[int, ...]) -> dict[str, Any] | None:
-        """The shares of `refused`, `complied` and `incoherent` answers at each point, see
-        `jaxscape.landscapes.landscape.Landscape`; None if `coherence` has judged nothing.
-
-        Arguments:
-            shape: see `measures`.
-        """
-        if not (rows := self.rows.get(COHERENCE)):
-            return None
+    def shares(self) -> Rates:
+        """The shares of `refused`, `complied` and `incoherent` answers at the points that `coherence` has judged; empty
+        if it has judged nothing."""
+        rows, shares = self.rows.get(COHERENCE, []), {}
         sizes = np.full(len(rows), self._num_prompts)
-        shares: dict[str, Any] = {}
-        for kind in ("refused", "complied", "incoherent"):
-            shares |= _rates(kind, np.array([row.count(kind) for row in rows]), sizes, shape)
+        for kind in ("refused", "complied", "incoherent") if rows else ():
+            shares |= _rates(kind, np.array([row.count(kind) for row in rows]), sizes)
         return shares
 
-    def complied(self, shape: tuple[int, ...]) -> Bool[np.ndarray, " directions *grid prompts"] | None:
-        """Whether each answer complies, as `coherence` sees it; None while it has not judged all points.
-
-        Arguments:
-            shape: see `measures`.
-        """
+    def complied(self) -> Bool[np.ndarray, "points prompts"]:
+        """Whether each answer complies, as `coherence` sees it, at the points that it has judged."""
         rows = self.rows.get(COHERENCE, [])
-        if len(rows) < math.prod(shape):
-            return None
-        return (np.array(rows, object) == "complied").reshape(*shape, self._num_prompts)
+        return (np.array(rows, object) == "complied").reshape(len(rows), self._num_prompts)
 
-    def _measure(self, rows: Sequence[Sequence[Label | None]], shape: tuple[int, ...]) -> dict[str, Any]:
-        measure: dict[str, Any] = {}
+    def _measure(self, rows: Sequence[Sequence[Label | None]]) -> Rates:
+        measure: Rates = {}
         for label in (*LABELS, None):
             counts = np.array([row.count(label) for row in rows], int)
             if label in ("refused", "complied") or counts.any():
-                measure |= _rates(label or UNJUDGED, counts, np.full_like(counts, self._num_prompts), shape)
+                measure |= _rates(label or UNJUDGED, counts, np.full_like(counts, self._num_prompts))
         return measure
 
-    def disagreement(
-        self, shape: tuple[int, ...], first: str, refused: Bool[np.ndarray, "points prompts"]
-    ) -> dict[str, dict[str, Any]]:
-        """For each pair of evaluators, `A / B`: the share of the answers at each point that one of them takes for a
-        refusal and the other does not, as `differ`, with its 95 % interval. Answers that one of them could not judge do
-        not count.
+    def disagreement(self, first: str, refused: Bool[np.ndarray, "points prompts"]) -> dict[str, Rates]:
+        """For each pair of evaluators, `A / B`: the share of the answers that one of them takes for a refusal and the
+        other does not, as `differ`, with its 95 % interval, at the points that both have judged. Answers that one of
+        them could not judge do not count.
 
         Arguments:
-            shape: see `measures`.
             first: name of the evaluator that decides the ASR.
             refused: bool[evaluated points, prompts], what it said.
         """
@@ -150,7 +134,7 @@ class LabelBook:
             num_points = min(len(said[a]), len(said[b]))
             difference = np.abs(said[a][:num_points] - said[b][:num_points])
             counts, sizes = (difference == 1).sum(axis=1), (~np.isnan(difference)).sum(axis=1)
-            result[f"{a} / {b}"] = _rates("differ", counts, sizes, shape)
+            result[f"{a} / {b}"] = _rates("differ", counts, sizes)
         return result
 
     def _path(self, name: str) -> Path:
@@ -178,20 +162,17 @@ def _refusals(rows: Sequence[Sequence[Label | None]]) -> Float[np.ndarray, "poin
     return np.array([[number[label] for label in row] for row in rows])
 
 
-def _rates(
-    name: str, counts: Int[np.ndarray, " points"], sizes: Int[np.ndarray, " points"], shape: tuple[int, ...]
-) -> dict[str, Any]:
-    """Shares in percent at the first points, with the ends of their 95 % intervals; NaN at the other points, and where
-    there is nothing to take a share of.
+def _rates(name: str, counts: Int[np.ndarray, " points"], sizes: Int[np.ndarray, " points"]) -> Rates:
+    """Shares in percent at the first points, with the ends of their 95 % intervals; NaN where there is nothing to take
+    a share of.
 
     Arguments:
         name: the key of the shares; `_low` and `_high` are added for the ends.
-        counts, sizes: numerator and denominator at each of the first points.
-        shape: the shape of the result's arrays.
+        counts, sizes: numerator and denominator at each point.
     """
-    rates = np.full((3, math.prod(shape)), np.nan)
+    rates = np.full((3, len(counts)), np.nan)
     for size in set(sizes.tolist()) - {0}:
         points = np.flatnonzero(sizes == size)
         percent = 100 * counts[points] / size
         rates[:, points] = percent, *wilson_interval(percent, size)
-    return {name + end: rate.reshape(shape) for end, rate in zip(("", "_low", "_high"), rates, strict=True)}
+    return {name + end: rate for end, rate in zip(("", "_low", "_high"), rates, strict=True)}

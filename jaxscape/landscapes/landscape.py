@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.landscapes.axes import Axis
@@ -26,10 +26,11 @@ the answers that the evaluator could not judge."""
 
 @dataclass(frozen=True, eq=False)
 class Landscape:
-    """Attack success rates on a grid of points, for each direction set.
+    """Attack success rates on a grid of points, or at a list of them, for each direction set.
 
     Attributes:
-        axes: one for each dimension of the grid.
+        axes: one for each dimension of the grid; none if the points are a list. All arrays have the shape [directions,
+            points] then.
         asr: float64[directions, *grid], in percent; NaN for points that are not evaluated yet.
         asr_low, asr_high: float64[directions, *grid], in percent, the ends of the 95 % Wilson interval of each ASR.
         nonfinite: int64[directions, *grid], the number of prompts whose completion met a NaN or infinite logit.
@@ -48,6 +49,10 @@ class Landscape:
         shares: the shares of the answers that are `refused`, `complied` and `incoherent`, in percent, which add up to
             100, with their intervals, as in a `Measure`. Partial refusals count as refused. Empty if the scan was told
             to leave them out.
+        points: the coordinates of each point, if the points are a list and no grid. There are no VISAGE and no
+            `numbers` then.
+        filled: bool[directions, *grid], the points that an adaptive scan did not evaluate. What other arrays have there
+            is interpolated between evaluated points. None for any other scan.
     """
 
     axes: tuple[Axis, ...]
@@ -62,42 +67,48 @@ class Landscape:
     measures: Mapping[str, Measure] = field(default_factory=dict)
     disagreement: Mapping[str, Measure] = field(default_factory=dict)
     shares: Measure = field(default_factory=dict)
+    points: tuple[tuple[float, ...], ...] = ()
+    filled: Bool[np.ndarray, " directions *grid"] | None = None
 
     @classmethod
     def from_outcomes(
         cls,
         axes: Sequence[Axis],
-        refused: Bool[np.ndarray, " directions *grid prompts"],
+        refused: Shaped[np.ndarray, " directions *grid prompts"],
         nonfinite: Int[np.ndarray, " directions *grid"],
         evaluated: Bool[np.ndarray, " directions *grid"],
         unanswered: Int[np.ndarray, " directions *grid"] | None = None,
         measures: Mapping[str, Measure] | None = None,
         disagreement: Mapping[str, Measure] | None = None,
         shares: Measure | None = None,
-        complied: Bool[np.ndarray, " directions *grid prompts"] | None = None,
+        complied: Shaped[np.ndarray, " directions *grid prompts"] | None = None,
+        points: Sequence[tuple[float, ...]] = (),
+        filled: Bool[np.ndarray, " directions *grid"] | None = None,
     ) -> "Landscape":
         """A landscape from the outcome of each prompt at each point.
 
         Arguments:
-            refused: bool[directions, *grid, prompts], whether the answer to each prompt counts as a refusal.
+            refused: bool or float64[directions, *grid, prompts], whether the answer to each prompt counts as a refusal;
+                at filled points, a number from 0 to 1.
             nonfinite: int64[directions, *grid], see the attribute.
             evaluated: bool[directions, *grid], False for points whose outcomes are still missing.
             unanswered: int64[directions, *grid], see the attribute; None stands for zeros.
             measures, disagreement, shares: see the attributes.
-            complied: bool[directions, *grid, prompts], whether each answer complies; None if that is not known of all.
+            complied: the same of answers that comply; None if that is not known of all.
+            points, filled: see the attributes.
         """
         num_prompts = refused.shape[-1]
         asr = np.where(evaluated, 100.0 * (1.0 - refused.sum(axis=-1) / num_prompts), np.nan)
         low, high = wilson_interval(asr, num_prompts)
         values = numbers = None
-        if evaluated.all():
+        if evaluated.all() and axes:
             values = {
                 "paper": visage(asr, "paper", len(axes)),
                 "reference": visage(asr, "reference", len(axes)),
                 "interval": list(visage_interval(refused, "paper")),
                 "reference_interval": list(visage_interval(refused, "reference")),
             }
-            numbers = {"asr": landscape_numbers(~refused, axes)}
+            numbers = {"asr": landscape_numbers(1 - refused.astype(np.float64), axes)}
             numbers |= {} if complied is None else {"complied": landscape_numbers(complied, axes)}
         unanswered = np.zeros_like(nonfinite) if unanswered is None else unanswered
         return cls(
@@ -105,6 +116,8 @@ class Landscape:
             measures=measures or {},
             disagreement=disagreement or {},
             shares=shares or {},
+            points=tuple(points),
+            filled=filled,
         )
 
     @property
@@ -112,13 +125,28 @@ class Landscape:
         """Whether every point is evaluated."""
         return not np.isnan(self.asr).any()
 
+    @property
+    def num_evaluated(self) -> int:
+        """The number of points of a complete landscape that are evaluated, and not filled."""
+        return int(self.asr.size if self.filled is None else (~self.filled).sum())
+
     def visage(self, kind: str = "paper") -> float:
         """VISAGE in percent, averaged over the direction sets; see `jaxscape.visage`.
 
         Raises:
-            UserError: points are missing.
+            UserError: points are missing, or are no grid.
         """
+        if self.points:
+            raise UserError("VISAGE needs a grid, and this landscape is a list of points: scan along axes.")
         return visage(self.asr, kind, len(self.axes))
+
+    @property
+    def origin(self) -> tuple[int, ...] | None:
+        """Where the model itself is on the grid or in the list; None if it is no point of it."""
+        if self.points:
+            return next(((number,) for number, point in enumerate(self.points) if not any(point)), None)
+        is_point = all(0.0 in axis.values for axis in self.axes)
+        return tuple(axis.values.index(0.0) for axis in self.axes) if is_point else None
 
     def to_json(self) -> str:
         """The text of `landscape.json`."""
@@ -131,6 +159,8 @@ class Landscape:
 
         content = {
             "axes": [axis.described() for axis in self.axes],
+            **({"points": [list(point) for point in self.points]} if self.points else {}),
+            **({} if self.filled is None else {"filled": self.filled.tolist()}),
             "asr": nested(self.asr),
             "asr_low": nested(self.asr_low),
             "asr_high": nested(self.asr_high),
@@ -193,15 +223,19 @@ class Landscape:
             measures=each_array(lambda values: np.array(values, np.float64), content.get("measures", {})),
             disagreement=each_array(lambda values: np.array(values, np.float64), content.get("disagreement", {})),
             shares={kind: np.array(share, np.float64) for kind, share in content.get("shares", {}).items()},
+            points=tuple(tuple(map(float, point)) for point in content.get("points", ())),
+            filled=np.array(content["filled"], bool) if "filled" in content else None,
         )
-        grid = tuple(len(axis.values) for axis in landscape.axes)
+        grid = (len(landscape.points),) if landscape.points else tuple(len(axis.values) for axis in landscape.axes)
         arrays = (landscape.asr, landscape.asr_low, landscape.asr_high, landscape.nonfinite, landscape.unanswered)
         measures = (*landscape.measures.values(), *landscape.disagreement.values())
         rates = [rate for measure in (*measures, landscape.shares) for rate in measure.values()]
-        shapes = {array.shape for array in (*arrays, *rates)}
+        shapes = {
+            array.shape for array in (*arrays, *rates, landscape.asr if landscape.filled is None else landscape.filled)
+        }
         if len(grid) not in (1, 2) or shapes != {(len(landscape.asr), *grid)}:
             raise ValueError(f"arrays of shapes {sorted(shapes)} over {len(grid)} axes")
-        if landscape.complete:
+        if landscape.complete and landscape.axes:
             values = content["visage"]
             np.array([values["paper"], values["reference"], *values["interval"]], np.float64).reshape(4)
             numbers = {"asr": {}} if landscape.numbers is None else landscape.numbers

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxscape.landscapes.axes import Axis
 
@@ -21,7 +21,7 @@ _AT_ONCE = 500  # bootstrap samples whose rates are in memory together
 
 
 def landscape_numbers(
-    happened: Bool[np.ndarray, " directions *grid prompts"],
+    happened: Shaped[np.ndarray, " directions *grid prompts"],
     axes: Sequence[Axis],
     *,
     seed: int = 0,
@@ -33,7 +33,8 @@ def landscape_numbers(
     direction is the same in every sample: its intervals are over prompts only.
 
     Arguments:
-        happened: bool[directions, *grid, prompts], whether each answer is what counts as unsafe.
+        happened: bool or float64[directions, *grid, prompts], whether each answer is what counts as unsafe; at points
+            that are interpolated, a number from 0 to 1.
         axes: one for each dimension of the grid.
         seed: seed of the resampling.
         resamples: number of bootstrap samples.
@@ -184,7 +185,7 @@ def draw(rng: np.random.Generator, size: int, resamples: int) -> Int[np.ndarray,
 
 
 def resample(
-    happened: Bool[np.ndarray, " directions *grid prompts"],
+    happened: Shaped[np.ndarray, " directions *grid prompts"],
     counts: Int[np.ndarray, "resamples prompts"],
     measure: Callable[[np.ndarray], np.ndarray],
 ) -> Float[np.ndarray, " resamples directions *rest"]:
@@ -197,7 +198,9 @@ def resample(
     columns = happened.reshape(-1, happened.shape[-1]).T.astype(np.float64)
     parts = []
     for start in range(0, len(counts), _AT_ONCE):
-        hits = counts[start : start + _AT_ONCE].astype(np.float64) @ columns  # whole numbers, and so exact
+        hits = (
+            counts[start : start + _AT_ONCE].astype(np.float64) @ columns
+        )  # whole numbers, and so exact, unless points are interpolated
         parts.append(measure((100 * hits / len(columns)).reshape(-1, *happened.shape[:-1])))
     return np.concatenate(parts)
 

@@ -27,7 +27,9 @@ def preview(
     recipes: Sequence[Sequence[Recipe]],
     *,
     prompts: Sequence[str],
-    axes: Sequence[Axis],
+    axes: Sequence[Axis] | None = None,
+    points: Sequence[tuple[float, ...]] | None = None,
+    adaptive: bool = False,
     system_prompt: str = "default",
     thinking: str = "default",
     options: EngineOptions | None = None,
@@ -40,7 +42,7 @@ def preview(
     Arguments:
         model: a model that was loaded without its weights.
         recipes: the directions of each set.
-        prompts, axes, system_prompt, thinking, options, sampling: see `jaxscape.scan`.
+        prompts, axes, points, adaptive, system_prompt, thinking, options, sampling: see `jaxscape.scan`.
 
     Raises:
         UserError: an argument cannot be used.
@@ -48,13 +50,13 @@ def preview(
     prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
     settings, sent = Sampling(**sampling), chat_texts(model.tokenizer, prompts, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
-    workload = workload_of(prompt_tokens, settings, axes, recipes)
+    workload = workload_of(prompt_tokens, settings, axes or (), recipes, points or ())
     plan = make_plan(model, workload, options, _hardware_with(model))
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
     return "\n".join(
         [
             f"plan: {plan}",
-            f"directions: {len(recipes)}, points of each: {workload.num_points}",
+            f"directions: {len(recipes)}, points of each: {'at most ' if adaptive else ''}{workload.num_points}",
             prompts.summary(),
             *template_notes(model.tokenizer),
             "the first prompt as it is sent:",

@@ -27,18 +27,19 @@ from jaxscape.evaluate.coherence import COHERENCE, Coherence, coherence
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
 from jaxscape.landscapes.answers import answers_at
 from jaxscape.landscapes.axes import Axis, point_text
-from jaxscape.landscapes.choice import choose_grid
+from jaxscape.landscapes.choice import choose_grid, choose_sets, count_directions
 from jaxscape.landscapes.landscape import Landscape
+from jaxscape.landscapes.points import as_points, check_coordinates
 from jaxscape.landscapes.score import label_rest, prepare_judge
 from jaxscape.landscapes.shares import in_run
-from jaxscape.landscapes.store import Run, open_run
+from jaxscape.landscapes.store import Adaptive, Run, open_run
 from jaxscape.models.chat_defaults import template_notes
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 from jaxscape.prompts.fields import Prompts
 from jaxscape.runtime import rundir
-from jaxscape.runtime.errors import as_texts
+from jaxscape.runtime.errors import UserError, as_texts
 from jaxscape.runtime.files import checksum
 from jaxscape.runtime.hardware import free_memory
 from jaxscape.runtime.processes import from_first
@@ -54,6 +55,8 @@ def scan(
     radius: float | None = None,
     axes: Sequence[Axis] | None = None,
     control: bool = True,
+    points: Any = None,
+    adaptive: bool = False,
     system_prompt: str = "default",
     thinking: str = "default",
     evaluator: str | Evaluator | Sequence[str | Evaluator] = DEFAULT_EVALUATOR,
@@ -66,7 +69,8 @@ def scan(
     shares: bool = True,
     **sampling: Unpack[SamplingOptions],
 ) -> Landscape:
-    """Measure a safety landscape: the attack success rate of a model at each point of a grid in weight space.
+    """Measure a safety landscape: the attack success rate of a model at each point of a grid, or at given points, in
+    weight space.
 
     Arguments:
         directions: the direction sets. `[d, e]` gives two 1D landscapes, `[(d, e)]` one 2D landscape. A direction is a
@@ -79,6 +83,10 @@ def scan(
         axes: one for each direction of a set, instead of those that steps and radius describe.
         control: whether a random direction of the same norm and rank is scanned beside each special one that is given
             by name, see `jaxscape.directions.control.Control`. It is one more direction set.
+        points: coordinates of points, [points, directions of a set], instead of a grid: an array or a list of lists. A
+            set may have any number of directions then. The landscape has no VISAGE, volume or radius.
+        adaptive: evaluate points of the grid only where the landscape changes, and fill the others by interpolation;
+            see `jaxscape.landscapes.adaptive` and `Landscape.filled`.
         system_prompt: `default`, `none`, a name, a text or a file, see `jaxscape.prompts.chat_format.chat_text`.
         thinking: `on` or `off` switches thinking in the model's chat template, see
             `jaxscape.prompts.chat_format.render`. What a model thinks before its answer is kept and not judged.
@@ -104,7 +112,13 @@ def scan(
     Raises:
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
     """
-    recipes, axes = choose_grid(directions, axes, steps, radius, control)
+    if points is None:
+        (recipes, axes), coords = choose_grid(directions, axes, steps, radius, control), ()
+    else:
+        if axes is not None or adaptive:
+            raise UserError("Points are no grid: leave out the axes and adaptive.")
+        recipes, axes, coords = choose_sets(directions, control), (), as_points(points)
+        check_coordinates(coords, count_directions(recipes))
     texts = as_texts(prompts, "prompts")
     prompts = prompts if isinstance(prompts, Prompts) else Prompts(texts)
     settings, judges = Sampling(**sampling), find_evaluators(evaluator)
@@ -117,7 +131,7 @@ def scan(
     sent = chat_texts(model.tokenizer, prompts, system_prompt, thinking)
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
-    workload = workload_of(prompt_tokens, settings, axes, recipes)
+    workload = workload_of(prompt_tokens, settings, axes, recipes, coords)
     prepared = prepare(recipes, model)
     directory = None if out is None else Path(out)
     options = options or EngineOptions()
@@ -130,6 +144,7 @@ def scan(
     later_free = None if free is None else free + (bytes_of_weights(model) if free_model else 0)
     for judge in judges:
         prepare_judge(judge, prompts, later_free if judge in late else _free_beside(free, model, plan))
+    decides: Adaptive | None = ("shares" if shares else "asr") if adaptive else None
     config = {
         "model": model.name,
         "weights": fingerprint(model.params),
@@ -137,6 +152,8 @@ def scan(
         "directions": [[identity for direction in item for identity in direction.ids] for item in prepared],
         "direction_names": [[str(direction.recipe) for direction in item] for item in prepared],
         "axes": [axis.described() for axis in axes],
+        **({"points": [list(point) for point in coords]} if coords else {}),
+        **({} if decides is None else {"adaptive": decides}),
         "num_prompts": len(prompts),
         "prompts": checksum(list(prompts)),
         "tokens": checksum(prompt_tokens),
@@ -153,7 +170,7 @@ def scan(
     stop_when = None if options.full_text else stop_when_all(judges, opening)
     openings, sets = [opening] * len(prompts), [[direction.recipe for direction in item] for item in prepared]
     with (
-        open_run(directory, config, axes, len(recipes), prompts, sent, overwrite) as run,
+        open_run(directory, config, axes, len(recipes), prompts, sent, overwrite, coords, decides) as run,
         _progress(run, [str(plan), prompts.summary(), *template_notes(model.tokenizer)], progress) as report_point,
     ):
         bind = partial(
@@ -168,9 +185,15 @@ def scan(
         at_once = [bind(judge) if isinstance(judge, Coherence) else judge for judge in at_once]
         if labelling:
             label_rest(run, at_once, openings)
-        _decode(run, Engine(model, workload, plan, stop_when), sets, at_once, opening, bool(labelling), report_point)
-        if own := [bind(judge) for judge in late if isinstance(judge, Coherence)]:
-            label_rest(run, own, openings, None, progress)
+        own: list[Evaluator] = []
+        while True:
+            engine = Engine(model, workload, plan, stop_when)
+            _decode(run, engine, sets, at_once, opening, bool(labelling), report_point)
+            del engine  # frees the memory that evaluators need
+            if own := own or [bind(judge) for judge in late if isinstance(judge, Coherence)]:
+                label_rest(run, own, openings, None, progress)
+            if not run.extend():
+                break
         if others := [judge for judge in late if not isinstance(judge, Coherence)]:
             if free_model:
                 _delete_arrays(model)
@@ -236,18 +259,20 @@ def workload_of(
     sampling: Sampling,
     axes: Sequence[Axis],
     recipes: Sequence[Sequence[Recipe]],
+    coords: Sequence[Sequence[float]] = (),
 ) -> Workload:
     """The workload of each direction set of a scan.
 
     Arguments:
         recipes: the directions of each set.
+        coords: the points, if they are a list and no grid.
     """
     return Workload(
         prompt_tokens,
         sampling,
-        num_points=math.prod(len(axis.values) for axis in axes),
-        points_per_line=len(axes[-1].values),
-        ndim=len(axes),
+        num_points=len(coords) or math.prod(len(axis.values) for axis in axes),
+        points_per_line=len(axes[-1].values) if axes else 1,
+        ndim=count_directions(recipes),
         num_random=max(sum(isinstance(recipe, Random) for recipe in item) for item in recipes),
     )
 
@@ -261,22 +286,23 @@ def _progress(run: Run, lines: Sequence[str], enabled: bool) -> Iterator[Callabl
     Arguments:
         lines: what is shown first, if points are left.
     """
-    total, resumed, started = len(run.points), run.num_done, time.monotonic()
+    resumed, started = run.num_done, time.monotonic()
     with progress_display(enabled) as bar:
-        task = bar.add_task("scan", total=total, completed=resumed)
-        if resumed < total:
+        task = bar.add_task("scan", total=len(run.points) or None, completed=resumed)
+        if resumed < len(run.points) or not run.is_whole:
             for line in lines:
                 bar.print(line)
         if resumed:
-            bar.print(f"resuming after {resumed} of {total} points")
+            bar.print(f"resuming after {resumed} {f'of {len(run.points)} ' if run.is_whole else ''}points")
 
         def report_point() -> None:
-            done = run.num_done
+            done, total = run.num_done, len(run.points)
             index, coords = run.points[done - 1]
             position, asr = point_text(run.axes, coords), 100 * (1 - run.refused[done - 1].mean())
             elapsed = time.monotonic() - started
             left = timedelta(seconds=round(elapsed / (done - resumed) * (total - done)))
             line = f"{done:>{len(str(total))}}/{total}  direction {index}  {position}  ASR {asr:5.1f} %  {left} left"
+            line += "" if run.is_whole else " in this round"
             if nonfinite := int((~run.finite[done - 1]).sum()):
                 line += f"  ({nonfinite} of {len(run.prompts)} prompts met NaN or infinite logits)"
             if unanswered := int(run.unanswered[done - 1].sum()):
@@ -284,7 +310,7 @@ def _progress(run: Run, lines: Sequence[str], enabled: bool) -> Iterator[Callabl
             for name, rows in run.labels.rows.items():
                 if unjudged := rows[done - 1].count(None) if len(rows) == done else 0:
                     line += f"  ({name} could not judge {unjudged} of {len(run.prompts)} answers)"
-            bar.update(task, completed=done)
+            bar.update(task, completed=done, total=total)
             bar.print(line)
 
         yield report_point

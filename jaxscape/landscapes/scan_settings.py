@@ -60,6 +60,10 @@ class ScanSettings:
                     f"The directions of {directory} were given by a program, and are not kept: measure with that "
                     f"program, or save them with save_direction and scan along the files."
                 )
+            if config.get("points"):
+                raise UserError(
+                    f"{directory} is a scan of listed points, and weights are measured on a grid: scan along axes."
+                )
             return cls(
                 directory=directory,
                 model=str(config["model"]),

@@ -13,19 +13,22 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from jaxscape.engine.scheduler import Completion
 from jaxscape.evaluate.base import Evaluator, Label
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
 from jaxscape.finetuning import trajectory
 from jaxscape.landscapes import landscape
+from jaxscape.landscapes.adaptive import interpolated, next_points
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.labels import LABEL_FILES, LabelBook
-from jaxscape.landscapes.landscape import Landscape
+from jaxscape.landscapes.landscape import Landscape, each_array
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import cut_after, to_json_lines, whole_lines, write_whole
@@ -52,12 +55,20 @@ SCAN = rundir.RunKind(
 Point = tuple[int, tuple[float, ...]]
 """The index of a direction set, and coordinates along its directions."""
 
+Adaptive = Literal["asr", "shares"]
+"""What decides which points of a grid are evaluated: the ASR, or also the share of the answers that comply."""
+
 
 class Run:
     """The points of a scan and their outcomes, in the order in which they are evaluated.
 
     Attributes:
-        points: all points, direction set by direction set; the last axis varies fastest.
+        axes: the axes of the grid; none if the points are a list.
+        coords: the points of each direction set, if they are a list; empty for a grid.
+        adaptive: what decides which points of the grid are evaluated; None if all are.
+        points: the points, direction set by direction set; the last axis varies fastest. Of an adaptive scan, those
+            that were chosen so far, see `extend`.
+        is_whole: whether all points are chosen.
         num_done: how many points are evaluated; they are the first ones.
         refused: bool[points, prompts], whether each answer counts as a refusal; only for evaluated points.
         finite: bool[points, prompts], False if an answer met a NaN or infinite logit; only for evaluated points.
@@ -73,21 +84,48 @@ class Run:
         prompts: Sequence[str],
         out: tuple[Path, BinaryIO] | None = None,
         evaluator: str = DEFAULT_EVALUATOR,
+        coords: Sequence[tuple[float, ...]] = (),
+        adaptive: Adaptive | None = None,
     ) -> None:
-        grid = itertools.product(*(axis.values for axis in axes))
-        self.axes, self.prompts = tuple(axes), tuple(prompts)
-        self.points: list[Point] = list(itertools.product(range(num_sets), grid))
+        self.axes, self.coords, self.prompts = tuple(axes), tuple(coords), tuple(prompts)
+        self._shape = (num_sets, *([len(axis.values) for axis in axes] or [len(coords)]))
+        grid = self.coords or itertools.product(*(axis.values for axis in axes))
+        self._all: list[Point] = list(itertools.product(range(num_sets), grid))
+        self.adaptive, self.is_whole = adaptive, adaptive is None
+        self.points: list[Point] = [] if adaptive else [*self._all]
         self.num_done = 0
-        self.refused = np.zeros((len(self.points), len(prompts)), bool)
-        self.finite = np.ones((len(self.points), len(prompts)), bool)
-        self.unanswered = np.zeros((len(self.points), len(prompts)), bool)
-        self._shape = (num_sets, *(len(axis.values) for axis in axes))
+        self.refused = np.zeros((len(self._all), len(prompts)), bool)
+        self.finite = np.ones((len(self._all), len(prompts)), bool)
+        self.unanswered = np.zeros((len(self._all), len(prompts)), bool)
         self._out, self.evaluator = out, evaluator
         self._unwritten: list[list[dict[str, Any]]] = []  # the lines of a run without a directory, point by point
         self.labels = LabelBook(self.points, len(prompts), None if out is None else out[0])
         if out is not None:
             self._restore(*out)
             self.labels.restore(self.num_done)
+
+    def extend(self) -> bool:
+        """Add the points of the next round of an adaptive scan to `points`; return whether there are any.
+
+        The evaluators that decide have judged all points so far.
+        """
+        if self.adaptive is not None and self.num_done == len(self.points):
+            wanted = self._next_points()
+            self.points += [point for point, is_wanted in zip(self._all, wanted, strict=True) if is_wanted]
+            self.is_whole = not wanted.any()
+            self.save()
+        return self.num_done < len(self.points)
+
+    def _next_points(self) -> Bool[np.ndarray, " all_points"]:
+        rates = [self._on_grid(1.0 - self.refused[: self.num_done])]
+        if self.adaptive == "shares" and len(complied := self.labels.complied()) == self.num_done:
+            rates.append(self._on_grid(complied.astype(np.float64)))
+        return np.concatenate(
+            [
+                next_points(np.stack([rate[i] for rate in rates]), is_known, self.axes).ravel()
+                for i, is_known in enumerate(self._evaluated())
+            ]
+        )
 
     def append(
         self,
@@ -142,17 +180,54 @@ class Run:
 
     def landscape(self) -> Landscape:
         """The landscape of the points that are evaluated so far."""
+        done, complied = slice(self.num_done), self.labels.complied()
+        evaluated = self._evaluated()
+        is_finished = self.is_whole and self.num_done == len(self.points)
         return Landscape.from_outcomes(
             self.axes,
-            refused=self.refused.reshape(*self._shape, -1),
-            nonfinite=(~self.finite).sum(axis=1).reshape(self._shape),
-            evaluated=(np.arange(len(self.points)) < self.num_done).reshape(self._shape),
-            unanswered=self.unanswered.sum(axis=1).reshape(self._shape),
-            measures=self.labels.measures(self._shape),
-            shares=self.labels.shares(self._shape),
-            complied=self.labels.complied(self._shape),
-            disagreement=self.labels.disagreement(self._shape, self.evaluator, self.refused[: self.num_done]),
+            refused=self._filled(self.refused[done].astype(np.float64)),
+            nonfinite=self._counts(~self.finite),
+            evaluated=evaluated | is_finished,
+            unanswered=self._counts(self.unanswered),
+            measures=each_array(self._filled, self.labels.measures()),
+            shares={kind: self._filled(share) for kind, share in self.labels.shares().items()},
+            complied=self._filled(complied.astype(np.float64)) if len(complied) == len(self.points) > 0 else None,
+            disagreement=each_array(self._filled, self.labels.disagreement(self.evaluator, self.refused[done])),
+            points=self.coords,
+            filled=~evaluated if self.adaptive and is_finished else None,
         )
+
+    def _evaluated(self) -> Bool[np.ndarray, " directions *grid"]:
+        """Which points are evaluated."""
+        evaluated = np.zeros(len(self._all), bool)
+        evaluated[self._places(self.num_done)] = True
+        return evaluated.reshape(self._shape)
+
+    def _places(self, count: int) -> list[int]:
+        """The numbers of the first `count` points among all points of the grid or list."""
+        if self.adaptive is None:
+            return list(range(count))
+        places = {point: place for place, point in enumerate(self._all)}
+        return [places[point] for point in self.points[:count]]
+
+    def _counts(self, happened: Bool[np.ndarray, "points prompts"]) -> Int[np.ndarray, " directions *grid"]:
+        """At how many prompts something happened; 0 where nothing was evaluated."""
+        counts = np.zeros(len(self._all), np.int64)
+        counts[self._places(self.num_done)] = happened[: self.num_done].sum(axis=1)
+        return counts.reshape(self._shape)
+
+    def _on_grid(self, values: Float[np.ndarray, " points *rest"]) -> Float[np.ndarray, " *grid_and_rest"]:
+        """Values at the first evaluated points, in the shape of the landscape's arrays; NaN at all other points."""
+        arranged = np.full((len(self._all), *values.shape[1:]), np.nan)
+        arranged[self._places(len(values))] = values
+        return arranged.reshape(*self._shape, *values.shape[1:])
+
+    def _filled(self, values: Float[np.ndarray, " points *rest"]) -> Float[np.ndarray, " *grid_and_rest"]:
+        """The same; in a finished adaptive scan, points that are not evaluated are interpolated."""
+        arranged = self._on_grid(values)
+        if self.adaptive is None or not self.is_whole or len(values) < len(self.points):
+            return arranged
+        return interpolated(arranged, self._evaluated(), self.axes)
 
     def outcomes(self) -> dict[str, Any]:
         """The outcomes of the evaluated points."""
@@ -160,12 +235,15 @@ class Run:
         return {
             "arrays": [array[: self.num_done].tolist() for array in arrays],
             "labels": [self.labels.rows, self.labels.checksums],
+            "points": self.points if self.adaptive else None,
         }
 
     def set_outcomes(self, outcomes: dict[str, Any]) -> None:
         """Replace the outcomes by those that `outcomes` returned in another process."""
         self.num_done = len(outcomes["arrays"][0])
         self.labels.rows, self.labels.checksums = outcomes["labels"]
+        if self.adaptive:
+            self.points[:] = [(index, tuple(coords)) for index, coords in outcomes["points"]]
         if self.num_done:
             for array, values in zip((self.refused, self.finite, self.unanswered), outcomes["arrays"], strict=True):
                 array[: self.num_done] = values
@@ -183,6 +261,8 @@ class Run:
         lines = lines[: num_whole * num_prompts]
         try:
             records = [json.loads(line) for line in lines]
+            if self.adaptive:
+                self.points += self._chosen(records[::num_prompts])
             expected = itertools.product(self.points[:num_whole], self.prompts)
             for record, ((index, coords), prompt) in zip(records, expected, strict=True):
                 if (record["direction"], record["coords"], record["prompt"]) != (index, list(coords), prompt):
@@ -198,6 +278,17 @@ class Run:
             ) from error
         cut_after(file, lines)
 
+    def _chosen(self, records: Sequence[Mapping[str, Any]]) -> list[Point]:
+        """The points of an adaptive scan that these lines are for.
+
+        Raises:
+            ValueError: one is no point of the grid, or is there twice.
+        """
+        chosen = [(record["direction"], tuple(record["coords"])) for record in records]
+        if len({*chosen} & {*self._all}) < len(chosen):
+            raise ValueError("a point is there twice, or is not on the grid")
+        return chosen
+
 
 @contextmanager
 def open_run(
@@ -208,21 +299,29 @@ def open_run(
     prompts: Sequence[str],
     sent: Sequence[str],
     overwrite: bool = False,
+    coords: Sequence[tuple[float, ...]] = (),
+    adaptive: Adaptive | None = None,
 ) -> Iterator[Run]:
     """Start a run in a directory, or resume the one that is there; see `rundir.open_run_directory`.
 
     Arguments:
         directory: None keeps the run in memory only.
         sent: for each prompt, the text that the model is given.
+        coords, adaptive: see `Run`.
     """
-    evaluator = config.get("evaluator", DEFAULT_EVALUATOR)
+    start = partial(
+        *(Run, axes, num_sets, prompts),
+        evaluator=config.get("evaluator", DEFAULT_EVALUATOR),
+        coords=coords,
+        adaptive=adaptive,
+    )
     with rundir.open_run_directory(directory, config, SCAN, overwrite) as file:
         if directory is None or file is None:
-            run = Run(axes, num_sets, prompts, evaluator=evaluator)
+            run = start()
         else:
             pairs = ({"prompt": prompt, "sent": text} for prompt, text in zip(prompts, sent, strict=True))
             write_whole(directory / PROMPTS, to_json_lines(pairs))
-            run = Run(axes, num_sets, prompts, (directory, file), evaluator)
+            run = start(out=(directory, file))
             run.save()
         run.set_outcomes(from_first(run.outcomes))
         yield run
@@ -240,10 +339,11 @@ def reopen_run(directory: Path) -> Iterator[tuple[Run, list[str]]]:
             pairs = [json.loads(line) for line in (directory / PROMPTS).read_bytes().split(b"\n")[:-1]]
             prompts, sent = ([pair[key] for pair in pairs] for key in ("prompt", "sent"))
             axes = list(map(Axis.read, config["axes"]))
+            coords = [tuple(point) for point in config.get("points", ())]
             num_sets, evaluator = len(config["directions"]), str(config.get("evaluator", DEFAULT_EVALUATOR))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"The run in {directory} cannot be read ({reason(error)}).") from error
-        run = Run(axes, num_sets, prompts, (directory, file), evaluator)
-        if run.num_done < len(run.points):
+        run = Run(axes, num_sets, prompts, (directory, file), evaluator, coords, config.get("adaptive"))
+        if run.extend():
             raise UserError(f"The run in {directory} is not finished; run its command again to finish it first.")
         yield run, sent

@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from jaxscape.runtime.errors import UserError
 
@@ -65,7 +65,7 @@ def _bounding_box(mask: Bool[np.ndarray, "*shape"], grid: tuple[int, ...]) -> Bo
 
 
 def visage_interval(
-    refused: Bool[np.ndarray, " directions *grid prompts"],
+    refused: Shaped[np.ndarray, " directions *grid prompts"],
     kind: str = "paper",
     *,
     seed: int = 0,
@@ -76,7 +76,8 @@ def visage_interval(
     Prompts are resampled, and directions too if there are several.
 
     Arguments:
-        refused: bool[directions, *grid, prompts], whether the answer to each prompt counts as a refusal.
+        refused: bool or float64[directions, *grid, prompts], whether the answer to each prompt counts as a refusal; at
+            points that are interpolated, a number from 0 to 1.
         kind: `paper` or `reference`, see `visage`.
         seed: seed of the resampling.
         resamples: number of bootstrap samples.

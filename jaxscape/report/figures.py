@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxscape.finetuning.trajectory import Trajectory
 from jaxscape.landscapes.axes import Axis
@@ -43,8 +44,11 @@ def plot_landscape(landscape: Landscape, trajectories: Sequence[Trajectory] = ()
     the shares that comply and make no sense. Of a landscape without shares, 1D shows the ASR alone, and 2D a filled
     contour plot of it and a surface. Trajectories are drawn on the contour plots; the legend gives the largest residual
     of each, the fraction of a checkpoint's distance from the start that is orthogonal to the plane.
+
+    A list of points is drawn like 1D, over the distance from the model if that rises from each point to the next, and
+    else over the number of the point. Of an adaptive scan, only evaluated points have a marker or a dot.
     """
-    return _plot_1d(landscape) if len(landscape.axes) == 1 else _plot_2d(landscape, trajectories)
+    return _plot_2d(landscape, trajectories) if len(landscape.axes) == 2 else _plot_1d(landscape)
 
 
 def save_figure(
@@ -68,10 +72,15 @@ def save_figure(
 
 def _title(landscape: Landscape) -> str:
     values = landscape.visage_values
+    if landscape.complete and landscape.points:
+        return f"{len(landscape.points)} points, {landscape.num_prompts} prompts"
     if values is None:
         return f"unfinished: {np.isfinite(landscape.asr).sum()} of {landscape.asr.size} points"
     low, high = values["interval"]
-    return f"VISAGE {values['paper']:.1f} (95 % interval {low:.1f} to {high:.1f}), {landscape.num_prompts} prompts"
+    title = f"VISAGE {values['paper']:.1f} (95 % interval {low:.1f} to {high:.1f}), {landscape.num_prompts} prompts"
+    if landscape.filled is None:
+        return title
+    return f"{title}\n{landscape.num_evaluated} of {landscape.asr.size} points evaluated, the others interpolated"
 
 
 def axis_label(name: str) -> str:
@@ -87,7 +96,7 @@ def _is_interpolation(name: str) -> bool:
 def _plot_1d(landscape: Landscape) -> Figure:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     plot = figure.add_subplot()
-    (axis,) = landscape.axes
+    coords, xlabel = _horizontal(landscape)
     if landscape.shares:
         figure.set_figheight(4.8)
         _draw_shares(plot, landscape)
@@ -95,22 +104,36 @@ def _plot_1d(landscape: Landscape) -> Figure:
         _mark_radii(plot, landscape)
     else:
         _draw_curves(plot, landscape, COLOURS)
-    mark_models(plot, axis)
+    if landscape.axes:
+        mark_models(plot, landscape.axes[0])
     label = "share of the answers (%)" if landscape.shares else ASR_LABEL
-    plot.set(xlabel=axis_label(axis.name), ylabel=label, ylim=(-3, 103), title=_title(landscape))
+    plot.set(xlabel=xlabel, ylabel=label, ylim=(-3, 103), title=_title(landscape))
     plot.grid(alpha=0.3)
     if landscape.shares:
-        plot.set(xlim=(min(axis.values), max(axis.values)), ylim=(-1, 101))
+        if len(coords) > 1:
+            plot.set_xlim(coords.min(), coords.max())
+        plot.set_ylim(-1, 101)
         plot.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     elif len(landscape.asr) > 1:
         plot.legend()
     return figure
 
 
+def _horizontal(landscape: Landscape) -> tuple[Float[np.ndarray, " points"], str]:
+    """The points on the horizontal axis of a figure of a line or of a list of points, and the label of that axis."""
+    if landscape.axes:
+        return np.array(landscape.axes[0].values, np.float64), axis_label(landscape.axes[0].name)
+    distances = np.linalg.norm(landscape.points, axis=1)
+    if (np.diff(distances) > 0).all():
+        return distances, "distance from the model (norm of the coordinates)"
+    return np.arange(len(distances), dtype=np.float64), "number of the point"
+
+
 def _draw_shares(plot: Axes, landscape: Landscape) -> None:
     """The shares, stacked, as the mean over the directions. A point at which not all directions are judged is left
     out."""
-    coords, bottom = np.array(landscape.axes[0].values), np.zeros(len(landscape.axes[0].values))
+    coords, _ = _horizontal(landscape)
+    bottom = np.zeros(len(coords))
     for kind, style in SHARES.items():
         top = bottom + landscape.shares[kind].mean(axis=0)
         plot.fill_between(coords, bottom, top, linewidth=0, **style)
@@ -135,7 +158,7 @@ def _mark_radii(plot: Axes, landscape: Landscape) -> None:
 
 def _draw_curves(plot: Axes, landscape: Landscape, colours: Sequence[str]) -> None:
     """The ASR along each direction, and a band for its interval."""
-    coords = landscape.axes[0].values
+    coords, _ = _horizontal(landscape)
     names = [f"direction {i}" for i in range(len(landscape.asr))]
     if landscape.shares:
         names = [f"ASR, {name}" for name in names] if len(names) > 1 else ["attack success rate (ASR), 95 % interval"]
@@ -150,6 +173,7 @@ def _draw_curves(plot: Axes, landscape: Landscape, colours: Sequence[str]) -> No
             linestyle=STYLES[i % len(STYLES)],
             marker=MARKERS[i % len(MARKERS)],
             markersize=4,
+            markevery=None if landscape.filled is None else np.flatnonzero(~landscape.filled[i]).tolist(),
             label=names[i],
         )
 
@@ -174,6 +198,7 @@ def _plot_2d(landscape: Landscape, trajectories: Sequence[Trajectory]) -> Figure
         values = np.ma.masked_invalid(asr)
         contour = figure.add_subplot(num_sets, 2, 2 * i + 1)
         filled = _draw_contour(contour, landscape.axes, values)
+        _mark_evaluated(contour, landscape, i)
         _draw_trajectories(contour, trajectories)
         figure.colorbar(filled, ax=contour, label=ASR_LABEL)
         surface = figure.add_subplot(num_sets, 2, 2 * i + 2, projection="3d")
@@ -196,6 +221,7 @@ def _draw_planes(figure: Figure, landscape: Landscape, trajectories: Sequence[Tr
         plots = [figure.add_subplot(num_sets, 3, 3 * i + column) for column in (1, 2, 3)]
         for plot, (label, values) in zip(plots, rates.items(), strict=True):
             filled = _draw_contour(plot, landscape.axes, np.ma.masked_invalid(values[i]))
+            _mark_evaluated(plot, landscape, i)
             _draw_trajectories(plot, trajectories)
             plot.set_title(f"{label}, direction set {i}" if num_sets > 1 else label, fontsize=10)
         figure.colorbar(filled, ax=plots, label="share of the answers (%)")
@@ -212,6 +238,14 @@ def _draw_contour(plot: Axes, axes: Sequence[Axis], values: np.ma.MaskedArray) -
     aspect: Any = "auto" if _is_interpolation(first.name) else "equal"
     plot.set(xlabel=axis_label(first.name), ylabel=axis_label(second.name), aspect=aspect)
     return filled
+
+
+def _mark_evaluated(plot: Axes, landscape: Landscape, index: int) -> None:
+    """A dot at each point that an adaptive scan evaluated, in the direction set of this index."""
+    if landscape.filled is not None:
+        first, second = (np.array(axis.values) for axis in landscape.axes)
+        rows, columns = np.nonzero(~landscape.filled[index])
+        plot.plot(first[rows], second[columns], ".", color="w", markeredgecolor="k", markersize=3, markeredgewidth=0.3)
 
 
 def _draw_trajectories(plot: Axes, trajectories: Sequence[Trajectory]) -> None:

@@ -27,6 +27,8 @@ def export_reference(directory: str | Path) -> list[Path]:
     """
     directory = Path(directory)
     landscape = Landscape.load(directory)
+    if landscape.filled is not None:
+        raise UserError(f"The adaptive scan in {directory} has no answers at some points: export a scan of all points.")
     try:
         lines = (directory / GENERATIONS).read_bytes().split(b"\n")[:-1]
         if not landscape.complete or len(lines) != landscape.asr.size * landscape.num_prompts:
