@@ -51,12 +51,9 @@ def test_the_rounds_of_the_default_axis() -> None:
     np.testing.assert_array_equal(numbers, numbers[::-1])
 
 
-@given(
-    st.one_of(
-        st.integers(1, 40).map(interpolation_axis), st.integers(1, 40).map(lambda i: symmetric_axes(1, 2 * i, 1.0)[0])
-    )
-)
-def test_each_round_halves_the_gaps_and_the_first_has_the_model_and_the_ends(axis: Axis) -> None:
+@given(st.integers(1, 40), st.booleans())
+def test_each_round_halves_the_gaps_and_the_first_has_the_model_and_the_ends(steps: int, is_symmetric: bool) -> None:
+    axis = symmetric_axes(1, 2 * steps, 1.0)[0] if is_symmetric else interpolation_axis(steps)
     numbers = round_numbers(axis)
     first = np.flatnonzero(numbers == 0)
     assert {0, axis.values.index(0.0), len(axis.values) - 1} <= set(first.tolist())
