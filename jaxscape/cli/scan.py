@@ -240,8 +240,10 @@ class Scan:
 
 def summary(landscape: "Landscape", figure: Path) -> str:
     """A few lines for the user: the ASR, VISAGE and the other numbers, and where the figure is."""
+    import numpy as np
+
     values, numbers, origin = landscape.visage_values, landscape.numbers or {}, landscape.origin
-    centre = "" if origin is None else f" of the model itself: {landscape.asr[:, *origin].mean():.1f} %;"
+    centre = "" if origin is None else f" of the model itself: {np.mean([asr[origin] for asr in landscape.asr]):.1f} %;"
     lines = [f"ASR{centre} over all points: {landscape.asr.mean():.1f} %"]
     if landscape.filled is not None:
         lines.append(

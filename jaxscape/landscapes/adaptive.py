@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -21,20 +22,24 @@ FIRST_GAP = 0.25  # of the number of steps of an axis: the largest gap between p
 _ROUNDING = 1e-9  # percent; rates that differ by less are the same
 
 
+_Index = tuple[Any, ...]
+"""Where points are on a grid, as `numpy.ix_` gives it."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Round:
     """One round of an adaptive grid.
 
     Attributes:
-        grid: the grid of the points of this round and all earlier ones, as `numpy.ix_` gives it.
+        grid: where the points of this round and of all earlier ones are.
         is_new: bool[*grid], whether a point is of this round.
         corners: for each corner of the cell of earlier points around a point, where the corners are, like `grid`.
         weights: float64[corners, *grid], of each corner in the linear interpolation.
     """
 
-    grid: tuple[Int[np.ndarray, "..."], ...]
+    grid: _Index
     is_new: Bool[np.ndarray, " *grid"]
-    corners: tuple[tuple[Int[np.ndarray, "..."], ...], ...]
+    corners: tuple[_Index, ...]
     weights: Float[np.ndarray, " corners *grid"]
 
 
@@ -91,7 +96,7 @@ def _may_differ(
     ASR is below 100, ends between the points around it."""
     if not step.corners:
         return np.ones_like(step.is_new)
-    corners = np.stack([100 * values[:, *corner].mean(axis=-1) for corner in step.corners])
+    corners = np.stack([100 * values[_all(corner)].mean(axis=-1) for corner in step.corners])
     middle = 100 * between.mean(axis=-1)
     low, high = wilson_interval(middle, values.shape[-1])
     differs = (np.abs(corners - middle).max(axis=0) > (high - low) / 2 + _ROUNDING).any(axis=0)
@@ -103,10 +108,16 @@ def _interpolate(step: _Round, values: Float[np.ndarray, " rates *all rest"]) ->
     """What linear interpolation between earlier points gives at the points of a round; at earlier points, their own
     values."""
     if not step.corners:
-        return values[:, *step.grid]
+        return np.asarray(values[_all(step.grid)])
     parts = zip(step.corners, step.weights, strict=True)
     # A weight of 0 is left out, as NaN would not be.
-    return sum(np.where(weight[..., None] > 0, values[:, *corner] * weight[..., None], 0.0) for corner, weight in parts)
+    terms = [np.where(weight[..., None] > 0, values[_all(corner)] * weight[..., None], 0.0) for corner, weight in parts]
+    return np.asarray(np.sum(terms, axis=0))
+
+
+def _all(index: _Index) -> _Index:
+    """The same points for each of several rates."""
+    return (slice(None), *index)
 
 
 def _fill(
@@ -117,7 +128,7 @@ def _fill(
 ) -> None:
     """Put what interpolation gives at those points of a round that are not known."""
     is_filled = step.is_new & ~is_known[step.grid]
-    values[:, *step.grid] = np.where(is_filled[..., None], between, values[:, *step.grid])
+    values[_all(step.grid)] = np.where(is_filled[..., None], between, values[_all(step.grid)])
 
 
 def _rounds(axes: Sequence[Axis]) -> Iterator[_Round]:

@@ -99,7 +99,8 @@ class LabelBook:
     def shares(self) -> Rates:
         """The shares of `refused`, `complied` and `incoherent` answers at the points that `coherence` has judged; empty
         if it has judged nothing."""
-        rows, shares = self.rows.get(COHERENCE, []), {}
+        rows = self.rows.get(COHERENCE, [])
+        shares: Rates = {}
         sizes = np.full(len(rows), self._num_prompts)
         for kind in ("refused", "complied", "incoherent") if rows else ():
             shares |= _rates(kind, np.array([row.count(kind) for row in rows]), sizes)

@@ -112,12 +112,13 @@ def scan(
     Raises:
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
     """
+    coords = () if points is None else as_points(points)
     if points is None:
-        (recipes, axes), coords = choose_grid(directions, axes, steps, radius, control), ()
+        recipes, axes = choose_grid(directions, axes, steps, radius, control)
+    elif axes is not None or adaptive:
+        raise UserError("Points are no grid: leave out the axes and adaptive.")
     else:
-        if axes is not None or adaptive:
-            raise UserError("Points are no grid: leave out the axes and adaptive.")
-        recipes, axes, coords = choose_sets(directions, control), (), as_points(points)
+        recipes, axes = choose_sets(directions, control), ()
         check_coordinates(coords, count_directions(recipes))
     texts = as_texts(prompts, "prompts")
     prompts = prompts if isinstance(prompts, Prompts) else Prompts(texts)

@@ -310,7 +310,10 @@ def open_run(
         coords, adaptive: see `Run`.
     """
     start = partial(
-        *(Run, axes, num_sets, prompts),
+        Run,
+        axes,
+        num_sets,
+        prompts,
         evaluator=config.get("evaluator", DEFAULT_EVALUATOR),
         coords=coords,
         adaptive=adaptive,

@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 from scipy.interpolate import RegularGridInterpolator
 
 import jaxscape as js
+from jaxscape.engine.scheduler import Completion
+from jaxscape.evaluate.base import Label
+from jaxscape.evaluate.coherence import COHERENCE
 from jaxscape.landscapes.adaptive import interpolated, next_points, round_numbers
 from jaxscape.landscapes.axes import Axis, interpolation_axis, symmetric_axes
 from jaxscape.landscapes.numbers import landscape_numbers
+from jaxscape.landscapes.store import Adaptive, open_run
 from jaxscape.landscapes.visage import visage_interval
 from jaxscape.report.reference import export_reference
 
@@ -232,16 +236,42 @@ def test_what_else_is_done_with_an_adaptive_run(runs: dict[bool, Path], tmp_path
     assert "points evaluated, the others interpolated" in plot.get_title()
 
 
-def test_where_compliance_changes_points_are_evaluated_too(tiny: js.Model, tmp_path: Path) -> None:
-    """A model that never refuses, and becomes incoherent away from the centre."""
-    options = OPTIONS | {"shares": True}
-    js.scan(tiny, [0], adaptive=True, out=tmp_path, **options)
-    land = js.Landscape.load(tmp_path)
+class Labelled:
+    """Stands for `coherence` where labels are given."""
+
+    name = COHERENCE
+
+    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+        return np.zeros(len(answers))
+
+
+@pytest.mark.parametrize("decides", ["asr", "shares"])
+def test_where_compliance_changes_points_are_evaluated_too(tmp_path: Path, decides: Adaptive) -> None:
+    """A model that refuses nowhere, and becomes incoherent away from the centre."""
+    axes, prompts = symmetric_axes(1, 20, 0.5), [str(number) for number in range(40)]
+    complied = ~basin(axes, 0.17, 0.02, 40, 0)
+    config = {"weights": "w", "directions": [[0]], "axes": []}
+    with open_run(tmp_path, config, axes, 1, prompts, prompts, adaptive=decides) as run:
+        while run.extend():
+            for _, (alpha,) in run.points[run.num_done :]:
+                row = complied[axes[0].values.index(alpha)]
+                labels: list[Label] = ["complied" if value else "incoherent" for value in row]
+                run.append([Completion("Sure", 2)] * 40, [False] * 40, [False] * 40, [(Labelled(), labels)])
+        land = run.landscape()
     assert land.asr.min() == 100
-    assert np.isfinite(land.shares["complied"]).all()
     assert land.numbers is not None
-    assert "complied" in land.numbers
+    volume = landscape_numbers(complied[None], axes)["volume"]
+    is_right = volume["interval"][0] <= land.numbers["complied"]["volume"]["value"] <= volume["interval"][1]
+    assert (land.num_evaluated, is_right) == ((5, False) if decides == "asr" else (11, True))
+
+
+def test_coherence_judges_after_each_round(tiny: js.Model, tmp_path: Path) -> None:
+    options = OPTIONS | {"shares": True, "steps": 8}
+    land = js.scan(tiny, [0], adaptive=True, out=tmp_path, **options)
+    assert np.isfinite(land.shares["complied"]).all()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert json.loads(before["config.json"])["adaptive"] == "shares"
+    assert before["labels-coherence.jsonl"].count(b"\n") == land.num_evaluated
     (tmp_path / "labels-coherence.jsonl").write_bytes(b"")
     js.scan(tiny, [0], adaptive=True, out=tmp_path, **options)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
