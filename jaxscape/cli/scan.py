@@ -239,9 +239,10 @@ class Scan:
 
 
 def summary(landscape: "Landscape", figure: Path) -> str:
-    """A few lines for the user: the ASR, VISAGE and the other numbers, and where the figure is."""
+    """A few lines for the user: the ASR, VISAGE and the other numbers, those of controls, and where the figure is."""
     import numpy as np
 
+    control, landscape = landscape.control, landscape.without_controls()
     values, numbers, origin = landscape.visage_values, landscape.numbers or {}, landscape.origin
     centre = "" if origin is None else f" of the model itself: {np.mean([asr[origin] for asr in landscape.asr]):.1f} %;"
     lines = [f"ASR{centre} over all points: {landscape.asr.mean():.1f} %"]
@@ -249,15 +250,9 @@ def summary(landscape: "Landscape", figure: Path) -> str:
         lines.append(
             f"Evaluated: {landscape.num_evaluated} of {landscape.asr.size} points; the others are interpolated"
         )
-    if values is not None:
-        low, high = values["interval"]
-        lines.append(
-            f"VISAGE: {values['paper']:.2f} (95 % interval {low:.2f} to {high:.2f}); reference code's definition: "
-            f"{values['reference']:.2f}"
-        )
-    for rate, what, of in (("asr", "", "the ASR"), ("complied", " of complied alone", "the share that complies")):
-        if rate in numbers:
-            lines += _number_lines(numbers[rate], what, of)
+    lines += _grid_lines(values, numbers)
+    if control:
+        lines += [f"Control: {line}" for line in _grid_lines(control["visage"], control["numbers"])]
     if nonfinite := int(landscape.nonfinite.sum()):
         points = int((landscape.nonfinite > 0).sum())
         lines.append(f"NaN or infinite logits: {nonfinite} completions at {points} points")
@@ -268,6 +263,21 @@ def summary(landscape: "Landscape", figure: Path) -> str:
             f"raise --max-new-tokens, or give --thinking off"
         )
     return "\n".join([*lines, *measure_lines(landscape), f"{figure}"])
+
+
+def _grid_lines(visage: Mapping[str, Any] | None, numbers: Mapping[str, Any]) -> list[str]:
+    """VISAGE and the other numbers of a grid; nothing if there are none."""
+    lines = []
+    if visage is not None:
+        low, high = visage["interval"]
+        lines.append(
+            f"VISAGE: {visage['paper']:.2f} (95 % interval {low:.2f} to {high:.2f}); reference code's definition: "
+            f"{visage['reference']:.2f}"
+        )
+    for rate, what, of in (("asr", "", "the ASR"), ("complied", " of complied alone", "the share that complies")):
+        if rate in numbers:
+            lines += _number_lines(numbers[rate], what, of)
+    return lines
 
 
 def _number_lines(numbers: Mapping[str, Any], what: str, rate: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from jaxscape.directions.control import Control
 from jaxscape.evaluate.coherence import COHERENCE
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
 from jaxscape.landscapes.adaptive import interpolated
@@ -205,7 +206,9 @@ def _load(directory: Path, name: str) -> ComparedRun:
     try:
         config = dict(json.loads((directory / CONFIG).read_text(encoding="utf-8")))
         _directions(config)  # raises an error if they are something else
+        kept = ~landscape.is_control
         if not landscape.complete:
+            landscape = landscape.without_controls()
             return ComparedRun(name, landscape, config, (), np.zeros((*landscape.asr.shape, 0), bool))
         lines = (directory / GENERATIONS).read_bytes().split(b"\n")[:-1]
         records = [json.loads(line) for line in lines]
@@ -222,6 +225,9 @@ def _load(directory: Path, name: str) -> ComparedRun:
         raise UserError(
             f"The run in {directory} cannot be compared ({reason(error)}): give the directory that its scan wrote."
         ) from error
+    # What is compared is the directions that were asked for, and not their controls.
+    landscape, succeeded = landscape.without_controls(), succeeded[kept]
+    complied = None if complied is None else complied[kept]
     # An older file has no numbers, and the answers are what counts.
     rates = {"asr": succeeded} | ({} if complied is None else {"complied": complied})
     landscape = replace(
@@ -288,6 +294,9 @@ def _comparable(first: ComparedRun, second: ComparedRun) -> tuple[list[str], lis
     kinds = sorted(", ".join(axis.name for axis in item) for item in axes)
     if kinds[0] != kinds[1]:
         return [], [f"Not compared, because they have different axes ({kinds[0]}; {kinds[1]})"]
+    units = [", ".join(str(axis.unit) for axis in item) for item in axes]
+    if units[0] != units[1]:
+        return [], [f"Not compared, because their axes have different units ({' and '.join(sorted(units))})"]
     has_shares = [run.complied is not None for run in (first, second)]
     numbers, notes = [*NUMBERS, *(COMPLIED if all(has_shares) else ())], []
     if any(has_shares) and not all(has_shares):
@@ -335,7 +344,8 @@ def _incomparable_radius(first: ComparedRun, second: ComparedRun, number: str) -
 
 def _directions(config: dict[str, Any]) -> list[Any]:
     """What identifies each direction of a run: the seed of a random one, a checksum of any other."""
-    return [identity for item in config.get("directions", []) for identity in item]
+    given = [identity for item in config.get("directions", []) for identity in item]
+    return [identity for identity in given if not str(identity).startswith(f"{Control.kind}:")] or given
 
 
 def _share_directions(first: ComparedRun, second: ComparedRun) -> bool:

@@ -1,14 +1,16 @@
 """A landscape: attack success rates on a grid, their intervals, VISAGE and other numbers; the file `landscape.json`."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from jaxscape.directions.control import Control
 from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.numbers import landscape_numbers
@@ -53,6 +55,9 @@ class Landscape:
             `numbers` then.
         filled: bool[directions, *grid], the points that an adaptive scan did not evaluate. What other arrays have there
             is interpolated between evaluated points. None for any other scan.
+        directions: the names of the directions of each set; empty if they are random ones, or were given by a program.
+        control: `visage` and `numbers` of the random controls, see `jaxscape.directions.control.Control`, as in
+            `landscape.json`; empty if there are none. `visage_values` and `numbers` are without them.
     """
 
     axes: tuple[Axis, ...]
@@ -69,6 +74,8 @@ class Landscape:
     shares: Measure = field(default_factory=dict)
     points: tuple[tuple[float, ...], ...] = ()
     filled: Bool[np.ndarray, " directions *grid"] | None = None
+    directions: tuple[tuple[str, ...], ...] = ()
+    control: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_outcomes(
@@ -84,6 +91,7 @@ class Landscape:
         complied: Shaped[np.ndarray, " directions *grid prompts"] | None = None,
         points: Sequence[tuple[float, ...]] = (),
         filled: Bool[np.ndarray, " directions *grid"] | None = None,
+        directions: Sequence[Sequence[str]] = (),
     ) -> "Landscape":
         """A landscape from the outcome of each prompt at each point.
 
@@ -95,29 +103,28 @@ class Landscape:
             unanswered: int64[directions, *grid], see the attribute; None stands for zeros.
             measures, disagreement, shares: see the attributes.
             complied: the same of answers that comply; None if that is not known of all.
-            points, filled: see the attributes.
+            points, filled, directions: see the attributes.
         """
         num_prompts = refused.shape[-1]
         asr = np.where(evaluated, 100.0 * (1.0 - refused.sum(axis=-1) / num_prompts), np.nan)
         low, high = wilson_interval(asr, num_prompts)
-        values = numbers = None
+        found: dict[str, Any] = {"visage": None, "numbers": None}
+        control: dict[str, Any] = {}
         if evaluated.all() and axes:
-            values = {
-                "paper": visage(asr, "paper", len(axes)),
-                "reference": visage(asr, "reference", len(axes)),
-                "interval": list(visage_interval(refused, "paper")),
-                "reference_interval": list(visage_interval(refused, "reference")),
-            }
-            numbers = {"asr": landscape_numbers(1 - refused.astype(np.float64), axes)}
-            numbers |= {} if complied is None else {"complied": landscape_numbers(complied, axes)}
+            is_control = _is_control(directions, len(asr))
+            found = _numbers(axes, refused[~is_control], None if complied is None else complied[~is_control])
+            if is_control.any():
+                control = _numbers(axes, refused[is_control], None if complied is None else complied[is_control])
         unanswered = np.zeros_like(nonfinite) if unanswered is None else unanswered
         return cls(
-            *(tuple(axes), asr, low, high, nonfinite, unanswered, num_prompts, values, numbers),
+            *(tuple(axes), asr, low, high, nonfinite, unanswered, num_prompts, *found.values()),
             measures=measures or {},
             disagreement=disagreement or {},
             shares=shares or {},
             points=tuple(points),
             filled=filled,
+            directions=tuple(map(tuple, directions)),
+            control=control,
         )
 
     @property
@@ -131,14 +138,40 @@ class Landscape:
         return int(self.asr.size if self.filled is None else (~self.filled).sum())
 
     def visage(self, kind: str = "paper") -> float:
-        """VISAGE in percent, averaged over the direction sets; see `jaxscape.visage`.
+        """VISAGE in percent, averaged over the direction sets but controls; see `jaxscape.visage`.
 
         Raises:
             UserError: points are missing, or are no grid.
         """
         if self.points:
             raise UserError("VISAGE needs a grid, and this landscape is a list of points: scan along axes.")
-        return visage(self.asr, kind, len(self.axes))
+        return visage(self.asr[~self.is_control], kind, len(self.axes))
+
+    @property
+    def is_control(self) -> Bool[np.ndarray, " directions"]:
+        """Which direction sets are random controls of others. Where all are, they are what the landscape is about, and
+        none counts as a control."""
+        return _is_control(self.directions, len(self.asr))
+
+    def without_controls(self) -> "Landscape":
+        """The landscape of the direction sets that are no controls."""
+        return replace(self.select(~self.is_control), control={})
+
+    def select(self, kept: Bool[np.ndarray, " directions"]) -> "Landscape":
+        """The landscape with the arrays of some of its direction sets. Its numbers stay those of the whole."""
+
+        def part(rates: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: values[kept] for name, values in rates.items()}
+
+        return replace(
+            self,
+            **part({name: getattr(self, name) for name in ("asr", "asr_low", "asr_high", "nonfinite", "unanswered")}),
+            measures={name: part(measure) for name, measure in self.measures.items()},
+            disagreement={name: part(measure) for name, measure in self.disagreement.items()},
+            shares=part(self.shares),
+            filled=None if self.filled is None else self.filled[kept],
+            directions=tuple(itertools.compress(self.directions, kept)),
+        )
 
     @property
     def origin(self) -> tuple[int, ...] | None:
@@ -161,6 +194,7 @@ class Landscape:
             "axes": [axis.described() for axis in self.axes],
             **({"points": [list(point) for point in self.points]} if self.points else {}),
             **({} if self.filled is None else {"filled": self.filled.tolist()}),
+            **({"directions": [list(names) for names in self.directions]} if self.directions else {}),
             "asr": nested(self.asr),
             "asr_low": nested(self.asr_low),
             "asr_high": nested(self.asr_high),
@@ -168,6 +202,7 @@ class Landscape:
             **({"unanswered": self.unanswered.tolist()} if self.unanswered.any() else {}),
             "visage": self.visage_values,
             **({} if self.numbers is None else {"numbers": self.numbers}),
+            **({"control": dict(self.control)} if self.control else {}),
             **({"shares": {kind: nested(share) for kind, share in self.shares.items()}} if self.shares else {}),
             **({"measures": each_array(nested, self.measures)} if self.measures else {}),
             **({"disagreement": each_array(nested, self.disagreement)} if self.disagreement else {}),
@@ -225,6 +260,8 @@ class Landscape:
             shares={kind: np.array(share, np.float64) for kind, share in content.get("shares", {}).items()},
             points=tuple(tuple(map(float, point)) for point in content.get("points", ())),
             filled=np.array(content["filled"], bool) if "filled" in content else None,
+            directions=tuple(tuple(map(str, names)) for names in content.get("directions", ())),
+            control=dict(content.get("control", {})),
         )
         grid = (len(landscape.points),) if landscape.points else tuple(len(axis.values) for axis in landscape.axes)
         arrays = (landscape.asr, landscape.asr_low, landscape.asr_high, landscape.nonfinite, landscape.unanswered)
@@ -243,6 +280,30 @@ class Landscape:
                 if number is not None:
                     np.array([number["value"], *number["interval"]], np.float64).reshape(3)
         return landscape
+
+
+def _numbers(
+    axes: Sequence[Axis],
+    refused: Shaped[np.ndarray, " directions *grid prompts"],
+    complied: Shaped[np.ndarray, " directions *grid prompts"] | None,
+) -> dict[str, Any]:
+    """VISAGE and the other numbers of a complete grid, as `visage` and `numbers` in `landscape.json`."""
+    asr = 100.0 * (1.0 - refused.sum(axis=-1) / refused.shape[-1])
+    values = {
+        "paper": visage(asr, "paper", len(axes)),
+        "reference": visage(asr, "reference", len(axes)),
+        "interval": list(visage_interval(refused, "paper")),
+        "reference_interval": list(visage_interval(refused, "reference")),
+    }
+    numbers = {"asr": landscape_numbers(1 - refused.astype(np.float64), axes)}
+    numbers |= {} if complied is None else {"complied": landscape_numbers(complied, axes)}
+    return {"visage": values, "numbers": numbers}
+
+
+def _is_control(directions: Sequence[Sequence[str]], count: int) -> Bool[np.ndarray, " directions"]:
+    """See `Landscape.is_control`."""
+    controls = np.array([any(name.startswith(f"{Control.kind}:") for name in names) for names in directions], bool)
+    return controls if controls.size and not controls.all() else np.zeros(count, bool)
 
 
 def each_array(function: Callable[[Any], Any], measures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jaxscape.directions.kinds import Given
+from jaxscape.directions.random import Random
 from jaxscape.engine.scheduler import Completion
 from jaxscape.evaluate.base import Evaluator, Label
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
@@ -75,6 +77,7 @@ class Run:
         unanswered: bool[points, prompts], whether a text has thinking in it and no answer; only for evaluated points.
         labels: what evaluators said of the answers at the evaluated points.
         evaluator: name of the evaluator that decides the ASR.
+        directions: see `Landscape.directions`.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Run:
         evaluator: str = DEFAULT_EVALUATOR,
         coords: Sequence[tuple[float, ...]] = (),
         adaptive: Adaptive | None = None,
+        directions: Sequence[Sequence[str]] = (),
     ) -> None:
         self.axes, self.coords, self.prompts = tuple(axes), tuple(coords), tuple(prompts)
         self._shape = (num_sets, *([len(axis.values) for axis in axes] or [len(coords)]))
@@ -97,7 +101,7 @@ class Run:
         self.refused = np.zeros((len(self._all), len(prompts)), bool)
         self.finite = np.ones((len(self._all), len(prompts)), bool)
         self.unanswered = np.zeros((len(self._all), len(prompts)), bool)
-        self._out, self.evaluator = out, evaluator
+        self._out, self.evaluator, self.directions = out, evaluator, directions
         self._unwritten: list[list[dict[str, Any]]] = []  # the lines of a run without a directory, point by point
         self.labels = LabelBook(self.points, len(prompts), None if out is None else out[0])
         if out is not None:
@@ -194,6 +198,7 @@ class Run:
             complied=self._filled(complied.astype(np.float64)) if len(complied) == len(self.points) > 0 else None,
             disagreement=each_array(self._filled, self.labels.disagreement(self.evaluator, self.refused[done])),
             points=self.coords,
+            directions=self.directions,
             filled=~evaluated if self.adaptive and is_finished else None,
         )
 
@@ -317,6 +322,7 @@ def open_run(
         evaluator=config.get("evaluator", DEFAULT_EVALUATOR),
         coords=coords,
         adaptive=adaptive,
+        directions=_shown_names(config),
     )
     with rundir.open_run_directory(directory, config, SCAN, overwrite) as file:
         if directory is None or file is None:
@@ -346,7 +352,17 @@ def reopen_run(directory: Path) -> Iterator[tuple[Run, list[str]]]:
             num_sets, evaluator = len(config["directions"]), str(config.get("evaluator", DEFAULT_EVALUATOR))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"The run in {directory} cannot be read ({reason(error)}).") from error
-        run = Run(axes, num_sets, prompts, (directory, file), evaluator, coords, config.get("adaptive"))
+        run = Run(
+            *(axes, num_sets, prompts, (directory, file), evaluator, coords, config.get("adaptive")),
+            directions=_shown_names(config),
+        )
         if run.extend():
             raise UserError(f"The run in {directory} is not finished; run its command again to finish it first.")
         yield run, sent
+
+
+def _shown_names(config: Mapping[str, Any]) -> list[list[str]]:
+    """The names of the directions of each set, if one of them says more than that it is random or was given."""
+    names = [list(map(str, item)) for item in config.get("direction_names", [])]
+    is_shown = any(name != Given.name and not name.startswith(f"{Random.kind}:") for item in names for name in item)
+    return names if is_shown else []

@@ -19,28 +19,30 @@ FIGURE = "comparison.png"
 
 
 def plot_comparison(comparison: Comparison) -> Figure:
-    """A figure of all runs of a comparison. Runs whose axes have other names get a panel of their own.
+    """A figure of all runs of a comparison. Runs whose axes have other names or units get a panel of
+    their own.
 
     A line is drawn as the mean ASR over its directions, with a band from the mean lower to the mean upper end of their
     95 % intervals; if there are several directions, each of them is a thin line too. A plane is drawn as the contour at
     which the mean ASR is 50 %. A run has the same colour, line style and marker everywhere.
     """
-    panels: dict[tuple[str, ...], list[int]] = {}
+    panels: dict[tuple[tuple[str, str | None], ...], list[int]] = {}
     for number, run in enumerate(comparison.runs):
-        panels.setdefault(tuple(axis.name for axis in run.landscape.axes), []).append(number)
+        panels.setdefault(tuple((axis.name, axis.unit) for axis in run.landscape.axes), []).append(number)
     figure = Figure(figsize=(7 * len(panels), 4.6), layout="constrained")
-    for plot, (names, numbers) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for plot, numbers in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.values(), strict=True):
+        axes = comparison.runs[numbers[0]].landscape.axes
         for number in numbers:
-            draw = _draw_line if len(names) == 1 else _draw_contour
+            draw = _draw_line if len(axes) == 1 else _draw_contour
             draw(plot, comparison.runs[number], number)
         plot.grid(alpha=0.3)
-        plot.set_xlabel(axis_label(names[0]))
-        if len(names) == 1:
-            mark_models(plot, comparison.runs[numbers[0]].landscape.axes[0])
+        plot.set_xlabel(axis_label(axes[0]))
+        if len(axes) == 1:
+            mark_models(plot, axes[0])
             plot.set(ylabel=ASR_LABEL, ylim=(-3, 103))
         else:
             plot.plot(0, 0, marker="+", color="k", markersize=10)
-            plot.set(ylabel=axis_label(names[1]), title=f"where the ASR is {THRESHOLD:.0f} %")
+            plot.set(ylabel=axis_label(axes[1]), title=f"where the ASR is {THRESHOLD:.0f} %")
             plot.set_aspect("equal", adjustable="datalim")
         for axis in (plot.xaxis, plot.yaxis):
             axis.label.set_parse_math(False)  # names are drawn as they are, not as formulas

@@ -1,6 +1,6 @@
 """Figures of landscapes: curves with intervals in 1D, contours and surfaces in 2D."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +83,61 @@ def _title(landscape: Landscape) -> str:
     return f"{title}\n{landscape.num_evaluated} of {landscape.asr.size} points evaluated, the others interpolated"
 
 
-def axis_label(name: str) -> str:
-    if _is_interpolation(name):
-        return f"{name} (0: the model, 1: the other)"
-    return f"{GREEK.get(name, name)} (distance along the direction)"
+UNITS = {
+    None: "distance along the direction",
+    "tensors": "in norms of each tensor",
+    "weights": "in norms of all weights",
+    "raw": "in lengths of the direction",
+    "own": "in lengths of each direction",
+}
+"""What the label of an axis says of its unit, see `Axis.unit`."""
+
+
+def axis_label(axis: Axis) -> str:
+    if _is_interpolation(axis.name):
+        return f"{axis.name} (0: the model, 1: the other)"
+    return f"{GREEK.get(axis.name, axis.name)} ({UNITS[axis.unit]})"
 
 
 def _is_interpolation(name: str) -> bool:
     return name.startswith("interpolation")
 
 
+def _plot_panels(landscape: Landscape) -> Figure:
+    """A panel for each direction set, with its name, two in a row: a special direction and its control side by side."""
+    num_sets = len(landscape.asr)
+    rows = -(-num_sets // 2)
+    figure = Figure(figsize=(11, 0.9 + 3.1 * rows), layout="constrained")
+    plots = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).ravel()
+    coords, xlabel = _horizontal(landscape)
+    for i, plot in enumerate(plots[:num_sets]):
+        one = landscape.select(np.arange(num_sets) == i)
+        _draw_shares(plot, one)
+        _draw_curves(plot, one, ("k",))
+        _draw_radii(plot, [_radii_of_sets(landscape)[i]])
+        if landscape.axes:
+            mark_models(plot, landscape.axes[0])
+        plot.set_title(" and ".join(landscape.directions[i])[:70], fontsize=9)
+        plot.grid(alpha=0.3)
+        if len(coords) > 1:
+            plot.set_xlim(coords.min(), coords.max())
+        plot.set(ylim=(-1, 101), ylabel="" if i % 2 else "share of the answers (%)")
+    for plot in plots[num_sets:]:
+        plot.set_axis_off()
+    for plot in plots[max(0, num_sets - 2) : num_sets]:
+        plot.set_xlabel(xlabel)
+        plot.xaxis.set_tick_params(labelbottom=True)
+    labelled = {
+        label: handle for plot in plots for handle, label in zip(*plot.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labelled.values(), labelled.keys(), fontsize=8, loc="outside lower center", ncols=len(labelled))
+    figure.suptitle(_title(landscape))
+    return figure
+
+
 def _plot_1d(landscape: Landscape) -> Figure:
+    if landscape.shares and landscape.directions and len(landscape.asr) > 1:
+        return _plot_panels(landscape)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     plot = figure.add_subplot()
     coords, xlabel = _horizontal(landscape)
@@ -101,7 +145,7 @@ def _plot_1d(landscape: Landscape) -> Figure:
         figure.set_figheight(4.8)
         _draw_shares(plot, landscape)
         _draw_curves(plot, landscape, ("k",))
-        _mark_radii(plot, landscape)
+        _draw_radii(plot, _radii_of_sets(landscape))
     else:
         _draw_curves(plot, landscape, COLOURS)
     if landscape.axes:
@@ -122,7 +166,7 @@ def _plot_1d(landscape: Landscape) -> Figure:
 def _horizontal(landscape: Landscape) -> tuple[Float[np.ndarray, " points"], str]:
     """The points on the horizontal axis of a figure of a line or of a list of points, and the label of that axis."""
     if landscape.axes:
-        return np.array(landscape.axes[0].values, np.float64), axis_label(landscape.axes[0].name)
+        return np.array(landscape.axes[0].values, np.float64), axis_label(landscape.axes[0])
     distances = np.linalg.norm(landscape.points, axis=1)
     if (np.diff(distances) > 0).all():
         return distances, "distance from the model (norm of the coordinates)"
@@ -140,13 +184,21 @@ def _draw_shares(plot: Axes, landscape: Landscape) -> None:
         bottom = top
 
 
-def _mark_radii(plot: Axes, landscape: Landscape) -> None:
+def _radii_of_sets(landscape: Landscape) -> list[dict[str, Any]]:
+    """For each direction set, the radius of the ASR on each of its sides, as in `landscape.json`; empty where there is
+    none."""
+    numbers = (landscape.numbers, landscape.control.get("numbers"))
+    found = [((of or {}).get("asr", {}).get("radius") or {}).get("directions", []) for of in numbers]
+    special, controls = map(iter, found)
+    return [next(controls if is_control else special, {}) for is_control in landscape.is_control]
+
+
+def _draw_radii(plot: Axes, radii: Sequence[Mapping[str, Any]]) -> None:
     """A mark where the ASR of each direction rises above 50 %, on either side."""
-    radius = (landscape.numbers or {}).get("asr", {}).get("radius")
     sides = {"negative": -1, "positive": 1}
     found = [
         sign * entry[side]["value"]
-        for entry in (radius or {}).get("directions", [])
+        for entry in radii
         for side, sign in sides.items()
         if side in entry and not entry[side]["at_least"]
     ]
@@ -159,7 +211,9 @@ def _mark_radii(plot: Axes, landscape: Landscape) -> None:
 def _draw_curves(plot: Axes, landscape: Landscape, colours: Sequence[str]) -> None:
     """The ASR along each direction, and a band for its interval."""
     coords, _ = _horizontal(landscape)
-    names = [f"direction {i}" for i in range(len(landscape.asr))]
+    names = [" and ".join(item) for item in landscape.directions] or [
+        f"direction {i}" for i in range(len(landscape.asr))
+    ]
     if landscape.shares:
         names = [f"ASR, {name}" for name in names] if len(names) > 1 else ["attack success rate (ASR), 95 % interval"]
     for i, (asr, low, high) in enumerate(zip(landscape.asr, landscape.asr_low, landscape.asr_high, strict=True)):
@@ -236,7 +290,7 @@ def _draw_contour(plot: Axes, axes: Sequence[Axis], values: np.ma.MaskedArray) -
     plot.clabel(lines, fmt="%d %%", fontsize=8)
     plot.plot(0, 0, marker="+", color="w", markersize=10, markeredgewidth=2)
     aspect: Any = "auto" if _is_interpolation(first.name) else "equal"
-    plot.set(xlabel=axis_label(first.name), ylabel=axis_label(second.name), aspect=aspect)
+    plot.set(xlabel=axis_label(first), ylabel=axis_label(second), aspect=aspect)
     return filled
 
 

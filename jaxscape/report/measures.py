@@ -59,7 +59,7 @@ def _plot_1d(axes: Sequence[Axis], panels: Sequence[tuple[str, str, Mapping[str,
         plot.set_title(name, fontsize=10)
         plot.set_ylabel(label, fontsize=7)
         plot.grid(alpha=0.3)
-    plots[-1].set_xlabel(axis_label(axes[0].name))
+    plots[-1].set_xlabel(axis_label(axes[0]))
     if len(panels[0][2]["value"]) > 1:
         plots[0].legend(fontsize=8)
     return figure
@@ -83,7 +83,7 @@ def _draw_contour(plot: Axes, axes: Sequence[Axis], value: Float[np.ndarray, "fi
     first, second = axes
     x, y = np.meshgrid(first.values, second.values, indexing="ij")
     plot.plot(0, 0, marker="+", color="w", markersize=10, markeredgewidth=2)
-    plot.set(xlabel=axis_label(first.name), ylabel=axis_label(second.name))
+    plot.set(xlabel=axis_label(first), ylabel=axis_label(second))
     if not np.isfinite(value).any():
         return None
     return plot.contourf(x, y, np.ma.masked_invalid(value), levels=12, cmap=COLOUR_MAP, zorder=0)
