@@ -117,7 +117,7 @@ class Landscape:
                 control = _numbers(axes, refused[is_control], None if complied is None else complied[is_control])
         unanswered = np.zeros_like(nonfinite) if unanswered is None else unanswered
         return cls(
-            *(tuple(axes), asr, low, high, nonfinite, unanswered, num_prompts, *found.values()),
+            *(tuple(axes), asr, low, high, nonfinite, unanswered, num_prompts, found["visage"], found["numbers"]),
             measures=measures or {},
             disagreement=disagreement or {},
             shares=shares or {},
