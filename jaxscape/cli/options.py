@@ -157,7 +157,7 @@ class RunOptions(PlatformOptions):
 class OutputOptions:
     """The run's directory."""
 
-    out: Annotated[Path | None, shown("runs/MODEL-1d or runs/MODEL-2d", "DIRECTORY")] = None
+    out: Annotated[Path | None, shown("runs/MODEL-1d, -2d or -points", "DIRECTORY")] = None
     """The run's directory. An unfinished run there is resumed."""
     overwrite: bool = False
     """Start over if the directory holds a run."""

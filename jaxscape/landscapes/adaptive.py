@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.landscapes.axes import Axis
+from jaxscape.runtime.errors import UserError
 
 FIRST_GAP = 0.25  # of the number of steps of an axis: the largest gap between points of the first round
 _ROUNDING = 1e-9  # percent; rates that differ by less are the same
@@ -86,6 +87,13 @@ def interpolated(
         for step in _rounds(axes):
             _fill(step, grid[None], _interpolate(step, grid[None]), known)
     return filled.reshape(values.shape)
+
+
+def check_ascending(axes: Sequence[Axis]) -> None:
+    """Raise a `UserError` if points cannot be filled between their neighbours, because an axis is not in order."""
+    for axis in axes:
+        if any(high <= low for low, high in itertools.pairwise(axis.values)):
+            raise UserError(f"The values of the axis {axis.name} do not ascend: sort them, or scan without adaptive.")
 
 
 def _may_differ(

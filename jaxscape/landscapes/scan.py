@@ -25,6 +25,7 @@ from jaxscape.engine.sampling import Sampling, SamplingOptions
 from jaxscape.evaluate.base import Evaluator, checksum_of, stop_when_all, uses_model
 from jaxscape.evaluate.coherence import COHERENCE, Coherence, coherence
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
+from jaxscape.landscapes.adaptive import check_ascending
 from jaxscape.landscapes.answers import answers_at
 from jaxscape.landscapes.axes import Axis, point_text
 from jaxscape.landscapes.choice import choose_grid, choose_sets, count_directions
@@ -120,6 +121,8 @@ def scan(
     else:
         recipes, axes = choose_sets(directions, control), ()
         check_coordinates(coords, count_directions(recipes))
+    if adaptive:
+        check_ascending(axes)
     texts = as_texts(prompts, "prompts")
     prompts = prompts if isinstance(prompts, Prompts) else Prompts(texts)
     settings, judges = Sampling(**sampling), find_evaluators(evaluator)

@@ -265,6 +265,11 @@ def test_where_compliance_changes_points_are_evaluated_too(tmp_path: Path, decid
     assert (land.num_evaluated, is_right) == ((5, False) if decides == "asr" else (11, True))
 
 
+def test_an_axis_that_is_not_in_order_is_not_adaptive(tiny: js.Model) -> None:
+    with pytest.raises(js.UserError, match="do not ascend"):
+        js.scan(tiny, [0], prompts=PROMPTS, axes=[Axis("alpha", (0.0, 0.2, 0.1))], adaptive=True)
+
+
 def test_coherence_judges_after_each_round(tiny: js.Model, tmp_path: Path) -> None:
     options = OPTIONS | {"shares": True, "steps": 8}
     land = js.scan(tiny, [0], adaptive=True, out=tmp_path, **options)
