@@ -45,25 +45,27 @@ class _Round:
 
 
 def next_points(
-    outcomes: Float[np.ndarray, " rates *grid prompts"], is_known: Bool[np.ndarray, " *grid"], axes: Sequence[Axis]
-) -> Bool[np.ndarray, " *grid"]:
-    """The points of a grid that are to be evaluated next: those of the first round that misses any.
+    outcomes: Float[np.ndarray, " rates directions *grid prompts"],
+    is_known: Bool[np.ndarray, " directions *grid"],
+    axes: Sequence[Axis],
+) -> Bool[np.ndarray, " directions *grid"]:
+    """The points of direction sets on a grid that are to be evaluated next: those of the first round that misses any.
 
     The choice depends on the points of earlier rounds alone, so that a resumed run makes the same one.
 
     Arguments:
         outcomes: 1 where an answer counts in a rate and 0 elsewhere, for each rate that decides; the first one is the
             ASR. Anything at points that are not known.
-        is_known: bool[*grid], the points that are evaluated.
+        is_known: bool[directions, *grid], the points that are evaluated.
 
     Returns:
-        bool[*grid]; all false if nothing is left to evaluate.
+        bool[directions, *grid]; all false if nothing is left to evaluate.
     """
     values = outcomes.copy()
     for step in _rounds(axes):
         between = _interpolate(step, values)
         wanted = np.zeros_like(is_known)
-        wanted[step.grid] = step.is_new & _may_differ(step, values, between)
+        wanted[:, *step.grid] = step.is_new & _may_differ(step, values, between)
         if (wanted & ~is_known).any():
             return wanted & ~is_known
         _fill(step, values, between, is_known)
@@ -82,10 +84,9 @@ def interpolated(
         values: float64[directions, *grid, ...].
         is_known: bool[directions, *grid]; the points of the first round are known.
     """
-    filled = values.reshape(*is_known.shape, -1).copy()
-    for grid, known in zip(filled, is_known, strict=True):
-        for step in _rounds(axes):
-            _fill(step, grid[None], _interpolate(step, grid[None]), known)
+    filled = values.reshape(1, *is_known.shape, -1).copy()
+    for step in _rounds(axes):
+        _fill(step, filled, _interpolate(step, filled), is_known)
     return filled.reshape(values.shape)
 
 
@@ -97,13 +98,15 @@ def check_ascending(axes: Sequence[Axis]) -> None:
 
 
 def _may_differ(
-    step: _Round, values: Float[np.ndarray, " rates *all prompts"], between: Float[np.ndarray, " rates *grid prompts"]
-) -> Bool[np.ndarray, " *grid"]:
+    step: _Round,
+    values: Float[np.ndarray, " rates directions *all prompts"],
+    between: Float[np.ndarray, " rates directions *grid prompts"],
+) -> Bool[np.ndarray, " directions *grid"]:
     """Whether a rate at a point may differ from the interpolated one by more than the noise, which is half the width
     of its 95 % interval, if it is not outside the range of the rates around it; or whether the safety basin, where the
     ASR is below 100, ends between the points around it."""
     if not step.corners:
-        return np.ones_like(step.is_new)
+        return np.ones(between.shape[1:-1], bool)
     corners = np.stack([100 * values[_all(corner)].mean(axis=-1) for corner in step.corners])
     middle = 100 * between.mean(axis=-1)
     low, high = wilson_interval(middle, values.shape[-1])
@@ -112,7 +115,9 @@ def _may_differ(
     return np.asarray(differs | (in_basin.any(axis=0) & ~in_basin.all(axis=0)))
 
 
-def _interpolate(step: _Round, values: Float[np.ndarray, " rates *all rest"]) -> Float[np.ndarray, " rates *grid rest"]:
+def _interpolate(
+    step: _Round, values: Float[np.ndarray, " rates directions *all rest"]
+) -> Float[np.ndarray, " rates directions *grid rest"]:
     """What linear interpolation between earlier points gives at the points of a round; at earlier points, their own
     values."""
     if not step.corners:
@@ -124,18 +129,18 @@ def _interpolate(step: _Round, values: Float[np.ndarray, " rates *all rest"]) ->
 
 
 def _all(index: _Index) -> _Index:
-    """The same points for each of several rates."""
-    return (slice(None), *index)
+    """The same points for each rate and each direction set."""
+    return (slice(None), slice(None), *index)
 
 
 def _fill(
     step: _Round,
-    values: Float[np.ndarray, " rates *all rest"],
-    between: Float[np.ndarray, " rates *grid rest"],
-    is_known: Bool[np.ndarray, " *all"],
+    values: Float[np.ndarray, " rates directions *all rest"],
+    between: Float[np.ndarray, " rates directions *grid rest"],
+    is_known: Bool[np.ndarray, " directions *all"],
 ) -> None:
     """Put what interpolation gives at those points of a round that are not known."""
-    is_filled = step.is_new & ~is_known[step.grid]
+    is_filled = step.is_new & ~is_known[:, *step.grid]
     values[_all(step.grid)] = np.where(is_filled[..., None], between, values[_all(step.grid)])
 
 

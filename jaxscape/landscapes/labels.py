@@ -21,7 +21,7 @@ LABEL_FILES = "labels-*.jsonl"
 UNJUDGED = "unjudged"
 """What stands in measures for answers that an evaluator could not judge. In the label files they are null."""
 
-Rates = dict[str, Float[np.ndarray, " points"]]
+Rates = dict[str, Float[np.ndarray, " _"]]
 """Shares in percent and the ends of their 95 % intervals, by name, at the first evaluated points."""
 
 

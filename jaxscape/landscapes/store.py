@@ -115,21 +115,16 @@ class Run:
         """
         if self.adaptive is not None and self.num_done == len(self.points):
             wanted = self._next_points()
-            self.points += [point for point, is_wanted in zip(self._all, wanted, strict=True) if is_wanted]
+            self.points += [point for point, is_wanted in zip(self._all, wanted.flat, strict=True) if is_wanted]
             self.is_whole = not wanted.any()
             self.save()
         return self.num_done < len(self.points)
 
-    def _next_points(self) -> Bool[np.ndarray, " all_points"]:
-        rates = [self._on_grid(1.0 - self.refused[: self.num_done])]
+    def _next_points(self) -> Bool[np.ndarray, " directions *grid"]:
+        rates = [1.0 - self.refused[: self.num_done]]
         if self.adaptive == "shares" and len(complied := self.labels.complied()) == self.num_done:
-            rates.append(self._on_grid(complied.astype(np.float64)))
-        return np.concatenate(
-            [
-                next_points(np.stack([rate[i] for rate in rates]), is_known, self.axes).ravel()
-                for i, is_known in enumerate(self._evaluated())
-            ]
-        )
+            rates.append(complied.astype(np.float64))
+        return next_points(np.stack(list(map(self._on_grid, rates))), self._evaluated(), self.axes)
 
     def append(
         self,
