@@ -1,0 +1,310 @@
+"""Radii by bisection along many rays, and the certificate of Gaussian noise."""
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Unpack
+
+import numpy as np
+
+from jaxscape.directions.kinds import DirectionLike, recipe_of
+from jaxscape.directions.relative import Relative
+from jaxscape.engine.options import EngineOptions
+from jaxscape.engine.sampling import SamplingOptions
+from jaxscape.evaluate.base import Evaluator
+from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
+from jaxscape.landscapes.decisions import Decisions, Point, Question, open_decisions
+from jaxscape.landscapes.radii import Certificate, Radii, Ray, radius_text
+from jaxscape.models.checkpoint import named_leaves
+from jaxscape.models.model import Model
+from jaxscape.runtime.errors import UserError, as_list
+from jaxscape.runtime.processes import from_first
+from jaxscape.runtime.progress import progress_display
+
+DEFAULT_RADIUS_MAX, DEFAULT_RESOLUTION, DEFAULT_ERROR, DEFAULT_DRAWS = 0.5, 0.01, 0.05, 100
+SIDES = {-1: "negative", 1: "positive"}
+
+
+def radius(
+    model: Model,
+    directions: Sequence[DirectionLike],
+    *,
+    prompts: Sequence[str],
+    of: str = "asr",
+    threshold: float = 50.0,
+    radius_max: float = DEFAULT_RADIUS_MAX,
+    resolution: float = DEFAULT_RESOLUTION,
+    error: float = DEFAULT_ERROR,
+    checks: int = 0,
+    system_prompt: str = "default",
+    thinking: str = "default",
+    evaluator: str | Evaluator | Sequence[str | Evaluator] = DEFAULT_EVALUATOR,
+    options: EngineOptions | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    describe: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **sampling: Unpack[SamplingOptions],
+) -> Radii:
+    """How far it is along each side of each direction until a rate exceeds a threshold, by bisection.
+
+    A ray has the points at multiples of `resolution` from the model. Bisection finds where the rate first exceeds
+    the threshold if it rises along the ray; if it does not, it finds one of the places where it begins to exceed it. At
+    each point, prompts are asked in random order, until `jaxscape.evaluate.statistics.more_than` has decided whether
+    the rate over all prompts exceeds the threshold.
+
+    Arguments:
+        directions, prompts, system_prompt, thinking, options, out, overwrite, describe, progress, sampling: as in
+            `jaxscape.scan`. The seed of `sampling` also decides the order of the prompts. A direction to another model
+            has only its positive side.
+        of: which rate: `asr`, or the share of the answers that are `complied` or `incoherent`.
+        threshold: in percent.
+        radius_max: the largest distance, in multiples of the directions.
+        resolution: the distance between two points; it is made a little smaller if it does not divide `radius_max`.
+        error: the probability, over the order of the prompts, that the search along a ray ends elsewhere than with the
+            answers to all prompts, at most. Each of the points that a search can have is given an equal part of it. 0
+            asks until nothing can change a decision.
+        checks: the number of further points along each ray that are asked afterwards, to see whether the rate rises.
+        evaluator: one evaluator, which tells refusals.
+
+    Returns:
+        The radii. If `out` holds them already, no answer is generated again.
+
+    Raises:
+        UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
+    """
+    if not (0 < radius_max < math.inf):
+        raise UserError(f"The largest radius must be a positive number, not {radius_max:g}.")
+    if not (0 < resolution <= radius_max):
+        raise UserError(f"The resolution must be positive and at most the largest radius, not {resolution:g}.")
+    cells = math.ceil(radius_max / resolution - 1e-9)  # and not one more by rounding alone
+    if not 0 <= checks <= cells:
+        raise UserError(f"The number of checks must be from 0 to {cells}, the number of points of a ray, not {checks}.")
+    if not 0 <= error < 1:
+        raise UserError(f"The error must be at least 0 and below 1, not {error:g}.")
+    recipes = [recipe_of(direction) for direction in as_list(directions, "directions")]
+    num_points = 2 + math.ceil(math.log2(cells)) + checks  # of a ray, at most
+    question, directory = Question(of, threshold, error / num_points), None if out is None else Path(out)
+    sides = [[1] if recipe.is_interpolation else [-1, 1] for recipe in recipes for _ in range(recipe.count)]
+    search = {"radius_max": radius_max, "cells": cells, "checks": checks}
+    with open_decisions(
+        question,
+        model,
+        recipes,
+        search,
+        prompts=prompts,
+        system_prompt=system_prompt,
+        thinking=thinking,
+        evaluator=evaluator,
+        options=options,
+        out=directory,
+        overwrite=overwrite,
+        describe=describe,
+        points=2,
+        **sampling,
+    ) as decisions:
+        rays: list[Ray] = []
+
+        def result() -> Radii:
+            return Radii(
+                of=of,
+                threshold=threshold,
+                radius_max=radius_max,
+                resolution=radius_max / cells,
+                error=error,
+                num_prompts=decisions.num_prompts,
+                num_rays=sum(map(len, sides)),
+                rays=tuple(rays),
+                num_answers=decisions.num_answers,
+            )
+
+        with progress_display(progress) as bar:
+            task = bar.add_task("radius", total=len(sides))
+            bar.print(decisions.summary)
+            for index, signs in enumerate(sides):
+                rays += _search(decisions, index, signs, radius_max, cells, checks)
+                if directory is not None:
+                    from_first(lambda: result().save(directory))
+                bar.update(task, completed=index + 1)
+                bar.print(_report(index + 1, rays[-len(signs) :], result()))
+        return result()
+
+
+class Found(NamedTuple):
+    """Where a search ended: the numbers of the two points next to each other between which the rate first exceeds the
+    threshold, `outside` None if there are none, and those of the points that contradict a rate that rises."""
+
+    inside: int
+    outside: int | None
+    contradictions: tuple[int, ...] = ()
+
+
+Search = Generator[int, bool, Found]
+"""A search along a ray. It yields the number of a point, is sent whether the rate exceeds the threshold there, and
+returns what it found."""
+
+
+def bisection(cells: int, checks: int = 0) -> Search:
+    """A search by bisection among the points 0 (the model itself) to `cells` of a ray.
+
+    Arguments:
+        checks: the number of further points, as evenly spread as can be, that are asked afterwards.
+    """
+    asked = [0, cells]
+    if (yield 0):
+        return Found(0, 0)
+    inside, outside = (0, cells) if (yield cells) else (cells, None)
+    while outside is not None and outside - inside > 1:
+        asked.append((inside + outside) // 2)
+        inside, outside = (inside, asked[-1]) if (yield asked[-1]) else (asked[-1], outside)
+    rest = np.setdiff1d(range(cells), asked)
+    contradictions = []
+    for index in rest[np.linspace(0, len(rest) - 1, min(checks, len(rest))).round().astype(int)].tolist():
+        if (yield index) != (outside is not None and index >= outside):
+            contradictions.append(index)
+    return Found(inside, outside, tuple(contradictions))
+
+
+def lockstep(
+    searches: Sequence[Search], ask: Callable[[Sequence[tuple[int, int]]], Sequence[bool]]
+) -> list[tuple[Found, int]]:
+    """Run searches together, so that each step of all of them is asked at once.
+
+    Arguments:
+        ask: takes the index of a search and the number of a point for each search that is not finished, and returns
+            whether the rate exceeds the threshold there.
+
+    Returns:
+        For each search, what it found, and the number of points that it asked for.
+    """
+    steps = {index: next(search) for index, search in enumerate(searches)}
+    counts, found = [0] * len(searches), {}
+    while steps:
+        for (index, _), answer in zip(list(steps.items()), ask(list(steps.items())), strict=True):
+            counts[index] += 1
+            try:
+                steps[index] = searches[index].send(answer)
+            except StopIteration as end:
+                found[index] = end.value
+                del steps[index]
+    return [(found[index], counts[index]) for index in range(len(searches))]
+
+
+def _search(
+    decisions: Decisions, index: int, signs: Sequence[int], radius_max: float, cells: int, checks: int
+) -> list[Ray]:
+    """The rays of a direction."""
+
+    def distance(number: int) -> float:
+        return radius_max * number / cells
+
+    def point(sign: int, number: int) -> Point:
+        return (index, sign * distance(number)) if number else (0, 0.0)  # all rays begin at the same point
+
+    searches = [bisection(cells, checks) for _ in signs]
+    found = lockstep(searches, lambda steps: decisions.exceeds([point(signs[ray], number) for ray, number in steps]))
+    return [
+        Ray(
+            direction=decisions.names[index],
+            side=SIDES[sign],
+            inside=distance(end.inside),
+            outside=None if end.outside is None else distance(end.outside),
+            contradictions=tuple(map(distance, end.contradictions)),
+            points=count,
+        )
+        for sign, (end, count) in zip(signs, found, strict=True)
+    ]
+
+
+def _report(done: int, rays: Sequence[Ray], radii: Radii) -> str:
+    """One line about the direction that was finished last."""
+    texts = [f"{ray.side} {radius_text(ray, radii.radius_max)}" for ray in rays]
+    total = radii.num_rays * done // len(radii.rays)
+    return f"{done:>{len(str(total))}}/{total}  {rays[0].direction}  {', '.join(texts)}  ({radii.num_answers} answers)"
+
+
+def certify(
+    model: Model,
+    sigma: float,
+    *,
+    prompts: Sequence[str],
+    draws: int = DEFAULT_DRAWS,
+    first_seed: int = 0,
+    of: str = "asr",
+    threshold: float = 50.0,
+    system_prompt: str = "default",
+    thinking: str = "default",
+    evaluator: str | Evaluator | Sequence[str | Evaluator] = DEFAULT_EVALUATOR,
+    options: EngineOptions | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    describe: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **sampling: Unpack[SamplingOptions],
+) -> Certificate:
+    """How often Gaussian noise of size σ keeps a rate from exceeding a threshold, with 95 % confidence.
+
+    The noise is that of `jaxscape.directions.relative.Relative`: independent in each weight, with a standard deviation
+    of σ times the root mean square of the weight's tensor. At each draw, prompts are asked until nothing can change
+    whether the rate over all prompts exceeds the threshold, so that stopping early brings no error.
+
+    Arguments:
+        sigma: σ.
+        draws: the number of draws. It must not depend on what other draws have given.
+        first_seed: seed of the first draw; further ones have the seeds after it.
+
+    The other arguments are those of `radius`.
+
+    Raises:
+        UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
+    """
+    if not (0 < sigma < math.inf):
+        raise UserError(f"The size of the noise must be a positive number, not {sigma:g}.")
+    if draws < 1:
+        raise UserError(f"The number of draws must be at least 1, not {draws}.")
+    question, directory = Question(of, threshold), None if out is None else Path(out)
+    noise = [Relative(first_seed + i) for i in range(draws)]
+    weights = [leaf for name, leaf in named_leaves(model.params).items() if "norm" not in name]
+    with open_decisions(
+        question,
+        model,
+        noise,
+        {"sigma": sigma},
+        prompts=prompts,
+        system_prompt=system_prompt,
+        thinking=thinking,
+        evaluator=evaluator,
+        options=options,
+        out=directory,
+        overwrite=overwrite,
+        describe=describe,
+        points=1,
+        **sampling,
+    ) as decisions:
+        exceeded: list[bool] = []
+
+        def result() -> Certificate:
+            return Certificate(
+                of=of,
+                threshold=threshold,
+                sigma=sigma,
+                num_prompts=decisions.num_prompts,
+                num_draws=draws,
+                exceeded=tuple(exceeded),
+                num_weights=sum(leaf.size for leaf in weights),
+                num_answers=decisions.num_answers,
+            )
+
+        with progress_display(progress) as bar:
+            task = bar.add_task("certify", total=draws)
+            bar.print(decisions.summary)
+            for index in range(draws):
+                exceeded += decisions.exceeds([(index, float(sigma))])
+                if directory is not None:
+                    from_first(lambda: result().save(directory))
+                bar.update(task, completed=index + 1)
+                verdict = "exceeds" if exceeded[-1] else "does not exceed"
+                bar.print(
+                    f"{index + 1:>{len(str(draws))}}/{draws}  {decisions.names[index]}  {verdict} {threshold:g} %"
+                )
+        return result()
