@@ -75,20 +75,13 @@ def test_radii_are_those_of_a_scan_of_the_same_grid(tiny: js.Model, judge: SameA
     assert radii.complete
     assert radii.num_answers == len((finished / "generations.jsonl").read_text().splitlines())
     assert radii.num_answers < radii.grid_answers == (1 + 4 * 8) * len(PROMPTS)
-    found = 0
-    for direction, name in enumerate([0, "gaussian:1"]):
-        scanned = js.scan(tiny, [name], evaluator=judge, radius=0.08, steps=16, shares=False, **OPTIONS)
-        for ray in radii.rays[2 * direction : 2 * direction + 2]:
-            values = np.array(scanned.axes[0].values) * (1 if ray.side == "positive" else -1)
-            order = np.argsort(values)[8:]
-            exceeds = scanned.asr[0][order] > 50
-            if (np.diff(exceeds.astype(int)) >= 0).all():
-                found += 1
-                expected = values[order][exceeds.argmax()] if exceeds.any() else None
-                assert ray.outside == (None if expected is None else pytest.approx(expected))
-                assert not ray.contradictions
-    assert found, "the ASR rises along one ray at least"
-    assert any(ray.outside for ray in radii.rays)
+    scanned = js.scan(tiny, [0], evaluator=judge, radius=0.08, steps=16, shares=False, **OPTIONS)
+    values, exceeds = np.array(scanned.axes[0].values), scanned.asr[0] > 50
+    for ray, sign in zip(radii.rays[:2], (-1, 1), strict=True):
+        outwards = np.argsort(sign * values)[8:]
+        assert (np.diff(exceeds[outwards].astype(int)) >= 0).all(), "the ASR rises along this ray"
+        assert ray.outside == pytest.approx(sign * values[outwards][exceeds[outwards].argmax()])
+        assert not ray.contradictions
 
 
 def test_a_point_has_the_answers_of_the_prompts_in_the_order_of_the_run(finished: Path) -> None:
@@ -345,7 +338,7 @@ def test_the_share_that_complies_is_searched_for_by_the_model_itself(tiny: js.Mo
 
 def test_the_command_line(tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-    model = ["--model", str(tiny_dir), "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "4"]
+    model = ["--model", str(tiny_dir), "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "6"]
     search = ["--num-directions", "1", "--radius-max", "0.02"]
     main(["radius", *model, *search, "--out", str(tmp_path / "radius")])
     out = capsys.readouterr().out
