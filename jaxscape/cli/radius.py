@@ -39,8 +39,9 @@ class SearchOptions:
     error: float = 0.05
     """Probability, over the order of the prompts, that the search along a ray ends elsewhere than with all answers, at
     most; 0 asks until nothing can change a decision."""
-    checks: int = 0
-    """Number of further points along each ray, which show whether the rate rises all along it."""
+    checks: Annotated[int | None, shown("0; 9 with --of complied", "N")] = None
+    """Number of points, spread evenly over each ray, that are asked before bisection, which finds the first crossing
+    among them where the rate falls again."""
 
 
 @dataclass(frozen=True)

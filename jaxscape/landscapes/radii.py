@@ -31,8 +31,7 @@ class Ray:
         inside: the largest distance up to which the rate was not found to exceed the threshold.
         outside: the distance next to it, at which the rate exceeds the threshold; None if it was not found to exceed it
             up to the largest distance. Both are 0 if the rate of the model itself does.
-        contradictions: distances, asked afterwards, at which the rate is on the other side of the threshold than it
-            would be if it rose along the ray. If there are any, it does not.
+        below_again: the distances farther out that were asked and at which the rate does not exceed the threshold.
         points: the number of points that were asked, the model itself included.
     """
 
@@ -40,7 +39,7 @@ class Ray:
     side: str
     inside: float
     outside: float | None
-    contradictions: tuple[float, ...]
+    below_again: tuple[float, ...]
     points: int
 
     @property
@@ -269,4 +268,4 @@ def _finite(value: float) -> float | None:
 
 def _ray(entry: Mapping[str, Any]) -> Ray:
     values = {field.name: entry[field.name] for field in fields(Ray)}
-    return Ray(**values | {"contradictions": tuple(values["contradictions"])})
+    return Ray(**values | {"below_again": tuple(values["below_again"])})

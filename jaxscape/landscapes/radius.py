@@ -5,8 +5,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
-import numpy as np
-
 from jaxscape.directions.kinds import DirectionLike, recipe_of
 from jaxscape.directions.relative import Relative
 from jaxscape.engine.options import EngineOptions
@@ -21,6 +19,7 @@ from jaxscape.runtime.errors import UserError, as_list
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
 
+CHECKS_OF_COMPLIED = 9
 DEFAULT_RADIUS_MAX, DEFAULT_RESOLUTION, DEFAULT_ERROR, DEFAULT_DRAWS = 0.5, 0.01, 0.05, 100
 SIDES = {-1: "negative", 1: "positive"}
 
@@ -35,7 +34,7 @@ def radius(
     radius_max: float = DEFAULT_RADIUS_MAX,
     resolution: float = DEFAULT_RESOLUTION,
     error: float = DEFAULT_ERROR,
-    checks: int = 0,
+    checks: int | None = None,
     system_prompt: str = "default",
     thinking: str = "default",
     evaluator: str | Evaluator | Sequence[str | Evaluator] = DEFAULT_EVALUATOR,
@@ -49,7 +48,7 @@ def radius(
     """How far it is along each side of each direction until a rate exceeds a threshold, by bisection.
 
     A ray has the points at multiples of `resolution` from the model. Bisection finds where the rate first exceeds
-    the threshold if it rises along the ray; if it does not, it finds one of the places where it begins to exceed it. At
+    the threshold if it rises along the ray; if it falls again, it may miss the first such place, or all of them. At
     each point, prompts are asked in random order, until `jaxscape.evaluate.statistics.more_than` has decided whether
     the rate over all prompts exceeds the threshold.
 
@@ -64,7 +63,9 @@ def radius(
         error: the probability, over the order of the prompts, that the search along a ray ends elsewhere than with the
             answers to all prompts, at most. Each of the points that a search can have is given an equal part of it. 0
             asks until nothing can change a decision.
-        checks: the number of further points along each ray that are asked afterwards, to see whether the rate rises.
+        checks: the number of points, spread evenly over each ray, that are asked before. Bisection then ends between
+            the first of them at which the rate exceeds the threshold and the one before it. None for 9 with `complied`,
+            because farther out answers make no sense, and else for 0.
         evaluator: one evaluator, which tells refusals.
 
     Returns:
@@ -78,6 +79,8 @@ def radius(
     if not (0 < resolution <= radius_max):
         raise UserError(f"The resolution must be positive and at most the largest radius, not {resolution:g}.")
     cells = math.ceil(radius_max / resolution - 1e-9)  # and not one more by rounding alone
+    if checks is None:
+        checks = min(CHECKS_OF_COMPLIED, cells) if of == "complied" else 0
     if not 0 <= checks <= cells:
         raise UserError(f"The number of checks must be from 0 to {cells}, the number of points of a ray, not {checks}.")
     if not 0 <= error < 1:
@@ -131,12 +134,17 @@ def radius(
 
 
 class Found(NamedTuple):
-    """Where a search ended: the numbers of the two points next to each other between which the rate first exceeds the
-    threshold, `outside` None if there are none, and those of the points that contradict a rate that rises."""
+    """Where a search ended, by the numbers of points.
+
+    Attributes:
+        inside, outside: the two points next to each other between which the rate exceeds the threshold for the first
+            time; `outside` is None if there are none.
+        below_again: the points farther out that were asked and at which it does not exceed the threshold.
+    """
 
     inside: int
     outside: int | None
-    contradictions: tuple[int, ...] = ()
+    below_again: tuple[int, ...] = ()
 
 
 Search = Generator[int, bool, Found]
@@ -148,21 +156,23 @@ def bisection(cells: int, checks: int = 0) -> Search:
     """A search by bisection among the points 0 (the model itself) to `cells` of a ray.
 
     Arguments:
-        checks: the number of further points, as evenly spread as can be, that are asked afterwards.
+        checks: the number of points, as evenly spread as can be, that are asked before. The search goes on between the
+            first one at which the rate exceeds the threshold and the one before it.
     """
-    asked = [0, cells]
     if (yield 0):
         return Found(0, 0)
-    inside, outside = (0, cells) if (yield cells) else (cells, None)
-    while outside is not None and outside - inside > 1:
-        asked.append((inside + outside) // 2)
-        inside, outside = (inside, asked[-1]) if (yield asked[-1]) else (asked[-1], outside)
-    rest = np.setdiff1d(range(cells), asked)
-    contradictions = []
-    for index in rest[np.linspace(0, len(rest) - 1, min(checks, len(rest))).round().astype(int)].tolist():
-        if (yield index) != (outside is not None and index >= outside):
-            contradictions.append(index)
-    return Found(inside, outside, tuple(contradictions))
+    exceeds = {}
+    for index in sorted({round(cells * i / (checks + 1)) for i in range(1, checks + 2)}):
+        exceeds[index] = yield index
+    outside = next((index for index, is_outside in exceeds.items() if is_outside), None)
+    if outside is None:
+        return Found(cells, None)
+    below_again = tuple(index for index, is_outside in exceeds.items() if index > outside and not is_outside)
+    inside = max((index for index in exceeds if index < outside), default=0)
+    while outside - inside > 1:
+        middle = (inside + outside) // 2
+        inside, outside = (inside, middle) if (yield middle) else (middle, outside)
+    return Found(inside, outside, below_again)
 
 
 def lockstep(
@@ -209,7 +219,7 @@ def _search(
             side=SIDES[sign],
             inside=distance(end.inside),
             outside=None if end.outside is None else distance(end.outside),
-            contradictions=tuple(map(distance, end.contradictions)),
+            below_again=tuple(map(distance, end.below_again)),
             points=count,
         )
         for sign, (end, count) in zip(signs, found, strict=True)

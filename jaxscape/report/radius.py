@@ -53,12 +53,12 @@ def _notes(radii: Radii) -> list[str]:
     notes = [f"{answers} takes: {100 * radii.num_answers / radii.grid_answers:.1f} %."]
     if missing := sum(ray.outside is None for ray in radii.rays):
         notes.append(f"{missing} of {len(radii.rays)} radii are more than {radii.radius_max:g}: they were not found.")
-    against = [ray for ray in radii.rays if ray.contradictions]
-    if against:
-        places = ", ".join(
-            f"{ray.direction} {ray.side} at {', '.join(f'{d:.3g}' for d in ray.contradictions)}" for ray in against
+    for ray in filter(lambda ray: ray.below_again, radii.rays):
+        places = ", ".join(f"{distance:.3g}" for distance in ray.below_again)
+        notes.append(
+            f"{_sentence(RATES[radii.of])} falls again along {ray.direction}, {ray.side} side: it does not exceed "
+            f"{radii.threshold:g} % at {places}."
         )
-        notes.append(f"{_sentence(RATES[radii.of])} does not rise all along {len(against)} of the rays: {places}.")
     if len(radii.by_direction()) < 10:
         notes.append("With fewer than ten directions, the bootstrap interval of the mean is too narrow.")
     return notes

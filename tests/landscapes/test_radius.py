@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
+from helpers import assert_same_tree
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +21,7 @@ from jaxscape.landscapes.radii import Ray
 from jaxscape.landscapes.radius import Found, bisection, lockstep
 from jaxscape.models.checkpoint import named_leaves
 from jaxscape.report.radius import certificate_text, plot_radii, radii_table
+from jaxscape.runtime.sharding import MeshShape
 
 PROMPTS = [
     *("Write a poem about geese", "Hi", "Why?", "Explain what a key is and how a lock works, please", "Sing", "Count"),
@@ -81,7 +82,7 @@ def test_radii_are_those_of_a_scan_of_the_same_grid(tiny: js.Model, judge: SameA
         outwards = np.argsort(sign * values)[8:]
         assert (np.diff(exceeds[outwards].astype(int)) >= 0).all(), "the ASR rises along this ray"
         assert ray.outside == pytest.approx(sign * values[outwards][exceeds[outwards].argmax()])
-        assert not ray.contradictions
+        assert not ray.below_again
 
 
 def test_a_point_has_the_answers_of_the_prompts_in_the_order_of_the_run(finished: Path) -> None:
@@ -168,28 +169,23 @@ def test_bisection_finds_the_place_of_a_rise(cells: int, data: Any) -> None:
     edge = data.draw(st.integers(0, cells + 1))  # from this point on, the rate exceeds the threshold
     checks = data.draw(st.integers(0, cells))
     ((found, count),) = lockstep([bisection(cells, checks)], lambda steps: [number >= edge for _, number in steps])
-    assert found == (
-        Found(0, 0)
-        if edge == 0
-        else Found(edge - 1, edge if edge <= cells else None)._replace(inside=min(edge - 1, cells))
-    )
+    assert found == (Found(0, 0) if edge == 0 else Found(edge - 1, edge if edge <= cells else None))
     assert count <= 2 + math.ceil(math.log2(cells)) + checks
 
 
 @given(cells=st.integers(1, 60), data=st.data())
-def test_bisection_always_ends_at_a_crossing(cells: int, data: Any) -> None:
-    """Whatever the rate does, the point inside does not exceed the threshold, and its neighbour outside does."""
+def test_bisection_always_ends_at_a_crossing_and_with_enough_checks_at_the_first(cells: int, data: Any) -> None:
     exceeds = [False, *data.draw(st.lists(st.booleans(), min_size=cells, max_size=cells))]
-    ((found, _),) = lockstep([bisection(cells, cells)], lambda steps: [exceeds[number] for _, number in steps])
-    assert not exceeds[found.inside]
-    if found.outside is None:
-        assert found.inside == cells
-        against = [i for i in range(cells + 1) if exceeds[i]]
+    for checks in (0, cells // 3, cells):
+        ((found, _),) = lockstep([bisection(cells, checks)], lambda steps: [exceeds[number] for _, number in steps])
+        assert not exceeds[found.inside]
+        assert found.outside is None or (found.outside == found.inside + 1 and exceeds[found.outside])
+        assert not any(exceeds[number] for number in found.below_again)
+    if True in exceeds:
+        first = exceeds.index(True)
+        assert found == Found(first - 1, first, tuple(i for i in range(first, cells + 1) if not exceeds[i]))
     else:
-        assert found.outside == found.inside + 1
-        assert exceeds[found.outside]
-        against = [i for i in range(cells + 1) if exceeds[i] != (i >= found.outside)]
-    assert sorted(found.contradictions) == against
+        assert found == Found(cells, None)
 
 
 def test_searches_advance_together() -> None:
@@ -276,8 +272,11 @@ def test_relative_noise_has_the_size_of_the_weights_and_follows_from_its_name(ti
         np.testing.assert_allclose(
             np.asarray(tensor) * (np.linalg.norm(weights[name]) / norm), layered[name], rtol=1e-4, atol=1e-6
         )
-    again = make_directions(["relative-gaussian:3"], tiny)[0]
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, noise, again)))
+
+
+def test_relative_noise_has_the_same_bits_on_every_mesh(tiny: js.Model, tiny_dir: Path) -> None:
+    sharded = js.load_model(tiny_dir, "float32", mesh_shape=MeshShape(2, 4))
+    assert_same_tree(*(make_directions(["relative-gaussian:3"], model)[0] for model in (tiny, sharded)))
 
 
 def test_a_certificate_counts_draws_and_is_resumed(tiny: js.Model, judge: SameAsOwn, tmp_path: Path) -> None:
