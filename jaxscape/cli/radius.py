@@ -98,11 +98,16 @@ class Radius:
 
         from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
         from jaxscape.landscapes.decisions import RADIUS
+        from jaxscape.landscapes.radius import SearchSettings, check_draws
         from jaxscape.prompts.chat_format import system_prompt_text
         from jaxscape.prompts.sets import load_prompts
         from jaxscape.runtime import rundir
         from jaxscape.runtime.processes import from_first
 
+        limits = (options.of, options.threshold, options.radius_max, options.resolution, options.error, options.checks)
+        SearchSettings(*limits)
+        if sigma is not None:
+            check_draws(sigma, self.certificate.draws)
         directions = self._directions()
         judges = find_evaluators(self.evaluators.names or DEFAULT_EVALUATOR)
         if system_prompt not in ("default", "none"):

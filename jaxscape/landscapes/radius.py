@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -22,6 +23,58 @@ from jaxscape.runtime.progress import progress_display
 CHECKS_OF_COMPLIED = 9
 DEFAULT_RADIUS_MAX, DEFAULT_RESOLUTION, DEFAULT_ERROR, DEFAULT_DRAWS = 0.5, 0.01, 0.05, 100
 SIDES = {-1: "negative", 1: "positive"}
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What is searched for along each ray; the arguments of `radius` of the same names.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    of: str = "asr"
+    threshold: float = 50.0
+    radius_max: float = DEFAULT_RADIUS_MAX
+    resolution: float = DEFAULT_RESOLUTION
+    error: float = DEFAULT_ERROR
+    checks: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (0 < self.radius_max < math.inf):
+            raise UserError(f"The largest radius must be a positive number, not {self.radius_max:g}.")
+        if not (0 < self.resolution <= self.radius_max):
+            raise UserError(f"The resolution must be positive and at most the largest radius, not {self.resolution:g}.")
+        if not 0 <= self.num_checks <= self.cells:
+            raise UserError(
+                f"The number of checks must be from 0 to {self.cells}, which is how many points a ray has, not "
+                f"{self.checks}."
+            )
+        if not 0 <= self.error < 1:
+            raise UserError(f"The error must be at least 0 and below 1, not {self.error:g}.")
+        Question(self.of, self.threshold)
+
+    @property
+    def cells(self) -> int:
+        """The number of points of a ray beside the model itself."""
+        return math.ceil(self.radius_max / self.resolution - 1e-9)  # and not one more by rounding alone
+
+    @property
+    def num_checks(self) -> int:
+        """The number of points that are asked before bisection."""
+        if self.checks is not None:
+            return self.checks
+        return min(CHECKS_OF_COMPLIED, self.cells) if self.of == "complied" else 0
+
+    @property
+    def question(self) -> Question:
+        """What is asked at each point. The error of a ray is divided among the points that its search can have."""
+        num_points = 2 + math.ceil(math.log2(self.cells)) + self.num_checks
+        return Question(self.of, self.threshold, self.error / num_points)
+
+    def distance(self, number: int) -> float:
+        """The distance of a ray's point from the model."""
+        return self.radius_max * number / self.cells
 
 
 def radius(
@@ -74,24 +127,14 @@ def radius(
     Raises:
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
     """
-    if not (0 < radius_max < math.inf):
-        raise UserError(f"The largest radius must be a positive number, not {radius_max:g}.")
-    if not (0 < resolution <= radius_max):
-        raise UserError(f"The resolution must be positive and at most the largest radius, not {resolution:g}.")
-    cells = math.ceil(radius_max / resolution - 1e-9)  # and not one more by rounding alone
-    if checks is None:
-        checks = min(CHECKS_OF_COMPLIED, cells) if of == "complied" else 0
-    if not 0 <= checks <= cells:
-        raise UserError(f"The number of checks must be from 0 to {cells}, the number of points of a ray, not {checks}.")
-    if not 0 <= error < 1:
-        raise UserError(f"The error must be at least 0 and below 1, not {error:g}.")
+    settings = SearchSettings(of, threshold, radius_max, resolution, error, checks)
+    cells, num_checks = settings.cells, settings.num_checks
     recipes = [recipe_of(direction) for direction in as_list(directions, "directions")]
-    num_points = 2 + math.ceil(math.log2(cells)) + checks  # of a ray, at most
-    question, directory = Question(of, threshold, error / num_points), None if out is None else Path(out)
     sides = [[1] if recipe.is_interpolation else [-1, 1] for recipe in recipes for _ in range(recipe.count)]
-    search = {"radius_max": radius_max, "cells": cells, "checks": checks}
+    search = {"radius_max": radius_max, "cells": cells, "checks": num_checks}
+    directory = None if out is None else Path(out)
     with open_decisions(
-        question,
+        settings.question,
         model,
         recipes,
         search,
@@ -125,7 +168,7 @@ def radius(
             task = bar.add_task("radius", total=len(sides))
             bar.print(decisions.summary)
             for index, signs in enumerate(sides):
-                rays += _search(decisions, index, signs, radius_max, cells, checks)
+                rays += _search(decisions, index, signs, settings)
                 if directory is not None:
                     from_first(lambda: result().save(directory))
                 bar.update(task, completed=index + 1)
@@ -200,18 +243,14 @@ def lockstep(
     return [(found[index], counts[index]) for index in range(len(searches))]
 
 
-def _search(
-    decisions: Decisions, index: int, signs: Sequence[int], radius_max: float, cells: int, checks: int
-) -> list[Ray]:
+def _search(decisions: Decisions, index: int, signs: Sequence[int], settings: SearchSettings) -> list[Ray]:
     """The rays of a direction."""
-
-    def distance(number: int) -> float:
-        return radius_max * number / cells
+    distance = settings.distance
 
     def point(sign: int, number: int) -> Point:
         return (index, sign * distance(number)) if number else (0, 0.0)  # all rays begin at the same point
 
-    searches = [bisection(cells, checks) for _ in signs]
+    searches = [bisection(settings.cells, settings.num_checks) for _ in signs]
     found = lockstep(searches, lambda steps: decisions.exceeds([point(signs[ray], number) for ray, number in steps]))
     return [
         Ray(
@@ -231,6 +270,14 @@ def _report(done: int, rays: Sequence[Ray], radii: Radii) -> str:
     texts = [f"{ray.side} {radius_text(ray, radii.radius_max)}" for ray in rays]
     total = radii.num_rays * done // len(radii.rays)
     return f"{done:>{len(str(total))}}/{total}  {rays[0].direction}  {', '.join(texts)}  ({radii.num_answers} answers)"
+
+
+def check_draws(sigma: float, draws: int) -> None:
+    """Raise a `UserError` if the noise of a certificate has no size, or if nothing is drawn."""
+    if not (0 < sigma < math.inf):
+        raise UserError(f"The size of the noise must be a positive number, not {sigma:g}.")
+    if draws < 1:
+        raise UserError(f"The number of draws must be at least 1, not {draws}.")
 
 
 def certify(
@@ -268,10 +315,7 @@ def certify(
     Raises:
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
     """
-    if not (0 < sigma < math.inf):
-        raise UserError(f"The size of the noise must be a positive number, not {sigma:g}.")
-    if draws < 1:
-        raise UserError(f"The number of draws must be at least 1, not {draws}.")
+    check_draws(sigma, draws)
     question, directory = Question(of, threshold), None if out is None else Path(out)
     noise = [Relative(first_seed + i) for i in range(draws)]
     weights = [leaf for name, leaf in named_leaves(model.params).items() if "norm" not in name]
