@@ -172,7 +172,7 @@ def radius(
                 if directory is not None:
                     from_first(lambda: result().save(directory))
                 bar.update(task, completed=index + 1)
-                bar.print(_report(index + 1, rays[-len(signs) :], result()))
+                bar.print(_report(index + 1, len(sides), rays[-len(signs) :], settings, decisions.num_answers))
         return result()
 
 
@@ -265,11 +265,10 @@ def _search(decisions: Decisions, index: int, signs: Sequence[int], settings: Se
     ]
 
 
-def _report(done: int, rays: Sequence[Ray], radii: Radii) -> str:
-    """One line about the direction that was finished last."""
-    texts = [f"{ray.side} {radius_text(ray, radii.radius_max)}" for ray in rays]
-    total = radii.num_rays * done // len(radii.rays)
-    return f"{done:>{len(str(total))}}/{total}  {rays[0].direction}  {', '.join(texts)}  ({radii.num_answers} answers)"
+def _report(done: int, total: int, rays: Sequence[Ray], settings: SearchSettings, num_answers: int) -> str:
+    """One line about the rays of a direction, which is number `done` of `total`."""
+    texts = ", ".join(f"{ray.side} {radius_text(ray, settings.radius_max)}" for ray in rays)
+    return f"{done:>{len(str(total))}}/{total}  {rays[0].direction}  {texts}  ({num_answers} answers)"
 
 
 def check_draws(sigma: float, draws: int) -> None:
