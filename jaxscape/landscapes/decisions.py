@@ -317,7 +317,7 @@ def _only_one(judges: Sequence[Evaluator]) -> Evaluator:
 def _single_directions(
     directions: Sequence[DirectionLike], model: Model
 ) -> list[tuple[Recipe | Given, str, int | str]]:
-    """For each direction by itself: its recipe, its name, and what identifies it in `config.json`.
+    """For each direction by itself: its recipe, a name of its own, and what identifies it in `config.json`.
 
     Raises:
         UserError: there are none, one of them cannot be made, or two are the same.
@@ -327,8 +327,8 @@ def _single_directions(
     for (prepared,) in prepare(recipes, model):
         recipe, ids = prepared.recipe, prepared.ids
         if isinstance(recipe, Given) and recipe.count > 1:
-            for number, (direction, identity) in enumerate(zip(recipe.directions, ids, strict=True), 1):
-                named.append((Given((direction,), recipe.name), f"{recipe} ({number})", identity))
+            parts = zip(recipe.directions, ids, strict=True)
+            named += [(Given((direction,), recipe.name), recipe.name, identity) for direction, identity in parts]
         else:
             named.append((recipe, str(recipe), ids[0]))
     if not named:
@@ -338,4 +338,6 @@ def _single_directions(
         if identity in seen:
             raise UserError(f"The direction {name} is given twice: leave one of them out.")
         seen.add(identity)
-    return named
+    names = [name for _, name, _ in named]
+    unique = [name if names.count(name) == 1 else f"{name} {names[:i].count(name)}" for i, name in enumerate(names)]
+    return [(recipe, name, identity) for (recipe, _, identity), name in zip(named, unique, strict=True)]

@@ -134,6 +134,15 @@ def test_a_damaged_state_is_a_user_error(
         js.radius(tiny, [0, "gaussian:1"], evaluator=judge, out=tmp_path / "run", checks=1, **SEARCH)
 
 
+def test_directions_that_are_trees_have_names_of_their_own(tiny: js.Model, judge: SameAsOwn) -> None:
+    trees = [js.random_direction(tiny, seed) for seed in (0, 1)]
+    options = SEARCH | {"resolution": 0.08}
+    radii = js.radius(tiny, trees, evaluator=judge, **options)
+    assert list(radii.by_direction()) == ["given 0", "given 1"]
+    named = js.radius(tiny, [0, 1], evaluator=judge, **options)
+    assert [(ray.side, ray.radius) for ray in radii.rays] == [(ray.side, ray.radius) for ray in named.rays]
+
+
 def test_another_search_in_the_same_directory_is_a_user_error(tiny: js.Model, judge: SameAsOwn, finished: Path) -> None:
     with pytest.raises(js.UserError, match="another configuration \\(different: cells, error"):
         js.radius(tiny, [0, "gaussian:1"], evaluator=judge, out=finished, checks=1, **(SEARCH | {"resolution": 0.02}))
