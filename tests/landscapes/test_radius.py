@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_same_tree
+from helpers import MakeModel, assert_same_tree
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -141,6 +141,17 @@ def test_directions_that_are_trees_have_names_of_their_own(tiny: js.Model, judge
     assert list(radii.by_direction()) == ["given 0", "given 1"]
     named = js.radius(tiny, [0, 1], evaluator=judge, **options)
     assert [(ray.side, ray.radius) for ray in radii.rays] == [(ray.side, ray.radius) for ray in named.rays]
+
+
+def test_of_a_direction_to_another_model_the_positive_side_is_searched(
+    tiny: js.Model, judge: SameAsOwn, make_model: MakeModel
+) -> None:
+    other, _ = make_model(seed=1)
+    radii = js.radius(tiny, [f"to:{other}"], evaluator=judge, **(SEARCH | {"radius_max": 1.0, "resolution": 0.5}))
+    (ray,) = radii.rays
+    assert (ray.side, ray.direction) == ("positive", f"to:{other}")
+    assert ray.outside is not None, "the other model answers otherwise"
+    assert math.isnan(radii.mean().low), "one direction has no interval"
 
 
 def test_another_search_in_the_same_directory_is_a_user_error(tiny: js.Model, judge: SameAsOwn, finished: Path) -> None:
