@@ -21,6 +21,8 @@ from .landscapes.comparison import Comparison, compare
 from .landscapes.landscape import Landscape
 from .landscapes.measure import measure
 from .landscapes.measurement import Measurement
+from .landscapes.radii import Certificate, Radii, Ray
+from .landscapes.radius import certify, radius
 from .landscapes.scan import scan
 from .landscapes.score import score
 from .landscapes.visage import visage
@@ -36,6 +38,7 @@ __version__: str
 
 __all__ = [
     "Axis",
+    "Certificate",
     "Comparison",
     "EngineOptions",
     "Evaluator",
@@ -43,11 +46,14 @@ __all__ = [
     "Measurement",
     "MeshShape",
     "Model",
+    "Radii",
+    "Ray",
     "Split",
     "Training",
     "Trajectory",
     "UserError",
     "attack_success_rate",
+    "certify",
     "compare",
     "difference",
     "evaluator",
@@ -69,6 +75,7 @@ __all__ = [
     "plot_landscape",
     "plot_measures",
     "project",
+    "radius",
     "random_direction",
     "save_comparison",
     "save_direction",

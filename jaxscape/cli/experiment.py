@@ -92,23 +92,8 @@ class Experiment:
         return scan(model, directions, prompts=prompts, out=self.out / name, **(settings | changes))
 
     def write_results(self, make: Callable[[], tuple[str, "Figure"]]) -> None:
-        """Print a table, and write it to OUT/table.md and a figure to OUT/figure.png. OUT holds a run already.
-
-        Arguments:
-            make: gives the table and the figure. Only the first process calls it, so it may read the runs' files.
-        """
-        from jaxscape.report.canvas import png
-        from jaxscape.runtime.files import write_whole
-        from jaxscape.runtime.processes import from_first
-        from jaxscape.runtime.streams import write_line
-
-        def write() -> None:
-            table, figure = make()
-            write_whole(self.out / "table.md", f"{table}\n")
-            write_whole(self.out / "figure.png", png(figure, dpi=150))
-            write_line(table)
-
-        from_first(write)
+        """Print and write a table and a figure; see the function `write_results`."""
+        write_results(self.out, make)
 
     def write_curves(self, x: Sequence[float], xlabel: str, make: Callable[[], "Panels"]) -> None:
         """Write several quantities along one axis as a table and as a figure; see `jaxscape.report.curves`.
@@ -140,3 +125,24 @@ class Experiment:
             return "\n\n".join(tables), plot_comparison(comparison)
 
         self.write_results(results)
+
+
+def write_results(out: Path, make: Callable[[], tuple[str, "Figure"]]) -> None:
+    """Print a table, and write it to OUT/table.md and a figure to OUT/figure.png.
+
+    Arguments:
+        out: a directory that holds a run already.
+        make: gives the table and the figure. Only the first process calls it, so it may read the runs' files.
+    """
+    from jaxscape.report.canvas import png
+    from jaxscape.runtime.files import write_whole
+    from jaxscape.runtime.processes import from_first
+    from jaxscape.runtime.streams import write_line
+
+    def write() -> None:
+        table, figure = make()
+        write_whole(out / "table.md", f"{table}\n")
+        write_whole(out / "figure.png", png(figure, dpi=150))
+        write_line(table)
+
+    from_first(write)

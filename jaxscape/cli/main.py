@@ -30,6 +30,7 @@ VERBS = {
     "measure": Verb(
         "measure", "Measure", "Measure weights along the directions of a landscape without decoding answers."
     ),
+    "radius": Verb("radius", "Radius", "Measure how far the weights can move in many directions, with a confidence."),
     "finetune": Verb("finetune", "Finetune", "Finetune a chat model, and keep the result in a directory."),
     "check": Verb("check", "Check", "Say what a model is and how it answers, and compare it with transformers."),
     "plan": Verb("plan", "Plan", "Forecast a scan on TPUs that are not here: its memory, its time, the faster form."),

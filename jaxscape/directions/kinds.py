@@ -24,6 +24,7 @@ from jaxscape.directions.norms import TensorNorm, WeightNorm
 from jaxscape.directions.point import materialise
 from jaxscape.directions.principal import Principal
 from jaxscape.directions.random import Random, random_direction
+from jaxscape.directions.relative import Relative
 from jaxscape.directions.restricted import Restricted
 from jaxscape.directions.sparse import Sparse
 from jaxscape.directions.storage import Direction, on_model_mesh, stored
@@ -34,6 +35,7 @@ from jaxscape.runtime.errors import UserError, as_list
 KINDS: tuple[type[SimpleRecipe], ...] = (
     Random,
     Gaussian,
+    Relative,
     Filter,
     Sparse,
     LowRank,

@@ -23,6 +23,8 @@ class Workload:
         points_per_line: number of consecutive points that differ in their last coordinate only.
         ndim: number of directions of the set.
         num_random: how many of these directions are random ones. They are drawn when the run reaches this set.
+        block: number of prompts that are answered together at a point, in blocks of which a point may need only the
+            first ones; None for all.
     """
 
     prompt_tokens: Sequence[Sequence[int]]
@@ -31,6 +33,7 @@ class Workload:
     points_per_line: int = 1
     ndim: int = 0
     num_random: int = 0
+    block: int | None = None
 
     @property
     def num_prompts(self) -> int:

@@ -72,8 +72,15 @@ class Engine:
         self._slots: Slots | None = None
         self._unperturbed: Params | None = None  # the model's parameters as they are decoded
 
-    def complete(self, directions: Sequence[Direction], points: Sequence[Coords]) -> Iterator[list[Completion]]:
-        """For each point in order: the answers to all prompts."""
+    @property
+    def block(self) -> int:
+        """Number of prompts of each block but the last, see `Workload.block`."""
+        return self.plan.layout.num_groups * self.plan.layout.prompts_per_group
+
+    def complete(
+        self, directions: Sequence[Direction], points: Sequence[Coords], block: int = 0
+    ) -> Iterator[list[Completion]]:
+        """For each point in order: the answers to the prompts of a block; by default, a block holds all prompts."""
         params, num_factored = None, self.plan.layout.num_factored
         added = len(directions) - num_factored  # number of directions that are added to the weights
         if self.plan.form.batches_points:
@@ -84,7 +91,7 @@ class Engine:
         for coords, batch in batches:
             params = self._params_at(directions[:added], coords, params)
             weights = Weights(params, factored)
-            yield from self._decode(weights, [tuple(point[added:]) for point in batch])
+            yield from self._decode(weights, [tuple(point[added:]) for point in batch], block=block)
 
     def answers(self, count: int) -> Iterator[list[Completion]]:
         """The answers of the model itself, `count` prompts at a time, in the order of the prompts.
@@ -107,12 +114,12 @@ class Engine:
         return self._timed("weights", at, self.model.params, directions, np.asarray(coords, np.float32), previous)
 
     def _decode(
-        self, weights: Weights, points: Sequence[Coords], count: int | None = None
+        self, weights: Weights, points: Sequence[Coords], count: int | None = None, block: int = 0
     ) -> Iterator[list[Completion]]:
-        """The answers at all points, `count` at a time; by default all answers of a point."""
-        scheduler = Scheduler(self.plan.layout, self._groups, points)
-        limit, count = self.workload.sampling.max_new_tokens, count or self.workload.num_prompts
-        num_given = len(points) * self.workload.num_prompts // count
+        """The answers to a block's prompts at all points, `count` at a time; by default all answers of a point."""
+        scheduler = Scheduler(self.plan.layout, self._groups, points, block)
+        limit, count = self.workload.sampling.max_new_tokens, count or scheduler.num_prompts
+        num_given = len(points) * scheduler.num_prompts // count
         results = Results(self.model.tokenizer, limit, self.stop_when, num_given, count)
         slots, self._slots = self._slots, None
         if slots is None:

@@ -31,7 +31,7 @@ class BatchLayout:
         groups_per_insert: number of groups that one call of `decode.insert` prefills.
         compact_slots: number of rows of the smaller batch that the last unfinished rows move to; 0 if they do not move.
             With several points in flight it is a multiple of `rows_per_point`.
-        num_groups: number of groups that all prompts make at one point.
+        num_groups: number of groups that are answered together at one point: those of all prompts, or of a block.
         prefix_slots: number of cache slots for the common prefix of each point.
         ring_slots: number of cache slots in the ring of each row.
         num_factored: number of directions that are multiplied separately, see `Form.num_factored`.

@@ -306,7 +306,7 @@ class Planner:
 
     def _layout(self, form: Form, slots: int) -> BatchLayout:
         """The batch layout with at most `slots` rows, before rounding up to whole tiles on each device."""
-        workload, prompts = self._workload, self._workload.num_prompts
+        workload, prompts = self._workload, self._workload.block or self._workload.num_prompts
         points, inserts = 1, 1
         if form.batches_points:
             rows = group = min(ROWS_PER_POINT, prompts, slots)

@@ -42,14 +42,16 @@ class Scheduler:
     Attributes:
         jobs: int[B], the job in each row: index of the point × number of prompts + index of the prompt; -1 for a free
             row.
+        num_prompts: number of prompts of the block that is answered; a job's index of a prompt counts from its first.
     """
 
-    def __init__(self, layout: BatchLayout, groups: Groups, points: Sequence[Coords]) -> None:
+    def __init__(self, layout: BatchLayout, groups: Groups, points: Sequence[Coords], block: int = 0) -> None:
         self._layout, self._points = layout, points
-        # int[G, R], the index of each prompt of each group; -1 where a group has fewer than R prompts.
-        self._prompt_ids = np.where(groups.own_lengths > 0, groups.prompt_ids, -1)
-        self._num_prompts = int((self._prompt_ids >= 0).sum())
-        self._queue = deque((point, group) for point in range(len(points)) for group in range(layout.num_groups))
+        chosen = range(len(groups.prompt_ids))[layout.num_groups * block :][: layout.num_groups]
+        # int[G, R], the index in the block of each prompt of each group; -1 where a group has fewer than R prompts.
+        self._prompt_ids = np.where(groups.own_lengths > 0, groups.prompt_ids - groups.prompt_ids[chosen[0], 0], -1)
+        self.num_prompts = int((groups.own_lengths[chosen] > 0).sum())
+        self._queue = deque((point, group) for point in range(len(points)) for group in chosen)
         self.jobs = np.full(layout.batch, -1)
         self._in_flight = np.full(layout.points_in_flight, -1)  # the points whose prefix is cached
 
@@ -93,7 +95,7 @@ class Scheduler:
             row_source[block] = i * layout.prompts_per_group + np.arange(layout.prompts_per_group)
             point_source[index] = i
             ids = self._prompt_ids[group]
-            blocks[block] = np.where(ids < 0, -1, point * self._num_prompts + ids)
+            blocks[block] = np.where(ids < 0, -1, point * self.num_prompts + ids)
             self._in_flight[index] = point
         # Repeating the last entries keeps the shapes, so that `insert` is compiled once. No row takes the copies.
         inserted = [chosen[min(i, len(chosen) - 1)] for i in range(layout.groups_per_insert)]

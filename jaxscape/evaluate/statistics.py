@@ -1,10 +1,14 @@
-"""Confidence intervals of rates, means and functions of means."""
+"""Confidence intervals of rates, means and functions of means, and tests that may stop early."""
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from scipy.stats import beta
 
 _Z95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 
@@ -57,3 +61,83 @@ def bootstrap_interval(
 def mean_interval(samples: Float[np.ndarray, " samples"]) -> Interval:
     """The mean of samples, with its bootstrap interval."""
     return bootstrap_interval(samples[:, None], lambda means: means[..., 0])
+
+
+def clopper_pearson_bound(count: int, total: int, confidence: float = 0.95) -> float:
+    """The one-sided lower Clopper-Pearson bound (1934) of a probability: an exact bound, for any number of trials.
+
+    Arguments:
+        count: in how many of `total` independent trials the event happened.
+        confidence: probability with which the bound lies below the event's probability, at least.
+    """
+    return float(beta.ppf(1 - confidence, count, total - count + 1)) if count else 0.0
+
+
+@lru_cache(maxsize=65536)
+def more_than(limit: int, happened: int, asked: int, total: int, error: float) -> bool | None:
+    """Whether something holds for more than `limit` of `total` things, of which some were asked in random order.
+
+    The decision may be asked for after each answer, and the asking may stop at the first one that is made: over the
+    random order, a decision that is ever wrong has at most the probability `error`. It excludes each number of things K
+    whose posterior probability under a uniform prior has fallen to `error` times the prior one or less. The prior over
+    the posterior probability of the true K is a martingale of mean 1 under sampling without replacement
+    (Waudby-Smith and Ramdas, arXiv 2006.04347), so by Ville's inequality it ever reaches 1 / `error` with at most the
+    probability `error`.
+
+    Arguments:
+        happened: for how many of the `asked` things it holds.
+        error: 0 decides only what no further answer can change.
+
+    Returns:
+        None while the decision is open. It never is when all things have been asked.
+    """
+    # posterior(K) = C(K, happened) C(total - K, asked - happened) / C(total + 1, asked + 1); the prior is
+    # 1 / (total + 1). Whole numbers and fractions keep the comparison exact.
+    least = Fraction(error) * math.comb(total + 1, asked + 1)
+    possible = [
+        number
+        for number in range(total + 1)
+        if (total + 1) * math.comb(number, happened) * math.comb(total - number, asked - happened) > least
+    ]
+    return True if min(possible) > limit else False if max(possible) <= limit else None
+
+
+def block_size(limit: int, total: int, error: float, least: int = 4) -> int:
+    """How many things to ask at a time before `more_than` is asked again.
+
+    Where all answers are alike, as they are nearly everywhere, this size asks the fewest: averaged over points where it
+    always holds and points where it never does. Of several sizes that do, the largest takes the fewest rounds.
+
+    Arguments:
+        least: the smallest size.
+    """
+    first = [
+        next(n for n in range(total + 1) if more_than(limit, share * n, n, total, error) is not None)
+        for share in (0, 1)
+    ]
+
+    def asked(size: int) -> int:
+        return sum(min(-(-n // size) * size, total) for n in first)
+
+    return min(range(min(least, total), total + 1), key=lambda size: (asked(size), -size))
+
+
+def sign_flip_test(
+    changes: Float[np.ndarray, "samples columns"], resamples: int = 10000
+) -> Float[np.ndarray, " columns"]:
+    """For each column, the one-sided p-value of the hypothesis that a change is as often up as down by the same size.
+
+    This is a permutation test: the signs of all changes of a sample are flipped together, so that the columns keep
+    their dependence. A column's statistic is its sum over the root of its sum of squares. The p-values are those of the
+    maximum over the columns (Westfall and Young 1993): however many columns there are, a false alarm in any of them has
+    at most the probability that the p-values are compared with. They are never 0 (Phipson and Smyth 2010).
+
+    Arguments:
+        resamples: number of random flips.
+    """
+    norms = np.sqrt((changes**2).sum(axis=0))
+    scaled = np.divide(changes, norms, out=np.zeros_like(changes), where=norms > 0)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(resamples, len(changes)))
+    highest = (signs @ scaled).max(axis=1)
+    reached = highest[:, None] >= scaled.sum(axis=0) - 1e-9  # and not by rounding alone
+    return np.asarray((1 + reached.sum(axis=0)) / (1 + resamples))

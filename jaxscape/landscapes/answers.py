@@ -37,6 +37,7 @@ def answers_at(
     judges: Sequence[Evaluator],
     prompts: Sequence[str],
     opening: str = "",
+    block: int = 0,
 ) -> Iterator[Answers]:
     """Decode the answers to the prompts of an engine at each point in order, and judge them.
 
@@ -45,8 +46,9 @@ def answers_at(
         judges: evaluators that judge each point at once, at least one.
         prompts: the texts of the prompts, which the evaluators are given.
         opening: the marker with which the prompts open a block of thinking, or an empty text.
+        block: see `Engine.complete`; `prompts` are those of this block.
     """
-    for completions in engine.complete(directions, points):
+    for completions in engine.complete(directions, points, block):
         texts = [opening + completion.text for completion in completions]
         answers = list(map(answer_of, texts))
         labels = [labels_of(judge, prompts, answers) for judge in judges]

@@ -282,6 +282,30 @@ def _open(
         yield run
 
 
+def load_samples(directory: str | Path) -> dict[str, Float[np.ndarray, " directions *grid samples columns"]]:
+    """What each measure gave for each prompt or question at the points of a finished run, by the measure's name.
+
+    NaN stands for what was not finite.
+
+    Raises:
+        UserError: the directory holds no finished run of measures, or its state is damaged.
+    """
+    measurement, path = Measurement.load(directory), Path(directory) / STATE
+    if not measurement.complete:
+        raise UserError(f"The run in {directory} is not finished; run its command again to finish it first.")
+    try:
+        points = [json.loads(line)["samples"] for line in path.read_bytes().split(b"\n")[1:-1]]
+        arrays = {
+            name: np.array([point[name] for point in points], np.float64).reshape(
+                *values["value"].shape, *np.shape(points[0][name])
+            )
+            for name, values in measurement.measures.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({reason(error)}): start over with --overwrite.") from error
+    return arrays
+
+
 def _recorded_answers(directory: Path | None, num_prompts: int) -> list[str] | None:
     """The model's own answers in the state of a run that is there; None if there are none that can be used."""
     try:

@@ -147,7 +147,7 @@ def scan(
     free = from_first(free_memory)
     later_free = None if free is None else free + (bytes_of_weights(model) if free_model else 0)
     for judge in judges:
-        prepare_judge(judge, prompts, later_free if judge in late else _free_beside(free, model, plan))
+        prepare_judge(judge, prompts, later_free if judge in late else free_beside(free, model, plan))
     decides: Adaptive | None = ("shares" if shares else "asr") if adaptive else None
     config = {
         "model": model.name,
@@ -168,7 +168,7 @@ def scan(
         "form": plan.form,
         "full_text": options.full_text,
         **({"direction_storage": storage} if (storage := options.direction_storage) in ("bfloat16", "int8") else {}),
-        **_identity(judges),
+        **evaluator_identity(judges),
         **(describe or {}),
     }
     stop_when = None if options.full_text else stop_when_all(judges, opening)
@@ -232,7 +232,7 @@ def _decode(
             report_point()
 
 
-def _free_beside(free: int | None, model: Model, plan: Plan) -> int | None:
+def free_beside(free: int | None, model: Model, plan: Plan) -> int | None:
     """The bytes on each device that are left beside the model and what its plan needs; None if that is not known.
 
     Arguments:
@@ -248,7 +248,7 @@ def _delete_arrays(model: Model) -> None:
             leaf.delete()
 
 
-def _identity(judges: Sequence[Evaluator]) -> dict[str, Any]:
+def evaluator_identity(judges: Sequence[Evaluator]) -> dict[str, Any]:
     """What `config.json` says of the evaluators: nothing of the paper's keywords alone."""
     checksums = {judge.name: checksum for judge in judges if (checksum := checksum_of(judge))}
     return {

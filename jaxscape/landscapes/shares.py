@@ -47,7 +47,7 @@ class _CoherenceOfRun(Coherence):
 
 def in_run(
     judge: Coherence,
-    run: Run,
+    run: Run | None,
     directory: Path | None,
     sent: Mapping[str, str],
     load: Callable[[], Model],
@@ -58,6 +58,7 @@ def in_run(
     that judges is calibrated, and the run keeps them.
 
     Arguments:
+        run: the scan, whose refusals are known; None where the evaluator is told which answers refuse.
         directory: the run's directory; None if it has none.
         sent: for each prompt of the run, the text that its model was given.
         load: loads the run's model, which `coherence` judges by. It is called only if it is needed.
@@ -86,6 +87,8 @@ def in_run(
     texts = (lambda prompts: [sent[prompt] for prompt in prompts]) if is_own else None
     if decides is judge:
         return Coherence(judge.name, load, thresholds, sent=texts)
+    if run is None:
+        return Coherence(judge.name, load, thresholds, decides, texts)
     return _CoherenceOfRun(judge.name, load, thresholds, decides, texts, run)
 
 

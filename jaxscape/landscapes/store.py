@@ -139,20 +139,7 @@ class Run:
             unanswered: see the attribute.
             labels: the labels that are to be kept, with the evaluators that gave them.
         """
-        index, coords = self.points[self.num_done]
-        records = []
-        outcomes = zip(self.prompts, completions, refused, unanswered, strict=True)
-        for prompt, completion, verdict, has_no_answer in outcomes:
-            record = {
-                "direction": index,
-                "coords": list(coords),
-                "prompt": prompt,
-                "generation": completion.text,
-                "refused": verdict,
-            }
-            record |= {"finite": False} if not completion.finite else {}
-            record |= {"unanswered": True} if has_no_answer else {}
-            records.append(record | ({"cut": True} if completion.cut else {}))
+        records = records_of(self.points[self.num_done], self.prompts, completions, refused, unanswered)
         self._add(records)
         if self._out is None:
             self._unwritten.append(records)
@@ -288,6 +275,30 @@ class Run:
         if len({*chosen} & {*self._all}) < len(chosen):
             raise ValueError("a point is there twice, or is not on the grid")
         return chosen
+
+
+def records_of(
+    point: Point,
+    prompts: Sequence[str],
+    completions: Sequence[Completion],
+    refused: Sequence[bool],
+    unanswered: Sequence[bool],
+) -> list[dict[str, Any]]:
+    """The lines of `generations.jsonl` for the answers to prompts at a point; see `Run.append`."""
+    index, coords = point
+    return [
+        {
+            "direction": index,
+            "coords": list(coords),
+            "prompt": prompt,
+            "generation": completion.text,
+            "refused": verdict,
+            **({} if completion.finite else {"finite": False}),
+            **({"unanswered": True} if has_no_answer else {}),
+            **({"cut": True} if completion.cut else {}),
+        }
+        for prompt, completion, verdict, has_no_answer in zip(prompts, completions, refused, unanswered, strict=True)
+    ]
 
 
 @contextmanager

@@ -338,6 +338,19 @@ def test_each_points_prefix_is_computed_once(model: js.Model, prompts: int, line
     assert computed == [float(i) for i in range(line)]
 
 
+@pytest.mark.parametrize(("form", "slots"), [("materialised", 3), ("factorised", 24)])
+def test_blocks_of_prompts_give_the_answers_of_all(model: js.Model, direction: Any, form: Any, slots: Any) -> None:
+    rows, points = tokenize(model, POOL[:9], "default", NEW), [(c,) for c in COORDS]
+    workload = Workload(rows, GREEDY, len(points), len(points), 1, block=4)
+    engine = Engine(model, workload, make_plan(model, workload, EngineOptions(form=form, slots=slots)))
+    expected = run(model, direction, POOL[:9], COORDS, form="materialised")
+    starts = range(0, 9, engine.block)
+    assert 4 <= engine.block < 9
+    for block, start in reversed(list(enumerate(starts))):
+        found = list(engine.complete([direction], points, block))
+        assert found == [answers[start : start + engine.block] for answers in expected]
+
+
 def test_rows_at_points_of_their_own(tiny: js.Model) -> None:
     direction = js.random_direction(tiny, 0)
     tokens = jnp.asarray(np.random.default_rng(1).integers(3, 300, (3, 9)))
