@@ -20,6 +20,7 @@ from jaxscape.directions.files import File, check_direction
 from jaxscape.directions.filters import Filter
 from jaxscape.directions.gaussian import Gaussian
 from jaxscape.directions.gradient import Gradient
+from jaxscape.directions.hessian import Hessian
 from jaxscape.directions.low_rank import LowRank
 from jaxscape.directions.norms import TensorNorm, WeightNorm
 from jaxscape.directions.point import materialise
@@ -44,6 +45,7 @@ KINDS: tuple[type[SimpleRecipe], ...] = (
     Principal,
     Gradient,
     WorstCase,
+    Hessian,
 )
 """All kinds of directions that are made of no other. A new kind is one more class here."""
 

@@ -185,11 +185,11 @@ class RefusalLoss:
         value, gradient = _value_and_gradient(*arguments, config=self._config, mesh=self._mesh)
         return _finite(float(value)), gradient
 
-    def hessian_product(self, vector: Tensors) -> tuple[Tensors, Tensors]:
-        """The gradient at the model's weights, and the product of the Hessian there with a vector."""
+    def hessian_product(self, vector: Tensors) -> Tensors:
+        """The product of the Hessian at the model's weights with a vector."""
         arguments = vector, self.weights, self._norms, self._texts
-        gradient, product = _hessian_product(*arguments, config=self._config, mesh=self._mesh)
-        return gradient, product
+        product: Tensors = _hessian_product(*arguments, config=self._config, mesh=self._mesh)
+        return product
 
     def direction(self, vector: Tensors, scale: float) -> Direction:
         """The direction `scale` × `vector`, float32: a tree like the model's parameters, zero for norm parameters."""
@@ -294,12 +294,16 @@ def _value_and_gradient(
 @platform_jit(static_argnames=("config", "mesh"))
 def _hessian_product(
     vector: Tensors, weights: Tensors, norms: Tensors, texts: Texts, *, config: ModelConfig, mesh: Mesh
-) -> tuple[Tensors, Tensors]:
-    """Forward over reverse: the derivative of the gradient along the vector (Pearlmutter, 1994), which is exact."""
+) -> Tensors:
+    """Forward over reverse: the derivative of the gradient along the vector, which is exact (Pearlmutter, "Fast exact
+    multiplication by the Hessian", Neural Computation 6, 1994)."""
 
-    def of_batch(rows: Texts) -> tuple[Tensors, Tensors]:
-        return jax.jvp(lambda moved: jax.grad(_batch_loss)(moved, norms, rows, config), (weights,), (vector,))
+    def of_batch(rows: Texts) -> Tensors:
+        def gradient(moved: Tensors) -> Tensors:
+            return jax.grad(_batch_loss)(moved, norms, rows, config)
+
+        product: Tensors = jax.jvp(gradient, (weights,), (vector,))[1]
+        return product
 
     with on_mesh(mesh):
-        gradient, product = _sum_over_batches(of_batch, texts)
-    return _sharded(gradient, config, mesh), _sharded(product, config, mesh)
+        return _sharded(_sum_over_batches(of_batch, texts), config, mesh)
