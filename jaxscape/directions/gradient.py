@@ -23,6 +23,7 @@ class Gradient:
     usage: ClassVar[str] = "gradient[:PROMPTS[:N[:REFUSAL]]]"
     is_interpolation: ClassVar[bool] = False
     has_control: ClassVar[bool] = True
+    units: ClassVar[tuple[str, ...]] = ("weights",)
     count: ClassVar[int] = 1
 
     @classmethod

@@ -146,6 +146,7 @@ class Hessian:
     usage: ClassVar[str] = "hessian[:K[:PROMPTS[:N[:REFUSAL]]]]"
     is_interpolation: ClassVar[bool] = False
     has_control: ClassVar[bool] = True
+    units: ClassVar[tuple[str, ...]] = ("weights",)
     count: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

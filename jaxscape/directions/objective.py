@@ -22,8 +22,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from jaxscape.directions.composed import combine
+from jaxscape.directions.norms import norm_of
 from jaxscape.directions.storage import Direction
-from jaxscape.directions.sums import inner
 from jaxscape.models.checkpoint import Params, named_leaves, parameter_shardings, tree_of
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.encoding import encode
@@ -207,7 +208,7 @@ def norm(vector: Params) -> float:
     Raises:
         UserError: it is not finite.
     """
-    return _finite(float(np.sqrt(inner(vector, vector))))
+    return _finite(norm_of(vector))
 
 
 def positive_norm(gradient: Params) -> float:
@@ -233,16 +234,14 @@ def _finite(value: float) -> float:
     return value
 
 
-@jax.jit
-def scaled(vector: Params, factor: float | Float[Array, ""]) -> Params:
+def scaled(vector: Params, factor: float) -> Params:
     """`factor` × `vector`."""
-    return jax.tree.map(lambda x: factor * x, vector)
+    return combine([vector], jnp.asarray([factor], jnp.float32))
 
 
-@jax.jit
-def added(vector: Params, other: Params, factor: float | Float[Array, ""]) -> Params:
+def added(vector: Params, other: Params, factor: float) -> Params:
     """`vector` + `factor` × `other`."""
-    return jax.tree.map(lambda x, y: x + factor * y, vector, other)
+    return combine([vector, other], jnp.asarray([1, factor], jnp.float32))
 
 
 def _texts(prompts: Sequence[list[int]], answers: Sequence[list[int]], mesh: Mesh) -> Texts:

@@ -83,6 +83,7 @@ class WorstCase:
     usage: ClassVar[str] = "worst-case[:RADIUS[:STEPS[:PROMPTS[:N[:REFUSAL]]]]]"
     is_interpolation: ClassVar[bool] = False
     has_control: ClassVar[bool] = True
+    units: ClassVar[tuple[str, ...]] = ("weights",)
     count: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -101,12 +102,10 @@ class WorstCase:
         )
 
     def __str__(self) -> str:
-        default = WorstCase()
-        return recipe_name(self.kind, self._options, default._options)
-
-    @property
-    def _options(self) -> tuple[str, ...]:
-        return str(self.radius), str(self.steps), *self.refusals.options
+        options, defaults = (
+            (str(recipe.radius), str(recipe.steps), *recipe.refusals.options) for recipe in (self, WorstCase())
+        )
+        return recipe_name(self.kind, options, defaults)
 
     def make(self, model: Model) -> list[Direction]:
         loss = RefusalLoss(model, self.refusals)
