@@ -20,7 +20,7 @@ class Gradient:
     refusals: Refusals = field(default_factory=Refusals)
 
     kind: ClassVar[str] = "gradient"
-    usage: ClassVar[str] = "gradient[:PROMPTS[:N[:REFUSAL]]]"
+    usage: ClassVar[str] = "gradient[:PROMPTS[:N[:REFUSAL[:TARGET]]]]"
     is_interpolation: ClassVar[bool] = False
     has_control: ClassVar[bool] = True
     units: ClassVar[tuple[str, ...]] = ("weights",)
@@ -28,7 +28,7 @@ class Gradient:
 
     @classmethod
     def parse(cls, option: str) -> "Gradient":
-        return cls(Refusals.parse(*split_options(option, 3)))
+        return cls(Refusals.parse(*split_options(option, 4)))
 
     def __str__(self) -> str:
         return recipe_name(self.kind, self.refusals.options, Refusals().options)

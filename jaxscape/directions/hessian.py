@@ -143,7 +143,7 @@ class Hessian:
     refusals: Refusals = field(default_factory=Refusals)
 
     kind: ClassVar[str] = "hessian"
-    usage: ClassVar[str] = "hessian[:K[:PROMPTS[:N[:REFUSAL]]]]"
+    usage: ClassVar[str] = "hessian[:K[:PROMPTS[:N[:REFUSAL[:TARGET]]]]]"
     is_interpolation: ClassVar[bool] = False
     has_control: ClassVar[bool] = True
     units: ClassVar[tuple[str, ...]] = ("weights",)
@@ -155,7 +155,7 @@ class Hessian:
 
     @classmethod
     def parse(cls, option: str) -> "Hessian":
-        number, *refusals = split_options(option, 4)
+        number, *refusals = split_options(option, 5)
         return cls(as_number(number, "number of an eigenvector", cls.number), Refusals.parse(*refusals))
 
     def __str__(self) -> str:

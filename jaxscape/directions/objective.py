@@ -5,10 +5,14 @@ the prompts of the mean over the tokens of a refusal. The refusal of a prompt is
 answer, which the model has shown that it would say; for a prompt that it does not refuse, it is the model's commonest
 refusal. The measure `likelihood` chooses refusals in the same way.
 
+If a target is given, the beginning of an answer that complies, its log-likelihood is added. The loss is then the value
+of that measure.
+
 Everything is computed in float32, whatever the dtype of the model is. Gradients depend on how a mesh splits the sums of
 matrix products. So on two meshes they are close, but their last bits may differ.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -57,60 +61,66 @@ class Refusals:
         prompts: the harmful prompts, a set's name or a file, see `jaxscape.load_prompts`.
         number: the number of prompts, the first ones of the set.
         text: the beginning of the refusal, for all prompts; an empty text for the model's own refusals.
+        target: the beginning of an answer that complies, for all prompts; an empty text for none.
     """
 
     prompts: str = "harmful"
     number: int = 16
     text: str = ""
+    target: str = ""
 
     def __post_init__(self) -> None:
         if self.number < 1:
             raise UserError(f"The number of prompts of a direction must be at least 1, not {self.number}.")
-        if any(sign in self.prompts for sign in ":[]") or any(sign in self.text for sign in "[]"):
-            raise UserError(
-                f"The prompts {self.prompts!r} or the refusal {self.text!r} cannot stand in the name of a direction: "
-                f"rename the file without a colon, and use no square brackets."
-            )
+        for option, signs in ((self.prompts, ":[]"), (self.text, ":[]"), (self.target, "[]")):
+            if any(sign in option for sign in signs):
+                raise UserError(
+                    f"The text {option!r} cannot stand in the name of a direction: leave out colons and square "
+                    f"brackets."
+                )
 
     @property
-    def options(self) -> tuple[str, str, str]:
+    def options(self) -> tuple[str, str, str, str]:
         """The options in a direction's name."""
-        return self.prompts, str(self.number), self.text
+        return self.prompts, str(self.number), self.text, self.target
 
     @classmethod
-    def parse(cls, prompts: str = "", number: str = "", text: str = "") -> "Refusals":
-        """The refusals that three options describe; an empty option has its default.
+    def parse(cls, prompts: str, number: str, text: str, target: str) -> "Refusals":
+        """The refusals that four options describe; an empty option has its default.
 
         Raises:
             UserError: the number of prompts is none, or `Refusals` cannot have these options.
         """
-        return cls(prompts or cls.prompts, as_number(number, "number of prompts", cls.number), text)
+        return cls(prompts or cls.prompts, as_number(number, "number of prompts", cls.number), text, target)
 
-    def tokens(self, model: Model) -> tuple[list[list[int]], list[list[int]]]:
-        """The token ids of the prompts in the model's chat format, and those of their refusals.
+    def tokens(self, model: Model) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        """The token ids of the prompts in the model's chat format, of their refusals, and of their targets, if there
+        is one.
 
         Raises:
             UserError: the prompts cannot be read, a text is too long for the model, or the model refuses none of the
                 prompts and no refusal is given.
         """
         texts = chat_texts(model.tokenizer, load_prompts(self.prompts, self.number))
-        prompts = encode(model, texts, ANSWER_TOKENS)
-        if self.text:
-            return prompts, encode(model, [self.text], 0) * len(prompts)
+        given = [encode(model, [text], 0) if text else [] for text in (self.text, self.target)]
+        prompts = encode(model, texts, max(ANSWER_TOKENS, *(len(tokens) for one in given for tokens in one), 0))
+        text, target = (one * len(prompts) for one in given)
+        return prompts, text or self._own(model, prompts), target
+
+    def _own(self, model: Model, prompts: list[list[int]]) -> list[list[int]]:
+        """The model's own refusals."""
         answers = greedy_tokens(model, prompts, ANSWER_TOKENS)
         refuses = [is_refusal(answer_of(model.tokenizer.decode(answer))) for answer in answers]
-        refusals = [tuple(answer[:REFUSAL_TOKENS]) for answer in answers]
-        counted = Counter(refusal for refusal, is_own in zip(refusals, refuses, strict=True) if is_own)
+        refusals = [answer[:REFUSAL_TOKENS] for answer in answers]
+        counted = Counter(tuple(refusal) for refusal, is_own in zip(refusals, refuses, strict=True) if is_own)
         if not counted:
             raise UserError(
                 f"The model refuses none of the first {self.number} prompts of {self.prompts}, so it has no refusals "
                 f"that could become less likely: name other prompts, or the beginning of a refusal behind the number "
                 f"of prompts."
             )
-        commonest = counted.most_common(1)[0][0]
-        return prompts, [
-            list(refusal if is_own else commonest) for refusal, is_own in zip(refusals, refuses, strict=True)
-        ]
+        commonest = list(counted.most_common(1)[0][0])
+        return [refusal if is_own else commonest for refusal, is_own in zip(refusals, refuses, strict=True)]
 
 
 def split_options(option: str, count: int) -> list[str]:
@@ -150,8 +160,8 @@ class Texts(NamedTuple):
     Attributes:
         tokens: int32[N, B, T].
         lengths: int32[N, B]; 0 for a row without a text.
-        shares: float32[N, B, T], the share of each token in the loss: for the tokens of a refusal, 1 / (tokens of the
-            refusal × prompts), and 0 for all others.
+        shares: float32[N, B, T], the share of each token's negative log-likelihood in the loss: for the tokens of a
+            refusal, 1 / (tokens of the refusal × prompts); for those of a target, minus this; for all others 0.
     """
 
     tokens: Int[Array, "batches rows time"]
@@ -167,8 +177,7 @@ class RefusalLoss:
     """
 
     def __init__(self, model: Model, refusals: Refusals) -> None:
-        prompts, answers = refusals.tokens(model)
-        self._texts = _texts(prompts, answers, model.mesh)
+        self._texts = _texts(*refusals.tokens(model), model.mesh)
         self._mesh = model.mesh
         self._config = model.config.for_length(self._texts.tokens.shape[-1])
         leaves = named_leaves(jax.device_put(model.params, model.shardings))
@@ -244,16 +253,21 @@ def added(vector: Params, other: Params, factor: float) -> Params:
     return combine([vector, other], jnp.asarray([1, factor], jnp.float32))
 
 
-def _texts(prompts: Sequence[list[int]], answers: Sequence[list[int]], mesh: Mesh) -> Texts:
-    """The texts on the devices of the mesh, the rows of a batch sharded over `points`."""
+def _texts(
+    prompts: Sequence[list[int]], refusals: Sequence[list[int]], targets: Sequence[list[int]], mesh: Mesh
+) -> Texts:
+    """The prompts with their refusals, and those with their targets, on the devices of the mesh. The rows of a batch
+    are sharded over `points`."""
+    answers = [*((refusal, 1) for refusal in refusals), *((target, -1) for target in targets)]
+    answered = list(zip(itertools.cycle(prompts), answers, strict=False))
     devices = mesh_shape_of(mesh).points
     rows = -(-BATCH_ROWS // devices) * devices
-    missing = -len(prompts) % rows
-    whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    tokens, lengths = right_padded(whole + [[]] * missing)
+    tokens, lengths = right_padded(
+        [prompt + answer for prompt, (answer, _) in answered] + [[]] * (-len(answered) % rows)
+    )
     shares = np.zeros(tokens.shape, np.float32)
-    for row, prompt, answer in zip(shares, prompts, answers, strict=False):
-        row[len(prompt) : len(prompt) + len(answer)] = 1 / (len(answer) * len(prompts))
+    for row, (prompt, (answer, sign)) in zip(shares, answered, strict=False):
+        row[len(prompt) : len(prompt) + len(answer)] = sign / (len(answer) * len(prompts))
 
     def put(x: np.ndarray) -> Array:
         x = x.reshape(-1, rows, *x.shape[1:])

@@ -80,7 +80,7 @@ class WorstCase:
     refusals: Refusals = field(default_factory=Refusals)
 
     kind: ClassVar[str] = "worst-case"
-    usage: ClassVar[str] = "worst-case[:RADIUS[:STEPS[:PROMPTS[:N[:REFUSAL]]]]]"
+    usage: ClassVar[str] = "worst-case[:RADIUS[:STEPS[:PROMPTS[:N[:REFUSAL[:TARGET]]]]]]"
     is_interpolation: ClassVar[bool] = False
     has_control: ClassVar[bool] = True
     units: ClassVar[tuple[str, ...]] = ("weights",)
@@ -94,7 +94,7 @@ class WorstCase:
 
     @classmethod
     def parse(cls, option: str) -> "WorstCase":
-        radius, steps, *refusals = split_options(option, 5)
+        radius, steps, *refusals = split_options(option, 6)
         return cls(
             as_number(radius, "radius", cls.radius),
             as_number(steps, "number of steps", cls.steps),

@@ -149,7 +149,7 @@ def test_a_matrix_that_leaves_the_start_where_it_is_has_one_eigenvector() -> Non
         leading_eigenpair(lambda tree: {"a": jnp.nan * tree["a"]}, {"a": jnp.arange(5.0)}, 1)
 
 
-@pytest.mark.parametrize("name", ["hessian", "hessian:2", "hessian:1:advbench:4", "hessian:1:harmful:16:Sorry: no"])
+@pytest.mark.parametrize("name", ["hessian", "hessian:2", "hessian:1:advbench:4", "hessian:1:harmful:16:Sorry:Sure"])
 def test_a_recipe_writes_what_is_not_the_default(name: str) -> None:
     recipe = Hessian.parse(name.partition(":")[2])
     assert str(recipe) == name

@@ -1,5 +1,6 @@
 """Directions that come from the loss of refusal: its gradient and its worst case."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from jaxscape.prompts import refusal
 from jaxscape.prompts.chat_format import chat_texts
 from jaxscape.runtime.sharding import MeshShape
 
-REFUSAL = "I cannot: no"
+REFUSAL, TARGET = "I cannot, no", "Sure: here"
 REFUSALS = Refusals(number=3, text=REFUSAL)
 
 
@@ -43,10 +44,10 @@ def loss(small: js.Model) -> RefusalLoss:
     return RefusalLoss(small, REFUSALS)
 
 
-def torch_loss(model: js.Model, torch_model: Any) -> Any:
-    """The loss of refusal, one prompt after another, as a tensor of torch."""
+def torch_loss(model: js.Model, torch_model: Any, text: str = REFUSAL) -> Any:
+    """Minus the log-likelihood per token of an answer, one prompt after another, as a tensor of torch."""
     texts = chat_texts(model.tokenizer, js.load_prompts("harmful", 3))
-    (answer,) = model.tokenizer([REFUSAL], add_special_tokens=False)["input_ids"]
+    (answer,) = model.tokenizer([text], add_special_tokens=False)["input_ids"]
     total = torch.zeros(())
     for prompt in model.tokenizer(texts, add_special_tokens=False)["input_ids"]:
         logits = torch_model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
@@ -65,6 +66,24 @@ def test_the_gradient_is_that_of_torch(pair: tuple[Path, Any], small: js.Model, 
     largest = max(float(x.abs().max()) for x in gradients.values())
     for name, ours in gradient.items():
         np.testing.assert_allclose(ours, gradients[name].numpy(), rtol=1e-3, atol=1e-5 * largest, err_msg=name)
+
+
+def test_a_target_makes_the_loss_that_of_the_measure(pair: tuple[Path, Any], small: js.Model) -> None:
+    value, _ = (both := RefusalLoss(small, replace(REFUSALS, target=TARGET))).value_and_gradient(both.weights)
+    with torch.no_grad():
+        expected = torch_loss(small, pair[1]) - torch_loss(small, pair[1], TARGET)
+    assert value == pytest.approx(expected.item(), rel=1e-4)
+    measured = js.measure(
+        small,
+        prompts=js.load_prompts("harmful", 3),
+        measures=["likelihood"],
+        targets=[TARGET] * 3,
+        refusal=REFUSAL,
+        progress=False,
+        directions=[0],
+        steps=2,
+    )
+    assert value == pytest.approx(measured.measures["likelihood"]["value"][0, 1], rel=1e-4)
 
 
 def test_refusals_become_unlikely_along_the_gradient(small: js.Model, loss: RefusalLoss) -> None:
@@ -113,7 +132,7 @@ def test_refusals_are_the_models_own(pair: tuple[Path, Any], small: js.Model, mo
     own = [answer[:16] for answer, text in zip(answers, texts, strict=True) if word in text]
     commonest = max(own, key=own.count)
     expected = [answer[:16] if word in text else commonest for answer, text in zip(answers, texts, strict=True)]
-    assert Refusals(number=5).tokens(small) == (tokens, expected)
+    assert Refusals(number=5).tokens(small) == (tokens, expected, [])
     monkeypatch.setattr(refusal, "REFUSAL_KEYWORDS", ("\u2603",))
     with pytest.raises(js.UserError, match="refuses none of the first 5 prompts of harmful"):
         Refusals(number=5).tokens(small)
@@ -176,7 +195,8 @@ def test_no_random_direction_is_worse_than_the_worst(small: js.Model, loss: Refu
         "gradient",
         "gradient:advbench",
         "gradient:harmful:8",
-        "gradient:harmful:16:I cannot: no",
+        "gradient:harmful:16:I cannot",
+        "gradient:harmful:16::Sure: here",
         "worst-case",
         "worst-case:0.05",
         "worst-case:0.02:20:mine.csv:4",
@@ -193,6 +213,7 @@ def test_a_recipe_writes_what_is_not_the_default(name: str) -> None:
 
 def test_an_empty_option_is_the_default() -> None:
     assert Gradient.parse("::Sorry") == Gradient(Refusals(text="Sorry"))
+    assert Gradient.parse("") == Gradient()
     assert WorstCase.parse(":5") == WorstCase(steps=5)
 
 
@@ -201,7 +222,7 @@ def test_an_empty_option_is_the_default() -> None:
     [
         (Gradient, "harmful:many", "number of prompts in the name of a direction must be a whole number, not 'many'"),
         (Gradient, "harmful:0", "number of prompts of a direction must be at least 1, not 0"),
-        (Gradient, "harmful:4:[no]", "use no square brackets"),
+        (Gradient, "harmful:4:[no]", "leave out colons and square brackets"),
         (WorstCase, "0", "radius of a worst-case direction must be positive, not 0"),
         (WorstCase, "nan", "radius in the name of a direction must be a finite number, not 'nan'"),
         (WorstCase, "0.1:2.5", "number of steps in the name of a direction must be a whole number, not '2.5'"),
@@ -224,3 +245,15 @@ def test_a_gradient_without_a_direction_is_a_sentence(small: js.Model, fill: flo
 def test_a_gradient_that_overflows_is_a_sentence() -> None:
     with pytest.raises(js.UserError, match="not finite"):
         positive_norm({"x": jnp.array([1.0, jnp.inf])})
+
+
+def test_a_scan_along_the_gradient_is_resumed(small: js.Model, tmp_path: Path) -> None:
+    """The direction is made again, and is the same to the bit."""
+    options: dict[str, Any] = {"prompts": ["Hi", "Why?"], "steps": 2, "radius": 0.01, "max_new_tokens": 4}
+    options |= {"progress": False, "shares": False, "out": tmp_path / "run"}
+    js.scan(small, [f"gradient:harmful:3:{REFUSAL}"], **options)
+    file = tmp_path / "run" / "generations.jsonl"
+    whole = file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[:3]))
+    js.scan(small, [f"gradient:harmful:3:{REFUSAL}"], **options)
+    assert file.read_text() == whole
