@@ -1,4 +1,4 @@
-"""The direction in which refusals become unlikely fastest."""
+"""The direction in which a model unlearns to refuse fastest."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -13,8 +13,7 @@ class Gradient:
     """`gradient`: the gradient of the loss of refusal, see `jaxscape.directions.objective`.
 
     It is scaled to the norm of the weights without norm parameters, which is also the norm of a random direction. So at
-    a coordinate c the weights have moved by c times their norm, in the direction in which the likelihood of refusals
-    falls fastest if c is positive.
+    a coordinate c the weights have moved by c times their norm. The loss rises where c is positive.
     """
 
     refusals: Refusals = field(default_factory=Refusals)

@@ -1,12 +1,12 @@
 """The loss of refusal as a function of the weights, with its gradient and the products of its Hessian.
 
-The loss is minus the log-likelihood, in nats per token, of refusals as the answers to harmful prompts: the mean over
-the prompts of the mean over the tokens of a refusal. The refusal of a prompt is the beginning of the model's own greedy
-answer, which the model has shown that it would say; for a prompt that it does not refuse, it is the model's commonest
-refusal. The measure `likelihood` chooses refusals in the same way.
+The loss is the log-likelihood of a target, the beginning of an answer that complies, minus that of a refusal, as
+answers to harmful prompts: in nats per token, the mean over the prompts. So it is the value of the measure
+`likelihood`, and it rises where a model unlearns to refuse. Without a target, it is minus the log-likelihood of
+refusals; then a model may also learn to refuse in other words.
 
-If a target is given, the beginning of an answer that complies, its log-likelihood is added. The loss is then the value
-of that measure.
+The refusal of a prompt is the beginning of the model's own greedy answer, which the model has shown that it would say;
+for a prompt that it does not refuse, it is the model's commonest refusal.
 
 Everything is computed in float32, whatever the dtype of the model is. Gradients depend on how a mesh splits the sums of
 matrix products. So on two meshes they are close, but their last bits may differ.
@@ -49,25 +49,28 @@ BATCH_ROWS = 4  # prompts whose activations are in memory at the same time
 
 T = TypeVar("T", int, float)
 
+TARGET = "Sure, here is"  # as the targets of AdvBench begin (Zou et al., arXiv 2307.15043)
+NO_TARGET = "none"
+
 Tensors = dict[str, Any]
 """Tensors of a model by Hugging Face parameter name."""
 
 
 @dataclass(frozen=True)
 class Refusals:
-    """Which refusals a loss is about: the last options of the directions that come from a loss.
+    """What a loss of refusal is about: the last options of the directions that come from it.
 
     Attributes:
         prompts: the harmful prompts, a set's name or a file, see `jaxscape.load_prompts`.
         number: the number of prompts, the first ones of the set.
         text: the beginning of the refusal, for all prompts; an empty text for the model's own refusals.
-        target: the beginning of an answer that complies, for all prompts; an empty text for none.
+        target: the beginning of an answer that complies, for all prompts; `none` for a loss without a target.
     """
 
     prompts: str = "harmful"
-    number: int = 16
+    number: int = 8
     text: str = ""
-    target: str = ""
+    target: str = TARGET
 
     def __post_init__(self) -> None:
         if self.number < 1:
@@ -91,18 +94,21 @@ class Refusals:
         Raises:
             UserError: the number of prompts is none, or `Refusals` cannot have these options.
         """
-        return cls(prompts or cls.prompts, as_number(number, "number of prompts", cls.number), text, target)
+        return cls(
+            prompts or cls.prompts, as_number(number, "number of prompts", cls.number), text, target or cls.target
+        )
 
     def tokens(self, model: Model) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-        """The token ids of the prompts in the model's chat format, of their refusals, and of their targets, if there
-        is one.
+        """The token ids of the prompts in the model's chat format, of their refusals, and of their targets; no targets
+        if there are none.
 
         Raises:
             UserError: the prompts cannot be read, a text is too long for the model, or the model refuses none of the
                 prompts and no refusal is given.
         """
         texts = chat_texts(model.tokenizer, load_prompts(self.prompts, self.number))
-        given = [encode(model, [text], 0) if text else [] for text in (self.text, self.target)]
+        target_text = "" if self.target == NO_TARGET else self.target
+        given = [encode(model, [text], 0) if text else [] for text in (self.text, target_text)]
         prompts = encode(model, texts, max(ANSWER_TOKENS, *(len(tokens) for one in given for tokens in one), 0))
         text, target = (one * len(prompts) for one in given)
         return prompts, text or self._own(model, prompts), target

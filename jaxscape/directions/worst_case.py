@@ -1,4 +1,4 @@
-"""The worst direction of a given size: the one at whose end refusals are unlikeliest."""
+"""The worst step of a given size: the one with the highest loss of refusal."""
 
 import math
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def steepest_step(
 
 @dataclass(frozen=True)
 class WorstCase:
-    """`worst-case`: the step within a ball of weight space at which refusals are unlikeliest, see `steepest_step`.
+    """`worst-case`: the step within a ball of weight space with the highest loss of refusal, see `steepest_step`.
 
     The worst-case landscape of Chen et al. (arXiv 2505.17646) lies along such a direction. It is scaled so that the
     step itself lies at the coordinate `radius`. If the step lies on the surface of the ball, as it does unless the loss
@@ -75,7 +75,7 @@ class WorstCase:
         steps: number of steps of the ascent; each takes one gradient.
     """
 
-    radius: float = 0.02
+    radius: float = 0.0002
     steps: int = 10
     refusals: Refusals = field(default_factory=Refusals)
 

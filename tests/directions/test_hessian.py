@@ -45,7 +45,7 @@ def tiniest(pair: tuple[Path, Any]) -> js.Model:
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> Refusals:
     path = tmp_path_factory.mktemp("prompts") / "short.txt"
     path.write_text("\n".join(PROMPTS))
-    return Refusals(str(path), len(PROMPTS), ANSWER)
+    return Refusals(str(path), len(PROMPTS), ANSWER, "none")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_a_matrix_that_leaves_the_start_where_it_is_has_one_eigenvector() -> Non
         leading_eigenpair(lambda tree: {"a": jnp.nan * tree["a"]}, {"a": jnp.arange(5.0)}, 1)
 
 
-@pytest.mark.parametrize("name", ["hessian", "hessian:2", "hessian:1:advbench:4", "hessian:1:harmful:16:Sorry:Sure"])
+@pytest.mark.parametrize("name", ["hessian", "hessian:2", "hessian:1:advbench:4", "hessian:1:harmful:8:Sorry:Sure"])
 def test_a_recipe_writes_what_is_not_the_default(name: str) -> None:
     recipe = Hessian.parse(name.partition(":")[2])
     assert str(recipe) == name

@@ -25,7 +25,7 @@ from jaxscape.prompts.chat_format import chat_texts
 from jaxscape.runtime.sharding import MeshShape
 
 REFUSAL, TARGET = "I cannot, no", "Sure: here"
-REFUSALS = Refusals(number=3, text=REFUSAL)
+REFUSALS = Refusals(number=3, text=REFUSAL, target="none")
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +132,10 @@ def test_refusals_are_the_models_own(pair: tuple[Path, Any], small: js.Model, mo
     own = [answer[:16] for answer, text in zip(answers, texts, strict=True) if word in text]
     commonest = max(own, key=own.count)
     expected = [answer[:16] if word in text else commonest for answer, text in zip(answers, texts, strict=True)]
-    assert Refusals(number=5).tokens(small) == (tokens, expected, [])
+    assert Refusals(number=5, target="none").tokens(small) == (tokens, expected, [])
     monkeypatch.setattr(refusal, "REFUSAL_KEYWORDS", ("\u2603",))
     with pytest.raises(js.UserError, match="refuses none of the first 5 prompts of harmful"):
-        Refusals(number=5).tokens(small)
+        Refusals(number=5, target="none").tokens(small)
 
 
 @given(
@@ -194,13 +194,14 @@ def test_no_random_direction_is_worse_than_the_worst(small: js.Model, loss: Refu
     [
         "gradient",
         "gradient:advbench",
-        "gradient:harmful:8",
-        "gradient:harmful:16:I cannot",
-        "gradient:harmful:16::Sure: here",
+        "gradient:harmful:16",
+        "gradient:harmful:8:I cannot",
+        "gradient:harmful:8::Sure: here",
+        "gradient:harmful:8::none",
         "worst-case",
         "worst-case:0.05",
-        "worst-case:0.02:20:mine.csv:4",
-        "worst-case:0.02:10:harmful:16:Sorry",
+        "worst-case:0.0002:20:mine.csv:4",
+        "worst-case:0.0002:10:harmful:8:Sorry",
     ],
 )
 def test_a_recipe_writes_what_is_not_the_default(name: str) -> None:
@@ -251,9 +252,9 @@ def test_a_scan_along_the_gradient_is_resumed(small: js.Model, tmp_path: Path) -
     """The direction is made again, and is the same to the bit."""
     options: dict[str, Any] = {"prompts": ["Hi", "Why?"], "steps": 2, "radius": 0.01, "max_new_tokens": 4}
     options |= {"progress": False, "shares": False, "out": tmp_path / "run"}
-    js.scan(small, [f"gradient:harmful:3:{REFUSAL}"], **options)
+    js.scan(small, [f"gradient:harmful:3:{REFUSAL}:none"], **options)
     file = tmp_path / "run" / "generations.jsonl"
     whole = file.read_text()
     file.write_text("".join(whole.splitlines(keepends=True)[:3]))
-    js.scan(small, [f"gradient:harmful:3:{REFUSAL}"], **options)
+    js.scan(small, [f"gradient:harmful:3:{REFUSAL}:none"], **options)
     assert file.read_text() == whole
