@@ -9,7 +9,7 @@ from .engine.engine import generate
 from .engine.options import EngineOptions
 from .evaluate.base import Evaluator
 from .evaluate.evaluators import evaluator
-from .evaluate.keywords import attack_success_rate, is_refusal
+from .evaluate.keywords import attack_success_rate
 from .evaluate.perplexity import perplexity
 from .evaluate.statistics import wilson_interval
 from .finetuning.chats import load_chats
@@ -27,6 +27,7 @@ from .landscapes.scan import scan
 from .landscapes.score import score
 from .landscapes.visage import visage
 from .models.model import Model, load_model, save_model
+from .prompts.refusal import is_refusal
 from .prompts.sets import load_prompts
 from .report.comparison import plot_comparison, save_comparison
 from .report.figures import plot_landscape, save_figure

@@ -19,6 +19,8 @@ from jaxscape.directions.difference import To
 from jaxscape.directions.files import File, check_direction
 from jaxscape.directions.filters import Filter
 from jaxscape.directions.gaussian import Gaussian
+from jaxscape.directions.gradient import Gradient
+from jaxscape.directions.hessian import Hessian
 from jaxscape.directions.low_rank import LowRank
 from jaxscape.directions.norms import TensorNorm, WeightNorm
 from jaxscape.directions.point import materialise
@@ -28,6 +30,7 @@ from jaxscape.directions.relative import Relative
 from jaxscape.directions.restricted import Restricted
 from jaxscape.directions.sparse import Sparse
 from jaxscape.directions.storage import Direction, on_model_mesh, stored
+from jaxscape.directions.worst_case import WorstCase
 from jaxscape.models.checkpoint import Params, fingerprint
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError, as_list
@@ -42,6 +45,9 @@ KINDS: tuple[type[SimpleRecipe], ...] = (
     File,
     To,
     Principal,
+    Gradient,
+    WorstCase,
+    Hessian,
 )
 """All kinds of directions that are made of no other. A new kind is one more class here."""
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from jaxscape.engine.sampling import Sampling
+from jaxscape.models.encoding import encode
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_texts
-from jaxscape.runtime.errors import UserError
 
 LENGTH_MULTIPLE = 16  # lengths in tokens are padded to a multiple of this, so that programs are compiled for few shapes
 
@@ -64,32 +64,6 @@ def tokenize(
 ) -> list[list[int]]:
     """The token ids of each prompt in the model's chat format; see `chat_texts` and `encode`."""
     return encode(model, chat_texts(model.tokenizer, prompts, system_prompt, thinking), max_new_tokens)
-
-
-def encode(model: Model, texts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
-    """The token ids of each text. Special tokens must be spelled out in the texts, because none are added.
-
-    Raises:
-        UserError: there are no texts, a text has no tokens, a text and its new tokens exceed the model's context, or
-            the tokenizer produces a token id that the model's vocabulary lacks.
-    """
-    if not texts:
-        raise UserError("There are no prompts: give at least one.")
-    encoded: list[list[int]] = model.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    for number, tokens in enumerate(encoded, 1):
-        if len(tokens) + max_new_tokens > model.config.max_positions:
-            raise UserError(
-                f"Prompt {number} has {len(tokens)} tokens, which with {max_new_tokens} new tokens exceeds the model's "
-                f"context of {model.config.max_positions}: shorten the prompt or lower --max-new-tokens."
-            )
-        if not tokens:
-            raise UserError(f"Prompt {number} has no tokens: remove it or write a text.")
-        if max(tokens) >= model.config.vocab_size:
-            raise UserError(
-                f"The tokenizer produced the token id {max(tokens)}, but the model's vocabulary has only "
-                f"{model.config.vocab_size} tokens: use the tokenizer that belongs to the model."
-            )
-    return encoded
 
 
 def common_prefix(prompt_tokens: Sequence[Sequence[int]]) -> int:

@@ -23,7 +23,7 @@ from jaxscape.engine.batching import Workload
 from jaxscape.engine.layout import BatchLayout, Groups
 from jaxscape.engine.platforms import cache_order
 from jaxscape.engine.sampling import Sampling, greedy, sample
-from jaxscape.models.cache import CacheOrder, Context, KVCache
+from jaxscape.models.cache import CacheOrder, Context, KVCache, empty_cache
 from jaxscape.models.checkpoint import Params
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.decoder import forward, head, hidden_states
@@ -150,16 +150,8 @@ def slot_shapes(static: StaticArguments, dtype: str, layout: BatchLayout) -> Any
 
 
 def _blank_slots(static: StaticArguments, dtype: str, layout: BatchLayout) -> Slots:
-    config, batch = static.config, layout.batch
-
-    def cache(rows: int, slots: int) -> KVCache:
-        lengths = {"b": rows, "k": config.num_kv_heads, "h": config.head_dim, "s": slots}
-        keys, values = (
-            jnp.zeros([lengths[dimension] for dimension in order], dtype) for order in static.order.keys_and_values
-        )
-        count = config.num_layers
-        return KVCache((keys,) * count, (values,) * count, jnp.full((rows, slots), -1, jnp.int32))
-
+    batch = layout.batch
+    cache = partial(empty_cache, static.config, dtype, order=static.order)
     zeros, flags = jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool)
     return Slots(
         generated=Generated(jnp.zeros((batch, static.sampling.max_new_tokens), jnp.int32), zeros, flags, flags),

@@ -16,13 +16,13 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxscape.engine.batching import encode
 from jaxscape.engine.engine import generate
 from jaxscape.engine.prefill import log_likelihoods
 from jaxscape.evaluate.base import REFUSALS, Evaluator, Label, labels_of
 from jaxscape.evaluate.keywords import KEYWORDS
 from jaxscape.models.builtin import DEFAULT_MODEL
 from jaxscape.models.checkpoint import fingerprint
+from jaxscape.models.encoding import encode
 from jaxscape.models.model import Model, load_model
 from jaxscape.prompts.chat_format import chat_texts
 from jaxscape.prompts.sets import load_prompts

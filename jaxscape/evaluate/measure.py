@@ -8,12 +8,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-from jaxscape.engine.batching import encode, tokenize
+from jaxscape.engine.batching import tokenize
 from jaxscape.engine.engine import generate
-from jaxscape.evaluate.keywords import is_refusal
 from jaxscape.evaluate.statistics import Interval
 from jaxscape.models.checkpoint import Params
+from jaxscape.models.encoding import encode
 from jaxscape.models.model import Model
+from jaxscape.prompts.refusal import is_refusal
 from jaxscape.prompts.thinking import answer_of
 from jaxscape.runtime.errors import UserError
 

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxscape.engine.batching import encode
 from jaxscape.engine.prefill import log_likelihoods
 from jaxscape.evaluate.measure import Subject
 from jaxscape.evaluate.statistics import Interval, bootstrap_interval
@@ -20,6 +19,7 @@ from jaxscape.finetuning.chats import Chat, Example, load_chats, tokenize
 from jaxscape.models import kernels
 from jaxscape.models.checkpoint import Params
 from jaxscape.models.config import ModelConfig
+from jaxscape.models.encoding import encode
 from jaxscape.models.loss import summed_loss
 from jaxscape.models.model import Model
 from jaxscape.prompts.sets import PROMPT_SETS, load_prompts

@@ -8,7 +8,6 @@ import jax
 from transformers import PreTrainedTokenizerBase
 
 from jaxscape.directions.base import Recipe
-from jaxscape.engine.batching import encode
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import Hardware, make_plan, this_hardware
 from jaxscape.engine.sampling import Sampling, SamplingOptions
@@ -16,6 +15,7 @@ from jaxscape.forecast.chips import bytes_per_chip
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.scan import workload_of
 from jaxscape.models.chat_defaults import adds_bos, template_notes
+from jaxscape.models.encoding import encode
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 from jaxscape.prompts.fields import Prompts

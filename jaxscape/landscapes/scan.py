@@ -16,7 +16,7 @@ import jax
 from jaxscape.directions.base import Recipe
 from jaxscape.directions.kinds import DirectionLike, make_directions, prepare
 from jaxscape.directions.random import Random
-from jaxscape.engine.batching import Workload, encode
+from jaxscape.engine.batching import Workload
 from jaxscape.engine.engine import Engine
 from jaxscape.engine.forms import Form
 from jaxscape.engine.options import EngineOptions
@@ -36,6 +36,7 @@ from jaxscape.landscapes.shares import in_run
 from jaxscape.landscapes.store import Adaptive, Run, open_run
 from jaxscape.models.chat_defaults import template_notes
 from jaxscape.models.checkpoint import fingerprint
+from jaxscape.models.encoding import encode
 from jaxscape.models.model import Model
 from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 from jaxscape.prompts.fields import Prompts

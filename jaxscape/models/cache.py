@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxscape.models.config import ModelConfig
 from jaxscape.runtime.sharding import Axes
 
 KeysValues = tuple[Float[Array, "_ _ _ _"], Float[Array, "_ _ _ _"]]
@@ -66,6 +68,14 @@ class KVCache(NamedTuple):
     keys: tuple[Float[Array, "_ _ _ _"], ...]
     values: tuple[Float[Array, "_ _ _ _"], ...]
     positions: Int[Array, "batch slots"]
+
+
+def empty_cache(config: ModelConfig, dtype: str, rows: int, slots: int, order: CacheOrder) -> KVCache:
+    """A cache without tokens, for `rows` texts of up to `slots` tokens."""
+    lengths = {"b": rows, "k": config.num_kv_heads, "h": config.head_dim, "s": slots}
+    keys, values = (jnp.zeros([lengths[dimension] for dimension in dims], dtype) for dims in order.keys_and_values)
+    count = config.num_layers
+    return KVCache((keys,) * count, (values,) * count, jnp.full((rows, slots), -1, jnp.int32))
 
 
 class Context(NamedTuple):

@@ -51,8 +51,8 @@ def test_every_kind_keeps_the_protocol() -> None:
         assert kind.usage.startswith(kind.kind)
         assert all(hasattr(kind, name) for name in ("is_interpolation", "count", "make"))
     for kind in KINDS:
-        option = "0.5:0" if kind.kind == "sparse" else "2:0" if kind.kind == "low-rank" else "0"
-        assert isinstance(kind.parse(option), Recipe)
+        options = {"sparse": "0.5:0", "low-rank": "2:0", "worst-case": "0.1", "hessian": "1"}
+        assert isinstance(kind.parse(options.get(kind.kind, "0")), Recipe)
 
 
 def test_names_seeds_trees_and_recipes_make_the_same_direction(tiny: js.Model, tmp_path: Path) -> None:

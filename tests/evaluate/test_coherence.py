@@ -22,8 +22,8 @@ from jaxscape.evaluate.coherence import (
     mean_surprise,
 )
 from jaxscape.evaluate.evaluators import find_evaluators
-from jaxscape.evaluate.keywords import REFUSAL_KEYWORDS
 from jaxscape.models.checkpoint import fingerprint
+from jaxscape.prompts.refusal import REFUSAL_KEYWORDS
 
 ANYTHING = Thresholds("", 0.0, math.inf, 0.0)
 

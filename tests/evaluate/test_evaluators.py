@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import jaxscape as js
 from jaxscape.evaluate.base import LABELS, REFUSALS, labels_of, stop_when, stop_when_all
 from jaxscape.evaluate.evaluators import EVALUATORS, find_evaluators
-from jaxscape.evaluate.keywords import REFUSAL_KEYWORDS
 from jaxscape.evaluate.xstest import BEGINNINGS
+from jaxscape.prompts.refusal import REFUSAL_KEYWORDS
 from jaxscape.prompts.thinking import MARKERS, answer_of
 
 THINKING = [marker for pair in MARKERS for marker in pair]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import jaxscape as js
 from jaxscape.evaluate import jailbreakbench, wei
 from jaxscape.evaluate.evaluators import EVALUATORS
-from jaxscape.evaluate.keywords import REFUSAL_KEYWORDS
+from jaxscape.prompts.refusal import REFUSAL_KEYWORDS
 
 LONG = "one two three four five six seven eight nine ten "  # ten words
 

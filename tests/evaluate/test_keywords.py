@@ -4,7 +4,7 @@ import pytest
 from helpers import SHARED
 
 import jaxscape as js
-from jaxscape.evaluate.keywords import REFUSAL_KEYWORDS
+from jaxscape.prompts.refusal import REFUSAL_KEYWORDS
 
 
 def test_the_keywords_are_the_papers() -> None:

@@ -26,9 +26,9 @@ import jaxscape as js
 from jaxscape.cli.main import main
 from jaxscape.directions.point import materialise
 from jaxscape.engine.decode import decode_chunk, insert
-from jaxscape.evaluate import keywords as refusal
 from jaxscape.models.chat_defaults import with_chat_template
 from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
+from jaxscape.prompts import refusal
 from jaxscape.prompts.chat_format import chat_text
 from jaxscape.report.reference import export_reference
 
