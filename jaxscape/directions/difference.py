@@ -1,4 +1,4 @@
-"""Directions from one model to another."""
+"""Directions from one model to another, and the alignment direction away from one."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -46,3 +46,30 @@ class To:
     def make(self, model: Model) -> list[Direction]:
         other = load_model(self.model, model.dtype, mesh_shape=mesh_shape_of(model.mesh))
         return [difference(model, other)]
+
+
+@dataclass(frozen=True)
+class From:
+    """`from:BASE`: the alignment direction, this model minus the base that was aligned (AsFT, arXiv 2506.08473).
+
+    The base lies at coordinate −1, and positive coordinates continue what the alignment did. Norms are moved too.
+    """
+
+    base: str
+
+    kind: ClassVar[str] = "from"
+    usage: ClassVar[str] = "from:BASE"
+    is_interpolation: ClassVar[bool] = False
+    has_control: ClassVar[bool] = True
+    count: ClassVar[int] = 1
+
+    @classmethod
+    def parse(cls, option: str) -> "From":
+        return cls(needs_option(cls, option))
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.base}"
+
+    def make(self, model: Model) -> list[Direction]:
+        base = load_model(self.base, model.dtype, mesh_shape=mesh_shape_of(model.mesh))
+        return [jax.tree.map(jnp.negative, difference(model, base))]

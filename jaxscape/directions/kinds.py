@@ -15,7 +15,7 @@ import numpy as np
 from jaxscape.directions.base import ComposedRecipe, Recipe, SimpleRecipe, is_drawn, split_parts
 from jaxscape.directions.composed import Orthogonal, Projected, Sum
 from jaxscape.directions.control import Control
-from jaxscape.directions.difference import To
+from jaxscape.directions.difference import From, To
 from jaxscape.directions.files import File, check_direction
 from jaxscape.directions.filters import Filter
 from jaxscape.directions.gaussian import Gaussian
@@ -25,6 +25,7 @@ from jaxscape.directions.low_rank import LowRank
 from jaxscape.directions.norms import TensorNorm, WeightNorm
 from jaxscape.directions.point import materialise
 from jaxscape.directions.principal import Principal
+from jaxscape.directions.quantisation import Quantisation
 from jaxscape.directions.random import Random, random_direction
 from jaxscape.directions.relative import Relative
 from jaxscape.directions.restricted import Restricted
@@ -44,6 +45,8 @@ KINDS: tuple[type[SimpleRecipe], ...] = (
     LowRank,
     File,
     To,
+    From,
+    Quantisation,
     Principal,
     Gradient,
     WorstCase,
