@@ -5,6 +5,7 @@ square brackets: `orthogonal:[gradient][random:0]`, or `restricted:[random:0]:*m
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxscape.directions.storage import Direction
@@ -139,3 +140,11 @@ def split_parts(rest: str) -> tuple[list[str], str]:
     if rest and not rest.startswith(":"):
         raise UserError(f"Cannot read {rest!r}: write each direction as [NAME], and an option after a colon.")
     return parts, rest[1:]
+
+
+def recipe_name(kind: str, options: Sequence[str], defaults: Sequence[str]) -> str:
+    """`KIND:OPTION:…`, without the last options if they have their defaults."""
+    used = len(options)
+    while used and options[used - 1] == defaults[used - 1]:
+        used -= 1
+    return ":".join((kind, *options[:used]))

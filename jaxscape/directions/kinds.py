@@ -28,6 +28,7 @@ from jaxscape.directions.principal import Principal
 from jaxscape.directions.quantisation import Quantisation
 from jaxscape.directions.random import Random, random_direction
 from jaxscape.directions.relative import Relative
+from jaxscape.directions.refusal import Refusal
 from jaxscape.directions.restricted import Restricted
 from jaxscape.directions.sparse import Sparse
 from jaxscape.directions.storage import Direction, on_model_mesh, stored
@@ -51,6 +52,7 @@ KINDS: tuple[type[SimpleRecipe], ...] = (
     Gradient,
     WorstCase,
     Hessian,
+    Refusal,
 )
 """All kinds of directions that are made of no other. A new kind is one more class here."""
 
