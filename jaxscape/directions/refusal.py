@@ -121,8 +121,8 @@ class Refusal:
         )
         if not units.any():
             raise UserError(
-                f"The activations of harmful and harmless prompts do not differ at the layer {self.layer} and the token "
-                f"{self.position}: choose another layer or token for {self}."
+                f"The activations of the harmful and harmless prompts do not differ at the layer {self.layer} and the "
+                f"token {self.position}: choose another layer or token for {self}."
             )
         return units[0, 0]
 
@@ -159,14 +159,14 @@ class Refusal:
         place = min(ends, key=lambda at: ends[at].damage) if ends else min(outcomes, key=lambda at: outcomes[at].score)
         chosen = replace(self, layer=place[0], position=place[1])
         note(
-            f"{self}: chose {chosen} on {len(held_out[0])} further prompts of each set; there the log-odds of refusal at "
-            f"the first token fall from {trial.unperturbed_score:.2f} to {outcomes[place].score:.2f}, and the KL "
+            f"{self}: chose {chosen} on {len(held_out[0])} further prompts of each set; there the log-odds of refusal "
+            f"at the first token fall from {trial.unperturbed_score:.2f} to {outcomes[place].score:.2f}, and the KL "
             f"divergence on harmless prompts is {outcomes[place].damage:.2f} nats."
         )
         return chosen
 
     def _prompts(self, model: Model, first: int, end: int) -> tuple[Texts, Texts]:
-        """The prompts of both sets with the numbers from `first` up to but without `end`, in the model's chat format."""
+        """The prompts with the numbers from `first` up to but without `end` of both sets, in the model's format."""
         harmful, harmless = (
             encode(model, chat_texts(model.tokenizer, load_prompts(name, end)[first:]), ANSWER_TOKENS)
             for name in (self.harmful, self.harmless)
@@ -280,8 +280,8 @@ class _Trial:
         tokens = sorted({answer[0] for answer, refused in zip(answers, refuses, strict=True) if refused})
         if not tokens:
             raise UserError(
-                f"The model refuses none of {len(harmful)} prompts of {recipe.harmful}, so the layer of {recipe} cannot "
-                f"be chosen by what ends refusal: give a layer, for example {replace(recipe, layer=1)}."
+                f"The model refuses none of {len(harmful)} prompts of {recipe.harmful}, so the layer of {recipe} "
+                f"cannot be chosen by what ends refusal: give a layer, for example {replace(recipe, layer=1)}."
             )
         unperturbed = log_softmax(next_token_logits(model, harmless))
         score = refusal_score(log_softmax(next_token_logits(model, harmful)), tokens)

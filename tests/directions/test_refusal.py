@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,6 @@ from jaxscape.directions.refusal import Refusal, common_suffix, mean_difference,
 from jaxscape.directions.storage import Factored, dense
 from jaxscape.models.activations import residual_stream
 from jaxscape.models.checkpoint import named_leaves
-from jaxscape.models.greedy import greedy_tokens
 from jaxscape.prompts.chat_format import chat_texts
 
 
