@@ -22,6 +22,7 @@ from jaxscape.directions.gaussian import Gaussian
 from jaxscape.directions.gradient import Gradient
 from jaxscape.directions.hessian import Hessian
 from jaxscape.directions.low_rank import LowRank
+from jaxscape.directions.masks import Mask
 from jaxscape.directions.norms import TensorNorm, WeightNorm
 from jaxscape.directions.point import materialise
 from jaxscape.directions.principal import Principal
@@ -30,6 +31,7 @@ from jaxscape.directions.random import Random, random_direction
 from jaxscape.directions.relative import Relative
 from jaxscape.directions.refusal import Refusal
 from jaxscape.directions.restricted import Restricted
+from jaxscape.directions.singular import Singular
 from jaxscape.directions.sparse import Sparse
 from jaxscape.directions.storage import Direction, on_model_mesh, stored
 from jaxscape.directions.worst_case import WorstCase
@@ -53,6 +55,8 @@ KINDS: tuple[type[SimpleRecipe], ...] = (
     WorstCase,
     Hessian,
     Refusal,
+    Mask,
+    Singular,
 )
 """All kinds of directions that are made of no other. A new kind is one more class here."""
 

@@ -13,7 +13,7 @@ from jaxscape.directions.base import needs_option
 from jaxscape.directions.storage import Direction
 from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.model import Model
-from jaxscape.models.weights import EMBEDDING, HEAD
+from jaxscape.models.weights import is_layer_matrix
 from jaxscape.runtime.errors import UserError
 
 BITS = {"int8": 8, "int4": 4}
@@ -60,7 +60,7 @@ class Quantisation:
         direction = {}
         for name, weight in named_leaves(model.params).items():
             weight = jax.device_put(weight, shardings[name])
-            if not is_quantised(name, weight.shape):
+            if not is_layer_matrix(name, weight.shape):
                 direction[name] = jnp.zeros(weight.shape, weight.dtype, device=shardings[name])
                 continue
             group = weight.shape[1] if self.group is None else self.group
@@ -71,11 +71,6 @@ class Quantisation:
                 )
             direction[name] = residual(weight, BITS[self.format], group)
         return [tree_of(direction)]
-
-
-def is_quantised(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is quantised: a matrix of a layer."""
-    return len(shape) == 2 and "norm" not in name and name not in (EMBEDDING, HEAD)
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -11,25 +11,19 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxscape.directions.base import recipe_name
+from jaxscape.directions.examples import ANSWER_TOKENS, DEFAULT_SETS, PromptSets, Texts
 from jaxscape.directions.point import materialise
 from jaxscape.directions.storage import Direction, Factored, factored, zero_tensor
 from jaxscape.models.activations import next_token_logits, residual_stream
 from jaxscape.models.checkpoint import Params, named_leaves, tree_of
-from jaxscape.models.encoding import encode
 from jaxscape.models.greedy import greedy_tokens
 from jaxscape.models.model import Model
 from jaxscape.models.weights import EMBEDDING
-from jaxscape.prompts.chat_format import chat_texts
 from jaxscape.prompts.refusal import is_refusal
-from jaxscape.prompts.sets import load_prompts
 from jaxscape.prompts.thinking import answer_of
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.progress import note
 
-Texts = Sequence[Sequence[int]]
-"""The token ids of each text."""
-
-ANSWER_TOKENS = 24  # new tokens of the model's own answers: enough to see whether they refuse
 MAX_POSITIONS = 8  # at most so many of the last tokens, which all prompts share, are candidates
 LAST_LAYERS = 0.2  # the part of the layers, the last ones, that are no candidates, as in the paper
 NUM_CANDIDATES = 8  # candidates that are ablated
@@ -53,15 +47,12 @@ class Refusal:
     Attributes:
         layer, position: the activations are those before the layer with this number, counted from 0, at this token of
             each prompt, counted from the end: −1 is the last one. If the layer is None, `choose` chooses both.
-        harmful, harmless: the prompt sets.
-        number: N.
+        sets: the prompts.
     """
 
     layer: int | None = None
     position: int = -1
-    harmful: str = "harmful"
-    harmless: str = "benign"
-    number: int = 64
+    sets: PromptSets = DEFAULT_SETS
 
     kind: ClassVar[str] = "refusal"
     usage: ClassVar[str] = "refusal[:LAYER[@POSITION][:HARMFUL,HARMLESS[:N]]]"
@@ -70,24 +61,20 @@ class Refusal:
     count: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if self.number < 4 or self.position >= 0:
-            raise UserError(
-                f"The direction {self} takes the activations of {self.number} prompts at the token {self.position}: "
-                f"give at least 4 prompts, and the number of a token from the end, -1 for the last."
-            )
+        if self.position >= 0:
+            raise UserError(f"Tokens are counted from the end, from -1, so there is no token {self.position}.")
 
     @classmethod
     def parse(cls, option: str) -> "Refusal":
-        where, sets, number = (*option.split(":", 2), "", "")[:3]
-        match = re.fullmatch(r"(?:auto)?|(\d+)(?:@(-\d+))?", where)
-        names = sets.split(",") if sets else [cls.harmful, cls.harmless]
-        if match is None or len(names) != 2 or not all(names) or not (number or "0").isdecimal():
+        where, *sets = (*option.split(":", 2), "", "")[:3]
+        match = re.fullmatch(r"(?:auto)?|(\d+)(?:@(-[1-9]\d*))?", where)
+        if match is None:
             raise UserError(
-                f"Cannot read the direction 'refusal:{option}': write {cls.usage}, for example refusal:14 or "
-                f"refusal:auto:harmful,harmless:32."
+                f"Cannot read the layer {where!r} of a refusal direction: write {cls.usage}, for example refusal:14, "
+                f"refusal:14@-5 or refusal:auto:harmful,harmless:32."
             )
         layer = None if match[1] is None else int(match[1])
-        return cls(layer, int(match[2] or cls.position), names[0], names[1], int(number or cls.number))
+        return cls(layer, int(match[2] or cls.position), PromptSets.parse(*sets))
 
     def __str__(self) -> str:
         return recipe_name(self.kind, self._options, Refusal()._options)
@@ -95,11 +82,11 @@ class Refusal:
     @property
     def _options(self) -> tuple[str, ...]:
         where = "auto" if self.layer is None else f"{self.layer}" + (f"@{self.position}" if self.position != -1 else "")
-        return where, f"{self.harmful},{self.harmless}", str(self.number)
+        return where, *self.sets.options
 
     def make(self, model: Model) -> list[Direction]:
-        chosen = self if self.layer is not None else self.choose(model)
-        return [ablation(model, chosen.unit_vector(model))]
+        unit = self.choose(model)[1] if self.layer is None else self.unit_vector(model)
+        return [ablation(model, unit)]
 
     def unit_vector(self, model: Model) -> Float[np.ndarray, " dim"]:
         """The refusal direction in the residual stream, r: float32[dim].
@@ -113,7 +100,7 @@ class Refusal:
                 f"The direction {self} needs the layer {self.layer}, but {model.name} has the layers 0 to "
                 f"{model.config.num_layers - 1}."
             )
-        harmful, harmless = self._prompts(model, 0, self.number)
+        harmful, harmless = self.sets.prompts(model, 0, self.sets.number)
         if -self.position > min(map(len, (*harmful, *harmless))):
             raise UserError(f"The direction {self} needs the token {self.position} of each prompt, but one is shorter.")
         units = mean_difference(
@@ -126,8 +113,8 @@ class Refusal:
             )
         return units[0, 0]
 
-    def choose(self, model: Model) -> "Refusal":
-        """This direction with its layer and position, chosen by what ablation does, as in the paper.
+    def choose(self, model: Model) -> tuple["Refusal", Float[np.ndarray, " dim"]]:
+        """This direction with its layer and position, chosen by what ablation does, as in the paper; and its r.
 
         The candidates are the tokens behind the user's words, before each layer but the last fifth. Of each layer, the
         token is taken at which N / 4 further prompts of the two sets lie farthest apart along r, and of all layers the
@@ -140,8 +127,11 @@ class Refusal:
         Raises:
             UserError: the model refuses none of the further harmful prompts.
         """
-        train = self._prompts(model, 0, self.number)
-        held_out = self._prompts(model, self.number, self.number + self.number // 4)
+        number = self.sets.number
+        if number < 4:
+            raise UserError(f"The layer of {self} is chosen on a fourth of the prompts: give at least 4, or a layer.")
+        train = self.sets.prompts(model, 0, number)
+        held_out = self.sets.prompts(model, number, number + number // 4)
         count = min(MAX_POSITIONS, max(1, common_suffix([*train[0], *train[1]])))
         units = mean_difference(*(residual_stream(model, texts, count) for texts in train))
         apart = separation(units, *(residual_stream(model, texts, count) for texts in held_out))
@@ -163,15 +153,7 @@ class Refusal:
             f"at the first token fall from {trial.unperturbed_score:.2f} to {outcomes[place].score:.2f}, and the KL "
             f"divergence on harmless prompts is {outcomes[place].damage:.2f} nats."
         )
-        return chosen
-
-    def _prompts(self, model: Model, first: int, end: int) -> tuple[Texts, Texts]:
-        """The prompts with the numbers from `first` up to but without `end` of both sets, in the model's format."""
-        harmful, harmless = (
-            encode(model, chat_texts(model.tokenizer, load_prompts(name, end)[first:]), ANSWER_TOKENS)
-            for name in (self.harmful, self.harmless)
-        )
-        return harmful, harmless
+        return chosen, units[place]
 
 
 def mean_difference(
@@ -280,7 +262,7 @@ class _Trial:
         tokens = sorted({answer[0] for answer, refused in zip(answers, refuses, strict=True) if refused})
         if not tokens:
             raise UserError(
-                f"The model refuses none of {len(harmful)} prompts of {recipe.harmful}, so the layer of {recipe} "
+                f"The model refuses none of {len(harmful)} prompts of {recipe.sets.harmful}, so the layer of {recipe} "
                 f"cannot be chosen by what ends refusal: give a layer, for example {replace(recipe, layer=1)}."
             )
         unperturbed = log_softmax(next_token_logits(model, harmless))

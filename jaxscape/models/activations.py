@@ -112,6 +112,41 @@ def _residual_stream(
         return jnp.stack(taken, axis=1)
 
 
+def input_moments(
+    model: Model, texts: Sequence[Sequence[int]], begins: Sequence[int], *, is_full: bool = False
+) -> dict[str, Float[Array, "in *in"]]:
+    """Sums of squares of the inputs of each linear layer of the decoder's layers, by the layer's path.
+
+    Arguments:
+        begins: for each text, the number of its tokens, from its beginning, that are not counted.
+        is_full: whether to sum the matrices x xᵀ instead of the squares of each feature.
+
+    Returns:
+        float32[in], or float32[in, in]; summed over the counted tokens of all texts.
+    """
+    params = jax.device_put(model.params, model.shardings)
+    config = model.config.for_length(max(map(len, texts)))
+    total: dict[str, Array] = {}
+    for rows in batches(model, texts, begins):
+        moments = _input_moments(params, rows, config=config, mesh=model.mesh, is_full=is_full)
+        total = jax.tree.map(jnp.add, total, moments) if total else moments
+    return total
+
+
+@platform_jit(static_argnames=("config", "mesh", "is_full"))
+def _input_moments(
+    params: Params, rows: Rows, *, config: ModelConfig, mesh: jax.sharding.Mesh, is_full: bool
+) -> dict[str, Float[Array, "in *in"]]:
+    equation = "bti,btj->ij" if is_full else "bti,bti->i"
+    with on_mesh(mesh):
+        inputs, _ = inputs_of(Linear, config, params, rows)
+        moments = {}
+        for path, x in inputs.items():
+            x = jnp.where(rows.counted[..., None], x, 0).astype(jnp.float32)
+            moments[path] = jnp.einsum(equation, x, x, precision=jax.lax.Precision.HIGHEST)
+        return moments
+
+
 def next_token_logits(
     model: Model, texts: Sequence[Sequence[int]], params: Params | None = None
 ) -> Float[np.ndarray, "texts vocab"]:

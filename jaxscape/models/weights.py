@@ -267,6 +267,11 @@ def parameter_name(name: str) -> str:
     return re.sub(r"^(?=(?:layers|embed_tokens|norm)\.)", "model.", name)
 
 
+def is_layer_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter of the decoder is a matrix of a layer: not embedding, output head, norm or bias."""
+    return len(shape) == 2 and "norm" not in name and name not in (EMBEDDING, HEAD)
+
+
 def is_redundant(name: str) -> bool:
     """Whether a tensor is computed from the configuration: RoPE's frequencies in old checkpoints."""
     return name.endswith("rotary_emb.inv_freq")

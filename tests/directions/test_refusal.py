@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import jaxscape as js
 from jaxscape.directions import refusal
+from jaxscape.directions.examples import PromptSets
 from jaxscape.directions.kinds import parse_direction
 from jaxscape.directions.refusal import Refusal, common_suffix, mean_difference, refusal_score, separation
 from jaxscape.directions.storage import Factored, dense
@@ -59,7 +60,7 @@ def test_nothing_is_written_along_the_direction_any_more(make_model: MakeModel, 
     """Also where a norm follows the matrix, embeddings are scaled, and the output head is tied."""
     options = {"head_dim": 8} if family == "gemma2" else {}
     model = js.load_model(make_model(family, **options)[0], "float32")
-    recipe = Refusal(1, -1, number=4)
+    recipe = Refusal(1, -1, PromptSets(number=4))
     r = recipe.unit_vector(model)
     moved = js.model_at(model, [recipe], [1.0])
     tokens = [[5, 9, 200, 31, 7]]
@@ -95,11 +96,11 @@ def refusing(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> js.Model:
 
 def test_the_place_is_chosen_by_what_ablation_does(refusing: js.Model, capsys: pytest.CaptureFixture[str]) -> None:
     """Against a search that forms every ablated model: transformers' way, and the rule in the docstring."""
-    recipe = Refusal(number=8)
-    chosen = recipe.choose(refusing)
+    recipe = Refusal(sets=PromptSets(number=8))
+    chosen, _ = recipe.choose(refusing)
     assert f"refusal:auto:harmful,benign:8: chose {chosen} on 2 further prompts of each set" in capsys.readouterr().err
     assert chosen.layer == 1  # of two layers, the last fifth is no candidate, nor is the embedding
-    prompts = [recipe._prompts(refusing, first, end) for first, end in ((0, 8), (8, 10))]
+    prompts = [recipe.sets.prompts(refusing, first, end) for first, end in ((0, 8), (8, 10))]
     count = common_suffix([*prompts[0][0], *prompts[0][1]])
     apart = []
     for position in range(-min(count, 8), 0):
@@ -129,10 +130,13 @@ def test_a_refusal_direction_has_the_name_that_it_was_made_from(name: str) -> No
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("refusal:one", "Cannot read the direction 'refusal:one': write refusal"),
-        ("refusal:3:harmful", "Cannot read the direction 'refusal:3:harmful'"),
-        ("refusal:3:a,b:x", "Cannot read the direction"),
-        ("refusal:3:harmful,benign:2", "give at least 4 prompts"),
+        ("refusal:one", "Cannot read the layer 'one' of a refusal direction: write refusal"),
+        ("refusal:3@0", "Cannot read the layer '3@0'"),
+        ("refusal:3:harmful", "Cannot read the prompts 'harmful:' in the name of a direction: write HARMFUL,HARMLESS"),
+        ("refusal:3:a,b:x", "Cannot read the prompts 'a,b:x'"),
+        ("refusal:3:a,b:0", "The number of prompts of a direction must be at least 1, not 0"),
+        ("refusal:3:a,[b", "The prompts '\\[b' cannot stand in the name of a direction"),
+        ("refusal:auto:harmful,benign:2", "is chosen on a fourth of the prompts: give at least 4, or a layer"),
         ("refusal:2:harmful,benign:4", "needs the layer 2, but .* has the layers 0 to 1"),
         ("refusal:0:harmful,benign:4", "do not differ at the layer 0 and the token -1"),
         ("refusal:1@-900:harmful,benign:4", "needs the token -900 of each prompt, but one is shorter"),
