@@ -22,7 +22,7 @@ from jaxscape.directions.gaussian import Gaussian
 from jaxscape.directions.gradient import Gradient
 from jaxscape.directions.hessian import Hessian
 from jaxscape.directions.low_rank import LowRank
-from jaxscape.directions.masks import Mask
+from jaxscape.directions.masks import Mask, Masked
 from jaxscape.directions.norms import TensorNorm, WeightNorm
 from jaxscape.directions.point import materialise
 from jaxscape.directions.principal import Principal
@@ -65,6 +65,7 @@ COMPOSED_KINDS: tuple[type[ComposedRecipe], ...] = (
     Orthogonal,
     Projected,
     Restricted,
+    Masked,
     WeightNorm,
     TensorNorm,
     Control,

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxscape.directions.base import recipe_name
+from jaxscape.directions.base import Recipe, check_no_option, check_parts, recipe_name
 from jaxscape.directions.examples import DEFAULT_SETS, PromptSets
 from jaxscape.directions.importance import layer_matrices, snip_scores, wanda_scores
-from jaxscape.directions.storage import Direction, zero_tensor
+from jaxscape.directions.storage import Direction, dense, zero_tensor
 from jaxscape.models.checkpoint import Params, named_leaves, tree_of
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError
@@ -104,6 +104,41 @@ class Mask:
                 for name, leaf in named_leaves(model.params).items()
             }
         )
+
+
+@dataclass(frozen=True)
+class Masked:
+    """`masked:[A][MASK]`: direction A in the weights that a mask selects, and zero elsewhere."""
+
+    of: Recipe
+    by: Mask
+
+    kind: ClassVar[str] = "masked"
+    usage: ClassVar[str] = "masked:[DIRECTION][MASK]"
+    is_interpolation: ClassVar[bool] = False
+    has_control: ClassVar[bool] = True
+    count: ClassVar[int] = 1
+
+    @classmethod
+    def compose(cls, parts: tuple[Recipe, ...], option: str) -> "Masked":
+        check_parts(cls, parts, 2, 2)
+        check_no_option(cls, option)
+        of, by = parts
+        if not isinstance(by, Mask):
+            raise UserError(f"The direction {by} is no mask: write {cls.usage}, with a mask such as {Mask('snip')}.")
+        return cls(of, by)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:[{self.of}][{self.by}]"
+
+    def make(self, model: Model) -> list[Direction]:
+        mask = self.by.mask(model)
+        return [jax.tree.map(_selected, mask, direction) for direction in self.of.make(model)]
+
+
+@jax.jit
+def _selected(mask: Bool[Array, "*shape"], tensor: Any) -> Float[Array, "*shape"]:
+    return jnp.where(mask, dense(tensor), 0)
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -142,6 +142,16 @@ def test_a_mask_is_the_difference_of_two_sets_and_prunes_them(
         np.testing.assert_array_equal(moved[name], np.where(selected, 0, weight), err_msg=name)
 
 
+def test_a_mask_restricts_any_other_direction(pair: tuple[js.Model, Any]) -> None:
+    model, recipe = pair[0], Mask("wanda", 20.0, 10.0, PromptSets("harmful", "benign", 6))
+    mask, noise = named_leaves(recipe.mask(model)), named_leaves(js.random_direction(model, 3))
+    (masked,) = js.make_directions([f"masked:[random:3][{recipe}]"], model)
+    for name, leaf in named_leaves(masked).items():
+        np.testing.assert_array_equal(leaf, np.where(mask[name], noise[name], 0), err_msg=name)
+    with pytest.raises(js.UserError, match="The direction random:3 is no mask: write masked"):
+        parse_direction("masked:[random:3][random:3]")
+
+
 @pytest.mark.parametrize("free", [None, 5])
 def test_singular_directions_remove_the_top_ranks(pair: tuple[js.Model, Any], free: int | None) -> None:
     """ΔW = (I − Πᵘ) Πˢ W, with the projections from numpy's SVD of W X with the inputs that torch has."""
@@ -182,6 +192,7 @@ def test_left_singular_vectors_are_those_of_numpy(shape: tuple[int, int]) -> Non
         "mask:wanda:5",
         "mask:snip:3:0.5",
         "mask:snip:3::advbench,harmless:32",
+        "masked:[random:0][mask:snip:5]",
         "singular:4",
         "singular:4:64",
         "singular:4::advbench,harmless",
