@@ -1,7 +1,7 @@
 """The refusal direction: the one direction of the residual stream that mediates refusal, as a change of the weights."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -140,13 +140,12 @@ class Refusal:
         places = [(layer, int(apart[layer].argmax()) - count) for layer in layers]
 
         trial, params = _Trial.of(model, *held_out, self), None
-        outcomes = {}
+        outcomes: dict[tuple[int, int], Outcome] = {}
         for layer, position in places:
             direction = ablation(model, units[layer, position])
             params = materialise(model.params, [direction], np.ones(1, np.float32), params)
             outcomes[layer, position] = trial.outcome(params)
-        ends = {place: outcome for place, outcome in outcomes.items() if outcome.score < 0}
-        place = min(ends, key=lambda at: ends[at].damage) if ends else min(outcomes, key=lambda at: outcomes[at].score)
+        place = least_damage(outcomes)
         chosen = replace(self, layer=place[0], position=place[1])
         note(
             f"{self}: chose {chosen} on {len(held_out[0])} further prompts of each set; there the log-odds of refusal "
@@ -181,6 +180,20 @@ def common_suffix(texts: Texts) -> int:
     """How many tokens all texts end with."""
     ends = zip(*(reversed(text) for text in texts), strict=False)
     return next((i for i, tokens in enumerate(ends) if len(set(tokens)) > 1), min(map(len, texts)))
+
+
+class Outcome(NamedTuple):
+    """What ablated weights do: the refusal score and the damage, see `Refusal.choose`."""
+
+    score: float
+    damage: float
+
+
+def least_damage(outcomes: Mapping[tuple[int, int], Outcome]) -> tuple[int, int]:
+    """The layer and position without which the model refuses no more, at the least damage; if there are none, those
+    with the lowest refusal score."""
+    ends = {place: outcome for place, outcome in outcomes.items() if outcome.score < 0}
+    return min(ends, key=lambda at: ends[at].damage) if ends else min(outcomes, key=lambda at: outcomes[at].score)
 
 
 def ablation(model: Model, unit: Float[np.ndarray, " dim"]) -> Direction:
@@ -232,13 +245,6 @@ def _removed_from_rows(
     return -along[:, None], unit[None]
 
 
-class _Outcome(NamedTuple):
-    """What weights do: the refusal score and the damage, see `Refusal.choose`."""
-
-    score: float
-    damage: float
-
-
 @dataclass(frozen=True, eq=False)
 class _Trial:
     """Prompts on which ablated weights are tried.
@@ -269,10 +275,10 @@ class _Trial:
         score = refusal_score(log_softmax(next_token_logits(model, harmful)), tokens)
         return cls(model, harmful, harmless, tokens, unperturbed, score)
 
-    def outcome(self, params: Params) -> _Outcome:
+    def outcome(self, params: Params) -> Outcome:
         score = refusal_score(log_softmax(next_token_logits(self.model, self.harmful, params)), self.refusal_tokens)
         moved = log_softmax(next_token_logits(self.model, self.harmless, params))
-        return _Outcome(score, float((np.exp(self.unperturbed) * (self.unperturbed - moved)).sum(1).mean()))
+        return Outcome(score, float((np.exp(self.unperturbed) * (self.unperturbed - moved)).sum(1).mean()))
 
 
 def refusal_score(log_probabilities: Float[np.ndarray, "prompts vocab"], tokens: Sequence[int]) -> float:

@@ -52,6 +52,7 @@ def test_every_kind_keeps_the_protocol() -> None:
         assert all(hasattr(kind, name) for name in ("is_interpolation", "count", "make"))
     for kind in KINDS:
         options = {"sparse": "0.5:0", "low-rank": "2:0", "worst-case": "0.1", "hessian": "1"}
+        options |= {"quantisation": "int8", "mask": "snip", "singular": "1"}
         assert isinstance(kind.parse(options.get(kind.kind, "0")), Recipe)
 
 

@@ -14,7 +14,15 @@ import jaxscape as js
 from jaxscape.directions import refusal
 from jaxscape.directions.examples import PromptSets
 from jaxscape.directions.kinds import parse_direction
-from jaxscape.directions.refusal import Refusal, common_suffix, mean_difference, refusal_score, separation
+from jaxscape.directions.refusal import (
+    Outcome,
+    Refusal,
+    common_suffix,
+    least_damage,
+    mean_difference,
+    refusal_score,
+    separation,
+)
 from jaxscape.directions.storage import Factored, dense
 from jaxscape.models.activations import residual_stream
 from jaxscape.models.checkpoint import named_leaves
@@ -84,6 +92,12 @@ def test_difference_separation_and_score_by_hand() -> None:
     np.testing.assert_array_equal(mean_difference(harmful, harmful), 0)
     probabilities = np.array([[0.2, 0.3, 0.5], [0.1, 0.8, 0.1]])
     np.testing.assert_allclose(refusal_score(np.log(probabilities), [0, 1]), (0 + np.log(9)) / 2)
+
+
+def test_the_least_damage_that_ends_refusal() -> None:
+    outcomes = {(1, -1): Outcome(2.0, 0.1), (2, -1): Outcome(-3.0, 0.4), (3, -2): Outcome(-0.5, 0.3)}
+    assert least_damage(outcomes) == (3, -2)
+    assert least_damage({(1, -1): Outcome(2.0, 0.1), (2, -1): Outcome(1.5, 0.9)}) == (2, -1)
 
 
 @pytest.fixture
