@@ -63,9 +63,9 @@ class Mask:
             raise UserError(f"Cannot read the direction 'mask:{option}': write {cls.usage}.") from error
 
     def __str__(self) -> str:
-        utility = "" if self.utility == self.safety else f"{self.utility:g}"
-        options = (f"{self.safety:g}", utility, *self.sets.options)
-        return recipe_name(f"{self.kind}:{self.score}", options, (f"{Mask.safety:g}", "", *DEFAULT_SETS.options))
+        utility = "" if self.utility == self.safety else _percent(self.utility)
+        options = (_percent(self.safety), utility, *self.sets.options)
+        return recipe_name(f"{self.kind}:{self.score}", options, (_percent(Mask.safety), "", *DEFAULT_SETS.options))
 
     def make(self, model: Model) -> list[Direction]:
         masks, matrices, shardings = (
@@ -104,6 +104,11 @@ class Mask:
                 for name, leaf in named_leaves(model.params).items()
             }
         )
+
+
+def _percent(number: float) -> str:
+    """The number as it is written in a name, from which it can be read exactly."""
+    return str(number).removesuffix(".0")
 
 
 @dataclass(frozen=True)

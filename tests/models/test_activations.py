@@ -9,7 +9,7 @@ import torch
 from helpers import MakeModel
 
 import jaxscape as js
-from jaxscape.models.activations import next_token_logits, residual_stream
+from jaxscape.models.activations import input_moments, next_token_logits, residual_stream
 from jaxscape.runtime.sharding import MeshShape
 
 TEXTS = [[5, 9, 200, 31, 7], [8] * 11, [3, 250, 17, 4, 4, 90, 2, 61], list(range(20, 60))]
@@ -35,6 +35,9 @@ def test_the_residual_stream_is_that_of_transformers(make_model: MakeModel, fami
 def test_a_mesh_changes_activations_by_rounding_only(tiny: js.Model, tiny_dir: Path) -> None:
     on_mesh = js.load_model(tiny_dir, "float32", mesh_shape=MeshShape(2, 4))
     np.testing.assert_allclose(residual_stream(on_mesh, TEXTS), residual_stream(tiny, TEXTS), atol=1e-4)
+    ours, others = (input_moments(model, TEXTS, [2, 3, 0, 1], is_full=True) for model in (on_mesh, tiny))
+    for path, moment in ours.items():
+        np.testing.assert_allclose(moment, others[path], atol=1e-4 * float(moment.max()), err_msg=path)
 
 
 def test_the_logits_after_each_text(tiny: js.Model) -> None:
