@@ -27,6 +27,7 @@ from jaxscape.runtime.progress import note
 MAX_POSITIONS = 8  # at most so many of the last tokens, which all prompts share, are candidates
 LAST_LAYERS = 0.2  # the part of the layers, the last ones, that are no candidates, as in the paper
 NUM_CANDIDATES = 8  # candidates that are ablated
+MAX_DAMAGE = 0.1  # nats, as in the paper
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,9 @@ class Refusal:
         token is taken at which N / 4 further prompts of the two sets lie farthest apart along r, and of all layers the
         eight where they lie farthest apart. Each of these directions is ablated. The refusal score is then the mean
         log-odds of the model's refusals at the first token of its answers to the harmful prompts; the damage is the
-        mean KL divergence of that token from the unperturbed model's on the harmless prompts. Among the directions
-        without which the score is below 0, that of the least damage is chosen; if there is none, that of the lowest
-        score. (The paper takes the lowest score at a damage of at most 0.1, which small models may not reach.)
+        mean KL divergence of that token from the unperturbed model's on the harmless prompts. The direction with the
+        lowest score is chosen whose damage is at most 0.1 nats or, because small models do not reach that, 1.5 times
+        the least damage of all that bring the score below 0.
 
         Raises:
             UserError: the model refuses none of the further harmful prompts.
@@ -145,7 +146,7 @@ class Refusal:
             direction = ablation(model, units[layer, position])
             params = materialise(model.params, [direction], np.ones(1, np.float32), params)
             outcomes[layer, position] = trial.outcome(params)
-        place = least_damage(outcomes)
+        place = best_place(outcomes)
         chosen = replace(self, layer=place[0], position=place[1])
         note(
             f"{self}: chose {chosen} on {len(held_out[0])} further prompts of each set; there the log-odds of refusal "
@@ -189,11 +190,11 @@ class Outcome(NamedTuple):
     damage: float
 
 
-def least_damage(outcomes: Mapping[tuple[int, int], Outcome]) -> tuple[int, int]:
-    """The layer and position without which the model refuses no more, at the least damage; if there are none, those
-    with the lowest refusal score."""
-    ends = {place: outcome for place, outcome in outcomes.items() if outcome.score < 0}
-    return min(ends, key=lambda at: ends[at].damage) if ends else min(outcomes, key=lambda at: outcomes[at].score)
+def best_place(outcomes: Mapping[tuple[int, int], Outcome]) -> tuple[int, int]:
+    """The layer and position of the lowest refusal score at a small damage, see `Refusal.choose`."""
+    ends = {place: outcome for place, outcome in outcomes.items() if outcome.score < 0} or outcomes
+    most = max(MAX_DAMAGE, 1.5 * min(outcome.damage for outcome in ends.values()))
+    return min((place for place in ends if ends[place].damage <= most), key=lambda place: ends[place].score)
 
 
 def ablation(model: Model, unit: Float[np.ndarray, " dim"]) -> Direction:

@@ -17,8 +17,8 @@ from jaxscape.directions.kinds import parse_direction
 from jaxscape.directions.refusal import (
     Outcome,
     Refusal,
+    best_place,
     common_suffix,
-    least_damage,
     mean_difference,
     refusal_score,
     separation,
@@ -94,10 +94,13 @@ def test_difference_separation_and_score_by_hand() -> None:
     np.testing.assert_allclose(refusal_score(np.log(probabilities), [0, 1]), (0 + np.log(9)) / 2)
 
 
-def test_the_least_damage_that_ends_refusal() -> None:
-    outcomes = {(1, -1): Outcome(2.0, 0.1), (2, -1): Outcome(-3.0, 0.4), (3, -2): Outcome(-0.5, 0.3)}
-    assert least_damage(outcomes) == (3, -2)
-    assert least_damage({(1, -1): Outcome(2.0, 0.1), (2, -1): Outcome(1.5, 0.9)}) == (2, -1)
+def test_the_lowest_score_at_a_small_damage() -> None:
+    """The paper's rule where a damage of 0.1 is reached, and else within 1.5 times the least damage."""
+    mild = {(1, -1): Outcome(-1.0, 0.02), (2, -1): Outcome(-3.0, 0.09), (3, -1): Outcome(-9.0, 0.11)}
+    assert best_place(mild) == (2, -1)
+    harsh = {(1, -1): Outcome(2.0, 0.05), (2, -1): Outcome(-1.0, 0.4), (3, -2): Outcome(-4.0, 0.59)}
+    assert best_place(harsh | {(4, -1): Outcome(-9.0, 0.61)}) == (3, -2)
+    assert best_place({(1, -1): Outcome(2.0, 0.5), (2, -1): Outcome(1.5, 0.6)}) == (2, -1)
 
 
 @pytest.fixture
