@@ -72,7 +72,7 @@ class PromptSets:
                 f"Cannot read the prompts '{sets}:{number}' in the name of a direction: write HARMFUL,HARMLESS:N, for "
                 f"example harmful,harmless:32."
             )
-        return cls(*names, int(number or cls.number))
+        return cls(names[0], names[1], int(number or cls.number))
 
     def prompts(self, model: Model, first: int, end: int) -> tuple[Texts, Texts]:
         """The prompts of both sets with the numbers from `first` up to but without `end`, in the model's format."""

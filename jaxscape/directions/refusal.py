@@ -205,12 +205,13 @@ def ablation(model: Model, unit: Float[np.ndarray, " dim"]) -> Direction:
     def tensor(name: str, weight: Float[Array, "*shape"]) -> Factored:
         if name not in norms:
             return zero_tensor(weight.shape, shardings[name])
-        vector = jnp.asarray(unit)
-        if norms[name] is not None:
-            vector = vector * (jnp.asarray(weights[norms[name]], jnp.float32) + model.config.norm_offset)
+        vector, norm = jnp.asarray(unit), norms[name]
+        if norm is not None:
+            vector = vector * (jnp.asarray(weights[norm], jnp.float32) + model.config.norm_offset)
             vector = vector / jnp.linalg.norm(vector)
         removed = _removed_from_rows if name == EMBEDDING else _removed
-        return factored(*removed(jax.device_put(weight, shardings[name]), vector), shardings[name])
+        left, right = removed(jax.device_put(weight, shardings[name]), vector)
+        return factored(left, right, shardings[name])
 
     return tree_of({name: tensor(name, weight) for name, weight in weights.items()})
 

@@ -87,8 +87,8 @@ class Singular:
                 useful = left_singular_vectors(matrix, utility[module])
                 useful = useful[:, : max(0, min(matrix.shape) - self.free)]
                 left = removed - useful @ (useful.T @ removed)
-            factors = (-left).astype(np.float32), (removed.T @ matrix).astype(np.float32)
-            direction[name] = factored(*factors, shardings[name])
+            right = removed.T @ matrix
+            direction[name] = factored((-left).astype(np.float32), right.astype(np.float32), shardings[name])
         return [tree_of(direction)]
 
 

@@ -79,7 +79,7 @@ def inputs_of(
     time = jnp.arange(rows.tokens.shape[1])
     positions = jnp.where(time < rows.lengths[:, None], time, -1)
     with nn.intercept_methods(record):
-        states, _ = hidden_states(config, params, rows.tokens, positions, Context(), CPU_ORDER)
+        states, _ = hidden_states(config, params, jnp.asarray(rows.tokens), positions, Context(), CPU_ORDER)
     return inputs, states
 
 
