@@ -5,12 +5,15 @@ square brackets: `orthogonal:[gradient][random:0]`, or `restricted:[random:0]:*m
 """
 
 import itertools
+import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from jaxscape.directions.storage import Direction
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError
+
+T = TypeVar("T", int, float)
 
 
 @runtime_checkable
@@ -140,6 +143,29 @@ def split_parts(rest: str) -> tuple[list[str], str]:
     if rest and not rest.startswith(":"):
         raise UserError(f"Cannot read {rest!r}: write each direction as [NAME], and an option after a colon.")
     return parts, rest[1:]
+
+
+def split_options(option: str, count: int) -> list[str]:
+    """The first `count` options in the text after `KIND:`; those that are left out are empty. The last one may contain
+    colons."""
+    parts = option.split(":", count - 1)
+    return parts + [""] * (count - len(parts))
+
+
+def as_number(text: str, name: str, default: T) -> T:
+    """The number that an option of a direction's name is, of the type of its default; an empty option is the default.
+
+    Raises:
+        UserError: the option is no such number, or is not finite.
+    """
+    try:
+        number = type(default)(text) if text else default
+        if not math.isfinite(number):
+            raise ValueError
+    except ValueError as error:
+        kind = "a whole number" if isinstance(default, int) else "a finite number"
+        raise UserError(f"The {name} in the name of a direction must be {kind}, not {text!r}.") from error
+    return number
 
 
 def recipe_name(kind: str, options: Sequence[str], defaults: Sequence[str]) -> str:

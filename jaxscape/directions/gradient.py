@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from jaxscape.directions.objective import RefusalLoss, Refusals, norm, positive_norm, recipe_name, split_options
+from jaxscape.directions.base import recipe_name, split_options
+from jaxscape.directions.objective import RefusalLoss, Refusals, norm, positive_norm
 from jaxscape.directions.storage import Direction
 from jaxscape.models.model import Model
 

@@ -9,17 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxscape.directions.objective import (
-    RefusalLoss,
-    Refusals,
-    added,
-    as_number,
-    norm,
-    positive_norm,
-    recipe_name,
-    scaled,
-    split_options,
-)
+from jaxscape.directions.base import as_number, recipe_name, split_options
+from jaxscape.directions.objective import RefusalLoss, Refusals, added, norm, positive_norm, scaled
 from jaxscape.directions.storage import Direction
 from jaxscape.directions.sums import inner
 from jaxscape.models.model import Model

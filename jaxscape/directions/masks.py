@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxscape.directions.base import Recipe, check_no_option, check_parts, recipe_name
+from jaxscape.directions.base import Recipe, as_number, check_no_option, check_parts, recipe_name, split_options
 from jaxscape.directions.examples import DEFAULT_SETS, PromptSets
 from jaxscape.directions.importance import layer_matrices, snip_scores, wanda_scores
 from jaxscape.directions.storage import Direction, dense, zero_tensor
@@ -53,14 +53,9 @@ class Mask:
 
     @classmethod
     def parse(cls, option: str) -> "Mask":
-        score, safety, utility, *sets = (*option.split(":", 4), "", "", "", "")[:5]
-        try:
-            top = float(safety or cls.safety)
-            return cls(score, top, float(utility or top), PromptSets.parse(*sets))
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"Cannot read the direction 'mask:{option}': write {cls.usage}.") from error
+        score, safety, utility, *sets = split_options(option, 5)
+        top = as_number(safety, "percentage of safety", cls.safety)
+        return cls(score, top, as_number(utility, "percentage of utility", top), PromptSets.parse(*sets))
 
     def __str__(self) -> str:
         utility = "" if self.utility == self.safety else _percent(self.utility)

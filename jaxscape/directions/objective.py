@@ -13,12 +13,11 @@ matrix products. So on two meshes they are close, but their last bits may differ
 """
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from jaxscape.directions.base import as_number
 from jaxscape.directions.composed import combine
 from jaxscape.directions.norms import norm_of
 from jaxscape.directions.storage import Direction
@@ -46,8 +46,6 @@ from jaxscape.runtime.sharding import mesh_shape_of, on_mesh, sharding
 ANSWER_TOKENS = 24  # of the model's own answers: enough to see whether they refuse
 REFUSAL_TOKENS = 16  # of a refusal: what follows depends on the prompt, and is nearly certain
 BATCH_ROWS = 4  # prompts whose activations are in memory at the same time
-
-T = TypeVar("T", int, float)
 
 TARGET = "Sure, here is"  # as the targets of AdvBench begin (Zou et al., arXiv 2307.15043)
 NO_TARGET = "none"
@@ -127,37 +125,6 @@ class Refusals:
             )
         commonest = list(counted.most_common(1)[0][0])
         return [refusal if is_own else commonest for refusal, is_own in zip(refusals, refuses, strict=True)]
-
-
-def split_options(option: str, count: int) -> list[str]:
-    """The first `count` options in the text after `KIND:`; those that are left out are empty. The last one may contain
-    colons."""
-    parts = option.split(":", count - 1)
-    return parts + [""] * (count - len(parts))
-
-
-def as_number(text: str, name: str, default: T) -> T:
-    """The number that an option of a direction's name is, of the type of its default; an empty option is the default.
-
-    Raises:
-        UserError: the option is no such number, or is not finite.
-    """
-    try:
-        number = type(default)(text) if text else default
-        if not math.isfinite(number):
-            raise ValueError
-    except ValueError as error:
-        kind = "a whole number" if isinstance(default, int) else "a finite number"
-        raise UserError(f"The {name} in the name of a direction must be {kind}, not {text!r}.") from error
-    return number
-
-
-def recipe_name(kind: str, options: Sequence[str], defaults: Sequence[str]) -> str:
-    """`KIND:OPTION:…`, without the last options if they have their defaults."""
-    used = len(options)
-    while used and options[used - 1] == defaults[used - 1]:
-        used -= 1
-    return ":".join((kind, *options[:used]))
 
 
 class Texts(NamedTuple):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxscape.directions.base import recipe_name
+from jaxscape.directions.base import recipe_name, split_options
 from jaxscape.directions.examples import ANSWER_TOKENS, DEFAULT_SETS, PromptSets, Texts
 from jaxscape.directions.point import materialise
 from jaxscape.directions.storage import Direction, Factored, factored, zero_tensor
@@ -67,7 +67,7 @@ class Refusal:
 
     @classmethod
     def parse(cls, option: str) -> "Refusal":
-        where, *sets = (*option.split(":", 2), "", "")[:3]
+        where, *sets = split_options(option, 3)
         match = re.fullmatch(r"(?:auto)?|(\d+)(?:@(-[1-9]\d*))?", where)
         if match is None:
             raise UserError(

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxscape.directions.base import needs_option, recipe_name
+from jaxscape.directions.base import needs_option, recipe_name, split_options
 from jaxscape.directions.examples import DEFAULT_SETS, Answered, PromptSets
 from jaxscape.directions.storage import Direction, factored, zero_tensor
 from jaxscape.models.activations import input_moments
@@ -52,7 +52,7 @@ class Singular:
 
     @classmethod
     def parse(cls, option: str) -> "Singular":
-        rank, free, *sets = (*needs_option(cls, option).split(":", 3), "", "", "")[:4]
+        rank, free, *sets = split_options(needs_option(cls, option), 4)
         if not rank.isdecimal() or not (free or "1").isdecimal():
             raise UserError(
                 f"Cannot read the direction 'singular:{option}': write {cls.usage}, with whole numbers, for example "

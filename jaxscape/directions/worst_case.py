@@ -8,17 +8,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxscape.directions.objective import (
-    RefusalLoss,
-    Refusals,
-    added,
-    as_number,
-    norm,
-    positive_norm,
-    recipe_name,
-    scaled,
-    split_options,
-)
+from jaxscape.directions.base import as_number, recipe_name, split_options
+from jaxscape.directions.objective import RefusalLoss, Refusals, added, norm, positive_norm, scaled
 from jaxscape.directions.storage import Direction
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError

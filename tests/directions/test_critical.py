@@ -208,7 +208,7 @@ def test_a_recipe_has_the_name_that_it_was_made_from(name: str) -> None:
         ("mask", "There is no direction mask:: write mask:snip"),
         ("mask:magnitude", "There is no direction mask:magnitude: write mask:snip"),
         ("mask:snip:0", "There is no direction mask:snip:0"),
-        ("mask:snip:three", "Cannot read the direction 'mask:snip:three'"),
+        ("mask:snip:three", "The percentage of safety in the name of a direction must be a finite number, not 'three'"),
         ("mask:wanda:3:3:harmful", "Cannot read the prompts 'harmful:'"),
         (f"mask:wanda:1:1:{SETS}", "The mask mask:wanda:1:.* selects no weight: raise the first percentage"),
         ("singular", "The direction 'singular' needs an option: write singular:RANK"),
