@@ -28,8 +28,8 @@ from jaxscape.directions.point import materialise
 from jaxscape.directions.principal import Principal
 from jaxscape.directions.quantisation import Quantisation
 from jaxscape.directions.random import Random, random_direction
-from jaxscape.directions.relative import Relative
 from jaxscape.directions.refusal import Refusal
+from jaxscape.directions.relative import Relative
 from jaxscape.directions.restricted import Restricted
 from jaxscape.directions.singular import Singular
 from jaxscape.directions.sparse import Sparse
