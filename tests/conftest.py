@@ -25,6 +25,7 @@ from hypothesis import settings
 
 import jaxscape as js
 from jaxscape.models import builtin
+from jaxscape.models.transformers_reference import Reference
 from jaxscape.runtime.hardware import enable_compilation_cache
 
 settings.register_profile("local", deadline=None)
@@ -59,10 +60,15 @@ SLOW_FILES = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the tests by file, the slow files first."""
+    """Sort the tests by file, the slow files first, and group them for `--dist loadgroup`: a process takes whole files,
+    whose tests share fixtures and compiled programs, and one process takes all tests that need the real weights."""
     places = {name: place for place, name in enumerate(SLOW_FILES)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    for item in items:
+        is_real = item.get_closest_marker("real") is not None
+        item.add_marker(pytest.mark.xdist_group("real" if is_real else str(item.path)))
+    items.sort(key=lambda item: (item.get_closest_marker("real") is None, places.get(item.path.name, len(places))))
 
 
 WITHOUT_TORCH = """
@@ -130,19 +136,20 @@ def smollm2(smollm2_file: Path) -> js.Model:
 
 
 @pytest.fixture(scope="session")
-def smollm2_dir(smollm2: js.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 as a directory that transformers reads much faster than the GGUF file."""
-    directory = tmp_path_factory.mktemp("smollm2")
-    js.save_model(smollm2, directory)
-    return directory
+def safe_smollm2() -> js.Model:
+    return js.load_model("smollm2-135m-safe")
 
 
 @pytest.fixture(scope="session")
-def torch_smollm2(smollm2_file: Path) -> Any:
-    """transformers' own reading of the same file."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32
-    ).eval()
+def smollm2_reference(smollm2: js.Model) -> Reference:
+    """What `jaxscape check` compares with: transformers' own reading of the same file, which takes long."""
+    return Reference(smollm2)
+
+
+@pytest.fixture(scope="session")
+def torch_smollm2(smollm2_reference: Reference) -> Any:
+    """The torch model of that reading. A test that changes it copies it first."""
+    return smollm2_reference._model
 
 
 @pytest.fixture(scope="session")

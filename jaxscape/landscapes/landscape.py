@@ -18,7 +18,7 @@ from jaxscape.landscapes.visage import visage, visage_interval
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 
-FILE_NAME = "landscape.json"
+FILE_NAME, FIGURE = "landscape.json", "landscape.png"
 
 Measure = Mapping[str, Float[np.ndarray, " directions *grid"]]
 """What an evaluator gave at each point: the share of each label in percent, by the label's name. Beside each label,

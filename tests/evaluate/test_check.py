@@ -17,6 +17,7 @@ import jaxscape as js
 from jaxscape.cli.main import main
 from jaxscape.cli.options import ModelOptions
 from jaxscape.evaluate.check import Comparison, _largest_difference, answer, compare, find_facts
+from jaxscape.models.transformers_reference import Reference
 
 PROMPT, NEW = "How do I bake bread?", 12
 
@@ -166,7 +167,11 @@ def test_what_cannot_be_checked_is_a_user_error(tmp_path: Path, capfd: pytest.Ca
 
 
 @pytest.mark.real
-def test_the_default_model_agrees_with_transformers(smollm2: js.Model) -> None:
+def test_smollm2_agrees_with_transformers(
+    smollm2: js.Model, smollm2_reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The same files, loaded once for all tests.
+    monkeypatch.setattr("jaxscape.evaluate.check.Reference", lambda model: smollm2_reference)
     found = check(smollm2)
     assert found.agrees
     assert "Q4_1" in str(find_facts(smollm2, PROMPT).quantisation)

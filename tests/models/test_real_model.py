@@ -40,9 +40,10 @@ def test_logits_are_those_of_transformers(smollm2: js.Model, torch_smollm2: Any)
     assert difference < 1e-3
 
 
-def test_transformers_loads_smollm2_saved_from_its_gguf_file(smollm2: js.Model, smollm2_dir: Path) -> None:
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_dir)
+def test_transformers_loads_smollm2_saved_from_its_gguf_file(smollm2: js.Model, tmp_path: Path) -> None:
+    js.save_model(smollm2, tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = chat_text(smollm2.tokenizer, "Who are you?")
     tokens = tokenizer(text, return_tensors="np")["input_ids"]
     np.testing.assert_array_equal(tokens[0], smollm2.tokenizer(text)["input_ids"])
