@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import torch
 import transformers
@@ -26,7 +27,16 @@ from hypothesis import settings
 import jaxscape as js
 from jaxscape.models import builtin
 from jaxscape.models.transformers_reference import Reference
-from jaxscape.runtime.hardware import enable_compilation_cache
+from jaxscape.runtime.files import cache_dir
+
+# Compiled programs are kept on disk, however quickly they were compiled: for the other worker, for the processes that
+# tests start, and for the next run.
+for option, value in {
+    "jax_compilation_cache_dir": cache_dir() / "compiled-in-tests",
+    "jax_persistent_cache_min_compile_time_secs": 0,
+}.items():
+    os.environ[option.upper()] = str(value)
+    jax.config.update(option, str(value) if isinstance(value, Path) else value)
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)  # chance finds bugs at a desk, and only noise in CI
@@ -34,7 +44,6 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core; torch's threads would wait for one another
     torch.set_num_threads(1)
-enable_compilation_cache()  # as the command line does: many tests and their processes compile the same ones
 
 
 # In this order, before all others, so that the workers end at about the same time.
