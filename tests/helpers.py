@@ -87,6 +87,10 @@ def assert_same_tree(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+# With these, all tests that ask the real models many prompts run the same programs, which take long to compile.
+REAL_SAMPLING: dict[str, Any] = {"max_new_tokens": 24, "options": js.EngineOptions(slots=40)}
+
+
 def spelled(model: js.Model) -> js.Model:
     """The model with a tokenizer whose texts are the tokens' numbers, so that nothing of them is lost."""
     tokenizer = copy.copy(model.tokenizer)

@@ -172,6 +172,6 @@ def test_smollm2_agrees_with_transformers(
 ) -> None:
     # The same files, loaded once for all tests.
     monkeypatch.setattr("jaxscape.evaluate.check.Reference", lambda model: smollm2_reference)
-    found = check(smollm2)
+    found = compare(smollm2, PROMPT, answer(smollm2, PROMPT, 16), 16)
     assert found.agrees
     assert "Q4_1" in str(find_facts(smollm2, PROMPT).quantisation)

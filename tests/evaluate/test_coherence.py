@@ -23,6 +23,7 @@ from jaxscape.evaluate.coherence import (
 )
 from jaxscape.evaluate.evaluators import find_evaluators
 from jaxscape.evaluate.keywords import REFUSAL_KEYWORDS
+from jaxscape.models.builtin import DEFAULT_MODEL
 from jaxscape.models.checkpoint import fingerprint
 
 ANYTHING = Thresholds("", 0.0, math.inf, 0.0)
@@ -209,7 +210,8 @@ def test_it_is_found_by_name(tiny_dir: Any) -> None:
 
 
 @pytest.mark.real
-def test_the_default_model_tells_sense_from_noise() -> None:
+def test_the_default_model_tells_sense_from_noise(safe_smollm2: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxscape.evaluate.coherence.load_model", {DEFAULT_MODEL: safe_smollm2}.__getitem__)
     sense = {
         "Thank you!": "👍",
         "Is water wet?": "Yes.",
