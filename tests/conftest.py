@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import json
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,11 @@ from jaxscape.runtime.files import cache_dir
 # Compiled programs are kept on disk, however quickly they were compiled: for the other worker, for the processes that
 # tests start, and for the next run.
 for option, value in {
-    "jax_compilation_cache_dir": cache_dir() / "compiled-in-tests",
+    "jax_compilation_cache_dir": str(cache_dir() / "compiled-in-tests"),
     "jax_persistent_cache_min_compile_time_secs": 0,
 }.items():
     os.environ[option.upper()] = str(value)
-    jax.config.update(option, str(value) if isinstance(value, Path) else value)
+    jax.config.update(option, value)
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)  # chance finds bugs at a desk, and only noise in CI
@@ -78,6 +79,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_real = item.get_closest_marker("real") is not None
         item.add_marker(pytest.mark.xdist_group("real" if is_real else str(item.path)))
     items.sort(key=lambda item: (item.get_closest_marker("real") is None, places.get(item.path.name, len(places))))
+
+
+STATM = Path("/proc/self/statm")  # of Linux
+MAX_RESIDENT = 4 * 2**30  # bytes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Forget the compiled programs after a file when they take gigabytes. Those that are needed again are on disk."""
+    yield
+    if STATM.exists() and int(STATM.read_text().split()[1]) * resource.getpagesize() > MAX_RESIDENT:
+        jax.clear_caches()
 
 
 WITHOUT_TORCH = """
