@@ -22,7 +22,7 @@ import jax
 import pytest
 import torch
 import transformers
-from helpers import SHARED, TINY, MakeModel, tiny_tokenizer
+from helpers import ADVBENCH, TINY, MakeModel, tiny_tokenizer
 from hypothesis import settings
 
 import jaxscape as js
@@ -176,10 +176,9 @@ def torch_smollm2(smollm2_reference: Reference) -> Any:
 
 @pytest.fixture(scope="session")
 def advbench_file() -> Path:
-    path = SHARED / "advbench_000-279.csv"
-    if not path.exists():
-        pytest.skip(f"AdvBench's first rows are not at {path.parent}")
-    return path
+    if not ADVBENCH.exists():
+        pytest.skip(f"AdvBench's first rows are not at {ADVBENCH.parent}")
+    return ADVBENCH
 
 
 @pytest.fixture(scope="session")

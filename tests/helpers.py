@@ -33,6 +33,7 @@ from jaxscape.models.lora import init_factors
 from jaxscape.prompts.chat_format import chat_text
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ADVBENCH = SHARED / "advbench_000-279.csv"
 
 
 TINY = {
@@ -96,10 +97,6 @@ def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 def assert_same_tree(a: Any, b: Any) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-# With these, all tests that ask the real models many prompts run the same programs, which take long to compile.
-REAL_SAMPLING: dict[str, Any] = {"max_new_tokens": 24, "options": js.EngineOptions(slots=40)}
 
 
 def spelled(model: js.Model) -> js.Model:
