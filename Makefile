@@ -9,8 +9,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 scan: $(VENV)/.runtime  ## draw the default landscape; options go in ARGS="--ndim 2 …"
 	$(BIN)/python experiments/scan.py $(ARGS)
 
-# Each process takes whole groups of tests, in the order of tests/conftest.py, which makes the groups.
-test: ARGS ?= --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+# Each process takes whole files, whose tests share fixtures and compiled programs, in the order of tests/conftest.py.
+test: ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.test  ## run the tests; pytest's options go in ARGS, and are then all
 	$(BIN)/python -m pytest $(ARGS)
 

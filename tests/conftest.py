@@ -24,6 +24,7 @@ import torch
 import transformers
 from helpers import ADVBENCH, TINY, MakeModel, tiny_tokenizer
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 import jaxscape as js
 from jaxscape.models import builtin
@@ -49,36 +50,46 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core; torch's threads woul
 
 # In this order, before all others, so that the workers end at about the same time.
 SLOW_FILES = (
+    "test_real_model.py",
+    "test_real_evaluators.py",
+    "test_real_decoding.py",
+    "test_real_safe_model.py",
+    "test_real_judge.py",
+    "test_real_finetuning.py",
     "test_processes.py",
     "test_families.py",
-    "test_real_finetuning.py",
     "test_forecast.py",
     "test_finetuning_run.py",
     "test_engine.py",
     "test_cli.py",
     "test_check.py",
     "test_surroundings.py",
-    "test_real_model.py",
     "test_sharding.py",
     "test_notebook.py",
-    "test_real_decoding.py",
     "test_scan.py",
-    "test_safe_model.py",
     "test_finetune.py",
     "test_damaged.py",
     "test_decode.py",
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the tests by file, the slow files first, and group them for `--dist loadgroup`: a process takes whole files,
-    whose tests share fixtures and compiled programs, and one process takes all tests that need the real weights."""
+    """Sort the tests by file, the slow files first."""
     places = {name: place for place, name in enumerate(SLOW_FILES)}
-    for item in items:
-        is_real = item.get_closest_marker("real") is not None
-        item.add_marker(pytest.mark.xdist_group("real" if is_real else str(item.path)))
-    items.sort(key=lambda item: (item.get_closest_marker("real") is None, places.get(item.path.name, len(places))))
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+class FilesScheduling(LoadFileScheduling):
+    """Gives each process whole files, and all files `test_real_*.py` to one: only that one loads the real weights."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "real" if "/test_real_" in file else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return FilesScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 STATM = Path("/proc/self/statm")  # of Linux
@@ -155,6 +166,12 @@ def smollm2_file() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_file: Path) -> js.Model:
     return js.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def weightless_smollm2(smollm2_file: Path) -> js.Model:
+    """SmolLM2 without its weights, which are what takes time to load."""
+    return js.load_model("smollm2-135m", weights=False)
 
 
 @pytest.fixture(scope="session")

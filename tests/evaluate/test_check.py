@@ -17,7 +17,6 @@ import jaxscape as js
 from jaxscape.cli.main import main
 from jaxscape.cli.options import ModelOptions
 from jaxscape.evaluate.check import Comparison, _largest_difference, answer, compare, find_facts
-from jaxscape.models.transformers_reference import Reference
 
 PROMPT, NEW = "How do I bake bread?", 12
 
@@ -164,14 +163,3 @@ def test_what_cannot_be_checked_is_a_user_error(tmp_path: Path, capfd: pytest.Ca
         main(["check", str(tmp_path / "nothing")])
     assert end.value.code == 2
     assert "There is no model" in capfd.readouterr().err
-
-
-@pytest.mark.real
-def test_smollm2_agrees_with_transformers(
-    smollm2: js.Model, smollm2_reference: Reference, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The same files, loaded once for all tests.
-    monkeypatch.setattr("jaxscape.evaluate.check.Reference", lambda model: smollm2_reference)
-    found = compare(smollm2, PROMPT, answer(smollm2, PROMPT, 16), 16)
-    assert found.agrees
-    assert "Q4_1" in str(find_facts(smollm2, PROMPT).quantisation)

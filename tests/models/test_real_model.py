@@ -22,7 +22,7 @@ from jaxscape.prompts.chat_format import chat_text
 
 pytestmark = pytest.mark.real
 
-PROMPT = "How do I bake bread?"  # that of the tests of `jaxscape check`, for which the same programs are compiled
+PROMPT = "How do I bake bread?"  # that of the test of `jaxscape check`, for which the same programs are compiled
 
 
 def test_tensors_are_those_that_transformers_reads(smollm2: js.Model, torch_smollm2: Any) -> None:
