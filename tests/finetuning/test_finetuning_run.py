@@ -170,7 +170,10 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(tiny_dir: Path, tmp
     program = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); import signal; "
     program += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from jaxscape.cli.main import main; main()"
     command = finetune_command(tmp_path / "run", tiny_dir, data, "--method", "full", "--epochs", "1")
-    failed = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=False)
+    env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # in which it would leave halves of programs
+    failed = subprocess.run(
+        [sys.executable, "-c", program, *command], env=env, capture_output=True, text=True, check=False
+    )
     assert failed.returncode == 2, failed.stderr
     assert "checkpoint of epoch 1 cannot be written" in failed.stderr
     main(command)
