@@ -13,19 +13,32 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import json
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import torch
 import transformers
-from helpers import SHARED, TINY, MakeModel, tiny_tokenizer
+from helpers import ADVBENCH, TINY, MakeModel, tiny_tokenizer
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 import jaxscape as js
 from jaxscape.models import builtin
-from jaxscape.runtime.hardware import enable_compilation_cache
+from jaxscape.models.transformers_reference import Reference
+from jaxscape.runtime.files import cache_dir
+
+# Compiled programs are kept on disk, however quickly they were compiled: for the other worker, for the processes that
+# tests start, and for the next run.
+for option, value in {
+    "jax_compilation_cache_dir": str(cache_dir() / "compiled-in-tests"),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+}.items():
+    os.environ[option.upper()] = str(value)
+    jax.config.update(option, value)
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)  # chance finds bugs at a desk, and only noise in CI
@@ -33,26 +46,27 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core; torch's threads would wait for one another
     torch.set_num_threads(1)
-enable_compilation_cache()  # as the command line does: many tests and their processes compile the same ones
 
 
 # In this order, before all others, so that the workers end at about the same time.
 SLOW_FILES = (
+    "test_real_model.py",
+    "test_real_evaluators.py",
+    "test_real_decoding.py",
+    "test_real_safe_model.py",
+    "test_real_judge.py",
+    "test_real_finetuning.py",
     "test_processes.py",
     "test_families.py",
-    "test_real_finetuning.py",
     "test_forecast.py",
     "test_finetuning_run.py",
     "test_engine.py",
     "test_cli.py",
     "test_check.py",
     "test_surroundings.py",
-    "test_real_model.py",
     "test_sharding.py",
     "test_notebook.py",
-    "test_real_decoding.py",
     "test_scan.py",
-    "test_safe_model.py",
     "test_finetune.py",
     "test_damaged.py",
     "test_decode.py",
@@ -63,6 +77,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the tests by file, the slow files first."""
     places = {name: place for place, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+class FilesScheduling(LoadFileScheduling):
+    """Gives each process whole files, and all files `test_real_*.py` to one: only that one loads the real weights."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "real" if "/test_real_" in file else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return FilesScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+STATM = Path("/proc/self/statm")  # of Linux
+MAX_RESIDENT = 4 * 2**30  # bytes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Forget the compiled programs after a file when they take gigabytes. Those that are needed again are on disk."""
+    yield
+    if STATM.exists() and int(STATM.read_text().split()[1]) * resource.getpagesize() > MAX_RESIDENT:
+        jax.clear_caches()
 
 
 WITHOUT_TORCH = """
@@ -130,27 +169,33 @@ def smollm2(smollm2_file: Path) -> js.Model:
 
 
 @pytest.fixture(scope="session")
-def smollm2_dir(smollm2: js.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 as a directory that transformers reads much faster than the GGUF file."""
-    directory = tmp_path_factory.mktemp("smollm2")
-    js.save_model(smollm2, directory)
-    return directory
+def weightless_smollm2(smollm2_file: Path) -> js.Model:
+    """SmolLM2 without its weights, which are what takes time to load."""
+    return js.load_model("smollm2-135m", weights=False)
 
 
 @pytest.fixture(scope="session")
-def torch_smollm2(smollm2_file: Path) -> Any:
-    """transformers' own reading of the same file."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32
-    ).eval()
+def safe_smollm2() -> js.Model:
+    return js.load_model("smollm2-135m-safe")
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2: js.Model) -> Reference:
+    """What `jaxscape check` compares with: transformers' own reading of the same file, which takes long."""
+    return Reference(smollm2)
+
+
+@pytest.fixture(scope="session")
+def torch_smollm2(smollm2_reference: Reference) -> Any:
+    """The torch model of that reading. A test that changes it copies it first."""
+    return smollm2_reference._model
 
 
 @pytest.fixture(scope="session")
 def advbench_file() -> Path:
-    path = SHARED / "advbench_000-279.csv"
-    if not path.exists():
-        pytest.skip(f"AdvBench's first rows are not at {path.parent}")
-    return path
+    if not ADVBENCH.exists():
+        pytest.skip(f"AdvBench's first rows are not at {ADVBENCH.parent}")
+    return ADVBENCH
 
 
 @pytest.fixture(scope="session")

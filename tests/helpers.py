@@ -3,6 +3,8 @@
 import copy
 import os
 import re
+import runpy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import peft
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,6 +33,7 @@ from jaxscape.models.lora import init_factors
 from jaxscape.prompts.chat_format import chat_text
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ADVBENCH = SHARED / "advbench_000-279.csv"
 
 
 TINY = {
@@ -70,6 +74,14 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 MakeModel = Callable[..., tuple[Path, transformers.PreTrainedModel]]
+
+
+def run_experiment(name: str, *arguments: object) -> None:
+    """Run a program of `experiments/` in this process, as `python experiments/NAME.py ARGUMENTS` does in its own."""
+    script = str(Path(__file__).parents[1] / "experiments" / f"{name}.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(script, run_name="__main__")
 
 
 def device_flags(count: int) -> dict[str, str]:

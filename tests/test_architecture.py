@@ -63,6 +63,14 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         visit(module, ())
 
 
+def test_real_weights_are_loaded_by_the_files_that_one_process_takes() -> None:
+    loaded = {"smollm2", "safe_smollm2", "torch_smollm2", "smollm2_reference"}
+    for path in sorted(Path(__file__).parent.glob("**/test_*.py")):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        wanted = {argument.arg for node in nodes if isinstance(node, ast.FunctionDef) for argument in node.args.args}
+        assert path.name.startswith("test_real_") or not wanted & loaded, path
+
+
 def test_no_test_module_imports_another() -> None:
     for path in sorted(Path(__file__).parent.glob("**/test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

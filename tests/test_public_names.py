@@ -47,4 +47,5 @@ except SystemExit as end:
 
 def test_a_name_imports_only_what_it_needs() -> None:
     assert "matplotlib" not in imported_by("import jaxscape as js; js.scan")
+    assert imported_by("import jaxscape.report.registry") == {"matplotlib", "numpy"}
     assert imported_by("import jaxscape as js; js.UserError; js.EngineOptions; js.Training") == set()

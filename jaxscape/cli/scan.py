@@ -166,9 +166,10 @@ class Scan:
         from jaxscape.engine.forms import Form
         from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
         from jaxscape.finetuning.trajectory import project, save_trajectories
+        from jaxscape.landscapes.landscape import FIGURE
         from jaxscape.landscapes.preview import preview
         from jaxscape.landscapes.scan import scan
-        from jaxscape.landscapes.store import FIGURE, SCAN
+        from jaxscape.landscapes.store import SCAN
         from jaxscape.prompts.chat_format import system_prompt_text
         from jaxscape.prompts.sets import load_prompts
         from jaxscape.runtime import rundir

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key
 
 from jaxscape.directions.base import Recipe, check_parts
+from jaxscape.directions.names import CONTROL
 from jaxscape.directions.norms import tensor_norms
 from jaxscape.directions.random import scaled_to_norm, seed_of, tensor_key
 from jaxscape.directions.storage import Direction, Factored, factored, standard_normal
@@ -33,7 +34,7 @@ class Control:
     def __post_init__(self) -> None:
         check_seed(self.seed)
 
-    kind: ClassVar[str] = "control"
+    kind: ClassVar[str] = CONTROL
     usage: ClassVar[str] = "control:[DIRECTION][:SEED]"
     is_interpolation: ClassVar[bool] = False
 

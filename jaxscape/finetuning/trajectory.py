@@ -1,18 +1,22 @@
-"""The path of a finetuning through weight space, projected onto the plane of a landscape, and its file."""
+"""The path of a finetuning through weight space, projected onto the plane of a landscape, and its file.
+
+Importing this module does not import jax, which a figure can be drawn without.
+"""
 
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
-from jaxscape.directions.sums import inner
-from jaxscape.models.checkpoint import Params
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
+
+if TYPE_CHECKING:
+    from jaxscape.models.checkpoint import Params
 
 FILE_NAME = "trajectory.json"
 MAX_CONDITION = 1e6  # directions whose normalised Gram matrix has a larger condition number count as parallel
@@ -35,7 +39,7 @@ class Trajectory:
     residual: Float[np.ndarray, " checkpoints"]
 
 
-def project(name: str, steps: Iterable[Params], directions: Sequence[Params]) -> Trajectory:
+def project(name: str, steps: Iterable["Params"], directions: Sequence["Params"]) -> Trajectory:
     """Project a path onto the space that the directions span, by least squares. They need not be orthogonal.
 
     Arguments:
@@ -46,6 +50,8 @@ def project(name: str, steps: Iterable[Params], directions: Sequence[Params]) ->
     Raises:
         UserError: a direction is zero, or two are parallel.
     """
+    from jaxscape.directions.sums import inner
+
     gram = np.array([[inner(a, b) for b in directions] for a in directions])
     norms = np.sqrt(np.diag(gram))
     if not norms.all() or np.linalg.cond(gram / np.outer(norms, norms)) > MAX_CONDITION:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from jaxscape.directions.control import Control
+from jaxscape.directions.names import is_control_name
 from jaxscape.evaluate.coherence import COHERENCE
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
 from jaxscape.landscapes.adaptive import interpolated
@@ -345,7 +345,7 @@ def _incomparable_radius(first: ComparedRun, second: ComparedRun, number: str) -
 def _directions(config: dict[str, Any]) -> list[Any]:
     """What identifies each direction of a run: the seed of a random one, a checksum of any other."""
     given = [identity for item in config.get("directions", []) for identity in item]
-    return [identity for identity in given if not str(identity).startswith(f"{Control.kind}:")] or given
+    return [identity for identity in given if not is_control_name(identity)] or given
 
 
 def _share_directions(first: ComparedRun, second: ComparedRun) -> bool:

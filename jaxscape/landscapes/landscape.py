@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from jaxscape.directions.control import Control
+from jaxscape.directions.names import is_control_name
 from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.numbers import landscape_numbers
@@ -18,7 +18,7 @@ from jaxscape.landscapes.visage import visage, visage_interval
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 
-FILE_NAME = "landscape.json"
+FILE_NAME, FIGURE = "landscape.json", "landscape.png"
 
 Measure = Mapping[str, Float[np.ndarray, " directions *grid"]]
 """What an evaluator gave at each point: the share of each label in percent, by the label's name. Beside each label,
@@ -302,7 +302,7 @@ def _numbers(
 
 def _is_control(directions: Sequence[Sequence[str]], count: int) -> Bool[np.ndarray, " directions"]:
     """See `Landscape.is_control`."""
-    controls = np.array([any(name.startswith(f"{Control.kind}:") for name in names) for names in directions], bool)
+    controls = np.array([any(map(is_control_name, names)) for names in directions], bool)
     return controls if controls.size and not controls.all() else np.zeros(count, bool)
 
 

@@ -30,13 +30,13 @@ from jaxscape.landscapes import landscape
 from jaxscape.landscapes.adaptive import interpolated, next_points
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.labels import LABEL_FILES, LabelBook
-from jaxscape.landscapes.landscape import Landscape, each_array
+from jaxscape.landscapes.landscape import FIGURE, Landscape, each_array
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import cut_after, to_json_lines, whole_lines, write_whole
 from jaxscape.runtime.processes import from_first
 
-GENERATIONS, PROMPTS, FIGURE = "generations.jsonl", "prompts.jsonl", "landscape.png"
+GENERATIONS, PROMPTS = "generations.jsonl", "prompts.jsonl"
 COHERENCE_FILE = "coherence.json"
 SCAN = rundir.RunKind(
     "scan",

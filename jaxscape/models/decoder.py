@@ -10,6 +10,7 @@ head, q queries of each key-value head (g × t, g first), s keys (cache slots or
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial, reduce
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -578,6 +579,11 @@ def parameter_axes(config: ModelConfig) -> dict[str, Any]:
 
 
 def _parameters(config: ModelConfig) -> dict[str, Any]:
-    """The parameters' shapes as Flax returns them: each in a `nn.Partitioned` box with its logical axes."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens, Context())["params"]
+    """The parameters' shapes as Flax returns them: each in a `nn.Partitioned` box with its logical axes.
+
+    Only the first layer is traced, because all layers have the same parameters.
+    """
+    decoder, tokens = Decoder(replace(config, num_layers=1)), jnp.zeros((1, 1), jnp.int32)
+    params = jax.eval_shape(decoder.init, jax.random.key(0), tokens, tokens, Context())["params"]
+    (layer,) = params["model"]["layers"].values()
+    return params | {"model": params["model"] | {"layers": {str(i): layer for i in range(config.num_layers)}}}

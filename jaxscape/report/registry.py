@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from jaxscape.finetuning.trajectory import load_trajectories
-from jaxscape.landscapes.landscape import Landscape
-from jaxscape.landscapes.store import FIGURE
+from jaxscape.landscapes.landscape import FIGURE, Landscape
 from jaxscape.report.figures import Draw, plot_landscape, save_figure
 from jaxscape.runtime.errors import UserError
 

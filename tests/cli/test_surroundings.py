@@ -84,6 +84,7 @@ def test_help_that_is_not_read_ends_quietly(arguments: list[str]) -> None:
 
 def test_a_scan_whose_progress_no_one_reads_ends_like_other_programs(tiny_dir: Path, tmp_path: Path) -> None:
     scan = ["scan", "--model", tiny_dir, "--num-prompts", 2, "--steps", 4, "--max-new-tokens", 2, "--out", tmp_path]
+    scan += ["--no-shares"]  # their progress is no other
     ended = jaxscape(*scan, shell='"$@" 2>&1 | head -1')
     assert ended.returncode == BROKEN_PIPE
     assert ended.stdout.count(b"\n") == 1

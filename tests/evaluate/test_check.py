@@ -163,10 +163,3 @@ def test_what_cannot_be_checked_is_a_user_error(tmp_path: Path, capfd: pytest.Ca
         main(["check", str(tmp_path / "nothing")])
     assert end.value.code == 2
     assert "There is no model" in capfd.readouterr().err
-
-
-@pytest.mark.real
-def test_the_default_model_agrees_with_transformers(smollm2: js.Model) -> None:
-    found = check(smollm2)
-    assert found.agrees
-    assert "Q4_1" in str(find_facts(smollm2, PROMPT).quantisation)

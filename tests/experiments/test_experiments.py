@@ -1,12 +1,10 @@
 """The paper's experiments in small: their tables and figures, and that a second run only reads what is there."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import MakeModel
+from helpers import MakeModel, run_experiment
 
 import jaxscape as js
 
@@ -16,10 +14,7 @@ QUICK = ["--num-prompts", "2", "--steps", "2", "--max-new-tokens", "3"]
 
 def run(name: str, out: Path, *arguments: object, results: Path | None = None) -> str:
     """The table that a program leaves in `results`, or in `out`. It must have drawn a figure too."""
-    command = [str(ROOT / "experiments" / f"{name}.py"), *QUICK, "--out", str(out), *map(str, arguments)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command)
-        runpy.run_path(command[0], run_name="__main__")
+    run_experiment(name, *QUICK, "--out", out, *arguments)
     assert ((results or out) / "figure.png").stat().st_size > 10_000
     return ((results or out) / "table.md").read_text()
 

@@ -1,11 +1,10 @@
 """Finetuning of the real SmolLM2-135M-Instruct against torch."""
 
-from pathlib import Path
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
-import transformers
 from helpers import losses, torch_losses, with_peft
 
 import jaxscape as js
@@ -16,13 +15,13 @@ pytestmark = pytest.mark.real
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_smollm2s_loss_curve_is_that_of_torch(smollm2: js.Model, smollm2_dir: Path, method: Any) -> None:
+def test_smollm2s_loss_curve_is_that_of_torch(smollm2: js.Model, torch_smollm2: Any, method: Any) -> None:
     training = js.Training(method=method, epochs=1, batch_size=1)
     # Six chats that are padded to one width, so that one program is compiled.
     widths = [bucket(len(example.tokens)) for example in tokenize(smollm2, js.load_chats("safe:200"), 512).examples]
     chats = [chat for chat, width in zip(js.load_chats("safe:200"), widths, strict=True) if width == 64][:6]
     result = js.finetune(smollm2, chats, training, progress=False)
-    torch_model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir)
+    torch_model = copy.deepcopy(torch_smollm2)
     adapted = with_peft(smollm2, torch_model, training) if method == "lora" else torch_model
     rates = [record["learning_rate"] for record in result.log]
     examples = tokenize(smollm2, chats, 512).examples

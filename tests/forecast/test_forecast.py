@@ -1,9 +1,6 @@
 """Forecasts with the real TPU compiler: counts of compiled programs, plans for both forms, and `jaxscape plan`."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -254,11 +251,11 @@ def test_a_batch_that_the_mesh_does_not_divide_is_an_error_before_compilation(
     assert "batch size 3 is not a multiple of the 2 devices" in capsys.readouterr().err
 
 
-def test_jaxscape_plan_writes_json(tiny_dir: Path) -> None:
-    command = [sys.executable, "-m", "jaxscape", "plan", "--model", str(tiny_dir), "--topology", "v5e:2x2", "--json"]
+def test_jaxscape_plan_writes_json(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--model", str(tiny_dir), "--topology", "v5e:2x2", "--json"]
     command += ["--points", "5", "5", "--prompts", "4", "--max-new-tokens", "16", "--finetune", "8", "32"]
-    found = subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, check=True)
-    result = json.loads(found.stdout)
+    main(command)
+    result = json.loads(capsys.readouterr().out)
     assert {each["form"] for each in result["forms"]} == {"materialised", "factorised"}
     assert result["finetune"]["flops"] > 0
     assert set(CHIPS) == {"v4", "v5e", "v5p", "v6e"}

@@ -15,11 +15,14 @@ from helpers import torch_logits
 from tokenizers import pre_tokenizers
 
 import jaxscape as js
+from jaxscape.evaluate.check import LONG_TEXT
 from jaxscape.models import builtin
 from jaxscape.models.checkpoint import named_leaves
 from jaxscape.prompts.chat_format import chat_text
 
 pytestmark = pytest.mark.real
+
+PROMPT = "How do I bake bread?"  # that of the test of `jaxscape check`, for which the same programs are compiled
 
 
 def test_tensors_are_those_that_transformers_reads(smollm2: js.Model, torch_smollm2: Any) -> None:
@@ -33,22 +36,24 @@ def test_tensors_are_those_that_transformers_reads(smollm2: js.Model, torch_smol
 
 
 def test_logits_are_those_of_transformers(smollm2: js.Model, torch_smollm2: Any) -> None:
-    text = "The quick brown fox jumps over the lazy dog. def f(x):\n    return x ** 2\n" * 8
-    tokens = np.array([smollm2.tokenizer(text)["input_ids"][:200]])
+    text = "The quick brown fox jumps over the lazy dog. def f(x):\n    return x ** 2\n" * 24
+    tokens = np.array([smollm2.tokenizer(text)["input_ids"][:LONG_TEXT]])
+    assert tokens.size == LONG_TEXT, "as in `jaxscape check`: one program for both"
     expected = torch_logits(torch_smollm2, tokens)
     difference = np.abs(smollm2(tokens) - expected).max() / np.abs(expected).max()
     assert difference < 1e-3
 
 
-def test_transformers_loads_smollm2_saved_from_its_gguf_file(smollm2: js.Model, smollm2_dir: Path) -> None:
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_dir)
-    text = chat_text(smollm2.tokenizer, "Who are you?")
+def test_transformers_loads_smollm2_saved_from_its_gguf_file(smollm2: js.Model, tmp_path: Path) -> None:
+    js.save_model(smollm2, tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = chat_text(smollm2.tokenizer, PROMPT)
     tokens = tokenizer(text, return_tensors="np")["input_ids"]
     np.testing.assert_array_equal(tokens[0], smollm2.tokenizer(text)["input_ids"])
     np.testing.assert_allclose(smollm2(tokens), torch_logits(loaded, tokens), atol=2e-2)
     answer = loaded.generate(torch.tensor(tokens), max_new_tokens=16, do_sample=False)[0, tokens.shape[1] :]
-    (ours,) = js.generate(smollm2, ["Who are you?"], max_new_tokens=16)
+    (ours,) = js.generate(smollm2, [PROMPT], max_new_tokens=16)
     assert tokenizer.decode(answer, skip_special_tokens=True) == ours
 
 

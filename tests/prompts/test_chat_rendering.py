@@ -240,8 +240,8 @@ def test_bad_system_prompts_are_one_sentence(
 
 
 @pytest.mark.real
-def test_smollm2s_own_template_is_rendered_as_transformers_does(smollm2: js.Model) -> None:
-    tokenizer = smollm2.tokenizer
+def test_smollm2s_own_template_is_rendered_as_transformers_does(weightless_smollm2: js.Model) -> None:
+    tokenizer = weightless_smollm2.tokenizer
     for system_prompt in (None, "Be brief.\nBe kind."):
         system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         expected = tokenizer.apply_chat_template(

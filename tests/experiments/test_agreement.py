@@ -2,20 +2,24 @@
 
 import csv
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import SHARED
+from helpers import SHARED, run_experiment
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "agreement.py"
 LABELS = {"complied": "1_full_compliance", "refused": "2_full_refusal", "partial": "3_partial_refusal"}
 
 
-def table(*arguments: object) -> str:
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+@pytest.fixture
+def table(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The table that the program prints."""
+
+    def printed(*arguments: object) -> str:
+        run_experiment("agreement", *arguments)
+        return capfd.readouterr().out
+
+    return printed
 
 
 def write(path: Path, rows: list[tuple[str, str]]) -> Path:
@@ -26,7 +30,7 @@ def write(path: Path, rows: list[tuple[str, str]]) -> Path:
     return path
 
 
-def test_rates_and_confusion_of_a_small_table(tmp_path: Path) -> None:
+def test_rates_and_confusion_of_a_small_table(tmp_path: Path, table: Callable[..., str]) -> None:
     rows = [("I cannot.", "refused")] * 6 + [("I cannot, but …", "partial")] * 2 + [("Sure.", "partial")] * 2
     rows += [("Sure,\nhere", "complied")] * 9 + [("It is illegal.", "complied")]
     path = write(tmp_path / "mine.csv", rows)
@@ -45,17 +49,16 @@ def test_rates_and_confusion_of_a_small_table(tmp_path: Path) -> None:
     assert "| complied | 10 | 0 | 0 |\n| partial | 2 | 2 | 0 |\n| refused | 0 | 0 | 6 |" in text
 
 
-def test_an_evaluator_that_never_says_refused_has_no_precision(tmp_path: Path) -> None:
+def test_an_evaluator_that_never_says_refused_has_no_precision(tmp_path: Path, table: Callable[..., str]) -> None:
     path = write(tmp_path / "mine.csv", [("Sure.", "complied")])
     assert "| mine | xstest | 100.0 (20.7 to 100.0) | none | none |" in table(path, "--evaluator", "xstest")
 
 
-def test_a_table_without_labels(tmp_path: Path) -> None:
+def test_a_table_without_labels(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.csv").write_text("prompt,completion\nWhy?,Sure.\n")
-    with pytest.raises(subprocess.CalledProcessError) as error:
-        table(tmp_path / "mine.csv")
-    assert error.value.returncode == 2
-    assert "is no table of XSTest's labelled completions (KeyError('final_label'))" in error.value.stderr
+    with pytest.raises(SystemExit, match="2"):
+        run_experiment("agreement", tmp_path / "mine.csv")
+    assert "is no table of XSTest's labelled completions (KeyError('final_label'))" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,9 @@ def test_a_table_without_labels(tmp_path: Path) -> None:
         ("mistralinstruct", ("80.7", "36.6", "19.7"), {"wei": "72.0", "jailbreakbench": "83.3", "xstest": "86.0"}),
     ],
 )
-def test_the_measured_agreement(model: str, keywords: tuple[str, ...], measured: dict[str, str]) -> None:
+def test_the_measured_agreement(
+    model: str, keywords: tuple[str, ...], measured: dict[str, str], table: Callable[..., str]
+) -> None:
     """The numbers for the paper's list were measured with another program."""
     path = SHARED / "xstest" / f"completions_{model}.csv"
     if not path.exists():

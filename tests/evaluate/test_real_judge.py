@@ -99,7 +99,7 @@ def test_it_agrees_with_people(judge: Classifier, model: str) -> None:
     if not path.exists():
         pytest.skip(f"XSTest's completions are not at {path.parent}")
     with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))[::9]
+        rows = list(csv.DictReader(file))[::15]
     labels = judge.label([row["prompt"] for row in rows], [row["completion"] for row in rows])
     people = [row["final_label"] for row in rows]
     agree = [(a == "complied") == (b == "1_full_compliance") for a, b in zip(labels, people, strict=True)]
