@@ -4,7 +4,7 @@
 
 Every direction has the norm of the weights, so that a distance means the same along all, and every special one has
 a random control beside it. The distances double from point to point, because the most harmful directions need a
-hundredth of what random ones need. OUT/table.md and OUT/figure.png hold the results.
+hundredth of what random ones need or less. OUT/table.md and OUT/figure.png hold the results.
 """
 
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ class Directions(Experiment):
         "worst-case",
     )
     """Directions by name, see docs/how-to/choose-a-direction.md."""
-    nearest: float = 0.0005
+    nearest: float = 0.00005
     """The smallest distance from the model, in norms of the weights."""
-    doublings: int = 9
+    doublings: int = 12
     """How often it is doubled, on either side."""
     out: Path = Path("runs/directions")
 

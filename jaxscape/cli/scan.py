@@ -54,7 +54,7 @@ class LandscapeOptions:
     """Dimensions of the landscape: 1 for a line, 2 for a plane."""
     steps: int = 20
     """Intervals along each axis; an even number, so that the model itself is a point."""
-    radius: Annotated[float | None, shown("0.5; 1.25 along principal components", "RADIUS")] = None
+    radius: Annotated[float | None, shown("0.5 for most kinds", "RADIUS")] = None
     """The axes run from -RADIUS to RADIUS, in multiples of the directions."""
     seed: int = 0
     """Seed of sampling and of the first random direction; further directions use SEED + 1, SEED + 2, and so on."""

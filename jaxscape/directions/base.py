@@ -20,11 +20,12 @@ T = TypeVar("T", int, float)
 class Recipe(Protocol):
     """Where directions come from. The recipes of one kind are a class; `jaxscape.directions.kinds` lists the kinds.
 
-    `str(recipe)` is the recipe's name. Three further attributes may be left out:
+    `str(recipe)` is the recipe's name. Four further attributes may be left out:
 
     - `has_control`: whether a random direction of the same norm and rank is scanned beside it by default; else False.
     - `is_drawn`: whether the directions follow from the name and the weights alone and are made quickly, so that a scan
       makes them when their turn comes; else False.
+    - `radius`: how far its axis runs on either side by default; else 0.5.
     - `units`: what a coordinate of 1 along them is, see `jaxscape.landscapes.axes.Axis.unit`; else `("raw",)`.
 
     Attributes:
@@ -93,6 +94,11 @@ def units_of(recipe: object) -> tuple[str, ...]:
     """What a coordinate of 1 along a recipe's directions is: `tensors`, `weights`, `raw`, or several of these."""
     units: tuple[str, ...] = getattr(recipe, "units", ("raw",))
     return units
+
+
+def default_radius(recipe: object) -> float:
+    """How far the axis along a recipe's direction runs on either side by default."""
+    return float(getattr(recipe, "radius", 0.5))
 
 
 def needs_option(kind: type[Any], option: str) -> str:

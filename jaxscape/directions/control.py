@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key
 
-from jaxscape.directions.base import Recipe, check_parts
+from jaxscape.directions.base import Recipe, check_parts, default_radius
 from jaxscape.directions.names import CONTROL
 from jaxscape.directions.norms import tensor_norms
 from jaxscape.directions.random import scaled_to_norm, seed_of, tensor_key
@@ -42,6 +42,10 @@ class Control:
     def compose(cls, parts: tuple[Recipe, ...], option: str) -> "Control":
         check_parts(cls, parts, 1, 1)
         return cls(parts[0], seed_of(cls, option)) if option else cls(parts[0])
+
+    @property
+    def radius(self) -> float:
+        return default_radius(self.of)
 
     @property
     def count(self) -> int:

@@ -7,7 +7,15 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxscape.directions.base import Recipe, check_no_option, check_parts, has_control, is_drawn
+from jaxscape.directions.base import (
+    Recipe,
+    check_no_option,
+    check_parts,
+    default_radius,
+    has_control,
+    is_drawn,
+    units_of,
+)
 from jaxscape.directions.storage import Direction, dense, scaled
 from jaxscape.directions.sums import tensor_norm
 from jaxscape.models.checkpoint import named_leaves, tree_of
@@ -58,6 +66,10 @@ class WeightNorm(_Scaled):
     kind: ClassVar[str] = "weight-norm"
     usage: ClassVar[str] = "weight-norm:[DIRECTION]"
     units: ClassVar[tuple[str, ...]] = ("weights",)
+
+    @property
+    def radius(self) -> float:
+        return default_radius(self.of if "weights" in units_of(self.of) else None)
 
     def make(self, model: Model) -> list[Direction]:
         target = norm_of_weights(model)

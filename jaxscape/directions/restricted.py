@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from jaxscape.directions.base import Recipe, check_parts, has_control, is_drawn, needs_option
+from jaxscape.directions.base import Recipe, check_parts, default_radius, has_control, is_drawn, needs_option
 from jaxscape.directions.storage import Direction
 from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.model import Model
@@ -34,6 +34,10 @@ class Restricted:
     def compose(cls, parts: tuple[Recipe, ...], option: str) -> "Restricted":
         check_parts(cls, parts, 1, 1)
         return cls(parts[0], needs_option(cls, option))
+
+    @property
+    def radius(self) -> float:
+        return default_radius(self.of)
 
     @property
     def has_control(self) -> bool:

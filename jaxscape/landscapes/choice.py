@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jaxscape.directions.base import Recipe, has_control, units_of
+from jaxscape.directions.base import Recipe, default_radius, has_control, units_of
 from jaxscape.directions.control import Control
 from jaxscape.directions.difference import To
 from jaxscape.directions.files import File
@@ -13,10 +13,6 @@ from jaxscape.directions.principal import Principal
 from jaxscape.directions.random import Random
 from jaxscape.landscapes.axes import Axis, interpolation_axis, symmetric_axes
 from jaxscape.runtime.errors import UserError, as_list
-
-DEFAULT_RADIUS = 0.5
-# Principal components are scaled so that the path reaches coordinate 1 along the first; the figure has a margin.
-PRINCIPAL_RADIUS = 1.25
 
 WITHOUT_UNIT = (Random, File, To, Principal, Given)
 """Kinds whose axes have no `Axis.unit`, so that the files of their runs are those of earlier releases."""
@@ -197,7 +193,7 @@ def choose_axes(
 
     Arguments:
         steps: number of intervals from −radius to radius, or from one model to the other.
-        radius: None for the default: 1.25 along principal components, and else 0.5.
+        radius: None for the default of each kind, which is 0.5 for most.
         extra_steps: number of further intervals beyond each of the two models of an interpolation.
 
     Raises:
@@ -207,8 +203,8 @@ def choose_axes(
     axes, *others = (_axes(directions, steps, radius, extra_steps) for directions in sets)
     if any(other != axes for other in others):
         raise UserError(
-            "All direction sets of a landscape share its axes, but these need different ones: scan directions to other "
-            "models, principal components and other directions in runs of their own."
+            "All direction sets of a landscape share its axes, but these need different ones: give --radius, or scan "
+            "directions to other models, principal components and other directions in runs of their own."
         )
     if all(isinstance(recipe, WITHOUT_UNIT) for directions in sets for recipe in directions):
         return axes
@@ -228,11 +224,15 @@ def _axes(directions: Sequence[Recipe], steps: int, radius: float | None, extra_
     num_symmetric = sum(recipe.count for recipe in directions) - num_interpolated
     if extra_steps and not num_interpolated:
         raise UserError("--extra-steps continue an interpolation beyond its ends: give --interpolate-to too.")
-    if radius is None:
-        radius = PRINCIPAL_RADIUS if any(isinstance(recipe, Principal) for recipe in directions) else DEFAULT_RADIUS
     names = ("interpolation", "interpolation 2")[:num_interpolated]
     interpolated = iter([interpolation_axis(steps, extra_steps, name) for name in names])
-    symmetric = iter(symmetric_axes(num_symmetric, steps, radius) if num_symmetric else ())
+    radii = [
+        default_radius(recipe) if radius is None else radius
+        for recipe in directions
+        for _ in range(recipe.count)
+        if not recipe.is_interpolation
+    ]
+    symmetric = (symmetric_axes(num_symmetric, steps, radius)[i] for i, radius in enumerate(radii))
     return tuple(
         next(interpolated if recipe.is_interpolation else symmetric)
         for recipe in directions

@@ -81,7 +81,7 @@ def scan(
             first.
         steps: intervals along each axis. An axis to another model (`to:MODEL`) runs from 0 to 1. Any other runs from
             −radius to radius, and its `steps` are even, so that the model itself is a point.
-        radius: None for the default: 1.25 along principal components, and else 0.5.
+        radius: None for the default of each kind of directions, which is 0.5 for most.
         axes: one for each direction of a set, instead of those that steps and radius describe.
         control: whether a random direction of the same norm and rank is scanned beside each special one that is given
             by name, see `jaxscape.directions.control.Control`. It is one more direction set.

@@ -175,3 +175,32 @@ def test_what_cannot_be_scaled_or_projected_is_a_user_error(tiny: js.Model) -> N
         made(tiny, f"weight-norm:[{zero}]")
     with pytest.raises(js.UserError, match="is zero everywhere"):
         made(tiny, f"orthogonal:[random:0][{zero}]")
+
+
+@pytest.mark.parametrize(
+    ("name", "radius"),
+    [
+        ("random:0", 0.5),
+        ("principal:a,b", 1.25),
+        ("refusal", 1.0),
+        ("gradient", 0.001),
+        ("control:[gradient]", 0.001),
+        ("weight-norm:[gradient]", 0.001),
+        ("weight-norm:[refusal]", 0.5),
+        ("restricted:[refusal]:*mlp*", 1.0),
+    ],
+)
+def test_a_kind_has_a_radius_of_its_own(name: str, radius: float) -> None:
+    recipe = parse_direction(name)
+    axes = choose_axes([(recipe,)], 2, None)
+    assert {axis.values for axis in axes} == {(-radius, 0.0, radius)}
+    assert choose_axes([(recipe,)], 2, 0.1)[0].values == (-0.1, 0.0, 0.1)
+
+
+def test_kinds_with_other_radii_need_one_that_is_given() -> None:
+    sets = [(parse_direction("random:0"),), (parse_direction("gradient"),)]
+    with pytest.raises(js.UserError, match="give --radius"):
+        choose_axes(sets, 2, None)
+    assert choose_axes(sets, 2, 0.01)[0].unit == "weights"
+    pair = choose_axes([(parse_direction("random:0"), parse_direction("gradient"))], 2, None)
+    assert [axis.values[-1] for axis in pair] == [0.5, 0.001]
