@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 
+import gc
 import json
 import resource
 from collections.abc import Callable, Iterator
@@ -102,6 +103,7 @@ def bounded_memory() -> Iterator[None]:
     yield
     if STATM.exists() and int(STATM.read_text().split()[1]) * resource.getpagesize() > MAX_RESIDENT:
         jax.clear_caches()
+        gc.collect()
 
 
 WITHOUT_TORCH = """
