@@ -25,7 +25,7 @@ class Recipe(Protocol):
     - `has_control`: whether a random direction of the same norm and rank is scanned beside it by default; else False.
     - `is_drawn`: whether the directions follow from the name and the weights alone and are made quickly, so that a scan
       makes them when their turn comes; else False.
-    - `radius`: how far its axis runs on either side by default; else 0.5.
+    - `axis_radius`: how far its axis runs on either side by default; else 0.5.
     - `units`: what a coordinate of 1 along them is, see `jaxscape.landscapes.axes.Axis.unit`; else `("raw",)`.
 
     Attributes:
@@ -98,7 +98,7 @@ def units_of(recipe: object) -> tuple[str, ...]:
 
 def default_radius(recipe: object) -> float:
     """How far the axis along a recipe's direction runs on either side by default."""
-    return float(getattr(recipe, "radius", 0.5))
+    return float(getattr(recipe, "axis_radius", 0.5))
 
 
 def needs_option(kind: type[Any], option: str) -> str:

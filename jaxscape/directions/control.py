@@ -44,7 +44,7 @@ class Control:
         return cls(parts[0], seed_of(cls, option)) if option else cls(parts[0])
 
     @property
-    def radius(self) -> float:
+    def axis_radius(self) -> float:
         return default_radius(self.of)
 
     @property

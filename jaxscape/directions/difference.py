@@ -61,7 +61,7 @@ class From:
     usage: ClassVar[str] = "from:BASE"
     is_interpolation: ClassVar[bool] = False
     has_control: ClassVar[bool] = True
-    radius: ClassVar[float] = 1.0
+    axis_radius: ClassVar[float] = 1.0
     count: ClassVar[int] = 1
 
     @classmethod

@@ -24,7 +24,7 @@ class Gradient:
     is_interpolation: ClassVar[bool] = False
     has_control: ClassVar[bool] = True
     units: ClassVar[tuple[str, ...]] = ("weights",)
-    radius: ClassVar[float] = 0.001
+    axis_radius: ClassVar[float] = 0.001
     count: ClassVar[int] = 1
 
     @classmethod

@@ -43,7 +43,7 @@ class Mask:
     usage: ClassVar[str] = "mask:snip|wanda[:P[:Q[:HARMFUL,HARMLESS[:N]]]]"
     is_interpolation: ClassVar[bool] = False
     has_control: ClassVar[bool] = True
-    radius: ClassVar[float] = 1.0
+    axis_radius: ClassVar[float] = 1.0
     count: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

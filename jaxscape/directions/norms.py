@@ -68,7 +68,7 @@ class WeightNorm(_Scaled):
     units: ClassVar[tuple[str, ...]] = ("weights",)
 
     @property
-    def radius(self) -> float:
+    def axis_radius(self) -> float:
         return default_radius(self.of if "weights" in units_of(self.of) else None)
 
     def make(self, model: Model) -> list[Direction]:

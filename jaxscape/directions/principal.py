@@ -63,7 +63,7 @@ class Principal:
     usage: ClassVar[str] = "principal:RUN[,RUN…]"
     is_interpolation: ClassVar[bool] = False
     # The directions are scaled so that the path reaches coordinate 1 along the first; the figure has a margin.
-    radius: ClassVar[float] = 1.25
+    axis_radius: ClassVar[float] = 1.25
     count: ClassVar[int] = 2
 
     @classmethod

@@ -39,7 +39,7 @@ class Quantisation:
     usage: ClassVar[str] = "quantisation:int8|int4[:GROUP]"
     is_interpolation: ClassVar[bool] = False
     has_control: ClassVar[bool] = True
-    radius: ClassVar[float] = 1.0
+    axis_radius: ClassVar[float] = 1.0
     is_drawn: ClassVar[bool] = True
     count: ClassVar[int] = 1
 

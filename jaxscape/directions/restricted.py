@@ -36,7 +36,7 @@ class Restricted:
         return cls(parts[0], needs_option(cls, option))
 
     @property
-    def radius(self) -> float:
+    def axis_radius(self) -> float:
         return default_radius(self.of)
 
     @property

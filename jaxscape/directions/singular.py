@@ -44,7 +44,7 @@ class Singular:
     usage: ClassVar[str] = "singular:RANK[:FREE[:HARMFUL,HARMLESS[:N]]]"
     is_interpolation: ClassVar[bool] = False
     has_control: ClassVar[bool] = True
-    radius: ClassVar[float] = 1.0
+    axis_radius: ClassVar[float] = 1.0
     count: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

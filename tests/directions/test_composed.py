@@ -185,6 +185,7 @@ def test_what_cannot_be_scaled_or_projected_is_a_user_error(tiny: js.Model) -> N
         ("refusal", 1.0),
         ("gradient", 0.001),
         ("control:[gradient]", 0.001),
+        ("worst-case:0.0002:4", 0.001),
         ("weight-norm:[gradient]", 0.001),
         ("weight-norm:[refusal]", 0.5),
         ("restricted:[refusal]:*mlp*", 1.0),
