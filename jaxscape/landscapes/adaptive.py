@@ -9,7 +9,7 @@ are filled by linear interpolation, prompt by prompt, so that bootstrap samples 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,15 @@ def check_ascending(axes: Sequence[Axis]) -> None:
     for axis in axes:
         if any(high <= low for low, high in itertools.pairwise(axis.values)):
             raise UserError(f"The values of the axis {axis.name} do not ascend: sort them, or scan without adaptive.")
+
+
+def first_round(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """The axes with the values of the first round only. Later rounds seldom have more points, so that a batch which is
+    planned for these is well filled."""
+    taken = [np.flatnonzero(round_numbers(axis) == 0).tolist() for axis in axes]
+    return tuple(
+        replace(axis, values=tuple(axis.values[i] for i in places)) for axis, places in zip(axes, taken, strict=True)
+    )
 
 
 def _may_differ(

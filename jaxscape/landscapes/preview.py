@@ -12,6 +12,7 @@ from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import Hardware, make_plan, this_hardware
 from jaxscape.engine.sampling import Sampling, SamplingOptions
 from jaxscape.forecast.chips import bytes_per_chip
+from jaxscape.landscapes.adaptive import first_round
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.scan import workload_of
 from jaxscape.models.chat_defaults import adds_bos, template_notes
@@ -50,13 +51,15 @@ def preview(
     prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
     settings, sent = Sampling(**sampling), chat_texts(model.tokenizer, prompts, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
-    workload = workload_of(prompt_tokens, settings, axes or (), recipes, points or ())
+    workload = workload_of(
+        prompt_tokens, settings, first_round(axes or ()) if adaptive else axes or (), recipes, points or ()
+    )
     plan = make_plan(model, workload, options, _hardware_with(model))
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
     return "\n".join(
         [
             f"plan: {plan}",
-            f"directions: {len(recipes)}, points of each: {'at most ' if adaptive else ''}{workload.num_points}",
+            f"directions: {len(recipes)}, points of each: {workload.num_points}{' in the first round' if adaptive else ''}",
             prompts.summary(),
             *template_notes(model.tokenizer),
             "the first prompt as it is sent:",

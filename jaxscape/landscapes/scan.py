@@ -25,7 +25,7 @@ from jaxscape.engine.sampling import Sampling, SamplingOptions
 from jaxscape.evaluate.base import Evaluator, checksum_of, stop_when_all, uses_model
 from jaxscape.evaluate.coherence import COHERENCE, Coherence, coherence
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
-from jaxscape.landscapes.adaptive import check_ascending
+from jaxscape.landscapes.adaptive import check_ascending, first_round
 from jaxscape.landscapes.answers import answers_at
 from jaxscape.landscapes.axes import Axis, point_text
 from jaxscape.landscapes.choice import choose_grid, choose_sets, count_directions
@@ -136,7 +136,8 @@ def scan(
     sent = chat_texts(model.tokenizer, prompts, system_prompt, thinking)
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
-    workload = workload_of(prompt_tokens, settings, axes, recipes, coords)
+    planned = first_round(axes) if adaptive else axes
+    workload = workload_of(prompt_tokens, settings, planned, recipes, coords)
     prepared = prepare(recipes, model)
     directory = None if out is None else Path(out)
     options = options or EngineOptions()

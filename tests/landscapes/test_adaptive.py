@@ -16,7 +16,7 @@ import jaxscape as js
 from jaxscape.engine.scheduler import Completion
 from jaxscape.evaluate.base import Label
 from jaxscape.evaluate.coherence import COHERENCE
-from jaxscape.landscapes.adaptive import interpolated, next_points, round_numbers
+from jaxscape.landscapes.adaptive import first_round, interpolated, next_points, round_numbers
 from jaxscape.landscapes.axes import Axis, interpolation_axis, symmetric_axes
 from jaxscape.landscapes.numbers import landscape_numbers
 from jaxscape.landscapes.store import Adaptive, open_run
@@ -50,6 +50,7 @@ def basin(axes: Sequence[Axis], wall: float, spread: float, prompts: int, seed: 
 
 
 def test_the_rounds_of_the_default_axis() -> None:
+    assert first_round(symmetric_axes(1, 20, 0.5))[0].values == (-0.5, -0.25, 0.0, 0.25, 0.5)
     numbers = round_numbers(symmetric_axes(1, 20, 0.5)[0])
     assert np.flatnonzero(numbers == 0).tolist() == [0, 5, 10, 15, 20]
     np.testing.assert_array_equal(numbers, numbers[::-1])
