@@ -56,10 +56,11 @@ def preview(
     )
     plan = make_plan(model, workload, options, _hardware_with(model))
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
+    of_round = " in the first round" if adaptive else ""
     return "\n".join(
         [
             f"plan: {plan}",
-            f"directions: {len(recipes)}, points of each: {workload.num_points}{' in the first round' if adaptive else ''}",
+            f"directions: {len(recipes)}, points of each: {workload.num_points}{of_round}",
             prompts.summary(),
             *template_notes(model.tokenizer),
             "the first prompt as it is sent:",
