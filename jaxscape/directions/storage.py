@@ -61,10 +61,15 @@ class Factored:
 def factored(left: Float[Any, "out rank"], right: Float[Any, "rank *in"], sharding: NamedSharding) -> Factored:
     """The product of two factors, on the devices that hold a tensor with this sharding, sharded as its dimensions
     are."""
+    by_row, by_column = factor_shardings(sharding)
+    return Factored(jax.device_put(left, by_row), jax.device_put(right, by_column))
+
+
+def factor_shardings(sharding: NamedSharding) -> tuple[NamedSharding, NamedSharding]:
+    """The shardings of the factors of a tensor with this sharding."""
     first, *others = (*sharding.spec, None)[: max(1, len(sharding.spec))]
     by_row = NamedSharding(sharding.mesh, PartitionSpec(first))
-    by_column = NamedSharding(sharding.mesh, PartitionSpec(None, *others))
-    return Factored(jax.device_put(left, by_row), jax.device_put(right, by_column))
+    return by_row, NamedSharding(sharding.mesh, PartitionSpec(None, *others))
 
 
 def zero_tensor(shape: tuple[int, ...], sharding: NamedSharding) -> Factored:
