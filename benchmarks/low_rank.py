@@ -106,7 +106,7 @@ class Batch:
     def _prefill(self, model: js.Model, workload: Workload) -> Slots:
         """The rows of one point, with all prompts prefilled by the unperturbed model."""
         layout = replace(self.plan.layout, points_in_flight=1, groups_per_insert=1, num_factored=0, num_sets=1)
-        prefix, groups = pack(workload, layout.prompts_per_group)
+        prefix, groups = jax.device_put(pack(workload, layout.prompts_per_group))
         slots = empty_slots(self._static, model.dtype, layout)
         for insertion in Scheduler(layout, groups, [()]).insertions():
             weights = self.weights["unperturbed"]
@@ -135,11 +135,12 @@ class Batch:
         """What lies in the device's memory while these weights decode."""
         weights, slots, *others = self._arguments(name, 1)
         program = decode_chunk.lower(weights, slots, *others, static=self._static).compile()
+        work: Any = program.memory_analysis()
         parts = {
             "weights": size(weights.params),
             "cache": size((slots.cache, slots.prefix)),
             "factors": size(weights.directions),
-            "work space": program.memory_analysis().temp_size_in_bytes,
+            "work space": work.temp_size_in_bytes,
         }
         return ", ".join(f"{part} {number / 1e9:.2f} GB" for part, number in parts.items())
 

@@ -94,13 +94,14 @@ def at_point(
             in_dtype = Factors(*(factor.astype(leaves[name].dtype) for factor in factors))
             leaves[name] = OwnWeights(leaves[name], in_dtype)
         return tree_of(leaves)
-    if coords.ndim == 2:
-        coords = jnp.repeat(jnp.asarray(coords), rows, axis=0)[:, None, None]
+    by_row = jnp.asarray(coords)
+    if by_row.ndim == 2:
+        by_row = jnp.repeat(by_row, rows, axis=0)[:, None, None]
     by_direction = [named_leaves(direction) for direction in directions]
 
     def moved(name: str, weight: Array) -> Array | PerturbedWeight:
         tensors = {i: direction[name] for i, direction in enumerate(by_direction) if not is_zero(direction[name])}
-        by_tensor = tuple(coords[..., i] for i in tensors)
+        by_tensor = tuple(by_row[..., i] for i in tensors)
         return PerturbedWeight(weight, tuple(tensors.values()), by_tensor) if tensors else weight
 
     return tree_of({name: moved(name, weight) for name, weight in leaves.items()})
