@@ -34,6 +34,8 @@ class WorkloadOptions:
     """Points along each axis: one number for a line, two for a plane."""
     num_directions: int = 1
     """Number of random directions; for a plane, of pairs of them."""
+    rank: Annotated[int | None, shown(default="full", metavar="R")] = None
+    """Rank of the directions, as of `low-rank:RANK:SEED`."""
     prompts: int = 80
     """Number of prompts."""
     prompt_tokens: int = 56
@@ -92,7 +94,9 @@ class Plan:
             raise UserError(f"--num-directions must be at least 1, not {work.num_directions}.")
         config = shape_config(self.slice.model)
         mesh_shape = None if self.slice.mesh is None else parse_mesh_shape(self.slice.mesh)
-        workload = make_workload(work.prompts, work.prompt_tokens, work.shared_tokens, work.max_new_tokens, work.points)
+        workload = make_workload(
+            work.prompts, work.prompt_tokens, work.shared_tokens, work.max_new_tokens, work.points, work.rank
+        )
         tpu_slice = open_slice(self.slice.topology)
         if options.finetune is not None:
             check_batch(options.finetune[0], shape_on(config, tpu_slice, mesh_shape, dtype).mesh)

@@ -21,7 +21,7 @@ from jaxscape.directions.filters import Filter
 from jaxscape.directions.gaussian import Gaussian
 from jaxscape.directions.gradient import Gradient
 from jaxscape.directions.hessian import Hessian
-from jaxscape.directions.low_rank import LowRank
+from jaxscape.directions.low_rank import LowRank, check_rank
 from jaxscape.directions.masks import Mask, Masked
 from jaxscape.directions.norms import TensorNorm, WeightNorm
 from jaxscape.directions.point import materialise
@@ -33,6 +33,7 @@ from jaxscape.directions.relative import Relative
 from jaxscape.directions.restricted import Restricted
 from jaxscape.directions.singular import Singular
 from jaxscape.directions.sparse import Sparse
+from jaxscape.directions.stacked import rank_of
 from jaxscape.directions.storage import Direction, on_model_mesh, stored
 from jaxscape.directions.worst_case import WorstCase
 from jaxscape.models.checkpoint import Params, fingerprint
@@ -205,6 +206,8 @@ def prepare(sets: Sequence[Sequence[Recipe]], model: Model) -> list[list[Prepare
             of = prepared(recipe.of)
             ids = tuple(f"{Control.kind}:{identity}:{recipe.seed}" for identity in of.ids)
             return Prepared(replace(recipe, of=of.recipe), ids)
+        if isinstance(recipe, LowRank):
+            check_rank(recipe.rank, model)
         if is_drawn(recipe):
             return Prepared(recipe, (name,))
         if name not in known:
@@ -213,6 +216,15 @@ def prepare(sets: Sequence[Sequence[Recipe]], model: Model) -> list[list[Prepare
         return known[name]
 
     return [[prepared(recipe) for recipe in item] for item in sets]
+
+
+def ranks_of(recipe: Recipe) -> list[int | None]:
+    """The rank of each direction that a prepared recipe makes, or None where it is not known to be of low rank."""
+    if isinstance(recipe, Given):
+        return [rank_of(direction) for direction in recipe.directions]
+    if isinstance(recipe, Control | WeightNorm | TensorNorm):
+        return ranks_of(recipe.of)
+    return [recipe.rank if isinstance(recipe, LowRank) else None] * recipe.count
 
 
 def model_at(model: Model, directions: Sequence[DirectionLike], coords: Sequence[float]) -> Model:

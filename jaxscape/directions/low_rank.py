@@ -36,21 +36,32 @@ def low_rank_direction(model: Model, rank: int, seed: int) -> Direction:
     Raises:
         UserError: the rank is below 1 or above the smaller dimension of a matrix, or the seed is out of range.
     """
+    check_rank(rank, model)
     shardings = named_leaves(model.shardings)
     shapes = {name: weight.shape for name, weight in named_leaves(model.params).items()}
-    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and "norm" not in name}
-    narrowest = min(matrices, key=lambda name: min(matrices[name]))
-    if not 1 <= rank <= min(matrices[narrowest]):
-        raise UserError(
-            f"A direction of rank {rank} is not possible, because {narrowest} has the shape {shapes[narrowest]}: give "
-            f"a rank from 1 to {min(matrices[narrowest])}."
-        )
+    matrices = _matrices(model)
     norms, everywhere = _norms(model), replicated(model.mesh)
     direction = {name: zero_tensor(shape, shardings[name]) for name, shape in shapes.items() if name not in matrices}
     for name, shape in matrices.items():
         left, right = _factors(tensor_key(seed, name), norms[name], shape, rank, model.dtype, everywhere)
         direction[name] = factored(left, right, shardings[name])
     return tree_of(direction)
+
+
+def _matrices(model: Model) -> dict[str, tuple[int, int]]:
+    """The shapes of the matrices that a low-rank direction moves."""
+    leaves = named_leaves(model.params)
+    return {name: leaf.shape for name, leaf in leaves.items() if leaf.ndim == 2 and "norm" not in name}
+
+
+def check_rank(rank: int, model: Model) -> None:
+    """Raise a `UserError` if the matrices of a direction for this model cannot all have this rank."""
+    name, shape = min(_matrices(model).items(), key=lambda item: min(item[1]))
+    if not 1 <= rank <= min(shape):
+        raise UserError(
+            f"A direction of rank {rank} is not possible, because {name} has the shape {shape}: give a rank from 1 to "
+            f"{min(shape)}."
+        )
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))

@@ -4,7 +4,7 @@ A point is always computed from θ₀ and its coordinates, never from a neighbou
 accumulate and points can be evaluated in any order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxscape.directions.storage import Direction, Scaled, dense
+from jaxscape.directions.stacked import Factors, Stacked
+from jaxscape.directions.storage import Direction, Factored, Scaled, dense, is_zero
 from jaxscape.models.checkpoint import Params, named_leaves, tree_of
+from jaxscape.models.decoder import LookUp, Product
 from jaxscape.models.fusion import fuse
 
 
@@ -35,16 +37,11 @@ class PerturbedWeight:
     tensors: tuple[Any, ...]
     coords: tuple[Float[Array, "*rows"], ...]
 
-    def apply(self, use: Callable[[Array], Array]) -> Array:
+    def apply(self, use: Any) -> Array:
         """`use(W + Σ cᵢ Dᵢ)`, for a function `use` that is linear in the weight; in the dtype of `use(W)`."""
         total = use(self.weight)
         for c, tensor in zip(self.coords, self.tensors, strict=True):
-            if isinstance(tensor, Scaled):  # scale the product; `values` have about the magnitude of weights
-                one = 128 if tensor.values.dtype == jnp.int8 else 1
-                values = tensor.values.astype(self.weight.dtype) / one
-                product = tensor.scale * one * use(values).astype(jnp.float32)
-            else:
-                product = use(dense(tensor).astype(self.weight.dtype)).astype(jnp.float32)
+            product = _used(tensor, use, self.weight.dtype).astype(jnp.float32)
             if c.ndim:  # one coordinate for each row, also where the product has more dimensions, such as heads
                 c = c.reshape(c.shape + (1,) * (product.ndim - c.ndim))
             # At c = 0 the result has the bits of use(W), even where the product with the direction overflows.
@@ -53,17 +50,61 @@ class PerturbedWeight:
         return total
 
 
-def at_point(params: Params, directions: Sequence[Direction], coords: Float[Array, "*rows ndim"]) -> Params:
-    """The parameters at coordinates, as `PerturbedWeight`s; without directions, the parameters themselves.
+@partial(jax.tree_util.register_dataclass, data_fields=["weight", "factors"], meta_fields=[])
+@dataclass(frozen=True)
+class OwnWeights:
+    """W + leftᵀ right with factors of their own for each of N points, to which B / N consecutive rows belong."""
+
+    weight: Float[Array, "out in"]
+    factors: Factors
+
+    def apply(self, use: Product | LookUp) -> Array:
+        """`use(W + leftᵀ right)`; in the dtype of `use(W)`."""
+        use = use.materialised()
+        total = use(self.weight)
+        return (total.astype(jnp.float32) + use.of_factors(*self.factors).astype(jnp.float32)).astype(total.dtype)
+
+
+def _used(tensor: Any, use: Any, dtype: jnp.dtype) -> Array:
+    """`use(D)` for a direction's tensor D, with a product in the dtype of the weights."""
+    if isinstance(tensor, Scaled):  # scale the product; `values` have about the magnitude of weights
+        one = 128 if tensor.values.dtype == jnp.int8 else 1
+        return tensor.scale * one * use(tensor.values.astype(dtype) / one).astype(jnp.float32)
+    if isinstance(tensor, Factored) and len(tensor.shape) == 2:
+        return use.of_factors(tensor.left.T.astype(dtype), tensor.right.astype(dtype))
+    return use(dense(tensor).astype(dtype))
+
+
+def at_point(
+    params: Params,
+    directions: Sequence[Direction] | Stacked,
+    coords: Float[Array | np.ndarray, "*points ndim"],
+    rows: int = 1,
+) -> Params:
+    """The parameters at coordinates, as sums that are never formed; a parameter that does not move is itself.
 
     Arguments:
-        coords: float32[n], or float32[B, n] for inputs of B rows, each of which is at a point of its own.
+        coords: float32[n], or float32[N, n] for inputs of N × `rows` rows, of which `rows` consecutive ones are at each
+            of N points.
+        rows: number of rows at each point.
     """
-    if not directions:
-        return params
-    shape = (-1, 1, 1) if coords.ndim == 2 else ()
-    by_direction = tuple(coords[..., i].reshape(shape) for i in range(len(directions)))
-    return jax.tree.map(lambda weight, *tensors: PerturbedWeight(weight, tensors, by_direction), params, *directions)
+    leaves = named_leaves(params)
+    if isinstance(directions, Stacked):
+        for name, factors in directions.at(jnp.asarray(coords)).items():
+            in_dtype = Factors(*(factor.astype(leaves[name].dtype) for factor in factors))
+            leaves[name] = OwnWeights(leaves[name], in_dtype)
+        return tree_of(leaves)
+    by_row = jnp.asarray(coords)
+    if by_row.ndim == 2:
+        by_row = jnp.repeat(by_row, rows, axis=0)[:, None, None]
+    by_direction = [named_leaves(direction) for direction in directions]
+
+    def moved(name: str, weight: Array) -> Array | PerturbedWeight:
+        tensors = {i: direction[name] for i, direction in enumerate(by_direction) if not is_zero(direction[name])}
+        by_tensor = tuple(by_row[..., i] for i in tensors)
+        return PerturbedWeight(weight, tuple(tensors.values()), by_tensor) if tensors else weight
+
+    return tree_of({name: moved(name, weight) for name, weight in leaves.items()})
 
 
 @partial(jax.jit, donate_argnums=3, keep_unused=True, static_argnames="is_fused")

@@ -1,6 +1,7 @@
 """How the tensors of a direction are stored: as arrays, as factors, in fewer bits, or as a seed from which they are
 drawn again."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -60,15 +61,33 @@ class Factored:
 def factored(left: Float[Any, "out rank"], right: Float[Any, "rank *in"], sharding: NamedSharding) -> Factored:
     """The product of two factors, on the devices that hold a tensor with this sharding, sharded as its dimensions
     are."""
+    by_row, by_column = factor_shardings(sharding)
+    return Factored(jax.device_put(left, by_row), jax.device_put(right, by_column))
+
+
+def factor_shardings(sharding: NamedSharding) -> tuple[NamedSharding, NamedSharding]:
+    """The shardings of the factors of a tensor with this sharding."""
     first, *others = (*sharding.spec, None)[: max(1, len(sharding.spec))]
     by_row = NamedSharding(sharding.mesh, PartitionSpec(first))
-    by_column = NamedSharding(sharding.mesh, PartitionSpec(None, *others))
-    return Factored(jax.device_put(left, by_row), jax.device_put(right, by_column))
+    return by_row, NamedSharding(sharding.mesh, PartitionSpec(None, *others))
 
 
 def zero_tensor(shape: tuple[int, ...], sharding: NamedSharding) -> Factored:
     """A tensor of zeros that takes no memory."""
     return factored(np.zeros((shape[0], 0), np.float32), np.zeros((0, *shape[1:]), np.float32), sharding)
+
+
+def concatenated(tensors: Sequence[Any]) -> Any:
+    """Tensors with the same last dimension, one below the other. Of factored ones, the result is factored too."""
+    if not all(isinstance(tensor, Factored) for tensor in tensors):
+        return jnp.concatenate([t.dense() if isinstance(t, Factored) else t for t in tensors])
+    right = jnp.concatenate([tensor.right for tensor in tensors])
+    starts = np.cumsum([0, *(tensor.rank for tensor in tensors)])
+    lefts = [
+        jnp.pad(tensor.left, ((0, 0), (start, len(right) - start - tensor.rank)))
+        for tensor, start in zip(tensors, starts[:-1].tolist(), strict=True)
+    ]
+    return Factored(jnp.concatenate(lefts), right)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
@@ -134,6 +153,11 @@ def dense(tensor: Array | Factored | Scaled | Seeded) -> Float[Array, "*shape"]:
 def dense_tree(direction: Direction) -> Params:
     """The direction as a tree of float32 arrays."""
     return tree_of({name: dense(tensor) for name, tensor in named_leaves(direction).items()})
+
+
+def is_zero(tensor: Any) -> bool:
+    """Whether a direction's tensor is known to be zero because its rank is."""
+    return isinstance(tensor, Factored) and tensor.rank == 0
 
 
 def standard_normal(key: Key[Array, ""], shape: tuple[int, ...], sharding: NamedSharding) -> Float[Array, "*shape"]:

@@ -15,16 +15,18 @@ LENGTH_MULTIPLE = 16  # lengths in tokens are padded to a multiple of this, so t
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts to answer at each point of one direction set.
+    """Prompts to answer at each point of the direction sets of a scan.
 
     Attributes:
         prompt_tokens: token ids of each prompt in the model's chat format.
-        num_points: number of points of the direction set.
+        num_points: number of points of each direction set.
         points_per_line: number of consecutive points that differ in their last coordinate only.
-        ndim: number of directions of the set.
-        num_random: how many of these directions are random ones. They are drawn when the run reaches this set.
+        ndim: number of directions of each set.
+        num_random: how many of these directions are random ones. They are drawn when the run reaches the set.
         block: number of prompts that are answered together at a point, in blocks of which a point may need only the
             first ones; None for all.
+        num_sets: number of direction sets.
+        rank: the largest rank of the directions, if all of them are of low rank; else None.
     """
 
     prompt_tokens: Sequence[Sequence[int]]
@@ -34,6 +36,8 @@ class Workload:
     ndim: int = 0
     num_random: int = 0
     block: int | None = None
+    num_sets: int = 1
+    rank: int | None = None
 
     @property
     def num_prompts(self) -> int:

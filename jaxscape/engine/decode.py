@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxscape.directions.point import at_point
+from jaxscape.directions.stacked import Stacked
 from jaxscape.directions.storage import Direction
 from jaxscape.engine.batching import Workload
 from jaxscape.engine.layout import BatchLayout, Groups
@@ -98,10 +99,13 @@ class Insertion(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The parameters, and the directions that are not added to them; `Slots.coords` are coordinates along these."""
+    """The parameters, and the directions that are not added to them; `Slots.coords` are coordinates along these.
+
+    Low-rank directions of several sets are stacked.
+    """
 
     params: Params
-    directions: tuple[Direction, ...] = ()
+    directions: tuple[Direction, ...] | Stacked = ()
 
 
 @dataclass(frozen=True)
@@ -241,7 +245,7 @@ def insert(
 
 def _params_at(weights: Weights, coords: Float[Array | np.ndarray, "points ndim"], rows: int) -> Params:
     """The parameters for inputs that have `rows` consecutive rows at each of the points."""
-    return at_point(weights.params, weights.directions, jnp.repeat(jnp.asarray(coords), rows, axis=0))
+    return at_point(weights.params, weights.directions, coords, rows)
 
 
 def _prefix_caches(
@@ -367,8 +371,7 @@ def decode_chunk(
     """
     batch, ring = slots.cache.positions.shape
     with on_mesh(static.mesh):
-        coords = jnp.repeat(slots.coords, batch // len(slots.coords), axis=0)
-        params = at_point(weights.params, weights.directions, coords)
+        params = _params_at(weights, slots.coords, batch // len(slots.coords))
 
         def is_unfinished(carry: tuple[Int[Array, ""], Slots]) -> Bool[Array, ""]:
             return (carry[0] < steps) & ~carry[1].generated.ended.all()

@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxscape.directions.point import materialise, materialise_streamed
-from jaxscape.directions.storage import Direction
+from jaxscape.directions.stacked import Stacked, stack
+from jaxscape.directions.storage import Direction, concatenated
 from jaxscape.engine.batching import Workload, tokenize
 from jaxscape.engine.decode import (
     Generated,
@@ -80,18 +81,35 @@ class Engine:
     def complete(
         self, directions: Sequence[Direction], points: Sequence[Coords], block: int = 0
     ) -> Iterator[list[Completion]]:
-        """For each point in order: the answers to the prompts of a block; by default, a block holds all prompts."""
-        params, num_factored = None, self.plan.layout.num_factored
-        added = len(directions) - num_factored  # number of directions that are added to the weights
+        """For each point in order: the answers to the prompts of a block; by default, a block holds all prompts.
+
+        Arguments:
+            directions: those of a direction set; or of up to `plan.layout.num_sets` sets, set by set.
+            points: coordinates along all these directions; those along directions of other sets are 0.
+        """
+        params, layout = None, self.plan.layout
+        added = max(0, len(directions) - layout.num_factored)  # number of directions that are added to the weights
         if self.plan.form.batches_points:
             batches = itertools.groupby(points, key=lambda coords: tuple(coords[:added]))
         else:
             batches = ((tuple(coords), iter([coords])) for coords in points)  # type: ignore[assignment]
-        factored = tuple(map(fuse, directions[added:])) if self.plan.is_fused else tuple(directions[added:])
+        factored = self._factored(directions[added:])
         for coords, batch in batches:
             params = self._params_at(directions[:added], coords, params)
             weights = Weights(params, factored)
-            yield from self._decode(weights, [tuple(point[added:]) for point in batch], block=block)
+            missing = (0.0,) * (layout.num_factored - len(directions) + added)
+            yield from self._decode(weights, [(*point[added:], *missing) for point in batch], block=block)
+
+    def _factored(self, directions: Sequence[Direction]) -> tuple[Direction, ...] | Stacked:
+        """The directions that are multiplied separately, as the programs take them."""
+        layout = self.plan.layout
+        if self.plan.is_fused:
+            directions = [fuse(direction, concatenated) for direction in directions]
+        if directions:  # the programs are compiled for a number of directions: the last sets may have fewer
+            directions = [*directions, *[directions[-1]] * (layout.num_factored - len(directions))]
+        if layout.num_sets > 1 and self.workload.rank is not None:
+            return stack(directions, self.workload.ndim)
+        return tuple(directions)
 
     def answers(self, count: int) -> Iterator[list[Completion]]:
         """The answers of the model itself, `count` prompts at a time, in the order of the prompts.

@@ -10,7 +10,8 @@ class Form(StrEnum):
     STREAMED: the same, but θ₀ stays in host memory and is sent to the device one tensor at a time.
     FACTORISED: every direction but the last is added to θ₀. Each use of a weight is a product with the result and one
     with the last direction's tensor, so that points which differ in nothing but their last coordinate decode in one
-    batch.
+    batch. If all directions are of low rank, none is added, and all points decode in one batch. Where nothing is added,
+    points of several direction sets may share a batch too.
     """
 
     MATERIALISED = "materialised"
@@ -26,7 +27,3 @@ class Form(StrEnum):
     def keeps_weights_on_host(self) -> bool:
         """Whether θ₀ stays in host memory."""
         return self is Form.STREAMED
-
-    def num_factored(self, ndim: int) -> int:
-        """How many of a point's `ndim` directions are multiplied separately instead of being added to the weights."""
-        return min(ndim, 1) if self.batches_points else 0

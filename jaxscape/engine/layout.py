@@ -34,7 +34,8 @@ class BatchLayout:
         num_groups: number of groups that are answered together at one point: those of all prompts, or of a block.
         prefix_slots: number of cache slots for the common prefix of each point.
         ring_slots: number of cache slots in the ring of each row.
-        num_factored: number of directions that are multiplied separately, see `Form.num_factored`.
+        num_factored: number of directions that are multiplied separately; those of all direction sets of a batch.
+        num_sets: number of direction sets whose points decode together.
     """
 
     points_in_flight: int
@@ -46,6 +47,7 @@ class BatchLayout:
     prefix_slots: int
     ring_slots: int
     num_factored: int
+    num_sets: int = 1
 
     @property
     def batch(self) -> int:

@@ -70,7 +70,9 @@ class Plan:
         layout = self.layout
         batch = f"{self.form}: {layout.rows_per_point} slots"
         if layout.points_in_flight > 1:
-            batch = f"{self.form}: {layout.points_in_flight} points at a time, {layout.rows_per_point} slots each"
+            points = f"{layout.points_in_flight} points"
+            points += f" of {layout.num_sets} direction sets" if layout.num_sets > 1 else ""
+            batch = f"{self.form}: {points} at a time, {layout.rows_per_point} slots each"
         stored = "" if self.storage == "exact" else f", directions {_STORED[self.storage]}"
         size = f"{self.memory_bytes / 1e9:.2f} GB, of which the cache is {self.cache_bytes / 1e9:.2f}"
         return f"{batch}{stored}; {size} ({self.reason})"
@@ -154,7 +156,8 @@ def _fastest(planner: "Planner") -> Plan:
 
 
 class RunCounts(NamedTuple):
-    """How often a plan runs its programs for one direction set, if every row decodes to its limit.
+    """How often a plan runs its programs for the direction sets that decode together, if every row decodes to its
+    limit.
 
     Attributes:
         batches: number of times that the whole batch is filled and decoded to its end.
@@ -188,6 +191,9 @@ class Planner:
         # An embedding table that is not also the output head is looked up, not multiplied with.
         looked_up = 0 if config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
         self._flops_per_token = 2 * (self._num_parameters - looked_up)
+        widths = [sum(leaf.shape) for name, leaf in leaves.items() if leaf.ndim == 2 and "norm" not in name]
+        # The numbers in the factors of one direction, if all directions are of low rank; sharded as the weights are.
+        self._factor_numbers = None if workload.rank is None else workload.rank * sum(widths)
         self._fuses_projections = fuses_projections(model.mesh, config)
         self._fused_numbers = sum(size for name, size in sizes.items() if is_part(name))
         kv_heads = config.num_kv_heads // model.mesh.shape["kv"]
@@ -238,61 +244,100 @@ class Planner:
         storage = self._options.direction_storage
         may_draw = self._workload.num_random and not form.batches_points
         storages = [storage] if storage != "auto" else ["exact", "seed"] if may_draw else ["exact"]
-        for stored, is_fused in itertools.product(storages, (True, False)):
-            if is_fused and not self._can_fuse(form, stored):
+        for stored, is_fused, num_sets in itertools.product(storages, (True, False), self._numbers_of_sets(form)):
+            if (is_fused and not self._can_fuse(form, stored)) or (num_sets > 1 and stored == "seed"):
                 continue
             slots = self._options.slots or self._most_useful_slots()
             while slots:
-                yield self._plan(form, stored, is_fused, slots)
+                yield self._plan(form, stored, is_fused, slots, num_sets)
                 slots = 0 if self._options.slots else slots // 2
+
+    def _numbers_of_sets(self, form: Form) -> list[int]:
+        """How many direction sets may decode together: several only if no direction is added to the weights."""
+        total = self._workload.num_sets
+        if not form.batches_points or self._num_factored(form) < self._workload.ndim:
+            return [1]
+        shares = [-(-total // 2**i) for i in range(total.bit_length() + 1)]
+        return sorted({*shares, 1})
+
+    def _num_factored(self, form: Form) -> int:
+        """How many directions of a set are multiplied separately instead of being added to the weights."""
+        if not form.batches_points:
+            return 0
+        return self._workload.ndim if self._workload.rank is not None else min(self._workload.ndim, 1)
 
     def _can_fuse(self, form: Form, storage: str) -> bool:
         """Whether decoding with fused projections is faster on these devices, and possible.
 
         Streamed weights arrive one by one, and directions that are not stored as arrays cannot be fused.
         """
-        are_arrays = storage == "exact" or not form.num_factored(self._workload.ndim)
+        are_arrays = storage == "exact" or self._workload.rank is not None or not self._num_factored(form)
         return self._fuses_projections and not form.keeps_weights_on_host and are_arrays
 
     def seconds(self, plan: Plan) -> float:
-        """Estimated seconds for a direction set, if every row decodes to its limit."""
-        workload, form, counts = self._workload, plan.form, self.counts(plan)
+        """Estimated seconds for all direction sets, if every row decodes to its limit."""
+        workload, form, counts, num_sets = self._workload, plan.form, self.counts(plan), plan.layout.num_sets
         read, compute = self._step_seconds(plan)
         steps = counts.batches * workload.sampling.max_new_tokens
         tokens = sum(workload.own_lengths) / self._mesh_shape.points + workload.prefix_length
-        flops = tokens * self._tensors_per_use(form) * self._flops_per_token / self._mesh_shape.model
-        prefill = workload.num_points * flops / self._speed.flops
+        flops = tokens * self._flops_of_token(plan.layout) / self._mesh_shape.model
+        prefill = num_sets * workload.num_points * flops / self._speed.flops
         form_weights = (2 + workload.ndim) * self._weight_bytes / self._speed.bandwidth
         if form.keeps_weights_on_host:
             form_weights += self._weight_bytes / HOST_BANDWIDTH
-        if workload.ndim and form.num_factored(workload.ndim) == workload.ndim:
+        if workload.ndim and self._num_factored(form) == workload.ndim:
             form_weights = 0.0  # no direction is added to the weights
         draw = 0.0
         if plan.storage == "seed":
             numbers = workload.num_random * self._num_parameters / self._mesh_shape.model
             draw = FLOPS_PER_RANDOM_NUMBER * numbers / self._speed.flops
         draws = counts.parameter_sets + (steps if form.batches_points else 0)
-        return steps * (read + compute) + prefill + counts.parameter_sets * form_weights + draws * draw
+        seconds = steps * (read + compute) + prefill + counts.parameter_sets * form_weights + draws * draw
+        return -(-workload.num_sets // num_sets) * seconds
 
     def counts(self, plan: Plan) -> RunCounts:
         """How often the plan runs its programs."""
-        workload, layout = self._workload, plan.layout
-        # Points that share a batch are those of a line; otherwise each point is decoded by itself.
-        together = workload.points_per_line if plan.form.batches_points else 1
-        lines = workload.num_points // together
+        layout = plan.layout
+        together, lines = self._points_together(plan.form, layout.num_sets)
         groups = together * layout.num_groups
         batches = lines * -(-groups // (layout.batch // layout.prompts_per_group))
         return RunCounts(batches, lines * -(-groups // layout.groups_per_insert), lines)
 
-    def _tensors_per_use(self, form: Form) -> int:
-        """How many tensors a use of a weight multiplies with: the weight, and in the factorised form a direction's."""
-        return 2 if form.batches_points else 1
+    def _points_together(self, form: Form, num_sets: int) -> tuple[int, int]:
+        """How many points share a batch, and how many times that many points there are in the sets."""
+        workload = self._workload
+        if not form.batches_points:
+            return 1, num_sets * workload.num_points
+        if self._num_factored(form) == workload.ndim and (num_sets > 1 or workload.rank is not None):
+            return num_sets * workload.num_points, 1
+        return workload.points_per_line, workload.num_points // workload.points_per_line
+
+    def _flops_of_token(self, layout: BatchLayout) -> int:
+        """FLOPs for a token: of the weights, and of the directions that are multiplied separately."""
+        if self._factor_numbers is None:
+            return (1 + layout.num_factored) * self._flops_per_token
+        own = layout.num_factored // layout.num_sets
+        return self._flops_per_token + 2 * own * self._factor_numbers
+
+    def _bytes_read(self, layout: BatchLayout) -> int:
+        """Bytes of weights and directions that each device reads in a decode step."""
+        if self._factor_numbers is None:
+            return (1 + layout.num_factored) * self._weight_bytes
+        # Where sets share a batch, each point has factors of its own.
+        copies = layout.num_factored
+        if layout.num_sets > 1:
+            copies = layout.points_in_flight // self._mesh_shape.points * layout.num_factored // layout.num_sets
+        return self._weight_bytes + copies * self._factor_bytes
+
+    @property
+    def _factor_bytes(self) -> int:
+        """Bytes of the factors of a low-rank direction on each device."""
+        return (self._factor_numbers or 0) * self._itemsize // self._mesh_shape.model
 
     def _step_seconds(self, plan: Plan) -> tuple[float, float]:
         """Two estimates for a decode step, in seconds: the time to read the weights, and the time of the arithmetic."""
-        tensors = self._tensors_per_use(plan.form)
-        flops = plan.layout.batch * tensors * self._flops_per_token / self._mesh_shape.size
-        return tensors * self._weight_bytes / self._speed.bandwidth, flops / self._speed.flops
+        flops = plan.layout.batch * self._flops_of_token(plan.layout) / self._mesh_shape.size
+        return self._bytes_read(plan.layout) / self._speed.bandwidth, flops / self._speed.flops
 
     def _most_useful_slots(self) -> int:
         read = self._weight_bytes / self._speed.bandwidth
@@ -304,13 +349,13 @@ class Planner:
         multiple = self._mesh_shape.points * (1 if self._hardware.is_host else max(1, TILE // rows))
         return -(-count // multiple) * multiple
 
-    def _layout(self, form: Form, slots: int) -> BatchLayout:
+    def _layout(self, form: Form, slots: int, num_sets: int) -> BatchLayout:
         """The batch layout with at most `slots` rows, before rounding up to whole tiles on each device."""
         workload, prompts = self._workload, self._workload.block or self._workload.num_prompts
         points, inserts = 1, 1
         if form.batches_points:
             rows = group = min(ROWS_PER_POINT, prompts, slots)
-            blocks = workload.points_per_line * -(-prompts // group)
+            blocks = self._points_together(form, num_sets)[0] * -(-prompts // group)
             points = self._rounded(max(1, min(slots // rows, blocks)), rows)
             inserts = min(max(1, points // 4), MAX_GROUPS_PER_INSERT * self._mesh_shape.points)
             compact = self._rounded(points // 4, rows) * rows
@@ -330,11 +375,12 @@ class Planner:
             num_groups=-(-prompts // group),
             prefix_slots=workload.prefix_length,
             ring_slots=workload.ring_slots,
-            num_factored=form.num_factored(workload.ndim),
+            num_factored=num_sets * self._num_factored(form),
+            num_sets=num_sets,
         )
 
-    def _plan(self, form: Form, storage: str, is_fused: bool, slots: int) -> Plan:
-        layout = self._layout(form, slots)
+    def _plan(self, form: Form, storage: str, is_fused: bool, slots: int, num_sets: int) -> Plan:
+        layout = self._layout(form, slots, num_sets)
         cache = self._cache_bytes(form, layout)
         plan = Plan(
             form=form,
@@ -345,8 +391,8 @@ class Planner:
             is_fused=is_fused,
             cache_bytes=cache,
             memory_bytes=round(
-                self._direction_and_weight_bytes(form, storage)
-                + (self._fused_bytes(form) if is_fused else 0)
+                self._direction_and_weight_bytes(form, storage, layout)
+                + (self._fused_bytes(form, num_sets) if is_fused else 0)
                 + cache
                 + self._work_space(layout)
             ),
@@ -364,14 +410,22 @@ class Planner:
             prefixes = -(-(layout.points_in_flight + layout.compact_slots // layout.rows_per_point) // devices)
         return (rows * layout.ring_slots + prefixes * layout.prefix_slots) * self._bytes_per_cache_slot
 
-    def _direction_and_weight_bytes(self, form: Form, storage: str) -> int:
+    def _direction_and_weight_bytes(self, form: Form, storage: str, layout: BatchLayout) -> int:
         """Bytes of the model's weights, of a point's weights and of the directions on each device."""
-        ndim = self._workload.ndim
+        ndim, num_sets = self._workload.ndim, layout.num_sets
+        is_added = ndim > self._num_factored(form)
         copies = {
             Form.MATERIALISED: min(ndim, 1) + 1,
             Form.STREAMED: 1 if self._is_on_host else 2,
-            Form.FACTORISED: min(ndim, 2),
+            Form.FACTORISED: 2 if is_added else 1,
         }[form]
+        if self._factor_numbers is not None:
+            directions = num_sets * ndim * self._factor_bytes
+            if num_sets > 1:  # stacked, and gathered for the points in flight
+                directions += (
+                    directions + layout.points_in_flight // self._mesh_shape.points * ndim * self._factor_bytes
+                )
+            return copies * self._weight_bytes + round(directions)
         bytes_per_number = {
             "exact": self._workload.num_random * self._itemsize,
             "seed": 0,
@@ -379,12 +433,14 @@ class Planner:
             "int8": ndim,
         }[storage]
         one_tensor = 4 * self._largest_tensor if form.keeps_weights_on_host or storage == "seed" else 0
-        return copies * self._weight_bytes + bytes_per_number * self._parameters_per_device + one_tensor
+        return copies * self._weight_bytes + num_sets * bytes_per_number * self._parameters_per_device + one_tensor
 
-    def _fused_bytes(self, form: Form) -> int:
+    def _fused_bytes(self, form: Form, num_sets: int) -> int:
         """Bytes of the fused copies of weights and directions; a point's own weights are formed fused."""
-        factored = form.num_factored(self._workload.ndim)
-        copies = factored + (1 if factored == self._workload.ndim else 0)
+        factored = self._num_factored(form)
+        copies = 1 if factored == self._workload.ndim else 0
+        if self._factor_numbers is None:  # fused factors take little memory
+            copies += num_sets * factored
         return copies * self._fused_numbers * self._itemsize
 
     def _work_space(self, layout: BatchLayout) -> int:

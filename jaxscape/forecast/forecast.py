@@ -1,15 +1,18 @@
 """Forecasts of a scan on a TPU slice that is not here: its programs are compiled from shapes by the TPU compiler."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscape.directions.point import materialise
-from jaxscape.directions.storage import Scaled, Seeded
+from jaxscape.directions.stacked import Factors, Stacked
+from jaxscape.directions.storage import Factored, Scaled, Seeded, factor_shardings
 from jaxscape.engine.batching import Workload
 from jaxscape.engine.decode import Insertion, Weights, decode_chunk, insert, slot_shapes, static_arguments
 from jaxscape.engine.forms import Form
@@ -71,10 +74,12 @@ def make_workload(
     shared_tokens: int,
     max_new_tokens: int,
     grid: tuple[int, ...],
+    rank: int | None = None,
 ) -> Workload:
     """The workload of one random direction set, with made-up prompts of the given length.
 
     Arguments:
+        rank: the rank of the directions; None for directions of full rank.
         prompt_tokens: number of tokens of each prompt.
         shared_tokens: number of tokens that all prompts begin with.
         grid: number of points along each axis.
@@ -87,6 +92,8 @@ def make_workload(
             f"The numbers of prompts ({num_prompts}), of new tokens ({max_new_tokens}) and of points "
             f"({', '.join(map(str, grid))}) must be at least 1."
         )
+    if rank is not None and rank < 1:
+        raise UserError(f"The rank of the directions must be at least 1, not {rank}.")
     if not 0 <= shared_tokens < prompt_tokens:
         raise UserError(
             f"A prompt of {prompt_tokens} tokens cannot share {shared_tokens} of them: --shared-tokens must be at "
@@ -95,7 +102,8 @@ def make_workload(
     own = prompt_tokens - shared_tokens
     prompts = [[1] * shared_tokens + [2 + i % 2] * own for i in range(num_prompts)]
     ndim = len(grid)
-    return Workload(prompts, Sampling(max_new_tokens), math.prod(grid), grid[-1], ndim, num_random=ndim)
+    num_random = ndim if rank is None else 0
+    return Workload(prompts, Sampling(max_new_tokens), math.prod(grid), grid[-1], ndim, num_random, rank=rank)
 
 
 def forecast(
@@ -123,6 +131,7 @@ def forecast(
     if options.form == Form.STREAMED:
         raise UserError("--form streamed cannot be planned, because its time depends on the host: choose another form.")
     options.check()
+    workload = replace(workload, num_sets=num_sets)
     shape = shape_on(config, tpu_slice, mesh_shape, dtype)
     chip = chip_for_dtype(tpu_slice, dtype)
     free = round(chip.memory) - bytes_per_chip(shape.params)
@@ -134,14 +143,14 @@ def forecast(
     tile = TILE * mesh_shape_of(shape.mesh).points
     forecasts = []
     for form in forms:
-        first = found = _forecast(shape, workload, tpu_slice, hardware, replace(options, form=form), num_sets, quick)
+        first = found = _forecast(shape, workload, tpu_slice, hardware, replace(options, form=form), quick)
         for _ in range(RETRIES if options.slots is None else 0):
             rows = found.plan.layout.batch
             fewer = min(found.most_rows or rows // 2, rows - tile) // tile * tile
             if found.fits or fewer < tile:
                 break
             limited = replace(options, form=form, slots=fewer)
-            found = _forecast(shape, workload, tpu_slice, hardware, limited, num_sets, quick)
+            found = _forecast(shape, workload, tpu_slice, hardware, limited, quick)
             found = replace(found, slots=fewer)
         forecasts.append(found if found.fits else first)
     return sorted(forecasts, key=lambda found: (not found.fits, found.landscape_seconds))
@@ -153,7 +162,6 @@ def _forecast(
     tpu_slice: Slice,
     hardware: Hardware,
     options: EngineOptions,
-    num_sets: int,
     quick: bool,
 ) -> Forecast:
     try:
@@ -162,10 +170,10 @@ def _forecast(
         plan = smallest_plan(shape, workload, options, hardware)
     chip = chip_for_dtype(tpu_slice, shape.dtype)
     cache = _cache_bytes(shape, workload, plan)
-    trees_read = [shape.params, *[_direction_shapes(shape, plan.storage)] * plan.layout.num_factored]
-    bytes_read = cache + sum(map(bytes_per_chip, trees_read))
+    weights_read = named_leaves(shape.params)
     if not shape.config.tie_word_embeddings:  # an embedding that is looked up is not read
-        bytes_read -= sum(bytes_per_chip(named_leaves(tree)["model.embed_tokens.weight"]) for tree in trees_read)
+        del weights_read["model.embed_tokens.weight"]
+    bytes_read = cache + bytes_per_chip(weights_read) + _direction_bytes_read(shape, workload, plan, weights_read)
     counts = compile_all(shape, lambda shape: _programs(shape, workload, plan), tpu_slice, quick)
     if quick:  # part of one or two layers may stay on the chip, but each step reads all layers
         hbm_bytes = max(counts["decode"].hbm_bytes, bytes_read - counts["decode"].on_chip_bytes)
@@ -181,6 +189,7 @@ def _forecast(
     seconds = steps * decode.seconds + run.insertions * programs["insert"].seconds
     if "materialise" in programs:
         seconds += run.parameter_sets * programs["materialise"].seconds
+    num_points = workload.num_points * plan.layout.num_sets  # that share these programs' runs
     return Forecast(
         form=plan.form,
         mesh=str(mesh_shape_of(shape.mesh)),
@@ -190,9 +199,9 @@ def _forecast(
         most_rows=_most_rows(plan, programs, chip, cache),
         decode_limit=decode_limit,
         decode_share=decode_limit / decode.seconds,
-        point_seconds=seconds / workload.num_points,
-        landscape_seconds=seconds * num_sets,
-        point_limit=steps * decode_limit / workload.num_points,
+        point_seconds=seconds / num_points,
+        landscape_seconds=seconds * -(-workload.num_sets // plan.layout.num_sets),
+        point_limit=steps * decode_limit / num_points,
     )
 
 
@@ -208,27 +217,69 @@ def _resident_bytes(shape: ModelShape, workload: Workload, plan: Plan, program: 
     Arguments:
         cache: bytes of the key-value caches on each chip.
     """
-    weights, direction = bytes_per_chip(shape.params), bytes_per_chip(_direction_shapes(shape, plan.storage))
-    num_factored = plan.layout.num_factored
+    weights, factored = bytes_per_chip(shape.params), bytes_per_chip(_factored_shapes(shape, workload, plan))
     if program == "materialise":
-        return cache + num_factored * direction
+        return cache + factored
     # The smaller batch, which the last rows move to, exists only while nothing waits to be inserted.
     compact = cache * plan.layout.compact_slots // plan.layout.batch if program == "decode" else 0
-    added = workload.ndim - num_factored
-    return compact + (weights + added * direction if added else 0)
+    added = workload.ndim - plan.layout.num_factored // plan.layout.num_sets
+    return compact + (weights + added * bytes_per_chip(_direction_shapes(shape, workload, plan)) if added else 0)
 
 
-def _direction_shapes(shape: ModelShape, storage: str) -> Any:
-    """The shapes of a random direction's tensors in this storage."""
-    everywhere = replicated(shape.mesh)
+def _direction_bytes_read(shape: ModelShape, workload: Workload, plan: Plan, names: Iterable[str]) -> int:
+    """Bytes of directions that each chip reads in a decode step, of the tensors with these names."""
+    layout, directions = plan.layout, _factored_shapes(shape, workload, plan)
+    if isinstance(directions, Stacked):
+        stacked = bytes_per_chip([directions.tensors[name] for name in names if name in directions.tensors])
+        per_direction = stacked // layout.num_factored
+        return per_direction * directions.ndim * layout.points_in_flight // mesh_shape_of(shape.mesh).points
+    trees = map(named_leaves, directions)
+    return sum(bytes_per_chip([tree[name] for name in names]) for tree in trees)
+
+
+def _factored_shapes(shape: ModelShape, workload: Workload, plan: Plan) -> tuple[Any, ...] | Stacked:
+    """The shapes of the directions that are multiplied separately, as the programs take them."""
+    layout, direction = plan.layout, _direction_shapes(shape, workload, plan)
+    if workload.rank is None or layout.num_sets == 1:
+        return (direction,) * layout.num_factored
+
+    def stacked(factor: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        named: Any = factor.sharding
+        sharding = NamedSharding(named.mesh, PartitionSpec(None, *named.spec))
+        return jax.ShapeDtypeStruct((layout.num_factored, *factor.shape), factor.dtype, sharding=sharding)
+
+    tensors = {
+        name: Factors(stacked(_transposed(tensor.left)), stacked(tensor.right))
+        for name, tensor in named_leaves(direction).items()
+        if tensor.rank
+    }
+    return Stacked(tensors, workload.ndim)
+
+
+def _transposed(factor: Any) -> jax.ShapeDtypeStruct:
+    """The shape of the transpose of a factor [out, rank]."""
+    spec = PartitionSpec(None, *factor.sharding.spec[:1])
+    return jax.ShapeDtypeStruct(factor.shape[::-1], factor.dtype, sharding=NamedSharding(factor.sharding.mesh, spec))
+
+
+def _direction_shapes(shape: ModelShape, workload: Workload, plan: Plan) -> Any:
+    """The shapes of a direction's tensors, as the plan stores them."""
+    storage, everywhere = plan.storage, replicated(shape.mesh)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
     seed = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     key = jax.ShapeDtypeStruct(seed.shape, seed.dtype, sharding=everywhere)
 
     def stored(name: str, leaf: jax.ShapeDtypeStruct) -> Any:
+        sharding: Any = leaf.sharding
+        if workload.rank is not None:
+            rank = workload.rank if len(leaf.shape) == 2 and "norm" not in name else 0
+            by_row, by_column = factor_shardings(sharding)
+            return Factored(
+                jax.ShapeDtypeStruct((leaf.shape[0], rank), leaf.dtype, sharding=by_row),
+                jax.ShapeDtypeStruct((rank, *leaf.shape[1:]), leaf.dtype, sharding=by_column),
+            )
         if storage == "exact" or "norm" in name:
             return leaf
-        sharding: Any = leaf.sharding
         if storage == "seed":
             return Seeded(key, scalar, None, None, leaf.shape, str(leaf.dtype), sharding)
         return Scaled(jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(storage), sharding=sharding), scalar)
@@ -246,8 +297,8 @@ def _programs(shape: ModelShape, workload: Workload, plan: Plan) -> Programs:
     slots = slot_shapes(static, shape.dtype, layout)
     devices = mesh_shape_of(shape.mesh).points
     prefix, groups = on_every_chip(pack(workload, layout.prompts_per_group, layout.groups_per_insert, devices))
-    direction, ndim = _direction_shapes(shape, plan.storage), layout.num_factored
-    weights = Weights(shape.params, (direction,) * ndim)
+    direction, ndim = _direction_shapes(shape, workload, plan), layout.num_factored
+    weights = Weights(shape.params, _factored_shapes(shape, workload, plan))
     stream = on_every_chip(jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")))
     numbers = np.zeros(layout.groups_per_insert, np.int32)
     insertion = on_every_chip(
@@ -271,7 +322,7 @@ def _programs(shape: ModelShape, workload: Workload, plan: Plan) -> Programs:
             hlo.loop_traffic,
         ),
     }
-    if added := workload.ndim - ndim:
+    if added := workload.ndim - ndim // layout.num_sets:
         coords = on_every_chip(np.zeros(added, np.float32))
         programs["materialise"] = (
             lambda: materialise.lower(shape.params, (direction,) * added, coords, shape.params),

@@ -29,6 +29,7 @@ PLAN_KEYS = {
     "rows_per_point": "rows",
     "prompts_per_group": "group",
     "groups_per_insert": "inserts",
+    "num_sets": "num_sets",
     "chunk": "chunk",
     "chunks_in_flight": "ahead",
     "compact_slots": "few",

@@ -14,14 +14,16 @@ from typing import Any, Unpack
 import jax
 
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import DirectionLike, make_directions, prepare
+from jaxscape.directions.kinds import DirectionLike, make_directions, prepare, ranks_of
 from jaxscape.directions.random import Random
+from jaxscape.directions.storage import Direction
 from jaxscape.engine.batching import Workload
 from jaxscape.engine.engine import Engine
 from jaxscape.engine.forms import Form
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import Plan, bytes_of_weights, make_plan
 from jaxscape.engine.sampling import Sampling, SamplingOptions
+from jaxscape.engine.scheduler import Coords
 from jaxscape.evaluate.base import Evaluator, checksum_of, stop_when_all, uses_model
 from jaxscape.evaluate.coherence import COHERENCE, Coherence, coherence
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
@@ -136,9 +138,10 @@ def scan(
     sent = chat_texts(model.tokenizer, prompts, system_prompt, thinking)
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
-    planned = first_round(axes) if adaptive else axes
-    workload = workload_of(prompt_tokens, settings, planned, recipes, coords)
     prepared = prepare(recipes, model)
+    planned = first_round(axes) if adaptive else axes
+    sets = [[direction.recipe for direction in item] for item in prepared]
+    workload = workload_of(prompt_tokens, settings, planned, sets, coords)
     directory = None if out is None else Path(out)
     options = options or EngineOptions()
     form = from_first(lambda: rundir.recorded_value(directory, "form"))
@@ -174,7 +177,7 @@ def scan(
         **(describe or {}),
     }
     stop_when = None if options.full_text else stop_when_all(judges, opening)
-    openings, sets = [opening] * len(prompts), [[direction.recipe for direction in item] for item in prepared]
+    openings = [opening] * len(prompts)
     with (
         open_run(directory, config, axes, len(recipes), prompts, sent, overwrite, coords, decides) as run,
         _progress(run, [str(plan), prompts.summary(), *template_notes(model.tokenizer)], progress) as report_point,
@@ -224,14 +227,25 @@ def _decode(
         keeps_labels: whether the run keeps what the evaluators say.
         report_point: called after each point.
     """
-    made = None
-    for index, points in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0]):
-        made = None  # frees the previous set's directions before the next ones are made
-        made = make_directions(sets[index], engine.model, engine.plan.storage)
-        for answers in answers_at([coords for _, coords in points], engine, made, judges, run.prompts, opening):
+    together = engine.plan.layout.num_sets
+    for _, group in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0] // together):
+        points = list(group)
+        indices = [index for index, _ in points]
+        first, last = min(indices), max(indices)
+        directions: list[Direction] = []  # frees the previous sets' directions before the next ones are made
+        for item in sets[first : last + 1]:
+            directions += make_directions(item, engine.model, engine.plan.storage)
+        coords = [_along_all(coords, index - first, len(directions)) for index, coords in points]
+        for answers in answers_at(coords, engine, directions, judges, run.prompts, opening):
             kept = zip(judges, answers.labels, strict=True) if keeps_labels else ()
             run.append(answers.completions, answers.refused, answers.unanswered, kept)
             report_point()
+
+
+def _along_all(coords: Coords, index: int, count: int) -> Coords:
+    """The coordinates along the `count` directions of several sets of a point that lies along those of one of them."""
+    before = len(coords) * index
+    return (*(0.0,) * before, *coords, *(0.0,) * (count - before - len(coords)))
 
 
 def free_beside(free: int | None, model: Model, plan: Plan) -> int | None:
@@ -267,12 +281,13 @@ def workload_of(
     recipes: Sequence[Sequence[Recipe]],
     coords: Sequence[Sequence[float]] = (),
 ) -> Workload:
-    """The workload of each direction set of a scan.
+    """The workload of a scan.
 
     Arguments:
         recipes: the directions of each set.
         coords: the points, if they are a list and no grid.
     """
+    ranks = [rank for item in recipes for recipe in item for rank in ranks_of(recipe)]
     return Workload(
         prompt_tokens,
         sampling,
@@ -280,6 +295,8 @@ def workload_of(
         points_per_line=len(axes[-1].values) if axes else 1,
         ndim=count_directions(recipes),
         num_random=max(sum(isinstance(recipe, Random) for recipe in item) for item in recipes),
+        num_sets=len(recipes),
+        rank=None if None in ranks else max(rank for rank in ranks if rank is not None),
     )
 
 

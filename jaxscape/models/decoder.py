@@ -10,7 +10,7 @@ head, q queries of each key-value head (g × t, g first), s keys (cache slots or
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial, reduce
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -30,11 +30,65 @@ from jaxscape.runtime.sharding import Axes, constrain
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
+@dataclass(frozen=True)
+class Product:
+    """The use of a matrix W [out, in] in the product x Wᵀ, for inputs x [B, ..., in]."""
+
+    x: Array
+
+    def __call__(self, weight: Array) -> Array:
+        return _product(self.x, weight)
+
+    def materialised(self) -> "Product":
+        """The same use, with inputs that are computed before they are used: XLA for CPUs would otherwise compute them
+        once for each product whose shapes differ."""
+        return Product(jax.lax.optimization_barrier(self.x))
+
+    def of_factors(self, left: Array, right: Array) -> Array:
+        """x Wᵀ for W = leftᵀ right, which is not formed: two thin products.
+
+        Arguments:
+            left, right: [rank, out] and [rank, in]; or [N, rank, out] and [N, rank, in] for N matrices, each of which
+                belongs to B / N consecutive rows.
+        """
+        return _product(_product(self.x, right), left.swapaxes(-1, -2))
+
+
+@dataclass(frozen=True)
+class LookUp:
+    """The use of a matrix W [vocab, in] as a table: the rows of W for tokens [B, T]."""
+
+    tokens: Int[Array, "batch time"]
+
+    def materialised(self) -> "LookUp":
+        return self
+
+    def __call__(self, weight: Array) -> Array:
+        return jnp.take(weight, self.tokens, axis=0, mode="clip")
+
+    def of_factors(self, left: Array, right: Array) -> Array:
+        """As `Product.of_factors`: the rows of W = leftᵀ right, with `left` [rank, vocab] or [N, rank, vocab]."""
+        tables = left.swapaxes(-1, -2)
+        if tables.ndim == 2:
+            return _product(self(tables), right.swapaxes(-1, -2))
+        by_matrix = self.tokens.reshape(len(tables), -1, 1)
+        rows = jnp.take_along_axis(tables, by_matrix, axis=1, mode="clip")
+        return _product(rows.reshape(*self.tokens.shape, -1), right.swapaxes(-1, -2))
+
+
+def _product(x: Float[Array, "*batch in"], weight: Array) -> Float[Array, "*batch out"]:
+    """x Wᵀ for a matrix [out, in]; with N matrices [N, out, in], each is that of B / N consecutive rows of x."""
+    if weight.ndim == 2:
+        return _einsum("...i,oi->...o", x, weight)
+    by_matrix = x.reshape(len(weight), -1, x.shape[-1])
+    return _einsum("nbi,noi->nbo", by_matrix, weight).reshape(*x.shape[:-1], -1)
+
+
 @runtime_checkable
 class SummedWeight(Protocol):
     """A weight that is not one array but, for example, a sum of arrays. `apply_weight` says how the decoder uses it."""
 
-    def apply(self, use: Callable[[Array], Array]) -> Array: ...
+    def apply(self, use: Any) -> Array: ...
 
 
 def apply_weight(weight: Array | SummedWeight, use: Callable[[Array], Array]) -> Array:
@@ -42,6 +96,7 @@ def apply_weight(weight: Array | SummedWeight, use: Callable[[Array], Array]) ->
 
     The decoder uses its weights only through this function (matrix products, look-ups, scales, biases). So any object
     that can compute a linear function of itself can replace an array: a perturbed weight or a LoRA weight, for example.
+    A matrix is used by a `Product` or a `LookUp`, which can also be computed from factors of the matrix.
     """
     if isinstance(weight, jax.Array):
         return use(weight)
@@ -64,7 +119,7 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         normal = _partitioned(nn.initializers.normal(0.02), self.axes)
         weight = self.param("weight", normal, (self.features, x.shape[-1]))
-        y = apply_weight(weight, lambda w: _einsum("...i,oi->...o", x, w))
+        y = apply_weight(weight, Product(x))
         if self.use_bias:
             zeros = _partitioned(nn.initializers.zeros, self.axes[:1])
             bias = self.param("bias", zeros, (self.features,))
@@ -98,12 +153,12 @@ class Embedding(nn.Module):
         self.weight = self.param("weight", normal, (self.config.vocab_size, self.config.hidden_size))
 
     def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time dim"]:
-        x = apply_weight(self.weight, lambda w: jnp.take(w, tokens, axis=0, mode="clip"))
+        x = apply_weight(self.weight, LookUp(tokens))
         scale = self.config.embedding_scale
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
     def attend(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocab"]:
-        return apply_weight(self.weight, lambda w: _einsum("...d,vd->...v", x, w))
+        return apply_weight(self.weight, Product(x))
 
 
 class LayerContext(NamedTuple):

@@ -5,7 +5,9 @@ A GPU reads one large matrix faster than several small ones. The decoder multipl
 separate weights, which are fused only for decoding.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -23,11 +25,12 @@ def fused_config(config: ModelConfig) -> ModelConfig:
     return replace(config, is_fused=True)
 
 
-def fuse(params: Params) -> Params:
-    """A tree like the parameters, with its projections fused; all other arrays are those of the given tree.
+def fuse(params: Params, concatenate: Callable[[list[Any]], Any] = jnp.concatenate) -> Params:
+    """A tree like the parameters, with its projections fused; all other leaves are those of the given tree.
 
     Arguments:
-        params: the parameters, or a direction whose leaves are arrays. Its projections may be fused already.
+        params: the parameters, or a direction. Its projections may be fused already.
+        concatenate: concatenates leaves along their first dimension.
     """
     leaves = named_leaves(params)
     fused = {name: leaf for name, leaf in leaves.items() if not is_part(name)}
@@ -35,8 +38,8 @@ def fuse(params: Params) -> Params:
         *block, projection, kind = name.split(".")
         for target, parts in FUSED.items():
             if projection == parts[0]:
-                arrays = [leaves[".".join((*block, part, kind))] for part in parts]
-                fused[".".join((*block, target, kind))] = jnp.concatenate(arrays)
+                tensors = [leaves[".".join((*block, part, kind))] for part in parts]
+                fused[".".join((*block, target, kind))] = concatenate(tensors)
     return tree_of(fused)
 
 

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors.flax import save
 
 from jaxscape.models.builtin import ADAPTERS
 from jaxscape.models.checkpoint import Checkpoint, Params, map_shards, named_leaves, tree_of
+from jaxscape.models.decoder import LookUp, Product
 from jaxscape.models.fusion import FUSED
 from jaxscape.models.huggingface import HUB_ID
 from jaxscape.models.weights import EMBEDDING, HEAD, INDEX, MLX_ADAPTER, WEIGHTS, damaged, parameter_name
@@ -95,15 +96,9 @@ class LoraWeight:
     b: Float[Array, "out rank"]
     scale: float
 
-    def apply(self, use: Callable[[Array], Array]) -> Array:
-        """Apply `use` to the sum of the parts.
-
-        Every use of a linear layer's weight W is a product x Wᵀ, so `use(a)` is x aᵀ.
-        """
-        low_rank = use(self.a)
-        return use(self.weight) + self.scale * jnp.einsum(
-            "...r,or->...o", low_rank, self.b, precision=jax.lax.Precision.HIGHEST
-        )
+    def apply(self, use: Product | LookUp) -> Array:
+        """Apply `use` to the sum of the parts."""
+        return use(self.weight) + self.scale * use.of_factors(self.b.T, self.a)
 
 
 def init_factors(params: Params, targets: tuple[str, ...], rank: int, key: Array) -> Factors:

@@ -111,6 +111,23 @@ def test_both_forms_are_forecast(eight: Slice, one_layer: ModelConfig) -> None:
     assert json.loads(json.dumps(as_json(found)))[0]["programs"]["insert"]["flops"] > 0
 
 
+def test_low_rank_directions_of_all_sets_share_a_batch_and_one_copy_of_the_weights(eight: Slice) -> None:
+    config, options = replace(small_config(), num_layers=1), EngineOptions(form="factorised")
+    work = make_workload(4, 30, 20, 32, (5,), rank=2)
+    (found,) = forecast(config, work, eight, num_sets=8, mesh_shape=MeshShape(2, 4), options=options)
+    layout = found.plan.layout
+    assert (layout.num_sets, layout.num_factored, layout.points_in_flight) == (8, 8, 40)
+    assert found.programs.keys() == {"insert", "decode"}
+    assert found.landscape_seconds == pytest.approx(40 * found.point_seconds)
+    weights = sum(2 * leaf.size for leaf in jax.tree.leaves(parameter_shapes(config))) / 4
+    factors = sum(2 * 2 * sum(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)) if leaf.ndim == 2) / 4
+    arguments = found.programs["decode"].argument_bytes - found.plan.cache_bytes
+    assert arguments == pytest.approx(weights + 8 * factors, rel=0.3)
+    assert as_json([found])[0]["plan"]["num_sets"] == 8
+    with pytest.raises(js.UserError, match="rank of the directions must be at least 1, not 0"):
+        make_workload(4, 30, 20, 32, (5,), rank=0)
+
+
 def test_a_plan_that_does_not_fit_says_by_how_much(eight: Slice) -> None:
     one = replace(eight, devices=eight.devices[:1], chip=replace(eight.chip, memory=2.0**26))
     config = replace(small_config(), num_layers=8)
