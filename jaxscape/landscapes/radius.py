@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
+from jaxscape.directions.base import Recipe, default_radius
 from jaxscape.directions.kinds import DirectionLike, recipe_of
 from jaxscape.directions.relative import Relative
 from jaxscape.engine.options import EngineOptions
@@ -21,7 +22,7 @@ from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
 
 CHECKS_OF_COMPLIED = 9
-DEFAULT_RADIUS_MAX, DEFAULT_RESOLUTION, DEFAULT_ERROR, DEFAULT_DRAWS = 0.5, 0.01, 0.05, 100
+DEFAULT_CELLS, DEFAULT_ERROR, DEFAULT_DRAWS = 50, 0.05, 100
 SIDES = {-1: "negative", 1: "positive"}
 
 
@@ -33,12 +34,36 @@ class SearchSettings:
         UserError: a value is out of range.
     """
 
-    of: str = "asr"
-    threshold: float = 50.0
-    radius_max: float = DEFAULT_RADIUS_MAX
-    resolution: float = DEFAULT_RESOLUTION
-    error: float = DEFAULT_ERROR
-    checks: int | None = None
+    of: str
+    threshold: float
+    radius_max: float
+    resolution: float
+    error: float
+    checks: int | None
+
+    @classmethod
+    def choose(
+        cls,
+        recipes: Sequence[Recipe],
+        of: str = "asr",
+        threshold: float = 50.0,
+        radius_max: float | None = None,
+        resolution: float | None = None,
+        error: float = DEFAULT_ERROR,
+        checks: int | None = None,
+    ) -> "SearchSettings":
+        """The settings for directions, whose kinds decide what is None."""
+        if radius_max is None:
+            known = {1.0 if recipe.is_interpolation else default_radius(recipe) for recipe in recipes}
+            if len(known) > 1:
+                raise UserError(
+                    f"The directions reach to {' and '.join(f'{value:g}' for value in sorted(known))} by default: give "
+                    f"--radius-max (radius_max= in Python), or search along each kind in a run of its own."
+                )
+            radius_max = next(iter(known), 0.5)
+        return cls(
+            of, threshold, radius_max, radius_max / DEFAULT_CELLS if resolution is None else resolution, error, checks
+        )
 
     def __post_init__(self) -> None:
         if not (0 < self.radius_max < math.inf):
@@ -84,8 +109,8 @@ def radius(
     prompts: Sequence[str],
     of: str = "asr",
     threshold: float = 50.0,
-    radius_max: float = DEFAULT_RADIUS_MAX,
-    resolution: float = DEFAULT_RESOLUTION,
+    radius_max: float | None = None,
+    resolution: float | None = None,
     error: float = DEFAULT_ERROR,
     checks: int | None = None,
     system_prompt: str = "default",
@@ -111,8 +136,10 @@ def radius(
             has only its positive side.
         of: which rate: `asr`, or the share of the answers that are `complied` or `incoherent`.
         threshold: in percent.
-        radius_max: the largest distance, in multiples of the directions.
+        radius_max: the largest distance, in multiples of the directions. None for the default of their kind, which is
+            0.5 for most, and 1 towards another model.
         resolution: the distance between two points; it is made a little smaller if it does not divide `radius_max`.
+            None for a fiftieth of that.
         error: the probability, over the order of the prompts, that the search along a ray ends elsewhere than with the
             answers to all prompts, at most. Each of the points that a search can have is given an equal part of it. 0
             asks until nothing can change a decision.
@@ -127,9 +154,9 @@ def radius(
     Raises:
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
     """
-    settings = SearchSettings(of, threshold, radius_max, resolution, error, checks)
-    cells, num_checks = settings.cells, settings.num_checks
     recipes = [recipe_of(direction) for direction in as_list(directions, "directions")]
+    settings = SearchSettings.choose(recipes, of, threshold, radius_max, resolution, error, checks)
+    radius_max, cells, num_checks = settings.radius_max, settings.cells, settings.num_checks
     sides = [[1] if recipe.is_interpolation else [-1, 1] for recipe in recipes for _ in range(recipe.count)]
     search = {"radius_max": radius_max, "cells": cells, "checks": num_checks}
     directory = None if out is None else Path(out)
@@ -155,8 +182,8 @@ def radius(
             return Radii(
                 of=of,
                 threshold=threshold,
-                radius_max=radius_max,
-                resolution=radius_max / cells,
+                radius_max=settings.radius_max,
+                resolution=settings.distance(1),
                 error=error,
                 num_prompts=decisions.num_prompts,
                 num_rays=sum(map(len, sides)),

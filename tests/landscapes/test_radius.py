@@ -164,6 +164,7 @@ def test_another_search_in_the_same_directory_is_a_user_error(tiny: js.Model, ju
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"radius_max": None, "directions": [0, "to:nowhere"]}, "directions reach to 0.5 and 1 by default"),
         ({"radius_max": 0.0}, "largest radius must be a positive number, not 0"),
         ({"resolution": 1.0}, "resolution must be positive and at most the largest radius, not 1"),
         ({"threshold": 100.0}, "threshold must be at least 0 and below 100 %, not 100"),
