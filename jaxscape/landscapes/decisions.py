@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Unpack
 import numpy as np
 
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import DirectionLike, Given, make_directions, prepare, recipe_of
+from jaxscape.directions.kinds import DirectionLike, Given, make_directions, prepare, ranks_of, recipe_of
 from jaxscape.directions.random import Random
 from jaxscape.directions.storage import Direction
 from jaxscape.engine.batching import Workload, encode
@@ -130,6 +130,11 @@ class Decisions:
         """How many answers are known."""
         return sum(map(len, self.happened.values()))
 
+    @property
+    def directions_at_once(self) -> int:
+        """The number of directions whose points decode together."""
+        return self._engine.plan.layout.num_sets
+
     def known_answers(self) -> list[list[Any]]:
         """What is known, for other processes: the index of a direction, a coordinate, and what happened there."""
         return [[*point, answers] for point, answers in self.happened.items()]
@@ -139,25 +144,36 @@ class Decisions:
         while undecided := [point for point in dict.fromkeys(points) if self._decision(point) is None]:
             block = min(len(self.happened.get(point, ())) for point in undecided) // self._engine.block
             behind = [p for p in undecided if len(self.happened.get(p, ())) == block * self._engine.block]
-            for index, group in itertools.groupby(behind, key=lambda point: point[0]):
-                self._ask(index, [coord for _, coord in group], block)
+            for batch, group in itertools.groupby(behind, key=lambda point: point[0] // self.directions_at_once):
+                self._ask(batch, list(group), block)
         return [bool(self._decision(point)) for point in points]
 
     def _decision(self, point: Point) -> bool | None:
         answers = self.happened.get(point, [])
         return more_than(self._limit, sum(answers), len(answers), self.num_prompts, self._question.error)
 
-    def _ask(self, index: int, coords: Sequence[float], block: int) -> None:
-        """Generate and judge the answers to a block of prompts at points along a direction."""
-        if self._made is None or self._made[0] != index:
-            self._made = None  # frees the previous direction before the next one is made
-            self._made = index, make_directions([self._recipes[index]], self._model, self._engine.plan.storage)
-        start = block * self._engine.block
+    def _ask(self, batch: int, points: Sequence[Point], block: int) -> None:
+        """Generate and judge the answers to a block of prompts at points along directions that decode together.
+
+        Arguments:
+            batch: the number of these `directions_at_once` directions.
+        """
+        first = batch * self.directions_at_once
+        if self._made is None or self._made[0] != batch:
+            self._made = None  # frees the previous directions before the next ones are made
+            recipes, made = self._recipes[first : first + self.directions_at_once], []
+            for recipe in recipes:
+                made += make_directions([recipe], self._model, self._engine.plan.storage)
+            self._made = batch, made
+        start, directions = block * self._engine.block, self._made[1]
         prompts = self._prompts[start : start + self._engine.block]
-        points = [(coord,) for coord in coords]
-        given = answers_at(points, self._engine, self._made[1], [self._judge], prompts, self._opening, block)
-        for coord, answers in zip(coords, given, strict=True):
-            self._add((index, coord), prompts, answers)
+        coords = [
+            tuple(coord if other == index - first else 0.0 for other in range(len(directions)))
+            for index, coord in points
+        ]
+        given = answers_at(coords, self._engine, directions, [self._judge], prompts, self._opening, block)
+        for point, answers in zip(points, given, strict=True):
+            self._add(point, prompts, answers)
 
     def _add(self, point: Point, prompts: Sequence[str], answers: Answers) -> None:
         """Take the answers to a block of prompts at a point, and write them to disk."""
@@ -254,7 +270,18 @@ def open_decisions(
     block = recorded["block"] if isinstance(recorded["block"], int) and not overwrite else None
     block = block or block_size(question.limit(len(texts)), len(texts), question.error)
     num_random = int(any(isinstance(recipe, Random) for recipe, _, _ in named))
-    workload = Workload(prompt_tokens, settings, points, points, 1, num_random, block)
+    ranks = [rank for recipe, _, _ in named for rank in ranks_of(recipe)]
+    workload = Workload(
+        prompt_tokens,
+        settings,
+        num_points=points,
+        points_per_line=points,
+        ndim=1,
+        num_random=num_random,
+        num_sets=len(named),
+        rank=None if None in ranks else max(rank for rank in ranks if rank is not None),
+        block=block,
+    )
     plan = make_plan(model, workload, options)
     prepare_judge(judge, ordered, free_beside(from_first(free_memory), model, plan))
     engine = Engine(model, workload, plan, None if options.full_text else stop_when_all([judge], opening))

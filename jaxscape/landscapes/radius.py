@@ -1,5 +1,6 @@
 """Radii by bisection along many rays, and the certificate of Gaussian noise."""
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -194,12 +195,14 @@ def radius(
         with progress_display(progress) as bar:
             task = bar.add_task("radius", total=len(sides))
             bar.print(decisions.summary)
-            for index, signs in enumerate(sides):
-                rays += _search(decisions, index, signs, settings)
+            for start in range(0, len(sides), decisions.directions_at_once):
+                found = _search(decisions, start, sides[start : start + decisions.directions_at_once], settings)
+                rays += itertools.chain.from_iterable(found)
                 if directory is not None:
                     from_first(lambda: result().save(directory))
-                bar.update(task, completed=index + 1)
-                bar.print(_report(index + 1, len(sides), rays[-len(signs) :], settings, decisions.num_answers))
+                bar.update(task, completed=start + len(found))
+                for index, own in enumerate(found, start):
+                    bar.print(_report(index + 1, len(sides), own, settings, decisions.num_answers))
         return result()
 
 
@@ -270,16 +273,25 @@ def lockstep(
     return [(found[index], counts[index]) for index in range(len(searches))]
 
 
-def _search(decisions: Decisions, index: int, signs: Sequence[int], settings: SearchSettings) -> list[Ray]:
-    """The rays of a direction."""
-    distance = settings.distance
+def _search(
+    decisions: Decisions, first: int, sides: Sequence[Sequence[int]], settings: SearchSettings
+) -> list[list[Ray]]:
+    """The rays of each of several directions, which are searched together.
 
-    def point(sign: int, number: int) -> Point:
+    Arguments:
+        first: the index of the first direction.
+        sides: for each direction, the signs of its sides.
+    """
+    distance = settings.distance
+    starts = [(first + i, sign) for i, signs in enumerate(sides) for sign in signs]
+
+    def point(ray: int, number: int) -> Point:
+        index, sign = starts[ray]
         return (index, sign * distance(number)) if number else (0, 0.0)  # all rays begin at the same point
 
-    searches = [bisection(settings.cells, settings.num_checks) for _ in signs]
-    found = lockstep(searches, lambda steps: decisions.exceeds([point(signs[ray], number) for ray, number in steps]))
-    return [
+    searches = [bisection(settings.cells, settings.num_checks) for _ in starts]
+    found = lockstep(searches, lambda steps: decisions.exceeds([point(*step) for step in steps]))
+    rays = [
         Ray(
             direction=decisions.names[index],
             side=SIDES[sign],
@@ -288,8 +300,9 @@ def _search(decisions: Decisions, index: int, signs: Sequence[int], settings: Se
             below_again=tuple(map(distance, end.below_again)),
             points=count,
         )
-        for sign, (end, count) in zip(signs, found, strict=True)
+        for (index, sign), (end, count) in zip(starts, found, strict=True)
     ]
+    return [list(own) for _, own in itertools.groupby(rays, key=lambda ray: ray.direction)]
 
 
 def _report(done: int, total: int, rays: Sequence[Ray], settings: SearchSettings, num_answers: int) -> str:
@@ -378,13 +391,15 @@ def certify(
         with progress_display(progress) as bar:
             task = bar.add_task("certify", total=draws)
             bar.print(decisions.summary)
-            for index in range(draws):
-                exceeded += decisions.exceeds([(index, float(sigma))])
+            for start in range(0, draws, decisions.directions_at_once):
+                indices = range(draws)[start : start + decisions.directions_at_once]
+                exceeded += decisions.exceeds([(index, float(sigma)) for index in indices])
                 if directory is not None:
                     from_first(lambda: result().save(directory))
-                bar.update(task, completed=index + 1)
-                verdict = "exceeds" if exceeded[-1] else "does not exceed"
-                bar.print(
-                    f"{index + 1:>{len(str(draws))}}/{draws}  {decisions.names[index]}  {verdict} {threshold:g} %"
-                )
+                bar.update(task, completed=len(exceeded))
+                for index in indices:
+                    verdict = "exceeds" if exceeded[index] else "does not exceed"
+                    bar.print(
+                        f"{index + 1:>{len(str(draws))}}/{draws}  {decisions.names[index]}  {verdict} {threshold:g} %"
+                    )
         return result()

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import jaxscape as js
 from jaxscape.cli.main import main
 from jaxscape.directions.kinds import make_directions, parse_direction
+from jaxscape.engine.engine import Engine
 from jaxscape.landscapes.radii import Ray
 from jaxscape.landscapes.radius import Found, bisection, lockstep
 from jaxscape.models.checkpoint import named_leaves
@@ -141,6 +142,26 @@ def test_directions_that_are_trees_have_names_of_their_own(tiny: js.Model, judge
     assert list(radii.by_direction()) == ["given 0", "given 1"]
     named = js.radius(tiny, [0, 1], evaluator=judge, **options)
     assert [(ray.side, ray.radius) for ray in radii.rays] == [(ray.side, ray.radius) for ray in named.rays]
+
+
+def test_directions_that_decode_together_advance_together(tiny: js.Model, judge: SameAsOwn) -> None:
+    """Low-rank directions share a batch. What is found along each is what is found along it alone."""
+    names = [f"low-rank:1:{seed}" for seed in range(3)]
+    options: dict[str, Any] = {**OPTIONS, "radius_max": 0.4, "resolution": 0.1, "evaluator": judge}
+    watched, calls = Engine.complete, []
+
+    def complete(self: Engine, directions: Any, points: Any, block: int = 0) -> Any:
+        calls.append(len(points))
+        return watched(self, directions, points, block)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "complete", complete)
+        together = js.radius(tiny, names, options=js.EngineOptions(form="factorised", slots=64), **options)
+        assert max(calls) == 6, "a step of both sides of all directions is one call"
+        calls.clear()
+        alone = [js.radius(tiny, [name], options=js.EngineOptions(form="materialised"), **options) for name in names]
+    assert together.rays == tuple(ray for radii in alone for ray in radii.rays)
+    assert any(ray.outside for ray in together.rays)
 
 
 def test_of_a_direction_to_another_model_the_positive_side_is_searched(
