@@ -63,9 +63,10 @@ class LowRankBenchmark:
         model = js.Model(**{**vars(model), "eos_token_ids": (-1,)})  # no row ends
         batch = Batch(model, js.load_prompts("harmful", self.num_prompts), self)
         seconds: dict[str, list[float]] = {name: [] for name in batch.weights}
-        for _ in range(self.rounds):
+        for number in range(self.rounds):
             for name, measured in seconds.items():
                 measured.append(batch.seconds(name, self.steps))
+                write_line(f"round {number + 1}, {name}: {measured[-1]:.2f} s for {self.steps} steps")
         speed = measure_roofline(self.dtype)
         write_line(f"{speed.flops / 1e9:.0f} GFLOP/s, {speed.bandwidth / 1e9:.1f} GB/s; {batch.plan}")
         for name, measured in seconds.items():
