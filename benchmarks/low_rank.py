@@ -107,9 +107,10 @@ class Batch:
     def _prefill(self, model: js.Model, workload: Workload) -> Slots:
         """The rows of one point, with all prompts prefilled by the unperturbed model."""
         layout = replace(self.plan.layout, points_in_flight=1, groups_per_insert=1, num_factored=0, num_sets=1)
-        prefix, groups = jax.device_put(pack(workload, layout.prompts_per_group))
+        packed = pack(workload, layout.prompts_per_group)
+        prefix, groups = jax.device_put(packed)
         slots = empty_slots(self._static, model.dtype, layout)
-        for insertion in Scheduler(layout, groups, [()]).insertions():
+        for insertion in Scheduler(layout, packed[1], [()]).insertions():
             weights = self.weights["unperturbed"]
             slots = insert(weights, slots, prefix, groups, insertion, self._stream, static=self._static)
         return slots
