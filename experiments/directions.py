@@ -51,6 +51,7 @@ class Directions(Experiment):
             figure = plot_landscape(landscape)
             for plot in figure.axes:
                 plot.set_xscale("symlog", linthresh=self.nearest)
+                plot.set_xticks([-0.1, -0.01, -0.001, 0, 0.001, 0.01, 0.1])
             return table(landscape), figure
 
         self.write_results(results)
@@ -68,7 +69,7 @@ def table(landscape: js.Landscape) -> str:
         ends = [float(landscape.shares[f"complied_{end}"][i][most]) for end in ("low", "high")]
         rows.append(
             [
-                f"`{names[0]}`",
+                names[0],
                 *(estimate_text(radius[side], ".3g") for side in ("negative", "positive")),
                 estimate_text({"value": float(complied[most]), "interval": ends}, ".1f"),
                 f"{landscape.axes[0].values[most]:+.3g}",
