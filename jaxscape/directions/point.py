@@ -60,7 +60,6 @@ class OwnWeights:
 
     def apply(self, use: Product | LookUp) -> Array:
         """`use(W + leftᵀ right)`; in the dtype of `use(W)`."""
-        use = use.materialised()
         total = use(self.weight)
         return (total.astype(jnp.float32) + use.of_factors(*self.factors).astype(jnp.float32)).astype(total.dtype)
 

@@ -39,11 +39,6 @@ class Product:
     def __call__(self, weight: Array) -> Array:
         return _product(self.x, weight)
 
-    def materialised(self) -> "Product":
-        """The same use, with inputs that are computed before they are used: XLA for CPUs would otherwise compute them
-        once for each product whose shapes differ."""
-        return Product(jax.lax.optimization_barrier(self.x))
-
     def of_factors(self, left: Array, right: Array) -> Array:
         """x Wᵀ for W = leftᵀ right, which is not formed: two thin products.
 
@@ -59,9 +54,6 @@ class LookUp:
     """The use of a matrix W [vocab, in] as a table: the rows of W for tokens [B, T]."""
 
     tokens: Int[Array, "batch time"]
-
-    def materialised(self) -> "LookUp":
-        return self
 
     def __call__(self, weight: Array) -> Array:
         return jnp.take(weight, self.tokens, axis=0, mode="clip")
