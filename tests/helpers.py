@@ -152,7 +152,10 @@ def torch_tokens(torch_model: Any, model: js.Model, prompts: list[str], new: int
     width, eos = max(map(len, texts)), list(model.eos_token_ids)
     ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])
     mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
-    config = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=eos, pad_token_id=0)
+    # What is not said here is taken from the model, whose own settings another test may have changed.
+    config = transformers.GenerationConfig(
+        max_new_tokens=new, do_sample=False, eos_token_id=eos, pad_token_id=0, return_dict_in_generate=False
+    )
     rows = torch_model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
     return [row[: next((i for i, token in enumerate(row) if token in eos), len(row))] for row in rows]
 

@@ -208,7 +208,8 @@ def test_an_adapter_goes_on_training(tiny: js.Model) -> None:
     first = js.finetune(tiny, CHATS, SHORT, progress=False)
     assert first.adapter is not None
     kept = jax.tree.map(jnp.copy, first.adapter.factors)
-    still = js.finetune(tiny, CHATS, replace(SHORT, learning_rate=1e-12), start=first.adapter, progress=False)
+    # A step of this length is lost in the rounding of every factor.
+    still = js.finetune(tiny, CHATS, replace(SHORT, learning_rate=1e-30), start=first.adapter, progress=False)
     assert_same_tree(still.model.params, first.model.params)
     more = js.finetune(tiny, CHATS, SHORT, start=first.adapter, progress=False)
     assert losses(more)[-1] < losses(first)[-1]
