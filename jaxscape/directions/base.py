@@ -16,6 +16,9 @@ from jaxscape.runtime.errors import UserError
 T = TypeVar("T", int, float)
 
 
+DEFAULT_RADIUS = 0.5
+
+
 @runtime_checkable
 class Recipe(Protocol):
     """Where directions come from. The recipes of one kind are a class; `jaxscape.directions.kinds` lists the kinds.
@@ -98,7 +101,7 @@ def units_of(recipe: object) -> tuple[str, ...]:
 
 def default_radius(recipe: object) -> float:
     """How far the axis along a recipe's direction runs on either side by default."""
-    return float(getattr(recipe, "axis_radius", 0.5))
+    return float(getattr(recipe, "axis_radius", DEFAULT_RADIUS))
 
 
 def needs_option(kind: type[Any], option: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,17 @@ class _OfOthers:
     parts: tuple[Recipe, ...]
 
     kind: ClassVar[str]
+    usage: ClassVar[str]
+    most: ClassVar[int | None] = 2  # directions in square brackets; None for any number
     is_interpolation: ClassVar[bool] = False
     has_control: ClassVar[bool] = True
     count: ClassVar[int] = 1
+
+    @classmethod
+    def compose(cls, parts: tuple[Recipe, ...], option: str) -> Any:
+        check_parts(cls, parts, 2, cls.most)
+        check_no_option(cls, option)
+        return cls(parts)
 
     @property
     def is_drawn(self) -> bool:
@@ -50,12 +58,7 @@ class Sum(_OfOthers):
 
     kind: ClassVar[str] = "sum"
     usage: ClassVar[str] = "sum:[DIRECTION][DIRECTION]…"
-
-    @classmethod
-    def compose(cls, parts: tuple[Recipe, ...], option: str) -> "Sum":
-        check_parts(cls, parts, 2)
-        check_no_option(cls, option)
-        return cls(parts)
+    most: ClassVar[int | None] = None
 
     def make(self, model: Model) -> list[Direction]:
         made = self._made(model)
@@ -72,12 +75,6 @@ class Orthogonal(_OfOthers):
     kind: ClassVar[str] = "orthogonal"
     usage: ClassVar[str] = "orthogonal:[DIRECTION][DIRECTION]"
 
-    @classmethod
-    def compose(cls, parts: tuple[Recipe, ...], option: str) -> "Orthogonal":
-        check_parts(cls, parts, 2, 2)
-        check_no_option(cls, option)
-        return cls(parts)
-
     def make(self, model: Model) -> list[Direction]:
         first, second = self._made(model)
         along = _along(first, second, self)
@@ -93,12 +90,6 @@ class Projected(_OfOthers):
 
     kind: ClassVar[str] = "projected"
     usage: ClassVar[str] = "projected:[DIRECTION][DIRECTION]"
-
-    @classmethod
-    def compose(cls, parts: tuple[Recipe, ...], option: str) -> "Projected":
-        check_parts(cls, parts, 2, 2)
-        check_no_option(cls, option)
-        return cls(parts)
 
     def make(self, model: Model) -> list[Direction]:
         first, second = self._made(model)

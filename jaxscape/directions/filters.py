@@ -9,15 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key
 
-from jaxscape.directions.random import noise_direction, seed_of
+from jaxscape.directions.random import Noise, noise_direction
 from jaxscape.directions.storage import Direction, standard_normal
 from jaxscape.directions.sums import tensor_norm
 from jaxscape.models.model import Model
-from jaxscape.runtime.errors import check_seed
 
 
 @dataclass(frozen=True)
-class Filter:
+class Filter(Noise):
     """`filter:SEED`: Gaussian noise in which each filter has the norm of the filter that it perturbs.
 
     This is the filter normalisation of Li et al. (arXiv 1712.09913). The filters of a matrix are its rows, the weights
@@ -25,24 +24,9 @@ class Filter:
     The noise itself is that of `random:SEED`. Parameters whose name contains `norm` are not perturbed.
     """
 
-    seed: int
-
-    def __post_init__(self) -> None:
-        check_seed(self.seed)
-
     kind: ClassVar[str] = "filter"
     usage: ClassVar[str] = "filter:SEED"
-    is_interpolation: ClassVar[bool] = False
-    is_drawn: ClassVar[bool] = True
     units: ClassVar[tuple[str, ...]] = ("tensors", "weights")
-    count: ClassVar[int] = 1
-
-    @classmethod
-    def parse(cls, option: str) -> "Filter":
-        return cls(seed_of(cls, option))
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.seed}"
 
     def make(self, model: Model) -> list[Direction]:
         return [noise_direction(model, self.seed, _filters)]

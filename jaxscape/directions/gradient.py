@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from jaxscape.directions.base import recipe_name, split_options
-from jaxscape.directions.objective import RefusalLoss, Refusals, norm, positive_norm
+from jaxscape.directions.objective import OfLoss, RefusalLoss, Refusals, norm, positive_norm
 from jaxscape.directions.storage import Direction
 from jaxscape.models.model import Model
 
 
 @dataclass(frozen=True)
-class Gradient:
+class Gradient(OfLoss):
     """`gradient`: the gradient of the loss of refusal, see `jaxscape.directions.objective`.
 
     It is scaled to the norm of the weights without norm parameters, which is also the norm of a random direction. So at
@@ -21,11 +21,6 @@ class Gradient:
 
     kind: ClassVar[str] = "gradient"
     usage: ClassVar[str] = "gradient[:PROMPTS[:N[:REFUSAL[:TARGET]]]]"
-    is_interpolation: ClassVar[bool] = False
-    has_control: ClassVar[bool] = True
-    units: ClassVar[tuple[str, ...]] = ("weights",)
-    axis_radius: ClassVar[float] = 0.001
-    count: ClassVar[int] = 1
 
     @classmethod
     def parse(cls, option: str) -> "Gradient":

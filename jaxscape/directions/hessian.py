@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxscape.directions.base import as_number, recipe_name, split_options
-from jaxscape.directions.objective import RefusalLoss, Refusals, added, norm, positive_norm, scaled
+from jaxscape.directions.objective import OfLoss, RefusalLoss, Refusals, added, norm, positive_norm, scaled
 from jaxscape.directions.storage import Direction
 from jaxscape.directions.sums import inner
 from jaxscape.models.model import Model
@@ -118,7 +118,7 @@ def _combined_tensors(tensors: list[Any], factors: Any) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Hessian:
+class Hessian(OfLoss):
     """`hessian`: the eigenvector of the Hessian of the loss of refusal with the `number`-th largest eigenvalue.
 
     The Hessian is taken at the model's weights, without rows and columns for norm parameters. The eigenvector is scaled
@@ -135,11 +135,6 @@ class Hessian:
 
     kind: ClassVar[str] = "hessian"
     usage: ClassVar[str] = "hessian[:K[:PROMPTS[:N[:REFUSAL[:TARGET]]]]]"
-    is_interpolation: ClassVar[bool] = False
-    has_control: ClassVar[bool] = True
-    units: ClassVar[tuple[str, ...]] = ("weights",)
-    axis_radius: ClassVar[float] = 0.001
-    count: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.number < 1:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxscape.directions.base import (
+    DEFAULT_RADIUS,
     Recipe,
     check_no_option,
     check_parts,
@@ -69,7 +70,7 @@ class WeightNorm(_Scaled):
 
     @property
     def axis_radius(self) -> float:
-        return default_radius(self.of if "weights" in units_of(self.of) else None)
+        return default_radius(self.of) if "weights" in units_of(self.of) else DEFAULT_RADIUS
 
     def make(self, model: Model) -> list[Direction]:
         target = norm_of_weights(model)

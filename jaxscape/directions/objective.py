@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +125,16 @@ class Refusals:
             )
         commonest = list(counted.most_common(1)[0][0])
         return [refusal if is_own else commonest for refusal, is_own in zip(refusals, refuses, strict=True)]
+
+
+class OfLoss:
+    """What the kinds of directions that come from the loss of refusal share."""
+
+    is_interpolation: ClassVar[bool] = False
+    has_control: ClassVar[bool] = True
+    units: ClassVar[tuple[str, ...]] = ("weights",)
+    axis_radius: ClassVar[float] = 0.001
+    count: ClassVar[int] = 1
 
 
 class Texts(NamedTuple):

@@ -121,27 +121,35 @@ def _drawn(
 
 
 @dataclass(frozen=True)
-class Random:
-    """`random:SEED`: the random direction of a seed. In a set with other directions, see `make_directions`."""
+class Noise:
+    """What the kinds of noise that a seed alone describes share; each says how its direction is made."""
 
     seed: int
+
+    kind: ClassVar[str]
+    usage: ClassVar[str]
+    is_interpolation: ClassVar[bool] = False
+    is_drawn: ClassVar[bool] = True
+    count: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
 
-    kind: ClassVar[str] = "random"
-    usage: ClassVar[str] = "random:SEED"
-    is_interpolation: ClassVar[bool] = False
-    is_drawn: ClassVar[bool] = True
-    units: ClassVar[tuple[str, ...]] = ("tensors", "weights")
-    count: ClassVar[int] = 1
-
     @classmethod
-    def parse(cls, option: str) -> "Random":
+    def parse(cls, option: str) -> Any:
         return cls(seed_of(cls, option))
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.seed}"
+
+
+@dataclass(frozen=True)
+class Random(Noise):
+    """`random:SEED`: the random direction of a seed. In a set with other directions, see `make_directions`."""
+
+    kind: ClassVar[str] = "random"
+    usage: ClassVar[str] = "random:SEED"
+    units: ClassVar[tuple[str, ...]] = ("tensors", "weights")
 
     def make(self, model: Model) -> list[Direction]:
         return [random_direction(model, self.seed)]

@@ -9,15 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key
 
-from jaxscape.directions.random import noise_direction, seed_of
+from jaxscape.directions.random import Noise, noise_direction
 from jaxscape.directions.storage import Direction, standard_normal
 from jaxscape.directions.sums import tensor_norm
 from jaxscape.models.model import Model
-from jaxscape.runtime.errors import check_seed
 
 
 @dataclass(frozen=True)
-class Relative:
+class Relative(Noise):
     """`relative-gaussian:SEED`: independent Gaussian noise, in each tensor with a standard deviation of the tensor's
     root mean square, so that a coordinate is σ in units of the weights.
 
@@ -25,23 +24,8 @@ class Relative:
     weights; the two differ by the chance in the norm of noise. Parameters whose name contains `norm` are not perturbed.
     """
 
-    seed: int
-
-    def __post_init__(self) -> None:
-        check_seed(self.seed)
-
     kind: ClassVar[str] = "relative-gaussian"
     usage: ClassVar[str] = "relative-gaussian:SEED"
-    is_interpolation: ClassVar[bool] = False
-    is_drawn: ClassVar[bool] = True
-    count: ClassVar[int] = 1
-
-    @classmethod
-    def parse(cls, option: str) -> "Relative":
-        return cls(seed_of(cls, option))
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.seed}"
 
     def make(self, model: Model) -> list[Direction]:
         return [noise_direction(model, self.seed, _noise)]

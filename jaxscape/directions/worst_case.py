@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxscape.directions.base import as_number, recipe_name, split_options
-from jaxscape.directions.objective import RefusalLoss, Refusals, added, norm, positive_norm, scaled
+from jaxscape.directions.objective import OfLoss, RefusalLoss, Refusals, added, norm, positive_norm, scaled
 from jaxscape.directions.storage import Direction
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError
@@ -53,7 +53,7 @@ def steepest_step(
 
 
 @dataclass(frozen=True)
-class WorstCase:
+class WorstCase(OfLoss):
     """`worst-case`: the step within a ball of weight space with the highest loss of refusal, see `steepest_step`.
 
     The worst-case landscape of Chen et al. (arXiv 2505.17646) lies along such a direction. It is scaled so that the
@@ -72,11 +72,6 @@ class WorstCase:
 
     kind: ClassVar[str] = "worst-case"
     usage: ClassVar[str] = "worst-case[:RADIUS[:STEPS[:PROMPTS[:N[:REFUSAL[:TARGET]]]]]]"
-    is_interpolation: ClassVar[bool] = False
-    has_control: ClassVar[bool] = True
-    units: ClassVar[tuple[str, ...]] = ("weights",)
-    axis_radius: ClassVar[float] = 0.001
-    count: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.radius <= 0:

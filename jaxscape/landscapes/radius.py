@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
-from jaxscape.directions.base import Recipe, default_radius
+from jaxscape.directions.base import DEFAULT_RADIUS, Recipe, default_radius
 from jaxscape.directions.kinds import DirectionLike, recipe_of
 from jaxscape.directions.relative import Relative
 from jaxscape.engine.options import EngineOptions
@@ -61,7 +61,7 @@ class SearchSettings:
                     f"The directions reach to {' and '.join(f'{value:g}' for value in sorted(known))} by default: give "
                     f"--radius-max (radius_max= in Python), or search along each kind in a run of its own."
                 )
-            radius_max = next(iter(known), 0.5)
+            radius_max = next(iter(known), DEFAULT_RADIUS)
         return cls(
             of, threshold, radius_max, radius_max / DEFAULT_CELLS if resolution is None else resolution, error, checks
         )
@@ -157,9 +157,8 @@ def radius(
     """
     recipes = [recipe_of(direction) for direction in as_list(directions, "directions")]
     settings = SearchSettings.choose(recipes, of, threshold, radius_max, resolution, error, checks)
-    radius_max, cells, num_checks = settings.radius_max, settings.cells, settings.num_checks
     sides = [[1] if recipe.is_interpolation else [-1, 1] for recipe in recipes for _ in range(recipe.count)]
-    search = {"radius_max": radius_max, "cells": cells, "checks": num_checks}
+    search = {"radius_max": settings.radius_max, "cells": settings.cells, "checks": settings.num_checks}
     directory = None if out is None else Path(out)
     with open_decisions(
         settings.question,

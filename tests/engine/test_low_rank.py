@@ -41,7 +41,7 @@ def model(tiny: js.Model) -> js.Model:
 
 @pytest.fixture(scope="module")
 def directions(tiny: js.Model) -> list[Direction]:
-    """Of different ranks."""
+    """The directions have different ranks."""
     return [low_rank_direction(tiny, rank, seed) for seed, rank in enumerate((2, 1, 2))]
 
 
@@ -126,7 +126,7 @@ def test_the_answers_are_the_same_on_a_mesh(
 def test_logits_are_those_of_the_dense_direction(
     make_model: MakeModel, dtype: str, is_fused: bool, is_stacked: bool
 ) -> None:
-    """Of rows at points of their own, with tied embeddings, biases and rows of several tokens."""
+    """The rows are at points of their own, with tied embeddings, biases and rows of several tokens."""
     directory, _ = make_model(tie_word_embeddings=True, attention_bias=True, num_hidden_layers=1)
     model = js.load_model(directory, dtype)
     directions = [low_rank_direction(model, rank, seed) for seed, rank in enumerate((2, 3))]
