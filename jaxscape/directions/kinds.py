@@ -5,7 +5,7 @@ name of one that is made of others has theirs in square brackets: `orthogonal:[r
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -218,12 +218,18 @@ def prepare(sets: Sequence[Sequence[Recipe]], model: Model) -> list[list[Prepare
     return [[prepared(recipe) for recipe in item] for item in sets]
 
 
-def ranks_of(recipe: Recipe) -> list[int | None]:
+def largest_rank(recipes: Iterable[Recipe]) -> int | None:
+    """The largest rank of the directions that prepared recipes make; None if one is not known to be of low rank."""
+    ranks = [rank for recipe in recipes for rank in _ranks_of(recipe)]
+    return None if None in ranks else max(rank for rank in ranks if rank is not None)
+
+
+def _ranks_of(recipe: Recipe) -> list[int | None]:
     """The rank of each direction that a prepared recipe makes, or None where it is not known to be of low rank."""
     if isinstance(recipe, Given):
         return [rank_of(direction) for direction in recipe.directions]
     if isinstance(recipe, Control | WeightNorm | TensorNorm):
-        return ranks_of(recipe.of)
+        return _ranks_of(recipe.of)
     return [recipe.rank if isinstance(recipe, LowRank) else None] * recipe.count
 
 

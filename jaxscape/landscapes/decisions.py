@@ -9,10 +9,9 @@ for the rest only.
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Unpack
@@ -20,12 +19,11 @@ from typing import Any, BinaryIO, Unpack
 import numpy as np
 
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import DirectionLike, Given, make_directions, prepare, ranks_of, recipe_of
+from jaxscape.directions.kinds import DirectionLike, Given, largest_rank, make_directions, prepare, recipe_of
 from jaxscape.directions.random import Random
 from jaxscape.directions.storage import Direction
 from jaxscape.engine.batching import Workload, encode
 from jaxscape.engine.engine import Engine
-from jaxscape.engine.forms import Form
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import make_plan
 from jaxscape.engine.sampling import Sampling, SamplingOptions
@@ -35,7 +33,7 @@ from jaxscape.evaluate.evaluators import find_evaluators
 from jaxscape.evaluate.statistics import block_size, more_than
 from jaxscape.landscapes.answers import Answers, answers_at
 from jaxscape.landscapes.radii import CERTIFICATE_FILE, RADII_FILE
-from jaxscape.landscapes.scan import evaluator_identity, free_beside
+from jaxscape.landscapes.scan import answer_settings, free_beside, with_recorded_form
 from jaxscape.landscapes.score import prepare_judge
 from jaxscape.landscapes.shares import in_run
 from jaxscape.landscapes.store import COHERENCE_FILE, GENERATIONS, PROMPTS, records_of
@@ -47,7 +45,7 @@ from jaxscape.prompts.fields import Prompts
 from jaxscape.prompts.thinking import answer_of
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, as_list, as_texts, reason
-from jaxscape.runtime.files import checksum, cut_after, to_json_lines, whole_lines, write_whole
+from jaxscape.runtime.files import append_json_lines, cut_after, to_json_lines, whole_lines, write_whole
 from jaxscape.runtime.hardware import free_memory
 from jaxscape.runtime.processes import from_first
 
@@ -184,9 +182,7 @@ class Decisions:
             labels = self._coherent.label(prompts, texts, answers.refused)
             records = [record | {"label": label} for record, label in zip(records, labels, strict=True)]
         if self._file is not None:
-            self._file.write(to_json_lines(records).encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            append_json_lines(self._file, records)
         self._take(records)
 
     def _take(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -264,13 +260,12 @@ def open_decisions(
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
     named = _single_directions(directions, model)
-    recorded = {key: from_first(partial(rundir.recorded_value, out, key)) for key in ("form", "block")}
-    if options.form == "auto" and not overwrite and recorded["form"] in list(Form):
-        options = replace(options, form=recorded["form"])  # as a scan does
-    block = recorded["block"] if isinstance(recorded["block"], int) and not overwrite else None
+    if not overwrite:
+        options = with_recorded_form(options, out)
+    recorded = None if overwrite else from_first(partial(rundir.recorded_value, out, "block"))
+    block = recorded if isinstance(recorded, int) else 0
     block = block or block_size(question.limit(len(texts)), len(texts), question.error)
     num_random = int(any(isinstance(recipe, Random) for recipe, _, _ in named))
-    ranks = [rank for recipe, _, _ in named for rank in ranks_of(recipe)]
     workload = Workload(
         prompt_tokens,
         settings,
@@ -279,7 +274,7 @@ def open_decisions(
         ndim=1,
         num_random=num_random,
         num_sets=len(named),
-        rank=None if None in ranks else max(rank for rank in ranks if rank is not None),
+        rank=largest_rank(recipe for recipe, _, _ in named),
         block=block,
     )
     plan = make_plan(model, workload, options)
@@ -294,17 +289,7 @@ def open_decisions(
         **asdict(question),
         **search,
         "block": engine.block,
-        "num_prompts": len(texts),
-        "prompts": checksum(ordered),
-        "tokens": checksum(prompt_tokens),
-        "architecture": checksum((model.config, model.eos_token_ids)),
-        "system_prompt": system_prompt,
-        **({"thinking": thinking} if thinking != "default" else {}),
-        **asdict(settings),
-        "form": plan.form,
-        "full_text": options.full_text,
-        **({"direction_storage": storage} if (storage := options.direction_storage) in ("bfloat16", "int8") else {}),
-        **evaluator_identity([judge]),
+        **answer_settings(model, ordered, prompt_tokens, system_prompt, thinking, settings, plan, options, [judge]),
         **(describe or {}),
     }
     with rundir.open_run_directory(out, config, RADIUS, overwrite) as file:

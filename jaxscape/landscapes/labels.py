@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from jaxscape.evaluate.base import LABELS, REFUSALS, Evaluator, Label, checksum_
 from jaxscape.evaluate.coherence import COHERENCE
 from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.runtime.errors import UserError, reason
-from jaxscape.runtime.files import cut_after, to_json_lines, whole_lines
+from jaxscape.runtime.files import append_json_lines, cut_after, whole_lines
 
 LABEL_FILES = "labels-*.jsonl"
 UNJUDGED = "unjudged"
@@ -85,9 +84,7 @@ class LabelBook:
             version = {} if checksum is None else {"checksum": checksum}
             record = {"evaluator": evaluator.name, **version, "direction": index, "coords": list(coords)}
             with self._path(evaluator.name).open("ab") as file:
-                file.write(to_json_lines([record | {"labels": list(labels)}]).encode())
-                file.flush()
-                os.fsync(file.fileno())
+                append_json_lines(file, [record | {"labels": list(labels)}])
 
     def measures(self) -> dict[str, Rates]:
         """For each evaluator, by name, the share of each label at the points that it has judged, and as `unjudged` that

@@ -7,7 +7,6 @@ the generations of a scan do, and every other file is computed from it.
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ from jaxscape.models.model import Model
 from jaxscape.prompts.sets import load_prompts
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, as_list, as_texts, reason
-from jaxscape.runtime.files import checksum, cut_after, to_json_lines, whole_lines
+from jaxscape.runtime.files import append_json_lines, checksum, cut_after, whole_lines
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
 
@@ -220,10 +219,7 @@ class _Run:
     def write(self, record: Mapping[str, Any]) -> None:
         """Add a line to the state."""
         if self._out is not None:
-            file = self._out[1]
-            file.write(to_json_lines([record]).encode())
-            file.flush()
-            os.fsync(file.fileno())
+            append_json_lines(self._out[1], [record])
 
     def save(self) -> None:
         if self._out is not None:

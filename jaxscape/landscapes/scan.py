@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import jax
 
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import DirectionLike, make_directions, prepare, ranks_of
+from jaxscape.directions.kinds import DirectionLike, largest_rank, make_directions, prepare
 from jaxscape.directions.random import Random
 from jaxscape.directions.storage import Direction
 from jaxscape.engine.batching import Workload
@@ -144,10 +144,8 @@ def scan(
     workload = workload_of(prompt_tokens, settings, planned, sets, coords)
     directory = None if out is None else Path(out)
     options = options or EngineOptions()
-    form = from_first(lambda: rundir.recorded_value(directory, "form"))
-    if options.form == "auto" and not overwrite and form in list(Form):
-        # A resumed run keeps its form: where two tokens are equally likely, another form may choose the other one.
-        options = replace(options, form=form)
+    if not overwrite:
+        options = with_recorded_form(options, directory)
     plan = make_plan(model, workload, options)
     free = from_first(free_memory)
     later_free = None if free is None else free + (bytes_of_weights(model) if free_model else 0)
@@ -163,17 +161,7 @@ def scan(
         "axes": [axis.described() for axis in axes],
         **({"points": [list(point) for point in coords]} if coords else {}),
         **({} if decides is None else {"adaptive": decides}),
-        "num_prompts": len(prompts),
-        "prompts": checksum(list(prompts)),
-        "tokens": checksum(prompt_tokens),
-        "architecture": checksum((model.config, model.eos_token_ids)),
-        "system_prompt": system_prompt,
-        **({"thinking": thinking} if thinking != "default" else {}),
-        **asdict(settings),
-        "form": plan.form,
-        "full_text": options.full_text,
-        **({"direction_storage": storage} if (storage := options.direction_storage) in ("bfloat16", "int8") else {}),
-        **evaluator_identity(judges),
+        **answer_settings(model, prompts, prompt_tokens, system_prompt, thinking, settings, plan, options, judges),
         **(describe or {}),
     }
     stop_when = None if options.full_text else stop_when_all(judges, opening)
@@ -264,7 +252,44 @@ def _delete_arrays(model: Model) -> None:
             leaf.delete()
 
 
-def evaluator_identity(judges: Sequence[Evaluator]) -> dict[str, Any]:
+def with_recorded_form(options: EngineOptions, directory: Path | None) -> EngineOptions:
+    """The options with the form of the run in a directory, if there is one and they leave the choice open.
+
+    A resumed run keeps its form: where two tokens are equally likely, another form may choose the other one.
+    """
+    form = from_first(lambda: rundir.recorded_value(directory, "form"))
+    return replace(options, form=form) if options.form == "auto" and form in list(Form) else options
+
+
+def answer_settings(
+    model: Model,
+    prompts: Sequence[str],
+    prompt_tokens: Sequence[Sequence[int]],
+    system_prompt: str,
+    thinking: str,
+    sampling: Sampling,
+    plan: Plan,
+    options: EngineOptions,
+    judges: Sequence[Evaluator],
+) -> dict[str, Any]:
+    """What `config.json` says of how the answers at a point come about."""
+    storage = options.direction_storage
+    return {
+        "num_prompts": len(prompts),
+        "prompts": checksum(list(prompts)),
+        "tokens": checksum(prompt_tokens),
+        "architecture": checksum((model.config, model.eos_token_ids)),
+        "system_prompt": system_prompt,
+        **({"thinking": thinking} if thinking != "default" else {}),
+        **asdict(sampling),
+        "form": plan.form,
+        "full_text": options.full_text,
+        **({"direction_storage": storage} if storage in ("bfloat16", "int8") else {}),
+        **_evaluator_identity(judges),
+    }
+
+
+def _evaluator_identity(judges: Sequence[Evaluator]) -> dict[str, Any]:
     """What `config.json` says of the evaluators: nothing of the paper's keywords alone."""
     checksums = {judge.name: checksum for judge in judges if (checksum := checksum_of(judge))}
     return {
@@ -287,7 +312,6 @@ def workload_of(
         recipes: the directions of each set.
         coords: the points, if they are a list and no grid.
     """
-    ranks = [rank for item in recipes for recipe in item for rank in ranks_of(recipe)]
     return Workload(
         prompt_tokens,
         sampling,
@@ -296,7 +320,7 @@ def workload_of(
         ndim=count_directions(recipes),
         num_random=max(sum(isinstance(recipe, Random) for recipe in item) for item in recipes),
         num_sets=len(recipes),
-        rank=None if None in ranks else max(rank for rank in ranks if rank is not None),
+        rank=largest_rank(itertools.chain.from_iterable(recipes)),
     )
 
 

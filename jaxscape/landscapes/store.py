@@ -10,7 +10,6 @@ is missing there is judged from the generations.
 
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -33,7 +32,7 @@ from jaxscape.landscapes.labels import LABEL_FILES, LabelBook
 from jaxscape.landscapes.landscape import FIGURE, Landscape, each_array
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, reason
-from jaxscape.runtime.files import cut_after, to_json_lines, whole_lines, write_whole
+from jaxscape.runtime.files import append_json_lines, cut_after, to_json_lines, whole_lines, write_whole
 from jaxscape.runtime.processes import from_first
 
 GENERATIONS, PROMPTS = "generations.jsonl", "prompts.jsonl"
@@ -144,10 +143,7 @@ class Run:
         if self._out is None:
             self._unwritten.append(records)
         else:
-            file = self._out[1]
-            file.write(to_json_lines(records).encode())
-            file.flush()
-            os.fsync(file.fileno())
+            append_json_lines(self._out[1], records)
         for evaluator, given in labels:
             self.labels.append(evaluator, given)
         self.save()

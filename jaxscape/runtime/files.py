@@ -64,6 +64,13 @@ def to_json_lines(records: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
+def append_json_lines(file: BinaryIO, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a line for each record at the end of a JSONL file, and wait until they are on disk."""
+    file.write(to_json_lines(records).encode())
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def whole_lines(file: BinaryIO) -> list[bytes]:
     """The complete lines of a file, without their newlines. A last line without a newline, which a killed process may
     have left, is ignored."""
