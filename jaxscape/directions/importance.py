@@ -34,13 +34,8 @@ def snip_scores(model: Model, answered: Answered) -> Scores:
     L is the mean cross-entropy of an answer's tokens. The gradient of each example is computed by itself.
     """
     matrices = layer_matrices(model)
-    others = {
-        name: jax.device_put(leaf, sharding)
-        for (name, leaf), sharding in zip(
-            named_leaves(model.params).items(), named_leaves(model.shardings).values(), strict=True
-        )
-        if name not in matrices
-    }
+    leaves = named_leaves(jax.device_put(model.params, model.shardings))
+    others = {name: leaf for name, leaf in leaves.items() if name not in matrices}
     total = {name: jnp.zeros_like(weight, jnp.float32) for name, weight in matrices.items()}
     config = model.config.for_length(max(map(len, answered.texts)))
     for rows in batches(model, answered.texts, answered.begins, rows=1):

@@ -15,6 +15,7 @@ from jaxscape.directions.storage import Direction, factored, zero_tensor
 from jaxscape.directions.sums import tensor_norm
 from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.model import Model
+from jaxscape.models.weights import is_norm
 from jaxscape.runtime.errors import UserError, check_seed
 from jaxscape.runtime.sharding import replicated
 
@@ -51,7 +52,7 @@ def low_rank_direction(model: Model, rank: int, seed: int) -> Direction:
 def _matrices(model: Model) -> dict[str, tuple[int, int]]:
     """The shapes of the matrices that a low-rank direction moves."""
     leaves = named_leaves(model.params)
-    return {name: leaf.shape for name, leaf in leaves.items() if leaf.ndim == 2 and "norm" not in name}
+    return {name: leaf.shape for name, leaf in leaves.items() if leaf.ndim == 2 and not is_norm(name)}
 
 
 def check_rank(rank: int, model: Model) -> None:

@@ -21,6 +21,7 @@ from jaxscape.directions.storage import Direction, dense, scaled
 from jaxscape.directions.sums import tensor_norm
 from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.model import Model
+from jaxscape.models.weights import is_norm
 from jaxscape.runtime.errors import UserError
 
 
@@ -105,7 +106,7 @@ class TensorNorm(_Scaled):
 def norm_of_weights(model: Model) -> float:
     """The norm of all weights that random directions perturb, those of parameters without `norm` in their name."""
     norms = tensor_norms(model.params)
-    return float(np.sqrt(sum(norm**2 for name, norm in norms.items() if "norm" not in name)))
+    return float(np.sqrt(sum(norm**2 for name, norm in norms.items() if not is_norm(name))))
 
 
 def norm_of(direction: Direction) -> float:

@@ -35,6 +35,7 @@ from jaxscape.models.encoding import encode
 from jaxscape.models.greedy import greedy_tokens, right_padded
 from jaxscape.models.loss import summed_loss
 from jaxscape.models.model import Model
+from jaxscape.models.weights import is_norm
 from jaxscape.prompts.chat_format import chat_texts
 from jaxscape.prompts.refusal import is_refusal
 from jaxscape.prompts.sets import load_prompts
@@ -187,11 +188,6 @@ class RefusalLoss:
     def direction(self, vector: Tensors, scale: float) -> Direction:
         """The direction `scale` × `vector`, float32: a tree like the model's parameters, zero for norm parameters."""
         return tree_of(scaled(vector, scale) | jax.tree.map(jnp.zeros_like, self._norms))
-
-
-def is_norm(name: str) -> bool:
-    """Whether a parameter is one of the norm parameters, which directions do not perturb."""
-    return "norm" in name
 
 
 def norm(vector: Params) -> float:

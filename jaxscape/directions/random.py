@@ -16,6 +16,7 @@ from jaxscape.directions.storage import Direction, Seeded, dense, rounded, stand
 from jaxscape.directions.sums import order_free_sum, tensor_norm
 from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.model import Model
+from jaxscape.models.weights import is_norm
 from jaxscape.runtime.errors import UserError, check_seed
 
 
@@ -46,7 +47,7 @@ def random_direction(
     direction = {}
     shardings = named_leaves(model.shardings)
     for name, weight in named_leaves(model.params).items():
-        if "norm" in name:
+        if is_norm(name):
             direction[name] = jnp.zeros(weight.shape, weight.dtype, device=shardings[name])
             continue
         draw = _seeded if storage == "seed" else _drawn
@@ -70,7 +71,7 @@ def noise_direction(
     shardings = named_leaves(model.shardings)
 
     def tensor(name: str, weight: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        if "norm" in name:
+        if is_norm(name):
             return jnp.zeros(weight.shape, weight.dtype, device=shardings[name])
         return draw(jax.device_put(weight, shardings[name]), tensor_key(seed, name), shardings[name])
 

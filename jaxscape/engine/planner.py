@@ -18,6 +18,7 @@ from jaxscape.models.checkpoint import named_leaves, parameter_shardings
 from jaxscape.models.fusion import is_part
 from jaxscape.models.model import Model
 from jaxscape.models.shape import ModelShape
+from jaxscape.models.weights import is_norm
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.hardware import Roofline, free_memory, roofline
 from jaxscape.runtime.processes import from_first
@@ -191,7 +192,7 @@ class Planner:
         # An embedding table that is not also the output head is looked up, not multiplied with.
         looked_up = 0 if config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
         self._flops_per_token = 2 * (self._num_parameters - looked_up)
-        widths = [sum(leaf.shape) for name, leaf in leaves.items() if leaf.ndim == 2 and "norm" not in name]
+        widths = [sum(leaf.shape) for name, leaf in leaves.items() if leaf.ndim == 2 and not is_norm(name)]
         # The numbers in the factors of one direction, if all directions are of low rank; sharded as the weights are.
         self._factor_numbers = None if workload.rank is None else workload.rank * sum(widths)
         self._fuses_projections = fuses_projections(model.mesh, config)

@@ -26,6 +26,7 @@ from jaxscape.forecast.compile import ProgramCost, Programs, compile_all, progra
 from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.shape import ModelShape
+from jaxscape.models.weights import is_norm
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.hardware import Roofline
 from jaxscape.runtime.sharding import MeshShape, mesh_shape_of, replicated
@@ -272,13 +273,13 @@ def _direction_shapes(shape: ModelShape, workload: Workload, plan: Plan) -> Any:
     def stored(name: str, leaf: jax.ShapeDtypeStruct) -> Any:
         sharding: Any = leaf.sharding
         if workload.rank is not None:
-            rank = workload.rank if len(leaf.shape) == 2 and "norm" not in name else 0
+            rank = workload.rank if len(leaf.shape) == 2 and not is_norm(name) else 0
             by_row, by_column = factor_shardings(sharding)
             return Factored(
                 jax.ShapeDtypeStruct((leaf.shape[0], rank), leaf.dtype, sharding=by_row),
                 jax.ShapeDtypeStruct((rank, *leaf.shape[1:]), leaf.dtype, sharding=by_column),
             )
-        if storage == "exact" or "norm" in name:
+        if storage == "exact" or is_norm(name):
             return leaf
         if storage == "seed":
             return Seeded(key, scalar, None, None, leaf.shape, str(leaf.dtype), sharding)

@@ -18,6 +18,7 @@ from jaxscape.landscapes.decisions import Decisions, Point, Question, open_decis
 from jaxscape.landscapes.radii import Certificate, Radii, Ray, radius_text
 from jaxscape.models.checkpoint import named_leaves
 from jaxscape.models.model import Model
+from jaxscape.models.weights import is_norm
 from jaxscape.runtime.errors import UserError, as_list
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
@@ -356,7 +357,7 @@ def certify(
     check_draws(sigma, draws)
     question, directory = Question(of, threshold), None if out is None else Path(out)
     noise = [Relative(first_seed + i) for i in range(draws)]
-    weights = [leaf for name, leaf in named_leaves(model.params).items() if "norm" not in name]
+    weights = [leaf for name, leaf in named_leaves(model.params).items() if not is_norm(name)]
     with open_decisions(
         question,
         model,

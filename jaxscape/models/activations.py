@@ -62,8 +62,8 @@ def batches(
 
 def inputs_of(
     kind: type[nn.Module], config: ModelConfig, params: Params, rows: Rows
-) -> tuple[dict[str, Float[Array, "batch time in"]], Float[Array, "batch time dim"]]:
-    """The input of every module of a class, by the module's path joined with dots, and the final hidden states.
+) -> dict[str, Float[Array, "batch time in"]]:
+    """The input of every module of a class, by the module's path joined with dots.
 
     This is a function for jitted programs. A linear layer's path is its weight's name without `.weight`.
     """
@@ -76,11 +76,16 @@ def inputs_of(
             inputs[".".join(context.module.path)] = args[0]
         return call(*args, **kwargs)
 
+    with nn.intercept_methods(record):
+        _final_states(config, params, rows)
+    return inputs
+
+
+def _final_states(config: ModelConfig, params: Params, rows: Rows) -> Float[Array, "batch time dim"]:
+    """The final hidden states."""
     time = jnp.arange(rows.tokens.shape[1])
     positions = jnp.where(time < rows.lengths[:, None], time, -1)
-    with nn.intercept_methods(record):
-        states, _ = hidden_states(config, params, jnp.asarray(rows.tokens), positions, Context(), CPU_ORDER)
-    return inputs, states
+    return hidden_states(config, params, jnp.asarray(rows.tokens), positions, Context(), CPU_ORDER)[0]
 
 
 def residual_stream(
@@ -105,7 +110,7 @@ def _residual_stream(
     params: Params, rows: Rows, *, config: ModelConfig, mesh: jax.sharding.Mesh, num_positions: int
 ) -> Float[Array, "batch layers positions dim"]:
     with on_mesh(mesh):
-        inputs, _ = inputs_of(Layer, config, params, rows)
+        inputs = inputs_of(Layer, config, params, rows)
         last = jnp.maximum(rows.lengths[:, None] - num_positions + jnp.arange(num_positions), 0)
         streams = [inputs[f"model.layers.{layer}"] for layer in range(config.num_layers)]
         taken = [jnp.take_along_axis(x, last[..., None], axis=1).astype(jnp.float32) for x in streams]
@@ -139,7 +144,7 @@ def _input_moments(
 ) -> dict[str, Float[Array, "in *in"]]:
     equation = "bti,btj->ij" if is_full else "bti,bti->i"
     with on_mesh(mesh):
-        inputs, _ = inputs_of(Linear, config, params, rows)
+        inputs = inputs_of(Linear, config, params, rows)
         moments = {}
         for path, x in inputs.items():
             x = jnp.where(rows.counted[..., None], x, 0).astype(jnp.float32)
@@ -166,6 +171,6 @@ def _next_token_logits(
     params: Params, rows: Rows, *, config: ModelConfig, mesh: jax.sharding.Mesh
 ) -> Float[Array, "batch vocab"]:
     with on_mesh(mesh):
-        _, states = inputs_of(Linear, config, params, rows)
+        states = _final_states(config, params, rows)
         last = jnp.maximum(rows.lengths - 1, 0)
         return head(config, params, jnp.take_along_axis(states, last[:, None, None], axis=1))[:, 0]

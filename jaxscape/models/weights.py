@@ -267,9 +267,14 @@ def parameter_name(name: str) -> str:
     return re.sub(r"^(?=(?:layers|embed_tokens|norm)\.)", "model.", name)
 
 
+def is_norm(name: str) -> bool:
+    """Whether a parameter is one of the norm parameters, which no direction of noise or of the loss perturbs."""
+    return "norm" in name
+
+
 def is_layer_matrix(name: str, shape: Sequence[int]) -> bool:
     """Whether a parameter of the decoder is a matrix of a layer: not embedding, output head, norm or bias."""
-    return len(shape) == 2 and "norm" not in name and name not in (EMBEDDING, HEAD)
+    return len(shape) == 2 and not is_norm(name) and name not in (EMBEDDING, HEAD)
 
 
 def is_redundant(name: str) -> bool:
