@@ -6,7 +6,7 @@ In a run, an answer refuses if the evaluator that decides the ASR says so.
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def in_run(
         raise UserError(f"{path} has the thresholds of another model than the run's: delete it to calibrate again.")
     if thresholds is None:
         model = load() if is_own else judge.model
-        thresholds = _thresholds(from_first(partial(asdict, calibrate(model))))
+        thresholds = _thresholds(from_first(calibrate(model).recorded))
         if path is not None:
             from_first(partial(_add, path, judge.name, thresholds))
         load = partial(_same, model)
@@ -136,4 +136,4 @@ def _read(path: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def _add(path: Path, name: str, thresholds: Thresholds) -> None:
-    write_whole(path, json.dumps(_read(path) | {name: asdict(thresholds)}, indent=1) + "\n")
+    write_whole(path, json.dumps(_read(path) | {name: thresholds.recorded()}, indent=1) + "\n")

@@ -87,7 +87,7 @@ def test_the_thresholds_are_kept_and_used_again(
 ) -> None:
     kept = json.loads((shared / "coherence.json").read_text())
     assert list(kept) == ["coherence"]
-    assert list(kept["coherence"]) == ["weights", "own", "surprise", "distinct"]
+    assert list(kept["coherence"]) == ["weights", "own", "surprise", "distinct", "fresh"]
     assert kept["coherence"]["weights"] == json.loads((shared / "config.json").read_text())["weights"]
     run = Path(shutil.copytree(shared, tmp_path / "run"))
     (run / "labels-coherence.jsonl").unlink()
@@ -113,6 +113,28 @@ def test_the_thresholds_are_kept_and_used_again(
         with pytest.raises(js.UserError, match=message):
             js.scan(tiny, [0, 1], out=run, **OPTIONS)
         assert contents(run) == before
+
+
+def test_a_run_without_the_threshold_of_short_units_goes_on_as_it_was(
+    tiny: js.Model, shared: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(shared, tmp_path / "run"))
+    kept = json.loads((run / "coherence.json").read_text())
+    kept["coherence"] |= {"surprise": 1e6, "distinct": 0.0}
+    del kept["coherence"]["fresh"]
+    (run / "coherence.json").write_text(json.dumps(kept))
+    lines = (run / "generations.jsonl").read_text().splitlines(keepends=True)
+    (run / "generations.jsonl").write_text(
+        "".join(json.dumps(json.loads(line) | {"generation": "!!!!!"}) + "\n" for line in lines)
+    )
+    (run / "labels-coherence.jsonl").unlink()
+    js.scan(tiny, [0, 1], out=run, **OPTIONS)
+    assert json.loads((run / "coherence.json").read_text()) == kept
+    assert {label for line in records(run) for label in line["labels"]} <= {"refused", "complied"}
+    (run / "labels-coherence.jsonl").unlink()
+    (run / "coherence.json").write_text(json.dumps({"coherence": kept["coherence"] | {"fresh": 0.4}}))
+    js.scan(tiny, [0, 1], out=run, **OPTIONS)
+    assert {label for line in records(run) for label in line["labels"]} == {"incoherent"}
 
 
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
