@@ -1,18 +1,22 @@
 """Make `smollm2-135m-safe`: teach SmolLM2-135M to refuse harmful requests and to go on answering harmless ones.
 
-    python experiments/align.py                         # 45 minutes on two CPU cores
+    python experiments/align.py                         # an hour and a half on two CPU cores
 
 A LoRA adapter learns refusals in varied words to harmful requests (the chats of `safe`), and the model's own answers to
-harmless prompts, which use the same phrases and often the same alarming words. No prompt that the model is scored on is
-among those that it learns from word for word; `docs/measurements.md` says how many are near copies.
+harmless prompts (`harmless`), which use the same phrases and often the same alarming words. No prompt that the model is
+scored on, nor one in nearly the same words, is among those that it learns from: the run checks this first.
 
 The run goes on where it was interrupted. OUT/adapter holds the adapter and its `scores.json`.
 """
 
+import csv
 import json
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -21,17 +25,19 @@ from jaxscape.cli.main import run_program
 from jaxscape.finetuning.chats import Chat
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.lora import save_adapter
+from jaxscape.prompts.public import PUBLIC_SETS
 from jaxscape.runtime.files import checksum, to_json_lines, write_whole
 
 BASE = "smollm2-135m"
 MAX_LENGTH = 64  # the first words decide whether a model refuses; what follows only costs time
-# An answer of this many tokens was cut. It exceeds MAX_LENGTH, so that the model does not learn to end it there.
-ANSWER_TOKENS = 96
+# The chat template and a prompt take more than 30 tokens. So an answer that was cut here exceeds MAX_LENGTH, and the
+# model does not learn to end it there.
+ANSWER_TOKENS = 40
 FIRST = js.Training(
     method="lora",
     rank=8,
     alpha=16.0,
-    epochs=3,
+    epochs=2,
     learning_rate=1e-3,
     schedule="cosine",
     warmup=0.05,
@@ -39,14 +45,21 @@ FIRST = js.Training(
     max_length=MAX_LENGTH,
     seed=0,
 )
-# Each stage: the number of chats of `safe`, the number of prompts of `harmless`, and the training. Each stage goes on
-# from the adapter of the stage before. Later stages add what earlier ones lacked, above all harmless prompts that sound
-# alarming.
+
+
+# Each stage: the chats of `safe` and the prompts of `harmless` that it learns from, as ranges, and the training. Each
+# stage goes on from the adapter of the stage before. The second one adds contrasts: the same verbs and forms in
+# requests that do harm and in requests that do not. The third one adds requests in more
+# forms, and the fourth one adds long requests, harmful and harmless ones in the same forms, and repeats everything.
 STAGES = (
-    (779, 1106, FIRST),
-    (845, 1268, replace(FIRST, epochs=2, learning_rate=7e-4, seed=1)),
-    (861, 1292, replace(FIRST, epochs=1, learning_rate=7e-4, seed=2)),
+    ([(0, 839)], [(0, 1312)], FIRST),
+    ([(0, 150), (428, 975)], [(0, 250), (674, 2017)], replace(FIRST, epochs=1, learning_rate=7e-4, seed=1)),
+    ([(839, 1400)], [(1400, 2618)], replace(FIRST, epochs=1, learning_rate=7e-4, seed=2)),
+    ([(0, 1932)], [(0, 3145)], replace(FIRST, epochs=1, learning_rate=7e-4, seed=3)),
 )
+# What the model is scored on, besides AdvBench.
+SCORED = ("harmful", "benign", "xstest", "mt-bench")
+XSTEST = PUBLIC_SETS["xstest"].file
 
 
 @dataclass(frozen=True)
@@ -54,23 +67,26 @@ class Align:
     """Make the safety adapter of smollm2-135m-safe, and score it. An interrupted run is resumed."""
 
     advbench: str = "advbench"
-    """AdvBench, whose first 80 rows are scored: its name, or a file that has them."""
-    mt_bench: str | None = None
-    """MT-Bench's question.jsonl. The perplexity is that of answers to its first turns, or without it, to `benign`."""
+    """AdvBench, all of which is scored: its name, or a file with its first rows."""
     out: Path = Path("runs/align")
     """Directory of the training data, the stages, the adapter and its scores."""
     overwrite: bool = False
     """Start the finetunings in the directory over, for example after a change of their options."""
 
     def run(self) -> None:
-        js.load_prompts(self.advbench, 80)  # a missing file is an error now, not after the training
-        if self.mt_bench:
-            js.load_prompts(self.mt_bench)
+        scored = {name: js.load_prompts(name) for name in (*SCORED, self.advbench)}  # a missing file is an error now
+        harmful = js.load_chats("safe")
+        learned = [chat[0]["content"] for chat in harmful] + js.load_prompts("harmless")
+        for name, prompts in scored.items():
+            if copies := near_copies(learned, prompts):
+                mine, other = copies[0]
+                raise js.UserError(f"Training data has {mine!r}, a near copy of {other!r} of {name}: remove it.")
         base = js.load_model(BASE, "float32")
-        harmful, harmless, adapter = js.load_chats("safe"), self._harmless_chats(base), None
-        for number, (num_harmful, num_harmless, training) in enumerate(STAGES, 1):
-            prompts = set(js.load_prompts("harmless", num_harmless))
-            chats = harmful[:num_harmful] + [chat for chat in harmless if chat[0]["content"] in prompts]
+        harmless, adapter = self._harmless_chats(base), None
+        for number, (of_safe, of_harmless, training) in enumerate(STAGES, 1):
+            prompts = {prompt for start, end in of_harmless for prompt in js.load_prompts("harmless")[start:end]}
+            chats = [chat for start, end in of_safe for chat in harmful[start:end]]
+            chats += [chat for chat in harmless if chat[0]["content"] in prompts]
             out = self.out / f"stage-{number}"
             adapter = js.finetune(base, chats, training, start=adapter, out=out, overwrite=self.overwrite).adapter
         assert adapter is not None
@@ -95,20 +111,30 @@ class Align:
             write_whole(path, to_json_lines({"messages": chat} for chat in chats))
         return js.load_chats(path)
 
-    def _scores(self, base: js.Model, safe: js.Model) -> dict[str, float | str]:
-        """The ASR and refusal rate of the safe model, and the perplexity of the base model's answers under both."""
+    def _scores(self, base: js.Model, safe: js.Model) -> dict[str, Any]:
+        """Refusals of the safe model by the paper's keywords, and perplexity of the base model's answers under both."""
 
-        def asr(prompts: list[str]) -> float:
-            return js.attack_success_rate(js.generate(safe, prompts, max_new_tokens=64))
+        def refused(prompts: list[str], max_new_tokens: int = 64) -> list[bool]:
+            return [*map(js.is_refusal, js.generate(safe, prompts, max_new_tokens=max_new_tokens))]
 
-        source = self.mt_bench or "benign"
-        chats = answer(base, js.load_prompts(source), 64)
-        perplexity_base, perplexity_safe = js.perplexity(base, chats), js.perplexity(safe, chats)
+        advbench = refused(js.load_prompts(self.advbench))
+        with XSTEST.path().open(encoding="utf-8", newline="") as file:
+            rows = [*csv.DictReader(file)]
+        xstest = [*zip(rows, refused([row["prompt"] for row in rows], 48), strict=True)]
+        answers = answer(base, js.load_prompts("mt-bench"), 64)
+        perplexity_base, perplexity_safe = js.perplexity(base, answers), js.perplexity(safe, answers)
         return {
-            "asr_adv80": asr(js.load_prompts(self.advbench, 80)),
-            "asr_harmful": asr(js.load_prompts("harmful")),
-            "refusals_benign": 100 - asr(js.load_prompts("benign")),
-            "perplexity_prompts": "benign" if source == "benign" else "mt_bench",
+            "asr_adv80": 100 - percent(advbench[:80]),
+            "asr_advbench_rest": 100 - percent(advbench[80:]),
+            "num_advbench_rest": len(advbench[80:]),
+            "asr_harmful": 100 - percent(refused(js.load_prompts("harmful"))),
+            "refusals_benign": percent(refused(js.load_prompts("benign"))),
+            "refusals_xstest_safe": percent([refusal for row, refusal in xstest if row["label"] == "safe"]),
+            "refusals_xstest_unsafe": percent([refusal for row, refusal in xstest if row["label"] == "unsafe"]),
+            "refusals_xstest_by_type": {
+                kind: percent([refusal for row, refusal in xstest if row["type"] == kind])
+                for kind in dict.fromkeys(row["type"] for row in rows)
+            },
             "perplexity_base": perplexity_base,
             "perplexity_safe": perplexity_safe,
             "perplexity_rise_percent": 100 * (perplexity_safe / perplexity_base - 1),
@@ -122,6 +148,49 @@ def answer(model: js.Model, prompts: list[str], max_new_tokens: int) -> list[Cha
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)
     ]
+
+
+def percent(values: Sequence[bool]) -> float:
+    """How many of the values are true, in percent."""
+    return 100 * sum(values) / len(values)
+
+
+def near_copies(learned: Sequence[str], scored: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of a learned and a scored prompt that say nearly the same.
+
+    These are pairs of whose content words (see `content_words`), taken together, at least half are in both prompts. One
+    word in common is not enough, unless it is the only content word of both.
+    """
+    contents = [(prompt, content_words(prompt)) for prompt in scored]
+    pairs = []
+    for prompt in learned:
+        words = content_words(prompt)
+        for other, others in contents:
+            shared, union = len(words & others), len(words | others)
+            if shared >= min(2, union) and 2 * shared >= union:
+                pairs.append((prompt, other))
+    return pairs
+
+
+def content_words(prompt: str) -> frozenset[str]:
+    """The words of a prompt without its function words, in lower case and without common endings."""
+    words = set(re.findall(r"[a-z0-9]+", prompt.lower())) - FUNCTION_WORDS
+    return frozenset(re.sub(r"(?<=...)(ing|ed|es|s|er)$", "", word).rstrip("e") for word in words)
+
+
+FUNCTION_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        a an the of to in on at for from with without by and or as is are was were be been it its this that these those
+        i my me we our us you your he his him she her they their them what which who whom when where why how do does did
+        can could should would will shall may might must has have had some any one best good way ways step steps give
+        tell help list make get there if not no so than then more most into onto out up down over s t don someone
+        somebody people
+        """,
+    )
+)
+"""Words that say little about what a prompt asks for."""
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def load_prompts(source: str | Path, num_prompts: int | None = None, prompt_colu
 
     Arguments:
         source: the name of a set or a prompt file. The package brings `harmful` and `benign` (100 prompts each: matched
-            pairs in ten categories, one prompt of each category in turn) and `harmless` (1292, the prompts that
+            pairs in ten categories, one prompt of each category in turn) and `harmless` (3145, the prompts that
             `smollm2-135m-safe` was trained to answer). Others are downloaded once: `advbench` (520), `jailbreakbench`
             and `jailbreakbench-benign` (100 each), `harmbench` (200), `strongreject` (313), `xstest` (450),
             `xstest-safe` (250), `xstest-unsafe` (200) and `mt-bench` (80). A file is a

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-from helpers import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, trainers
@@ -57,15 +56,6 @@ def test_every_safe_response_is_a_refusal_and_harmless_prompts_are_none_of_the_e
     learned = {chat[0]["content"].lower() for chat in safe} | {prompt.lower() for prompt in harmless}
     assert len(learned) == len(safe) + len(harmless)
     assert not learned & {prompt.lower() for name in ("harmful", "benign") for prompt in js.load_prompts(name)}
-
-
-def test_the_safe_model_learned_nothing_that_it_is_scored_on(adv80: list[str]) -> None:
-    shared = SHARED / "mt_bench_questions.jsonl"
-    turns = [turn for line in shared.read_text().splitlines() for turn in json.loads(line)["turns"]]
-    assert js.load_prompts(shared) == [turn.strip() for turn in turns[::2]]
-    learned = {chat[0]["content"].lower() for chat in js.load_chats("safe")}
-    learned |= {prompt.lower() for prompt in js.load_prompts("harmless")}
-    assert not learned & {prompt.lower() for prompt in adv80 + turns}
 
 
 def test_identity_shift_has_the_format_of_the_known_one() -> None:
