@@ -257,7 +257,8 @@ def open_decisions(
     sent = chat_texts(model.tokenizer, ordered, system_prompt, thinking)
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
-    named = _single_directions(directions, model)
+    made_before = None if overwrite else from_first(partial(rundir.recorded_value, out, "directions"))
+    named = _single_directions(directions, model, made_before)
     if not overwrite:
         options = with_recorded_form(options, out)
     recorded = None if overwrite else from_first(partial(rundir.recorded_value, out, "block"))
@@ -347,9 +348,12 @@ def _only_one(judges: Sequence[Evaluator]) -> Evaluator:
 
 
 def _single_directions(
-    directions: Sequence[DirectionLike], model: Model
+    directions: Sequence[DirectionLike], model: Model, recorded: Any
 ) -> list[tuple[Recipe | Given, str, int | str]]:
     """For each direction by itself: its recipe, a name of its own, and what identifies it in `config.json`.
+
+    Arguments:
+        recorded: what identifies the directions of the run that is there; None if there is none.
 
     Raises:
         UserError: there are none, one of them cannot be made, or two are the same.
@@ -357,7 +361,7 @@ def _single_directions(
     named: list[tuple[Recipe | Given, str, int | str]] = []
     recipes = [[recipe_of(direction)] for direction in as_list(directions, "directions")]
     for (prepared,) in prepare(recipes, model):
-        recipe, ids = prepared.recipe, prepared.ids
+        recipe, ids = prepared.recipe, prepared.ids_as_in(recorded)
         if isinstance(recipe, Given) and recipe.count > 1:
             parts = zip(recipe.directions, ids, strict=True)
             named += [(Given((direction,), recipe.name), recipe.name, identity) for direction, identity in parts]

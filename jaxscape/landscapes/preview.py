@@ -1,5 +1,6 @@
 """What a run would do: its plan, and its first prompt as the model gets it."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Unpack
@@ -8,6 +9,7 @@ import jax
 from transformers import PreTrainedTokenizerBase
 
 from jaxscape.directions.base import Recipe
+from jaxscape.directions.kinds import largest_rank
 from jaxscape.directions.relative import Relative
 from jaxscape.engine.batching import Workload
 from jaxscape.engine.options import EngineOptions
@@ -61,6 +63,7 @@ def preview(
         recipes,
         points or (),
     )
+    workload = replace(workload, rank=largest_rank(itertools.chain.from_iterable(recipes), model))
     of_round = " in the first round" if adaptive else ""
     lines = [f"directions: {len(recipes)}, points of each: {workload.num_points}{of_round}", prompts.summary()]
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
@@ -110,6 +113,7 @@ def _preview_search(
     sent = chat_texts(model.tokenizer, ordered, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
     workload = search_workload(question, recipes, prompt_tokens, settings, points)
+    workload = replace(workload, rank=largest_rank(recipes, model))
     asked = f"asked in random order, {workload.block} at a time, until a point is decided"
     lines = [line, prompts.summary(), asked]
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
