@@ -263,7 +263,8 @@ def open_decisions(
         options = with_recorded_form(options, out)
     recorded = None if overwrite else from_first(partial(rundir.recorded_value, out, "block"))
     block = recorded if isinstance(recorded, int) else 0
-    workload = search_workload(question, [recipe for recipe, _, _ in named], prompt_tokens, settings, points, block)
+    recipes = [recipe for recipe, _, _ in named]
+    workload = search_workload(question, model, recipes, prompt_tokens, settings, points, block)
     plan = make_plan(model, workload, options)
     prepare_judge(judge, ordered, free_beside(from_first(free_memory), model, plan))
     engine = Engine(model, workload, plan, None if options.full_text else stop_when_all([judge], opening))
@@ -311,6 +312,7 @@ def in_random_order(prompts: Sequence[str], seed: int) -> list[str]:
 
 def search_workload(
     question: Question,
+    model: Model,
     recipes: Sequence[Recipe],
     prompt_tokens: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -332,7 +334,7 @@ def search_workload(
         ndim=1,
         num_random=int(any(isinstance(recipe, Random) for recipe in recipes)),
         num_sets=sum(recipe.count for recipe in recipes),
-        rank=largest_rank(recipes),
+        rank=largest_rank(recipes, model),
         block=block or block_size(question.limit(count), count, question.error),
     )
 

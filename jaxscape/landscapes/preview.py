@@ -63,6 +63,7 @@ def preview(
         recipes,
         points or (),
     )
+    # The recipes are not prepared, so the rank may take the model to know.
     workload = replace(workload, rank=largest_rank(itertools.chain.from_iterable(recipes), model))
     of_round = " in the first round" if adaptive else ""
     lines = [f"directions: {len(recipes)}, points of each: {workload.num_points}{of_round}", prompts.summary()]
@@ -112,8 +113,7 @@ def _preview_search(
     ordered = in_random_order(prompts, settings.seed)
     sent = chat_texts(model.tokenizer, ordered, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
-    workload = search_workload(question, recipes, prompt_tokens, settings, points)
-    workload = replace(workload, rank=largest_rank(recipes, model))
+    workload = search_workload(question, model, recipes, prompt_tokens, settings, points)
     asked = f"asked in random order, {workload.block} at a time, until a point is decided"
     lines = [line, prompts.summary(), asked]
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
