@@ -16,13 +16,13 @@ class Plot:
 
     Examples:
       jaxscape plot runs/smollm2-135m-safe-1d
-      jaxscape plot runs/paper-2d
+      jaxscape plot runs/smollm2-135m-safe-radius
     """
 
     directory: Annotated[Path, tyro.conf.Positional]
     """The run's directory."""
-    figure: Annotated[str, shown(metavar="NAME")] = "landscape"
-    """What to draw: landscape (the ASR at each point)."""
+    figure: Annotated[str | None, shown("that of the run", "NAME")] = None
+    """What to draw: landscape (the ASR at each point of a scan) or radius (the radii that jaxscape radius found)."""
 
     def run(self) -> None:
         from jaxscape.report.registry import draw_run

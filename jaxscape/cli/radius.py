@@ -63,6 +63,8 @@ class RadiusOutput:
     """The run's directory. An unfinished run there is resumed."""
     overwrite: bool = False
     """Start over if the directory holds a run."""
+    dry_run: bool = False
+    """Write nothing: print the plan, and the first prompt as the model gets it, with its token ids."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class Radius:
         self._check()
 
         from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
-        from jaxscape.landscapes.decisions import RADIUS
+        from jaxscape.landscapes.decisions import RADIUS, Question
+        from jaxscape.landscapes.preview import preview_certificate, preview_radius
         from jaxscape.landscapes.radius import SearchSettings, check_draws
         from jaxscape.prompts.chat_format import system_prompt_text
         from jaxscape.prompts.sets import load_prompts
@@ -106,7 +109,7 @@ class Radius:
 
         limits = (options.of, options.threshold, options.radius_max, options.resolution, options.error, options.checks)
         directions = self._directions()
-        SearchSettings.choose(directions, *limits)
+        settings = SearchSettings.choose(directions, *limits)
         if sigma is not None:
             check_draws(sigma, self.certificate.draws)
         judges = find_evaluators(self.evaluators.names or DEFAULT_EVALUATOR)
@@ -115,16 +118,33 @@ class Radius:
         prompts = load_prompts(source, self.prompts.num_prompts, column)
         if self.prompts.num_prompts is None:
             prompts = prompts.first(DEFAULT_NUM_PROMPTS)
-        self.devices.start()
+        is_dry = self.output.dry_run
+        self.devices.start(keep_compiled=not is_dry)
         from_first(lambda: rundir.check_directory(out, RADIUS))
+        on_host = True if self.engine.form == "streamed" else None
+        model = self.model.load(self.devices.mesh, on_host, weights=not is_dry)
         answering: dict[str, Any] = {
             "prompts": prompts,
-            "of": options.of,
-            "threshold": options.threshold,
             "system_prompt": system_prompt,
             "thinking": self.prompts.thinking,
-            "evaluator": judges,
             "options": self.engine,
+            "seed": options.seed,
+            **asdict(self.generation),
+        }
+        if is_dry:
+            question = Question(options.of, options.threshold)
+            text = (
+                preview_radius(model, directions, settings, **answering)
+                if sigma is None
+                else preview_certificate(model, self.certificate.draws, question, **answering)
+            )
+            from_first(lambda: write_line(text))
+            return
+
+        answering |= {
+            "of": options.of,
+            "threshold": options.threshold,
+            "evaluator": judges,
             "out": out,
             "overwrite": self.output.overwrite,
             "describe": {
@@ -132,10 +152,7 @@ class Radius:
                 **({} if column is None else {"prompt_column": column}),
                 **self.model.described,
             },
-            "seed": options.seed,
-            **asdict(self.generation),
         }
-        model = self.model.load(self.devices.mesh, True if self.engine.form == "streamed" else None)
         text = (
             self._search(model, directions, out, answering) if sigma is None else self._certify(model, sigma, answering)
         )
@@ -165,7 +182,7 @@ class Radius:
 
     def _search(self, model: "Model", directions: list[Any], out: Path, answering: dict[str, Any]) -> str:
         """Search along the directions, draw the figure, and return what is printed."""
-        from jaxscape.landscapes.decisions import FIGURE
+        from jaxscape.landscapes.radii import FIGURE
         from jaxscape.landscapes.radius import radius
         from jaxscape.report.radius import radii_table, save_radii_figure  # Matplotlib writes a cache when imported
         from jaxscape.runtime.processes import from_first

@@ -4,9 +4,10 @@ A recipe has a name, `KIND` or `KIND:OPTION`. The name of a recipe that is made 
 square brackets: `orthogonal:[gradient][random:0]`, or `restricted:[random:0]:*mlp*`.
 """
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from jaxscape.directions.storage import Direction
@@ -23,13 +24,19 @@ DEFAULT_RADIUS = 0.5
 class Recipe(Protocol):
     """Where directions come from. The recipes of one kind are a class; `jaxscape.directions.kinds` lists the kinds.
 
-    `str(recipe)` is the recipe's name. Four further attributes may be left out:
+    `str(recipe)` is the recipe's name. Seven further attributes may be left out:
 
     - `has_control`: whether a random direction of the same norm and rank is scanned beside it by default; else False.
     - `is_drawn`: whether the directions follow from the name and the weights alone and are made quickly, so that a scan
       makes them when their turn comes; else False.
     - `axis_radius`: how far its axis runs on either side by default; else 0.5.
     - `units`: what a coordinate of 1 along them is, see `jaxscape.landscapes.axes.Axis.unit`; else `("raw",)`.
+    - `made_from(model)`: the token ids from which the model computes the directions, for kinds whose tensors have other
+      last bits on another machine or mesh. A run then identifies them by the name, the weights and these tokens, and
+      not by a checksum of the tensors.
+    - `rank_in(model)`: the largest rank of their matrices, where it is known before they are made and they move
+      nothing but matrices that are stored as factors; else None.
+    - `settled(model)`: the same recipe with every choice made that it leaves to the model, and named in it.
 
     Attributes:
         kind: what the names of these recipes begin with.
@@ -80,6 +87,38 @@ class ComposedRecipe(Recipe, Protocol):
                 option describes no direction of this kind.
         """
         ...
+
+
+def with_parts(recipe: Recipe, change: Callable[[Recipe], Recipe]) -> Recipe:
+    """A recipe that is made of others, with each of them changed; the same recipe if it is made of none."""
+    if not dataclasses.is_dataclass(recipe):
+        return recipe
+    parts: dict[str, Any] = {}
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if isinstance(value, Recipe):
+            parts[field.name] = change(value)
+        elif isinstance(value, tuple) and all(isinstance(part, Recipe) for part in value):
+            parts[field.name] = tuple(map(change, value))
+    return dataclasses.replace(recipe, **parts) if parts else recipe
+
+
+def parts_of(recipe: Recipe) -> list[Recipe]:
+    """The recipes of which a recipe is made; none if it is made of no other."""
+    parts: list[Recipe] = []
+
+    def seen(part: Recipe) -> Recipe:
+        parts.append(part)
+        return part
+
+    with_parts(recipe, seen)
+    return parts
+
+
+def settled(recipe: Recipe, model: Model) -> Recipe:
+    """The recipe with every choice made that it or its parts leave to the model."""
+    settle: Callable[[Model], Recipe] | None = getattr(recipe, "settled", None)
+    return with_parts(recipe, lambda part: settled(part, model)) if settle is None else settle(model)
 
 
 def has_control(recipe: object) -> bool:

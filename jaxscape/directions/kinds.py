@@ -5,14 +5,22 @@ name of one that is made of others has theirs in square brackets: `orthogonal:[r
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxscape.directions.base import ComposedRecipe, Recipe, SimpleRecipe, is_drawn, split_parts
+from jaxscape.directions.base import (
+    ComposedRecipe,
+    Recipe,
+    SimpleRecipe,
+    is_drawn,
+    parts_of,
+    settled,
+    split_parts,
+)
 from jaxscape.directions.composed import Orthogonal, Projected, Sum
 from jaxscape.directions.control import Control
 from jaxscape.directions.difference import From, To
@@ -39,6 +47,7 @@ from jaxscape.directions.worst_case import WorstCase
 from jaxscape.models.checkpoint import Params, fingerprint
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError, as_list
+from jaxscape.runtime.files import checksum
 
 KINDS: tuple[type[SimpleRecipe], ...] = (
     Random,
@@ -79,7 +88,7 @@ class Given:
     """Directions that are already made, by the caller or by the recipe of this name.
 
     Attributes:
-        ids: a checksum of each direction; None if they were not computed yet.
+        ids: what identifies each direction; None for checksums of their tensors, which were not computed yet.
     """
 
     directions: tuple[Params, ...]
@@ -177,11 +186,47 @@ class Prepared:
 
     Attributes:
         recipe: what makes it.
-        ids: what identifies each direction in a run's configuration: a seed, a name, or a checksum of its tensors.
+        ids: what identifies each direction in a run's configuration: a seed, a name, a checksum of its tensors, or one
+            of what it was computed from.
     """
 
     recipe: Recipe
     ids: tuple[int | str, ...]
+
+    def ids_as_in(self, recorded: Any) -> tuple[int | str, ...]:
+        """`ids`, or the checksums of the tensors if a run recorded those, as runs did that are older than checksums of
+        what directions are computed from.
+
+        Arguments:
+            recorded: the value of `directions` in the run's configuration; None if there is no run.
+        """
+        known = set(_flat(recorded))
+        if not known or known.issuperset(self.ids):
+            return self.ids
+        former = _checksums(self.recipe) or self.ids
+        return former if known.issuperset(former) else self.ids
+
+
+def _flat(recorded: Any) -> Iterator[int | str]:
+    """What identifies directions, in nested lists."""
+    if isinstance(recorded, list):
+        for item in recorded:
+            yield from _flat(item)
+    elif isinstance(recorded, int | str):
+        yield recorded
+
+
+def _checksums(recipe: Recipe) -> tuple[str, ...] | None:
+    """The checksums of the tensors of directions that are made, or what their controls have of them; else None."""
+    if isinstance(recipe, Given):
+        return tuple(map(fingerprint, recipe.directions))
+    if isinstance(recipe, Control) and (of := _checksums(recipe.of)) is not None:
+        return _control_ids(of, recipe.seed)
+    return None
+
+
+def _control_ids(ids: Iterable[int | str], seed: int) -> tuple[str, ...]:
+    return tuple(f"{Control.kind}:{identity}:{seed}" for identity in ids)
 
 
 def prepare(sets: Sequence[Sequence[Recipe]], model: Model) -> list[list[Prepared]]:
@@ -204,33 +249,64 @@ def prepare(sets: Sequence[Sequence[Recipe]], model: Model) -> list[list[Prepare
             return Prepared(recipe, (recipe.seed,))
         if isinstance(recipe, Control):
             of = prepared(recipe.of)
-            ids = tuple(f"{Control.kind}:{identity}:{recipe.seed}" for identity in of.ids)
-            return Prepared(replace(recipe, of=of.recipe), ids)
+            return Prepared(replace(recipe, of=of.recipe), _control_ids(of.ids, recipe.seed))
         if isinstance(recipe, LowRank):
             check_rank(recipe.rank, model)
         if is_drawn(recipe):
             return Prepared(recipe, (name,))
         if name not in known:
-            made = tuple(recipe.make(model))
-            known[name] = prepared(Given(made, name))
+            known[name] = prepared(_made(recipe, model))
         return known[name]
 
     return [[prepared(recipe) for recipe in item] for item in sets]
 
 
-def largest_rank(recipes: Iterable[Recipe]) -> int | None:
-    """The largest rank of the directions that prepared recipes make; None if one is not known to be of low rank."""
-    ranks = [rank for recipe in recipes for rank in _ranks_of(recipe)]
+def _made(recipe: Recipe, model: Model) -> Given:
+    """The directions of a recipe, with what identifies them."""
+    chosen = settled(recipe, model)
+    made, sources = tuple(chosen.make(model)), list(_sources(chosen))
+    if not any(hasattr(source, "made_from") for source in sources):
+        return Given(made, str(recipe))
+    origin = (str(chosen), fingerprint(model.params), [_origin(source, model) for source in sources])
+    return Given(made, str(recipe), tuple(checksum((*origin, i)) for i in range(len(made))))
+
+
+def _sources(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipes that are made of no other, of which a recipe is made; the recipe itself if it is one."""
+    parts = parts_of(recipe)
+    if not parts:
+        yield recipe
+    for part in parts:
+        yield from _sources(part)
+
+
+def _origin(recipe: Any, model: Model) -> Any:
+    """What identifies the directions of a recipe that is made of no other, beside its name and the weights."""
+    if hasattr(recipe, "made_from"):
+        return recipe.made_from(model)
+    return None if is_drawn(recipe) or isinstance(recipe, Random) else list(map(fingerprint, recipe.make(model)))
+
+
+def largest_rank(recipes: Iterable[Recipe], model: Model | None = None) -> int | None:
+    """The largest rank of the directions that recipes make; None if one is not known to be of low rank.
+
+    Arguments:
+        model: for recipes that are not prepared, the model that decides their rank; it may lack its weights.
+    """
+    ranks = [rank for recipe in recipes for rank in _ranks_of(recipe, model)]
     return None if None in ranks else max(rank for rank in ranks if rank is not None)
 
 
-def _ranks_of(recipe: Recipe) -> list[int | None]:
-    """The rank of each direction that a prepared recipe makes, or None where it is not known to be of low rank."""
+def _ranks_of(recipe: Recipe, model: Model | None) -> list[int | None]:
+    """The rank of each direction that a recipe makes, or None where it is not known to be of low rank."""
     if isinstance(recipe, Given):
         return [rank_of(direction) for direction in recipe.directions]
     if isinstance(recipe, Control | WeightNorm | TensorNorm):
-        return _ranks_of(recipe.of)
-    return [recipe.rank if isinstance(recipe, LowRank) else None] * recipe.count
+        return _ranks_of(recipe.of, model)
+    if isinstance(recipe, LowRank):
+        return [recipe.rank]
+    rank_in: Callable[[Model], int | None] | None = getattr(recipe, "rank_in", None)
+    return [None if rank_in is None or model is None else rank_in(model)] * recipe.count
 
 
 def model_at(model: Model, directions: Sequence[DirectionLike], coords: Sequence[float]) -> Model:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxscape.directions.base import Recipe, as_number, check_no_option, check_parts, recipe_name, split_options
-from jaxscape.directions.examples import DEFAULT_SETS, PromptSets
+from jaxscape.directions.examples import DEFAULT_SETS, PromptSets, Texts
 from jaxscape.directions.importance import layer_matrices, snip_scores, wanda_scores
 from jaxscape.directions.storage import Direction, dense, zero_tensor
 from jaxscape.models.checkpoint import Params, named_leaves, tree_of
@@ -62,6 +62,10 @@ class Mask:
         utility = "" if self.utility == self.safety else _percent(self.utility)
         options = (_percent(self.safety), utility, *self.sets.options)
         return recipe_name(f"{self.kind}:{self.score}", options, (_percent(Mask.safety), "", *DEFAULT_SETS.options))
+
+    def made_from(self, model: Model) -> tuple[Texts, Texts]:
+        """The token ids of the prompts; see `jaxscape.directions.base.Recipe`."""
+        return self.sets.prompts(model, 0, self.sets.number)
 
     def make(self, model: Model) -> list[Direction]:
         masks, matrices, shardings = (

@@ -105,12 +105,17 @@ class Refusals:
             UserError: the prompts cannot be read, a text is too long for the model, or the model refuses none of the
                 prompts and no refusal is given.
         """
+        prompts, text, target = self.given_tokens(model)
+        return prompts, text or self._own(model, prompts), target
+
+    def given_tokens(self, model: Model) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        """The tokens of `tokens` that do not depend on what the model computes: no refusals if they are its own."""
         texts = chat_texts(model.tokenizer, load_prompts(self.prompts, self.number))
         target_text = "" if self.target == NO_TARGET else self.target
         given = [encode(model, [text], 0) if text else [] for text in (self.text, target_text)]
         prompts = encode(model, texts, max(ANSWER_TOKENS, *(len(tokens) for one in given for tokens in one), 0))
         text, target = (one * len(prompts) for one in given)
-        return prompts, text or self._own(model, prompts), target
+        return prompts, text, target
 
     def _own(self, model: Model, prompts: list[list[int]]) -> list[list[int]]:
         """The model's own refusals."""
@@ -136,6 +141,11 @@ class OfLoss:
     units: ClassVar[tuple[str, ...]] = ("weights",)
     axis_radius: ClassVar[float] = 0.001
     count: ClassVar[int] = 1
+    refusals: Refusals
+
+    def made_from(self, model: Model) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        """The token ids that the loss is given; see `jaxscape.directions.base.Recipe`."""
+        return self.refusals.given_tokens(model)
 
 
 class Texts(NamedTuple):

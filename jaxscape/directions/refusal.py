@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -49,11 +49,13 @@ class Refusal:
         layer, position: the activations are those before the layer with this number, counted from 0, at this token of
             each prompt, counted from the end: −1 is the last one. If the layer is None, `choose` chooses both.
         sets: the prompts.
+        unit: r, float32[dim]; None if it was not computed yet.
     """
 
     layer: int | None = None
     position: int = -1
     sets: PromptSets = DEFAULT_SETS
+    unit: Float[np.ndarray, " dim"] | None = field(default=None, repr=False, compare=False)
 
     kind: ClassVar[str] = "refusal"
     usage: ClassVar[str] = "refusal[:LAYER[@POSITION][:HARMFUL,HARMLESS[:N]]]"
@@ -87,8 +89,25 @@ class Refusal:
         return where, *self.sets.options
 
     def make(self, model: Model) -> list[Direction]:
-        unit = self.choose(model)[1] if self.layer is None else self.unit_vector(model)
+        unit = self.settled(model).unit
+        assert unit is not None
         return [ablation(model, unit)]
+
+    def made_from(self, model: Model) -> tuple[Texts, Texts]:
+        """The token ids of the prompts; see `jaxscape.directions.base.Recipe`."""
+        return self.sets.prompts(model, 0, self.sets.number)
+
+    def rank_in(self, model: Model) -> int | None:
+        """1, unless biases are moved too; see `jaxscape.directions.base.Recipe`."""
+        weights = named_leaves(model.params)
+        return 1 if all(weights[name].ndim == 2 for name in _norms_of_writers(model) if name in weights) else None
+
+    def settled(self, model: Model) -> "Refusal":
+        """This direction with its layer and position, and with its r."""
+        if self.unit is not None:
+            return self
+        chosen, unit = self.choose(model) if self.layer is None else (self, self.unit_vector(model))
+        return replace(chosen, unit=unit)
 
     def unit_vector(self, model: Model) -> Float[np.ndarray, " dim"]:
         """The refusal direction in the residual stream, r: float32[dim].

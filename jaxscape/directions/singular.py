@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxscape.directions.base import needs_option, recipe_name, split_options
-from jaxscape.directions.examples import DEFAULT_SETS, Answered, PromptSets
+from jaxscape.directions.examples import DEFAULT_SETS, Answered, PromptSets, Texts
 from jaxscape.directions.storage import Direction, factored, zero_tensor
 from jaxscape.models.activations import input_moments
 from jaxscape.models.checkpoint import named_leaves, tree_of
@@ -64,6 +64,14 @@ class Singular:
     def __str__(self) -> str:
         free = "" if self.free is None else str(self.free)
         return recipe_name(f"{self.kind}:{self.rank}", (free, *self.sets.options), ("", *DEFAULT_SETS.options))
+
+    def made_from(self, model: Model) -> tuple[Texts, Texts]:
+        """The token ids of the prompts; see `jaxscape.directions.base.Recipe`."""
+        return self.sets.prompts(model, 0, self.sets.number)
+
+    def rank_in(self, model: Model) -> int:
+        """The rank of each matrix; see `jaxscape.directions.base.Recipe`."""
+        return self.rank
 
     def make(self, model: Model) -> list[Direction]:
         weights, shardings = named_leaves(model.params), named_leaves(model.shardings)

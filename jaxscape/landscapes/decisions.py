@@ -32,7 +32,7 @@ from jaxscape.evaluate.coherence import Coherence, coherence
 from jaxscape.evaluate.evaluators import find_evaluators
 from jaxscape.evaluate.statistics import block_size, more_than
 from jaxscape.landscapes.answers import Answers, answers_at
-from jaxscape.landscapes.radii import CERTIFICATE_FILE, RADII_FILE
+from jaxscape.landscapes.radii import CERTIFICATE_FILE, FIGURE, RADII_FILE
 from jaxscape.landscapes.scan import answer_settings, free_beside, with_recorded_form
 from jaxscape.landscapes.score import prepare_judge
 from jaxscape.landscapes.shares import in_run
@@ -49,7 +49,6 @@ from jaxscape.runtime.files import append_json_lines, cut_after, to_json_lines, 
 from jaxscape.runtime.hardware import free_memory
 from jaxscape.runtime.processes import from_first
 
-FIGURE = "radius.png"
 RADIUS = rundir.RunKind(
     "search for radii",
     state=GENERATIONS,
@@ -254,29 +253,18 @@ def open_decisions(
     settings, options = Sampling(**sampling), options or EngineOptions()
     judge = _only_one(find_evaluators(evaluator))
     texts = as_texts(prompts, "prompts")
-    # The order must be random, and not that of a file, for the probability of a wrong decision to be what it says.
-    ordered = [texts[i] for i in np.random.default_rng(settings.seed).permutation(len(texts))]
+    ordered = in_random_order(texts, settings.seed)
     sent = chat_texts(model.tokenizer, ordered, system_prompt, thinking)
     opening = thinking_opening(model.tokenizer, system_prompt, thinking)
     prompt_tokens = encode(model, sent, settings.max_new_tokens)
-    named = _single_directions(directions, model)
+    made_before = None if overwrite else from_first(partial(rundir.recorded_value, out, "directions"))
+    named = _single_directions(directions, model, made_before)
     if not overwrite:
         options = with_recorded_form(options, out)
     recorded = None if overwrite else from_first(partial(rundir.recorded_value, out, "block"))
     block = recorded if isinstance(recorded, int) else 0
-    block = block or block_size(question.limit(len(texts)), len(texts), question.error)
-    num_random = int(any(isinstance(recipe, Random) for recipe, _, _ in named))
-    workload = Workload(
-        prompt_tokens,
-        settings,
-        num_points=points,
-        points_per_line=points,
-        ndim=1,
-        num_random=num_random,
-        num_sets=len(named),
-        rank=largest_rank(recipe for recipe, _, _ in named),
-        block=block,
-    )
+    recipes = [recipe for recipe, _, _ in named]
+    workload = search_workload(question, model, recipes, prompt_tokens, settings, points, block)
     plan = make_plan(model, workload, options)
     prepare_judge(judge, ordered, free_beside(from_first(free_memory), model, plan))
     engine = Engine(model, workload, plan, None if options.full_text else stop_when_all([judge], opening))
@@ -316,6 +304,41 @@ def open_decisions(
         yield decisions
 
 
+def in_random_order(prompts: Sequence[str], seed: int) -> list[str]:
+    """The prompts in the order in which they are asked. It must be random, and not that of a file, for the probability
+    of a wrong decision to be what it says."""
+    return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
+
+
+def search_workload(
+    question: Question,
+    model: Model,
+    recipes: Sequence[Recipe],
+    prompt_tokens: Sequence[Sequence[int]],
+    sampling: Sampling,
+    points: int,
+    block: int = 0,
+) -> Workload:
+    """The workload of a run that decides at points along single directions.
+
+    Arguments:
+        points: the number of points along a direction that are asked together.
+        block: the number of prompts that are asked at a time; 0 for the one that asks the fewest.
+    """
+    count = len(prompt_tokens)
+    return Workload(
+        prompt_tokens,
+        sampling,
+        num_points=points,
+        points_per_line=points,
+        ndim=1,
+        num_random=int(any(isinstance(recipe, Random) for recipe in recipes)),
+        num_sets=sum(recipe.count for recipe in recipes),
+        rank=largest_rank(recipes, model),
+        block=block or block_size(question.limit(count), count, question.error),
+    )
+
+
 def _only_one(judges: Sequence[Evaluator]) -> Evaluator:
     """The evaluator, if there is one; else a `UserError`."""
     if len(judges) != 1:
@@ -327,9 +350,12 @@ def _only_one(judges: Sequence[Evaluator]) -> Evaluator:
 
 
 def _single_directions(
-    directions: Sequence[DirectionLike], model: Model
+    directions: Sequence[DirectionLike], model: Model, recorded: Any
 ) -> list[tuple[Recipe | Given, str, int | str]]:
     """For each direction by itself: its recipe, a name of its own, and what identifies it in `config.json`.
+
+    Arguments:
+        recorded: what identifies the directions of the run that is there; None if there is none.
 
     Raises:
         UserError: there are none, one of them cannot be made, or two are the same.
@@ -337,7 +363,7 @@ def _single_directions(
     named: list[tuple[Recipe | Given, str, int | str]] = []
     recipes = [[recipe_of(direction)] for direction in as_list(directions, "directions")]
     for (prepared,) in prepare(recipes, model):
-        recipe, ids = prepared.recipe, prepared.ids
+        recipe, ids = prepared.recipe, prepared.ids_as_in(recorded)
         if isinstance(recipe, Given) and recipe.count > 1:
             parts = zip(recipe.directions, ids, strict=True)
             named += [(Given((direction,), recipe.name), recipe.name, identity) for direction, identity in parts]

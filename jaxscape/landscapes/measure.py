@@ -129,15 +129,15 @@ def measure(
         thinking=thinking,
     )
     prepared = prepare(recipes, model)
-    ids = [[identity for direction in item for identity in direction.ids] for item in prepared]
     if scanned is not None:
-        scanned.check_directions(ids)
+        scanned.check_directions(prepared)
+    known = None if overwrite else from_first(partial(rundir.recorded_value, directory, "directions"))
     made = make_measures(names, subject)
     config = {
         "model": model.name,
         "weights": fingerprint(model.params),
         "dtype": model.dtype,
-        "directions": ids,
+        "directions": [[one for direction in item for one in direction.ids_as_in(known)] for item in prepared],
         "direction_names": [[str(direction.recipe) for direction in item] for item in prepared],
         "grid": [axis.described() for axis in axes],
         "measures": {measure.name: checksum(json.dumps(measure.settings)) for measure in made},

@@ -1,19 +1,25 @@
-"""What a scan would do: its plan, and its first prompt as the model gets it."""
+"""What a run would do: its plan, and its first prompt as the model gets it."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 from transformers import PreTrainedTokenizerBase
 
 from jaxscape.directions.base import Recipe
+from jaxscape.directions.kinds import largest_rank
+from jaxscape.directions.relative import Relative
+from jaxscape.engine.batching import Workload
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import Hardware, make_plan, this_hardware
 from jaxscape.engine.sampling import Sampling, SamplingOptions
 from jaxscape.forecast.chips import bytes_per_chip
 from jaxscape.landscapes.adaptive import first_round
 from jaxscape.landscapes.axes import Axis
+from jaxscape.landscapes.decisions import Question, in_random_order, search_workload
+from jaxscape.landscapes.radius import POINTS_OF_DRAW, POINTS_OF_SEARCH, SearchSettings, sides_of
 from jaxscape.landscapes.scan import workload_of
 from jaxscape.models.chat_defaults import adds_bos, template_notes
 from jaxscape.models.encoding import encode
@@ -50,25 +56,96 @@ def preview(
     """
     prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
     settings, sent = Sampling(**sampling), chat_texts(model.tokenizer, prompts, system_prompt, thinking)
-    prompt_tokens = encode(model, sent, settings.max_new_tokens)
     workload = workload_of(
-        prompt_tokens, settings, first_round(axes or ()) if adaptive else axes or (), recipes, points or ()
+        encode(model, sent, settings.max_new_tokens),
+        settings,
+        first_round(axes or ()) if adaptive else axes or (),
+        recipes,
+        points or (),
     )
-    plan = make_plan(model, workload, options, _hardware_with(model))
-    opening = thinking_opening(model.tokenizer, system_prompt, thinking)
+    # The recipes are not prepared, so the rank may take the model to know.
+    workload = replace(workload, rank=largest_rank(itertools.chain.from_iterable(recipes), model))
     of_round = " in the first round" if adaptive else ""
+    lines = [f"directions: {len(recipes)}, points of each: {workload.num_points}{of_round}", prompts.summary()]
+    opening = thinking_opening(model.tokenizer, system_prompt, thinking)
+    return _description(model, workload, options, lines, sent[0], opening)
+
+
+def preview_radius(model: Model, recipes: Sequence[Recipe], settings: SearchSettings, **answering: Any) -> str:
+    """A description of a search for radii for the user, as `preview` gives one of a scan.
+
+    Arguments:
+        recipes: the directions.
+        settings: what is searched for along them.
+        answering: `prompts`, `system_prompt`, `thinking`, `options` and sampling, see `jaxscape.radius`.
+
+    Raises:
+        UserError: an argument cannot be used.
+    """
+    line = (
+        f"rays: {sum(map(len, sides_of(recipes)))}, points of each: {settings.cells + 1}, of which at most "
+        f"{settings.most_points} are asked"
+    )
+    return _preview_search(model, recipes, settings.question, POINTS_OF_SEARCH, line, **answering)
+
+
+def preview_certificate(model: Model, draws: int, question: Question, **answering: Any) -> str:
+    """A description of a certificate of noise for the user; see `preview_radius`."""
+    recipes = [Relative(i) for i in range(draws)]
+    return _preview_search(model, recipes, question, POINTS_OF_DRAW, f"draws: {draws}", **answering)
+
+
+def _preview_search(
+    model: Model,
+    recipes: Sequence[Recipe],
+    question: Question,
+    points: int,
+    line: str,
+    *,
+    prompts: Sequence[str],
+    system_prompt: str = "default",
+    thinking: str = "default",
+    options: EngineOptions | None = None,
+    **sampling: Unpack[SamplingOptions],
+) -> str:
+    prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
+    settings = Sampling(**sampling)
+    ordered = in_random_order(prompts, settings.seed)
+    sent = chat_texts(model.tokenizer, ordered, system_prompt, thinking)
+    prompt_tokens = encode(model, sent, settings.max_new_tokens)
+    workload = search_workload(question, model, recipes, prompt_tokens, settings, points)
+    asked = f"asked in random order, {workload.block} at a time, until a point is decided"
+    lines = [line, prompts.summary(), asked]
+    opening = thinking_opening(model.tokenizer, system_prompt, thinking)
+    return _description(model, workload, options, lines, sent[0], opening)
+
+
+def _description(
+    model: Model,
+    workload: Workload,
+    options: EngineOptions | None,
+    lines: Sequence[str],
+    sent: str,
+    opening: str,
+) -> str:
+    """The plan of a workload, what the lines say, and the first prompt.
+
+    Arguments:
+        sent: the first prompt as it is sent.
+        opening: the marker with which it opens a block of thinking, if it does.
+    """
+    plan, tokens = make_plan(model, workload, options, _hardware_with(model)), workload.prompt_tokens[0]
     return "\n".join(
         [
             f"plan: {plan}",
-            f"directions: {len(recipes)}, points of each: {workload.num_points}{of_round}",
-            prompts.summary(),
+            *lines,
             *template_notes(model.tokenizer),
             "the first prompt as it is sent:",
-            printable(sent[0], kept="\n\t"),
+            printable(sent, kept="\n\t"),
             *([f"the answer begins inside thinking, which {opening} opens"] if opening else []),
-            f"its {len(prompt_tokens[0])} tokens (* marks special ones):",
-            *_token_lines(model.tokenizer, prompt_tokens[0]),
-            _bos_line(model.tokenizer, prompt_tokens[0]),
+            f"its {len(tokens)} tokens (* marks special ones):",
+            *_token_lines(model.tokenizer, tokens),
+            _bos_line(model.tokenizer, tokens),
         ]
     )
 

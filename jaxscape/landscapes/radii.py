@@ -16,7 +16,7 @@ from jaxscape.landscapes.numbers import rounded
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import read_json, write_whole
 
-RADII_FILE, CERTIFICATE_FILE = "radius.json", "certificate.json"
+RADII_FILE, CERTIFICATE_FILE, FIGURE = "radius.json", "certificate.json", "radius.png"
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 CONFIDENCE = 0.95
 

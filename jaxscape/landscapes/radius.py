@@ -26,6 +26,7 @@ from jaxscape.runtime.progress import progress_display
 CHECKS_OF_COMPLIED = 9
 DEFAULT_CELLS, DEFAULT_ERROR, DEFAULT_DRAWS = 50, 0.05, 100
 SIDES = {-1: "negative", 1: "positive"}
+POINTS_OF_SEARCH, POINTS_OF_DRAW = 2, 1  # along a direction that are asked together: on its two sides; at a draw
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,14 @@ class SearchSettings:
         return min(CHECKS_OF_COMPLIED, self.cells) if self.of == "complied" else 0
 
     @property
+    def most_points(self) -> int:
+        """The number of points that the search along a ray can have, at most; the model itself is one of them."""
+        return 2 + math.ceil(math.log2(self.cells)) + self.num_checks
+
+    @property
     def question(self) -> Question:
         """What is asked at each point. The error of a ray is divided among the points that its search can have."""
-        num_points = 2 + math.ceil(math.log2(self.cells)) + self.num_checks
-        return Question(self.of, self.threshold, self.error / num_points)
+        return Question(self.of, self.threshold, self.error / self.most_points)
 
     def distance(self, number: int) -> float:
         """The distance of a ray's point from the model."""
@@ -158,7 +163,7 @@ def radius(
     """
     recipes = [recipe_of(direction) for direction in as_list(directions, "directions")]
     settings = SearchSettings.choose(recipes, of, threshold, radius_max, resolution, error, checks)
-    sides = [[1] if recipe.is_interpolation else [-1, 1] for recipe in recipes for _ in range(recipe.count)]
+    sides = sides_of(recipes)
     search = {"radius_max": settings.radius_max, "cells": settings.cells, "checks": settings.num_checks}
     directory = None if out is None else Path(out)
     with open_decisions(
@@ -174,7 +179,7 @@ def radius(
         out=directory,
         overwrite=overwrite,
         describe=describe,
-        points=2,
+        points=POINTS_OF_SEARCH,
         **sampling,
     ) as decisions:
         rays: list[Ray] = []
@@ -204,6 +209,11 @@ def radius(
                 for index, own in enumerate(found, start):
                     bar.print(_report(index + 1, len(sides), own, settings, decisions.num_answers))
         return result()
+
+
+def sides_of(recipes: Sequence[Recipe]) -> list[list[int]]:
+    """For each direction, the signs of the sides that are searched: both, or only that of another model."""
+    return [[1] if recipe.is_interpolation else [-1, 1] for recipe in recipes for _ in range(recipe.count)]
 
 
 class Found(NamedTuple):
@@ -371,7 +381,7 @@ def certify(
         out=directory,
         overwrite=overwrite,
         describe=describe,
-        points=1,
+        points=POINTS_OF_DRAW,
         **sampling,
     ) as decisions:
         exceeded: list[bool] = []

@@ -151,12 +151,13 @@ def scan(
     later_free = None if free is None else free + (bytes_of_weights(model) if free_model else 0)
     for judge in judges:
         prepare_judge(judge, prompts, later_free if judge in late else free_beside(free, model, plan))
+    recorded = None if overwrite else from_first(lambda: rundir.recorded_value(directory, "directions"))
     decides: Adaptive | None = ("shares" if shares else "asr") if adaptive else None
     config = {
         "model": model.name,
         "weights": fingerprint(model.params),
         "dtype": model.dtype,
-        "directions": [[identity for direction in item for identity in direction.ids] for item in prepared],
+        "directions": [[one for direction in item for one in direction.ids_as_in(recorded)] for item in prepared],
         "direction_names": [[str(direction.recipe) for direction in item] for item in prepared],
         "axes": [axis.described() for axis in axes],
         **({"points": [list(point) for point in coords]} if coords else {}),

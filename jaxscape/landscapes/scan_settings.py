@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import parse_direction
+from jaxscape.directions.kinds import Prepared, parse_direction
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.store import PROMPTS, SCAN
 from jaxscape.models.checkpoint import fingerprint
@@ -26,7 +26,7 @@ class ScanSettings:
         model, base, dtype: what the model was loaded from, and how.
         directions: the recipes of each direction set.
         prompts, prompt_source: the prompts, and the set or file that they were read from; None if a program gave them.
-        weights, ids: checksums of the model and of the directions of each set.
+        weights, ids: a checksum of the model, and what identifies the directions of each set.
     """
 
     directory: Path
@@ -91,9 +91,9 @@ class ScanSettings:
                 f"were {self.model} in {self.dtype}: load the same model in the same dtype."
             )
 
-    def check_directions(self, ids: Sequence[Sequence[Any]]) -> None:
-        """Raise a `UserError` if directions with these checksums are not those of the scan."""
-        if [list(item) for item in ids] != self.ids:
+    def check_directions(self, prepared: Sequence[Sequence[Prepared]]) -> None:
+        """Raise a `UserError` if these directions are not those of the scan."""
+        if [[one for direction in item for one in direction.ids_as_in(self.ids)] for item in prepared] != self.ids:
             raise UserError(
                 f"The directions of the scan in {self.directory} have changed since: their files or models are others."
             )

@@ -13,9 +13,10 @@ import jaxscape as js
 from jaxscape.directions import examples
 from jaxscape.directions.examples import Answered, PromptSets
 from jaxscape.directions.importance import snip_scores, wanda_scores
-from jaxscape.directions.kinds import parse_direction
+from jaxscape.directions.kinds import largest_rank, parse_direction
 from jaxscape.directions.masks import Mask, top
 from jaxscape.directions.singular import left_singular_vectors
+from jaxscape.directions.stacked import rank_of
 from jaxscape.directions.storage import Factored
 from jaxscape.models.checkpoint import named_leaves
 from jaxscape.prompts.chat_format import chat_texts
@@ -173,6 +174,7 @@ def test_singular_directions_remove_the_top_ranks(pair: tuple[js.Model, Any], fr
         product = np.asarray(leaf.left) @ np.asarray(leaf.right)
         np.testing.assert_allclose(product, -change, atol=2e-3 * np.abs(weight).max(), err_msg=layer)
     assert all(leaf.rank == 0 for leaf in leaves.values())
+    assert largest_rank([parse_direction(name)], model) == rank_of(direction) == 3
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (12, 7)])

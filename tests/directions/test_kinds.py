@@ -12,7 +12,7 @@ from helpers import MakeModel, assert_same_tree
 import jaxscape as js
 from jaxscape.directions import kinds
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import COMPOSED_KINDS, KINDS, parse_direction, prepare, recipe_of
+from jaxscape.directions.kinds import COMPOSED_KINDS, KINDS, largest_rank, parse_direction, prepare, recipe_of
 from jaxscape.directions.point import materialise
 from jaxscape.directions.random import Random
 from jaxscape.models.checkpoint import fingerprint
@@ -54,6 +54,25 @@ def test_every_kind_keeps_the_protocol() -> None:
         options = {"sparse": "0.5:0", "low-rank": "2:0", "worst-case": "0.1", "hessian": "1"}
         options |= {"quantisation": "int8", "mask": "snip", "singular": "1"}
         assert isinstance(kind.parse(options.get(kind.kind, "0")), Recipe)
+
+
+REFUSAL = "refusal:1:harmful,benign:4"
+
+
+@pytest.mark.parametrize(
+    "name", [REFUSAL, f"weight-norm:[{REFUSAL}]", f"control:[tensor-norm:[{REFUSAL}]]", "low-rank:2:0", "random:0"]
+)
+def test_a_rank_is_known_before_a_direction_is_made(name: str, tiny: js.Model, tiny_dir: Path) -> None:
+    weightless = js.load_model(tiny_dir, "float32", weights=False)
+    recipe, ((made,),) = parse_direction(name), prepare([[parse_direction(name)]], tiny)
+    assert largest_rank([recipe], weightless) == largest_rank([made.recipe])
+    assert largest_rank([made.recipe]) == {"random:0": None, "low-rank:2:0": 2}.get(name, 1)
+
+
+def test_a_refusal_direction_that_moves_biases_has_no_rank(make_model: MakeModel) -> None:
+    model = js.load_model(make_model("llama", attention_bias=True)[0], "float32")
+    ((made,),) = prepare([[parse_direction(REFUSAL)]], model)
+    assert largest_rank([parse_direction(REFUSAL)], model) is largest_rank([made.recipe]) is None
 
 
 def test_names_seeds_trees_and_recipes_make_the_same_direction(tiny: js.Model, tmp_path: Path) -> None:

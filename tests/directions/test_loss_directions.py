@@ -1,5 +1,7 @@
 """Directions that come from the loss of refusal: its gradient and its worst case."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from hypothesis import strategies as st
 
 import jaxscape as js
 from jaxscape.directions.gradient import Gradient
+from jaxscape.directions.kinds import parse_direction, prepare
 from jaxscape.directions.objective import RefusalLoss, Refusals, norm, positive_norm
 from jaxscape.directions.worst_case import WorstCase, steepest_step
-from jaxscape.models.checkpoint import named_leaves
+from jaxscape.models.checkpoint import fingerprint, named_leaves
 from jaxscape.models.encoding import encode
 from jaxscape.models.greedy import greedy_tokens
 from jaxscape.prompts import refusal
@@ -248,13 +251,83 @@ def test_a_gradient_that_overflows_is_a_sentence() -> None:
         positive_norm({"x": jnp.array([1.0, jnp.inf])})
 
 
-def test_a_scan_along_the_gradient_is_resumed(small: js.Model, tmp_path: Path) -> None:
-    """The direction is made again, and is the same to the bit."""
-    options: dict[str, Any] = {"prompts": ["Hi", "Why?"], "steps": 2, "radius": 0.01, "max_new_tokens": 4}
-    options |= {"progress": False, "shares": False, "out": tmp_path / "run"}
-    js.scan(small, [f"gradient:harmful:3:{REFUSAL}:none"], **options)
-    file = tmp_path / "run" / "generations.jsonl"
-    whole = file.read_text()
-    file.write_text("".join(whole.splitlines(keepends=True)[:3]))
-    js.scan(small, [f"gradient:harmful:3:{REFUSAL}:none"], **options)
-    assert file.read_text() == whole
+OTHER_MESH = MeshShape(1, 4)
+ALONG = f"gradient:harmful:3:{REFUSAL}:none"
+
+
+@pytest.fixture(scope="module")
+def scanned(small: js.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("gradient") / "run"
+    js.scan(small, [ALONG], out=directory, **SCAN)
+    return directory
+
+
+SCAN: dict[str, Any] = {"prompts": ["Hi", "Why?"], "steps": 2, "radius": 0.01, "max_new_tokens": 4}
+SCAN |= {"progress": False, "shares": False}
+
+
+def begun(scanned: Path, directory: Path) -> Path:
+    """A copy of the scan that was interrupted in the middle."""
+    shutil.copytree(scanned, directory)
+    file = directory / "generations.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
+    return directory
+
+
+@pytest.mark.parametrize("shape", [MeshShape(), OTHER_MESH], ids=["here", "on another mesh"])
+def test_a_scan_along_the_gradient_is_resumed(
+    pair: tuple[Path, Any], scanned: Path, shape: MeshShape, tmp_path: Path
+) -> None:
+    """The direction is made again: with the same bits on the same mesh, and close to it on another one."""
+    run = begun(scanned, tmp_path / "run")
+    js.scan(js.load_model(pair[0], "float32", mesh_shape=shape), [ALONG], out=run, **SCAN)
+    assert (run / "generations.jsonl").read_text() == (scanned / "generations.jsonl").read_text()
+    assert (run / "config.json").read_text() == (scanned / "config.json").read_text()
+
+
+def test_a_run_that_recorded_checksums_of_its_tensors_is_resumed(
+    small: js.Model, scanned: Path, tmp_path: Path
+) -> None:
+    run = begun(scanned, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    tensors = fingerprint(js.make_directions([ALONG], small)[0])
+    assert config["directions"][0] != [tensors]
+    former = json.dumps(config | {"directions": [[tensors], [f"control:{tensors}:0"]]}, indent=1) + "\n"
+    (run / "config.json").write_text(former)
+    js.scan(small, [ALONG], out=run, **SCAN)
+    assert (run / "config.json").read_text() == former
+    assert (run / "generations.jsonl").read_text() == (scanned / "generations.jsonl").read_text()
+    js.measure(small, measures=["damage"], harmless=["Hi"], like=run, progress=False)
+    for changed in (tensors[::-1], config["directions"][0][0][::-1]):
+        config["directions"][0] = [changed]
+        (run / "config.json").write_text(json.dumps(config))
+        with pytest.raises(js.UserError, match="directions"):
+            js.scan(small, [ALONG], out=run, **SCAN)
+        with pytest.raises(js.UserError, match=r"directions of the scan in .* have changed"):
+            js.measure(small, measures=["damage"], harmless=["Hi"], like=run, progress=False)
+
+
+def test_a_direction_is_identified_by_what_it_is_computed_from(
+    pair: tuple[Path, Any], small: js.Model, tmp_path: Path
+) -> None:
+    """By its name, the weights and the tokens; and a file that it is made of, too, by its content."""
+    path = tmp_path / "d.safetensors"
+    js.save_direction(js.random_direction(small, 0), path, small)
+
+    def identity(name: str, model: js.Model = small) -> Any:
+        (prepared,) = prepare([[parse_direction(name)]], model)[0]
+        return prepared.ids
+
+    many = js.load_model(pair[0], "float32", mesh_shape=OTHER_MESH)
+    (here,), (there,) = (js.make_directions([ALONG], model) for model in (small, many))
+    assert fingerprint(here) != fingerprint(there), "else this test shows nothing"
+    assert identity(ALONG) == identity(ALONG, many)
+    moved = replace(small, params=jax.tree.map(lambda x: x * 2, small.params))
+    others = [identity(ALONG, moved), identity(ALONG.replace(":3:", ":2:")), identity(f"weight-norm:[{ALONG}]")]
+    composed = f"orthogonal:[{ALONG}][file:{path}]"
+    others += [identity(composed)]
+    js.save_direction(js.random_direction(small, 1), path, small)
+    others += [identity(composed), identity(ALONG)]
+    assert len(set(others)) == len(others)
+    assert identity(f"control:[{ALONG}]") == (f"control:{identity(ALONG)[0]}:0",)
+    assert identity(f"file:{path}") == (fingerprint(js.load_direction(path, small)),), "files have the same bits"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import jaxscape as js
 from jaxscape.directions import refusal
 from jaxscape.directions.examples import PromptSets
-from jaxscape.directions.kinds import parse_direction
+from jaxscape.directions.kinds import parse_direction, prepare
 from jaxscape.directions.refusal import (
     Outcome,
     Refusal,
@@ -125,8 +125,12 @@ def test_the_place_is_chosen_by_what_ablation_does(refusing: js.Model, capsys: p
         apart.append((ours.mean() - others.mean()) / np.sqrt((ours.var() + others.var()) / 2))
     assert chosen.position == np.argmax(apart) - len(apart)
     assert str(parse_direction(str(chosen))) == str(chosen)
-    (one,), (same,) = js.make_directions([str(recipe)], refusing), js.make_directions([str(chosen)], refusing)
-    assert_same_tree(jax.tree.leaves(one), jax.tree.leaves(same))
+    recipes = (recipe, chosen, replace(chosen, position=chosen.position - 1))
+    sets = prepare([[parse_direction(f"weight-norm:[{one}]")] for one in recipes], refusing)
+    one, same, other = (made for (made,) in sets)
+    assert_same_tree(*(jax.tree.leaves(made.recipe.make(refusing)) for made in (one, same)))
+    assert one.ids == same.ids, "what is chosen is part of what identifies a direction"
+    assert one.ids != other.ids
 
 
 def test_a_model_that_refuses_nothing_needs_a_layer(tiny: js.Model) -> None:

@@ -385,9 +385,24 @@ def test_the_command_line(tiny_dir: Path, tmp_path: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "| direction | negative side | positive side |" in out
     assert "| mean over the directions |" in out
-    assert (tmp_path / "radius" / "radius.png").stat().st_size > 10_000
+    figure = tmp_path / "radius" / "radius.png"
+    assert figure.stat().st_size > 10_000
+    drawn = figure.read_bytes()
+    figure.unlink()
+    main(["plot", str(tmp_path / "radius")])
+    assert capsys.readouterr().out == f"{figure}\n"
+    assert figure.read_bytes() == drawn
     main(["radius", *model, "--certify", "0.01", "--draws", "2", "--out", str(tmp_path / "certificate")])
     assert "With 95 % confidence, at least" in capsys.readouterr().out
+    for plot, message in [
+        ([str(tmp_path / "certificate")], "certificate of noise, which has no figure"),
+        ([str(tmp_path / "radius"), "--figure", "landscape"], "holds no landscape"),
+        ([str(tmp_path / "certificate"), "--figure", "radius"], "radius.json"),
+        ([str(tmp_path / "radius"), "--figure", "none"], "Unknown figure 'none': choose landscape, radius"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            main(["plot", *plot])
+        assert message in capsys.readouterr().err
     for options, message in [
         (["--direction", "random:0", "--num-directions", "2"], "Give either --direction or --num-directions"),
         (["--num-directions", "0"], "--num-directions must be at least 1, not 0"),
@@ -401,3 +416,30 @@ def test_the_command_line(tiny_dir: Path, tmp_path: Path, capsys: pytest.Capture
             main(["radius", *model, *options, "--out", str(tmp_path / "new")])
         assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_says_what_a_search_would_do_and_writes_nothing(
+    tiny_dir: Path,
+    tiny: js.Model,
+    finished: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    model = ["--model", str(tiny_dir), "--prompts", "prompts.txt", "--max-new-tokens", "6", "--dry-run"]
+    search = ["--direction", "random:0", "gaussian:1", "--radius-max", "0.08", "--resolution", "0.01", "--checks", "1"]
+    main(["radius", *model, *search])
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert out.startswith("plan: ")
+    assert "rays: 4, points of each: 9, of which at most 6 are asked" in out
+    block = json.loads((finished / "config.json").read_text())["block"]
+    assert f"asked in random order, {block} at a time, until a point is decided" in out
+    first = json.loads((finished / "prompts.jsonl").read_text().splitlines()[0])
+    assert f"as it is sent:\n{first['sent']}\n" in out
+    assert max(ray.points for ray in js.Radii.load(finished).rays) <= 6
+    main(["radius", *model, "--certify", "0.01", "--draws", "7"])
+    assert "draws: 7\n" in capfd.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.txt"}
