@@ -7,12 +7,12 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import tyro
-
+from jaxscape.cli.arguments import parse
 from jaxscape.cli.options import check_working_directory
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, unknown_name
 from jaxscape.runtime.streams import BROKEN_PIPE, safe_streams, write_line
 from jaxscape.runtime.texts import printable
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0 if arguments else 2)
     if arguments[0] not in VERBS:
         with safe_streams():
-            _fail(f"Unknown verb {arguments[0]!r}: choose {', '.join(VERBS)}, or see jaxscape --help.")
+            _fail(str(unknown_name("verb", arguments[0], VERBS)))
     verb = VERBS[arguments[0]]
     options = getattr(importlib.import_module(f"jaxscape.cli.{verb.module}"), verb.options)
     run_program(options, arguments[1:], f"jaxscape {arguments[0]}")
@@ -95,10 +95,9 @@ def _run(program: Any, arguments: Sequence[str] | None, name: str | None) -> Non
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is first imported
     if shutil.get_terminal_size().columns < MIN_COLUMNS:
         os.environ["COLUMNS"] = str(MIN_COLUMNS)
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands, tyro.conf.DisallowNone)
     description = inspect.getdoc(program)  # with its examples, which tyro would leave out
-    command = tyro.cli(program, prog=name, description=description, args=arguments, config=config)
     try:
+        command = parse(program, arguments, name or Path(sys.argv[0]).name, description)
         check_working_directory()
         command.run()
     except BrokenPipeError:  # no one reads the progress any more

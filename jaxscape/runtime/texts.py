@@ -1,6 +1,7 @@
 """Texts for messages: escaped, quoted, shortened and listed, because names and files can hold any characters."""
 
-from collections.abc import Collection, Sequence
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 
 def printable(text: str, kept: str = "") -> str:
@@ -25,3 +26,18 @@ def listed(items: Sequence[str], limit: int = 5, separator: str = ", ") -> str:
 def quoted_names(names: Collection[str]) -> str:
     """The first twelve names, each as `shown_text` shows it: `'a', 'b' and 3 more`."""
     return listed([shown_text(name, 40) for name in names], 12)
+
+
+def did_you_mean(name: object, known: Iterable[str], forms: Mapping[str, str] | None = None) -> str:
+    """` (did you mean A or B?)` with the known names that are nearest to a misspelled one, or an empty text if none is
+    near. Upper and lower case do not matter.
+
+    Arguments:
+        forms: how a known name is written, such as `random:SEED` for `random`; None shows the names themselves.
+    """
+    lowered = {item.lower(): item if forms is None else forms[item] for item in known}
+    near = [lowered[item] for item in difflib.get_close_matches(str(name).lower(), lowered)]
+    if not near:
+        return ""
+    *others, last = near
+    return f" (did you mean {', '.join(others)}{' or ' if others else ''}{last}?)"
