@@ -16,6 +16,7 @@ class Export:
     Examples:
       jaxscape export runs/smollm2-135m-safe-1d
       jaxscape export runs/paper-2d
+      jaxscape export path/to/run
     """
 
     directory: Annotated[Path, tyro.conf.Positional]

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from rich.cells import cell_len, set_cell_size
+
 
 def printable(text: str, kept: str = "") -> str:
     """The text with escapes in place of control characters, which would change the terminal.
@@ -41,3 +43,11 @@ def did_you_mean(name: object, known: Iterable[str], forms: Mapping[str, str] | 
         return ""
     *others, last = near
     return f" (did you mean {', '.join(others)}{' or ' if others else ''}{last}?)"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """The rows of a table with columns of equal width, for a terminal; control characters are escaped."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(map(set_cell_size, row, widths)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)
