@@ -105,6 +105,7 @@ def commands(document: Path) -> Iterator[list[str]]:
     """The commands in a document's shell blocks, without the dots that stand for further options."""
     for block in BASH.findall(document.read_text(encoding="utf-8")):
         for verb, options in COMMAND.findall(block.replace("\\\n", " ")):
+            options = options.partition(" > ")[0]
             yield [verb, *(part for part in shlex.split(options, comments=True) if part != "...")]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import tyro
@@ -19,13 +19,11 @@ from tyro.constructors import (
 from jaxscape.runtime.errors import UserError, unknown_name
 from jaxscape.runtime.texts import did_you_mean
 
-T = TypeVar("T")
-
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands, tyro.conf.DisallowNone)
 REGISTRY = ConstructorRegistry()
 
 
-def parse(program: type[T], arguments: Sequence[str], name: str, description: str | None) -> T:
+def parse(program: Any, arguments: Sequence[str], name: str, description: str | None) -> Any:
     """The options of a program. `--help` and errors that tyro finds end the process.
 
     Arguments:
@@ -40,7 +38,7 @@ def parse(program: type[T], arguments: Sequence[str], name: str, description: st
     return tyro.cli(program, prog=name, description=description, args=arguments, config=CONFIG, registry=REGISTRY)
 
 
-def check_arguments(program: type, arguments: Sequence[str], name: str) -> None:
+def check_arguments(program: Any, arguments: Sequence[str], name: str) -> None:
     """Raise a `UserError` if an argument is no option of the program, or gives an option a value that is none of its
     choices. The error names what is near. Like tyro, it takes every argument that begins with `--` for an option."""
     options: dict[str, tuple[str, ...]] = {"help": (), **dict(_choices_of_options(program))}
@@ -57,7 +55,7 @@ def check_arguments(program: type, arguments: Sequence[str], name: str) -> None:
             raise unknown_name(f"value of --{option}", value, options[option])
 
 
-def _choices_of_options(program: type) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _choices_of_options(program: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The options of a dataclass and of the dataclasses in it, without their dashes, each with its choices."""
     hints = get_type_hints(program, include_extras=True)
     for field in fields(program):

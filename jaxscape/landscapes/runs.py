@@ -11,8 +11,7 @@ from typing import Any
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.radii import CERTIFICATE_FILE, RADII_FILE, Certificate, Radii
 from jaxscape.runtime.errors import UserError, reason
-from jaxscape.runtime.files import read_json, whole_lines
-from jaxscape.runtime.rundir import CONFIG, is_used
+from jaxscape.runtime.files import is_locked, read_json, whole_lines
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _run_in(directory: Path) -> FoundRun | None:
 def _state(progress: Progress | None, state_file: Path) -> str:
     if progress is None:
         return "damaged"
-    if is_used(state_file):
+    if is_locked(state_file):
         return "running"
     return "finished" if progress.is_finished else "stopped"
 
@@ -193,8 +192,7 @@ def _finetuning(directory: Path, config: Mapping[str, Any]) -> Progress:
 
 @dataclass(frozen=True)
 class Kind:
-    """How runs of a kind are recognised and read; `tests/landscapes/test_runs.py` compares it with their `RunKind`,
-    whose modules import JAX.
+    """How runs of a kind are recognised and read. A test compares it with their `RunKind`s, whose modules import JAX.
 
     Attributes:
         marks, state: as in `jaxscape.runtime.rundir.RunKind`.
@@ -206,7 +204,7 @@ class Kind:
     progress: Callable[[Path, Mapping[str, Any]], Progress]
 
 
-MEASURES_FILE = "measures.json"
+CONFIG, MEASURES_FILE = "config.json", "measures.json"
 KINDS = {
     "scan": Kind(frozenset({"weights", "directions", "axes"}), "generations.jsonl", _scan),
     "radius": Kind(frozenset({"weights", "directions", "threshold"}), "generations.jsonl", _radius),

@@ -138,18 +138,6 @@ def recorded_value(directory: Path | None, key: str) -> Any:
         return None
 
 
-def is_used(state_file: Path) -> bool:
-    """Whether a process holds the lock of the run with this state file; False if that cannot be found out."""
-    try:
-        with state_file.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # there is no such file, or the file system has no locks
-        pass
-    return False
-
-
 def _is_config(path: Path, kind: RunKind) -> bool:
     """Whether the file is the configuration of a run of this kind, or is damaged and lies beside such a run's state."""
     try:

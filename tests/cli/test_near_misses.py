@@ -29,7 +29,7 @@ from jaxscape.cli.main import main
         ("check smollm2-135 --cpu", "There is no model 'smollm2-135' (did you mean smollm2-135m"),
         ("plan --model llama2-7b", "Unknown model 'llama2-7b' (did you mean llama-2-7b"),
         ("scan --prompts advbenhc", "There is no prompt set 'advbenhc' (did you mean advbench?): give harmful,"),
-        ("measure --harmless harmles --num-prompts 1", "no prompt set 'harmles' (did you mean harmless or harmful?)"),
+        ("measure --harmless harmles --num-prompts 1", "no prompt set 'harmles' (did you mean harmless, harmful or"),
         ("finetune --data advbnech:80", "There is no training set 'advbnech' (did you mean advbench?)"),
         ("scan --evaluator xtest", "Unknown evaluator 'xtest' (did you mean xstest?)"),
         ("scan --direction gausian:0", "Unknown direction 'gausian:0' (did you mean gaussian:SEED"),

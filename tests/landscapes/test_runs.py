@@ -24,6 +24,7 @@ from jaxscape.landscapes.measurement import FILE_NAME as MEASURES_FILE
 from jaxscape.landscapes.radii import Certificate, Radii, Ray
 from jaxscape.landscapes.runs import FoundRun, find_runs
 from jaxscape.landscapes.store import SCAN
+from jaxscape.runtime import rundir
 
 REFUSED = np.array([[[0, 0], [1, 1], [1, 0]]], bool)  # one direction, three points, two prompts
 
@@ -54,7 +55,7 @@ def test_kinds_are_recognised_as_those_who_write_them_say() -> None:
     assert {name: (kind.marks, kind.state) for name, kind in written.items()} == {
         name: (kind.marks, kind.state) for name, kind in runs.KINDS.items()
     }
-    assert runs.MEASURES_FILE == MEASURES_FILE
+    assert (runs.CONFIG, runs.MEASURES_FILE) == (rundir.CONFIG, MEASURES_FILE)
 
 
 def test_a_finished_scan_has_visage_with_its_interval(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_the_error_for_an_unknown_name_lists_the_choices() -> None:
     assert str(unknown_name("figure", None, ["a"])) == "Unknown figure None: choose a."
 
 
-CELL = st.text(min_size=1, max_size=8).map(str.strip).filter(None)
+CELL = st.text(min_size=1, max_size=8).map(str.strip).filter(bool)
 
 
 @given(st.lists(st.tuples(CELL, CELL), min_size=1))
