@@ -165,7 +165,7 @@ def _devices() -> Lines:
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # a run may be using the GPU
     command = [sys.executable, "-P", "-c", START_JAX]  # no file of the current directory takes the place of a module
     try:
-        child = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT, check=False)
+        child = _output(command, TIMEOUT, environment)
         found = json.loads(child.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         lines["JAX"] = f"does not start within {TIMEOUT} seconds"
@@ -184,14 +184,27 @@ def _gpus() -> list[str]:
     """The NVIDIA GPUs with their driver and memory, as nvidia-smi shows them."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader"]
     try:
-        shown = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        child = _output(query, 30, os.environ)
+        child.check_returncode()
     except (OSError, subprocess.SubprocessError):
         return ["present, but nvidia-smi does not run"] if any(Path("/dev").glob("nvidia[0-9]*")) else []
-    return [line.strip() for line in shown.splitlines() if line.strip()]
+    return [line.strip() for line in child.stdout.splitlines() if line.strip()]
+
+
+def _output(command: list[str], timeout: float, environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    """A finished process, with what it wrote."""
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", env=environment, timeout=timeout, check=False
+    )
 
 
 def _has_tpu() -> bool:
-    return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev").glob("vfio/[0-9]*"))
+    """Whether there are devices that a TPU's driver makes. Those of newer TPUs are VFIO's, which other hardware has as
+    well, so that there must be a PCI device of Google's too."""
+    if any(Path("/dev").glob("accel[0-9]*")):
+        return True
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    return any(Path("/dev").glob("vfio/[0-9]*")) and any("0x1ae0" in vendor.read_text() for vendor in vendors)
 
 
 def _host() -> Lines:

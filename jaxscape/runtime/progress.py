@@ -19,7 +19,7 @@ class _Console(Console):
         self.quiet = True  # the display is still to be closed
         raise BrokenPipeError
 
-    @property
+    @property  # type: ignore[misc]  # nothing sets the size
     def size(self) -> ConsoleDimensions:
         width, height = super().size
         return ConsoleDimensions(width or 80, height or 25)
@@ -41,7 +41,7 @@ def progress_display(enabled: bool) -> Progress:
     description = TextColumn("{task.description}", markup=False)
     columns = (description, BarColumn(bar_width=None), TaskProgressColumn(), TimeRemainingColumn())
     display = Progress(*columns, console=console, disable=not has_bar, transient=True)
-    display.print = partial(console.print, soft_wrap=True)  # type: ignore[method-assign]  # terminals break lines
+    display.print = partial(console.print, soft_wrap=True)  # terminals break lines
     return display
 
 
