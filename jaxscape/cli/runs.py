@@ -32,7 +32,7 @@ class Runs:
       jaxscape runs --json
     """
 
-    directory: Annotated[Path, tyro.conf.Positional, shown(metavar="DIRECTORY")] = Path("runs")
+    directory: Annotated[Path, tyro.conf.Positional, shown(metavar="[DIRECTORY]")] = Path("runs")
     """The directory that is searched."""
     json: bool = False
     """Write JSON instead of a table."""
