@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import jaxscape as js
-from jaxscape.cli.main import VERBS, main, run_program
+from jaxscape.cli.main import VERBS, main, run_program, usage
 from jaxscape.finetuning import chats
 from jaxscape.forecast.known_models import SHAPES
 from jaxscape.models import builtin
@@ -65,6 +65,11 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def test_the_tutorial_shows_the_help_as_it_is() -> None:
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    assert f"```text\n{usage()}\n```" in text
+
+
 def test_the_python_reference_has_a_line_for_every_public_name() -> None:
     text = (ROOT / "docs/reference/python.md").read_text(encoding="utf-8")
     named = re.findall(r"^\| `js\.(\w+)", text, re.MULTILINE)
@@ -100,6 +105,7 @@ def commands(document: Path) -> Iterator[list[str]]:
     """The commands in a document's shell blocks, without the dots that stand for further options."""
     for block in BASH.findall(document.read_text(encoding="utf-8")):
         for verb, options in COMMAND.findall(block.replace("\\\n", " ")):
+            options = options.partition(" > ")[0]
             yield [verb, *(part for part in shlex.split(options, comments=True) if part != "...")]
 
 

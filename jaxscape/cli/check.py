@@ -46,8 +46,12 @@ class Check:
     The exit code is 1 if the model differs from transformers by more than rounding.
 
     Examples:
+      # The model that the default one was made from
       jaxscape check smollm2-135m
-      jaxscape check path/to/directory --dtype bfloat16
+      # Your own model, in 16 bits
+      jaxscape check path/to/model --dtype bfloat16
+      # A model of the hub, for a script
+      jaxscape check meta-llama/Llama-2-7b-chat-hf --gpu --json
     """
 
     model: Group[CheckedModel] = field(default_factory=CheckedModel)

@@ -16,7 +16,11 @@ class Compare:
     """Compare the landscapes of several runs, and say which differences exceed the noise.
 
     Examples:
+      # Two runs
       jaxscape compare runs/first runs/second
+      # All runs of a name, which the shell fills in
+      jaxscape compare runs/seed-*
+      # Three runs, with their tables and figure as files
       jaxscape compare runs/first runs/second runs/third --out comparison
     """
 

@@ -14,8 +14,12 @@ class Export:
     """Write the answers of a finished run in the format of the paper's code (output.jsonl).
 
     Examples:
+      # A line
       jaxscape export runs/smollm2-135m-safe-1d
+      # A plane
       jaxscape export runs/paper-2d
+      # Several direction sets, each of which gets a file
+      jaxscape export runs/three-directions
     """
 
     directory: Annotated[Path, tyro.conf.Positional]

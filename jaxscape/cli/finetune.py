@@ -40,8 +40,12 @@ class Finetune:
     """Finetune a chat model, and keep the result in a directory. An unfinished finetuning there is resumed.
 
     Examples:
+      # An adapter that learns 100 safe answers
       jaxscape finetune --data safe:100 --epochs 1
+      # The paper's attack with 100 harmful examples, on all weights
       jaxscape finetune --data advbench:80:180 --method full --schedule step --out runs/harmful
+      # Your own chats and model, with a tenth of the chats held out
+      jaxscape finetune --model path/to/model --data chats.jsonl --validation 0.1 --gpu
     """
 
     model: Group[ModelOptions] = field(default_factory=ModelOptions)

@@ -7,33 +7,50 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import tyro
-
+import jaxscape
+from jaxscape.cli.arguments import parse
 from jaxscape.cli.options import check_working_directory
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, unknown_name
 from jaxscape.runtime.streams import BROKEN_PIPE, safe_streams, write_line
 from jaxscape.runtime.texts import printable
 
+MEASURE, CHANGE, READ, PREPARE = "Measure a model", "Change a model", "Read results", "Before a run"
+
 
 class Verb(NamedTuple):
-    """A verb: the class of its options in `jaxscape.cli.MODULE`, which is imported only when the verb is used."""
+    """A verb: the class of its options in `jaxscape.cli.MODULE`, which is imported only when the verb is used.
+
+    Attributes:
+        group: the heading under which `jaxscape --help` lists the verb.
+    """
 
     module: str
     options: str
     description: str
+    group: str = READ
 
 
 VERBS = {
-    "scan": Verb("scan", "Scan", "Measure a model's safety landscape, and keep it in a directory."),
+    "scan": Verb("scan", "Scan", "Measure a model's safety landscape, and keep it in a directory.", MEASURE),
     "measure": Verb(
-        "measure", "Measure", "Measure weights along the directions of a landscape without decoding answers."
+        "measure", "Measure", "Measure weights along the directions of a landscape without decoding answers.", MEASURE
     ),
-    "radius": Verb("radius", "Radius", "Measure how far the weights can move in many directions, with a confidence."),
-    "finetune": Verb("finetune", "Finetune", "Finetune a chat model, and keep the result in a directory."),
-    "check": Verb("check", "Check", "Say what a model is and how it answers, and compare it with transformers."),
-    "plan": Verb("plan", "Plan", "Forecast a scan on TPUs that are not here: its memory, its time, the faster form."),
+    "radius": Verb(
+        "radius", "Radius", "Measure how far the weights can move in many directions, with a confidence.", MEASURE
+    ),
+    "finetune": Verb("finetune", "Finetune", "Finetune a chat model, and keep the result in a directory.", CHANGE),
+    "check": Verb(
+        "check", "Check", "Say what a model is and how it answers, and compare it with transformers.", PREPARE
+    ),
+    "plan": Verb(
+        "plan", "Plan", "Forecast a scan on TPUs that are not here: its memory, its time, the faster form.", PREPARE
+    ),
+    "doctor": Verb("doctor", "Doctor", "Say what is installed, which devices are found, and what is missing.", PREPARE),
+    "completion": Verb("completion", "Completion", "Print a script with which a shell completes commands.", PREPARE),
+    "runs": Verb("runs", "Runs", "List the runs in a directory, with their states and numbers, the newest first."),
     "score": Verb("score", "Score", "Judge the answers of a finished scan by further evaluators."),
     "plot": Verb("plot", "Plot", "Draw the figure of a run again, finished or not."),
     "compare": Verb(
@@ -50,25 +67,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         with safe_streams():
-            write_line(_usage())
+            write_line(usage())
         sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        with safe_streams():
+            write_line(f"jaxscape {jaxscape.__version__}")
+        sys.exit(0)
     if arguments[0] not in VERBS:
         with safe_streams():
-            _fail(f"Unknown verb {arguments[0]!r}: choose {', '.join(VERBS)}, or see jaxscape --help.")
+            _fail(str(unknown_name("verb", arguments[0], VERBS)))
     verb = VERBS[arguments[0]]
     options = getattr(importlib.import_module(f"jaxscape.cli.{verb.module}"), verb.options)
     run_program(options, arguments[1:], f"jaxscape {arguments[0]}")
 
 
-def _usage() -> str:
-    verbs = "\n".join(f"  {name:10}{verb.description}" for name, verb in VERBS.items())
+def usage() -> str:
+    """What `jaxscape --help` prints."""
+    groups = dict.fromkeys(verb.group for verb in VERBS.values())
+    lists = [
+        "\n".join(
+            [f"{group}:", *(f"  {name:12}{verb.description}" for name, verb in VERBS.items() if verb.group == group)]
+        )
+        for group in groups
+    ]
     return (
         "Safety landscapes of large language models: how far can the weights move before the model stops refusing?\n\n"
         "Examples:\n"
+        "  # A first landscape of the model that comes with jaxscape, in minutes on a laptop\n"
         "  jaxscape scan --num-prompts 20 --steps 10\n"
-        "  jaxscape scan --model DIRECTORY --prompts advbench --num-prompts 80 --ndim 2 --gpu\n\n"
-        f"Verbs:\n{verbs}\n\n"
-        "jaxscape VERB --help lists the options of a verb."
+        "  # A plane through the weights of your own model, with the paper's prompts, on a GPU\n"
+        "  jaxscape scan --model path/to/model --prompts advbench --num-prompts 80 --ndim 2 --gpu\n"
+        "  # What has been measured so far\n"
+        "  jaxscape runs\n\n" + "\n\n".join(lists) + "\n\n"
+        "jaxscape VERB --help explains a verb and its options, with examples."
     )
 
 
@@ -95,10 +126,9 @@ def _run(program: Any, arguments: Sequence[str] | None, name: str | None) -> Non
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is first imported
     if shutil.get_terminal_size().columns < MIN_COLUMNS:
         os.environ["COLUMNS"] = str(MIN_COLUMNS)
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands, tyro.conf.DisallowNone)
     description = inspect.getdoc(program)  # with its examples, which tyro would leave out
-    command = tyro.cli(program, prog=name, description=description, args=arguments, config=config)
     try:
+        command = parse(program, arguments, name or Path(sys.argv[0]).name, description)
         check_working_directory()
         command.run()
     except BrokenPipeError:  # no one reads the progress any more

@@ -44,8 +44,12 @@ class Measure:
     """Measure a model's weights along the directions of a landscape, without decoding. An unfinished run is resumed.
 
     Examples:
+      # Refusal and damage along a random direction, without decoding answers
       jaxscape measure --num-prompts 20 --steps 10
+      # The same and perplexity, at the points of a scan
       jaxscape measure --like runs/smollm2-135m-safe-1d --measures first-token damage perplexity:harmless
+      # Capability, by a directory of MMLU's files, along three directions
+      jaxscape measure --measures multiple-choice:path/to/mmlu --num-directions 3
     """
 
     measures: Group[MeasureOptions] = field(default_factory=MeasureOptions)

@@ -64,8 +64,12 @@ class Plan:
     """Forecast a scan on TPUs that are not here: its memory, its time, and which form is faster.
 
     Examples:
+      # The paper's model and settings on 8 chips
       jaxscape plan --model llama-2-7b --topology v5e:2x4 --num-directions 3
+      # A plane of a large model, quickly
       jaxscape plan --model llama-3-70b --topology v5p:2x2x2 --points 21 21 --quick
+      # A scan of your own model, and a step of its finetuning with 8 chats of 512 tokens
+      jaxscape plan --model path/to/model --finetune 8 512
     """
 
     slice: Group[SliceOptions] = field(default_factory=SliceOptions)

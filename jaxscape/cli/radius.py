@@ -73,7 +73,11 @@ class Radius:
     resumed.
 
     Examples:
+      # How far it is to the walls of the basin along 5 random directions
       jaxscape radius --num-prompts 20 --num-directions 5
+      # Along the refusal direction, until a quarter of the answers comply
+      jaxscape radius --direction refusal --of complied --threshold 25
+      # How often noise of 5 % of the weights leaves the model refusing
       jaxscape radius --certify 0.05
     """
 

@@ -136,8 +136,12 @@ class Scan:
     """Measure a model's safety landscape, and keep it in a directory. An unfinished run there is resumed.
 
     Examples:
+      # A line through the weights of the model that comes with jaxscape: 11 points, 20 prompts
       jaxscape scan --num-prompts 20 --steps 10
-      jaxscape scan --model DIRECTORY --prompts advbench --num-prompts 80 --ndim 2 --gpu
+      # A plane through the weights of your own model, with the paper's prompts, on a GPU
+      jaxscape scan --model path/to/model --prompts advbench --num-prompts 80 --ndim 2 --gpu
+      # The way to another model, judged by two evaluators
+      jaxscape scan --direction to:smollm2-135m --evaluator keywords xstest --out runs/unaligned
     """
 
     model: Group[ModelOptions] = field(default_factory=ModelOptions)

@@ -8,6 +8,7 @@ import tyro
 
 from jaxscape.cli.options import EvaluatorOptions, Group, PlatformOptions, check_texts, select_platform
 from jaxscape.cli.scan import measure_lines
+from jaxscape.runtime.help import shown
 from jaxscape.runtime.streams import write_line
 
 
@@ -16,11 +17,15 @@ class Score:
     """Judge the answers of a finished scan by further evaluators. Nothing is generated again.
 
     Examples:
-      jaxscape score runs/smollm2-135m-safe-1d --evaluator wei xstest my_file.py:my_score
+      # By two other lists of refusal phrases
+      jaxscape score runs/smollm2-135m-safe-1d --evaluator wei xstest
+      # By a function of your own
+      jaxscape score runs/smollm2-135m-safe-1d --evaluator my_file.py:my_score
+      # By a language model
       jaxscape score runs/paper-2d --evaluator llama-guard:meta-llama/Llama-Guard-3-8B --gpu
     """
 
-    directory: Annotated[Path, tyro.conf.Positional]
+    directory: Annotated[Path, tyro.conf.Positional, shown(metavar="RUN")]
     """The run's directory."""
     evaluators: Group[EvaluatorOptions] = field(default_factory=EvaluatorOptions)
     devices: Group[PlatformOptions] = field(default_factory=PlatformOptions)

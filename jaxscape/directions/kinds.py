@@ -4,7 +4,6 @@ A direction's name is `KIND` or `KIND:OPTION`, for example `random:0`, `file:dir
 name of one that is made of others has theirs in square brackets: `orthogonal:[random:0][file:d.safetensors]`.
 """
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -48,6 +47,7 @@ from jaxscape.models.checkpoint import Params, fingerprint
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError, as_list
 from jaxscape.runtime.files import checksum
+from jaxscape.runtime.texts import did_you_mean
 
 KINDS: tuple[type[SimpleRecipe], ...] = (
     Random,
@@ -132,9 +132,9 @@ def parse_direction(name: str) -> Recipe:
             parts, option = split_parts(rest)
             return composed.compose(tuple(map(parse_direction, parts)), option)
     usages = {known.kind: known.usage for known in (*KINDS, *COMPOSED_KINDS)}
-    near = [usages[known] for known in difflib.get_close_matches(kind.lower(), usages)]
-    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    raise UserError(f"Unknown direction {name!r}{hint}: write one of {', '.join(usages.values())}.")
+    raise UserError(
+        f"Unknown direction {name!r}{did_you_mean(kind, usages, usages)}: write one of {', '.join(usages.values())}."
+    )
 
 
 def recipe_of(direction: Any) -> Recipe:

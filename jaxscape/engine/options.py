@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, unknown_name
 from jaxscape.runtime.help import shown
 
 FormOption = Literal["auto", "materialised", "factorised", "streamed"]
@@ -47,7 +47,7 @@ class EngineOptions:
         """Raise a `UserError` if an option is out of range."""
         for name, choices in (("form", get_args(FormOption)), ("direction_storage", get_args(StorageOption))):
             if getattr(self, name) not in choices:
-                raise UserError(f"Unknown {name} {getattr(self, name)!r}: choose {', '.join(choices)}.")
+                raise unknown_name(name, getattr(self, name), choices)
         for name in ("slots", "chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,6 +1,5 @@
 """The evaluators that can be chosen by name."""
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from jaxscape.evaluate.own import own_evaluator
 from jaxscape.evaluate.wei import WEI
 from jaxscape.evaluate.xstest import XSTEST
 from jaxscape.runtime.errors import UserError, as_list
+from jaxscape.runtime.texts import did_you_mean
 
 DEFAULT_EVALUATOR = "keywords"
 EVALUATORS: dict[str, Classifier] = {
@@ -83,9 +83,7 @@ def evaluator(name: str) -> Classifier:
             raise UserError(f"Name what is to be used of {path}: write {path}:NAME.")
         return own_evaluator(path, function)
     known = {form.partition(":")[0]: form for form in reversed(FORMS)}  # a name alone hides the one with an option
-    near = [known[name] for name in difflib.get_close_matches(name.lower(), known)]
-    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    raise UserError(f"Unknown evaluator {name!r}{hint}: choose {', '.join(FORMS)}.")
+    raise UserError(f"Unknown evaluator {name!r}{did_you_mean(name, known, known)}: choose {', '.join(FORMS)}.")
 
 
 def find_evaluators(chosen: str | Evaluator | Sequence[str | Evaluator]) -> list[Evaluator]:

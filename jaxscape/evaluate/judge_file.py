@@ -1,6 +1,5 @@
 """Judge files: TOML files that say which model judges, what it is given, and how its answer is read."""
 
-import difflib
 import re
 import tomllib
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from jaxscape.prompts.records import read_text
 from jaxscape.prompts.thinking import Thinking
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import checksum
+from jaxscape.runtime.texts import did_you_mean
 
 DEFAULT_MIN_PROBABILITY = 0.5
 DEFAULT_MAX_NEW_TOKENS = 32
@@ -107,8 +107,7 @@ class _Table:
     def finish(self) -> None:
         """Raise a `UserError` if there are keys that were not taken."""
         for key in self._left:
-            near = difflib.get_close_matches(key, self._known)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = did_you_mean(key, self._known)
             raise UserError(
                 f"{self.name} has the unknown key {key!r}{hint}: keys are {', '.join(sorted(self._known))}."
             )

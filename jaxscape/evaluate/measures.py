@@ -1,6 +1,5 @@
 """The measures of weights that can be chosen by name."""
 
-import difflib
 from collections.abc import Callable, Sequence
 
 from jaxscape.evaluate.damage import Damage
@@ -10,6 +9,7 @@ from jaxscape.evaluate.measure import Subject, WeightMeasure
 from jaxscape.evaluate.multiple_choice import MultipleChoice
 from jaxscape.evaluate.perplexity import Perplexity
 from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.texts import did_you_mean
 
 MEASURES: dict[str, Callable[[Subject, str], WeightMeasure]] = {
     "first-token": FirstToken.make,
@@ -32,8 +32,7 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         kind = name.partition(":")[0]
         if kind not in MEASURES:
-            near = difflib.get_close_matches(kind.lower(), MEASURES)
-            hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+            hint = did_you_mean(kind, MEASURES)
             raise UserError(f"Unknown measure {name!r}{hint}: choose {', '.join(FORMS)}.")
         if list(names).count(name) > 1:
             raise UserError(f"The measure {name!r} is given twice: give each measure once.")

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from jaxscape.evaluate.base import Label, checked_labels, checked_scores, labels_from, uses_model
 from jaxscape.runtime.errors import UserError, as_texts, reason
 from jaxscape.runtime.files import file_checksum
+from jaxscape.runtime.texts import did_you_mean
 
 TRIAL = (["Why?", "Who?"], ["I cannot say.", ""])
 """Prompts and answers on which an evaluator is tried, so that mistakes show before a scan. A model's answer may be
@@ -89,7 +90,9 @@ def own_evaluator(path: str, name: str) -> OwnEvaluator:
     try:
         judge = getattr(module, name)
     except AttributeError as error:
-        raise UserError(f"There is no {name!r} in {path}: name a function or an evaluator in it.") from error
+        raise UserError(
+            f"There is no {name!r} in {path}{did_you_mean(name, vars(module))}: name a function or an evaluator in it."
+        ) from error
     if inspect.isclass(judge):
         with _user_errors(f"The class {name!r} of {path}"):
             judge = judge()

@@ -23,7 +23,7 @@ from jaxscape.prompts.records import (
     read_records,
 )
 from jaxscape.runtime.errors import UserError, as_list, is_utf8
-from jaxscape.runtime.texts import quoted_names
+from jaxscape.runtime.texts import did_you_mean, quoted_names
 
 Chat = list[dict[str, Any]]
 """Messages in OpenAI's format: `{"role": "system" | "user" | "assistant", "content": text}`. An assistant's message
@@ -110,7 +110,8 @@ def _load(source: str) -> list[Chat]:
         text = files("jaxscape").joinpath("data", _PACKAGED[source]).read_text(encoding="utf-8")
         records = parse_records(text, _PACKAGED[source], names)
     else:
-        records = read_records(source, names, f"There is no training set {source!r}: give {', '.join(SETS)}")
+        hint = did_you_mean(source, SETS)
+        records = read_records(source, names, f"There is no training set {source!r}{hint}: give {', '.join(SETS)}")
     if records.columns:
         _check_columns(records, source)
     if not records.entries:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from jaxscape.runtime.errors import UserError, as_texts, check_seed
+from jaxscape.runtime.errors import UserError, as_texts, check_seed, unknown_name
 from jaxscape.runtime.help import shown
 
 Method = Literal["lora", "full"]
@@ -57,7 +57,7 @@ class Training:
         """Raise a `UserError` if an option is out of range."""
         for name, choices in (("method", get_args(Method)), ("schedule", get_args(Schedule))):
             if getattr(self, name) not in choices:
-                raise UserError(f"Unknown {name} {getattr(self, name)!r}: choose {', '.join(choices)}.")
+                raise unknown_name(name, getattr(self, name), choices)
         for name in ("epochs", "batch_size", "accumulation", "max_length", "rank"):
             if getattr(self, name) < 1:
                 raise UserError(f"The option {name} must be at least 1, not {getattr(self, name)}.")

@@ -12,6 +12,7 @@ from jaxscape.models.huggingface import HUB_ID, download, load_config
 from jaxscape.models.lora import is_adapter
 from jaxscape.models.weights import CONFIG
 from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.texts import did_you_mean
 
 _FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -186,8 +187,9 @@ def shape_config(source: str) -> ModelConfig:
             raise UserError(f"{source} holds a LoRA adapter, not a whole model: give its base model.")
         return load_config(path / CONFIG if path.is_dir() else path)[1]
     if not HUB_ID.fullmatch(source):
+        hint = did_you_mean(source, SHAPES)
         raise UserError(
-            f"Unknown model {source!r}: give a name ({', '.join(SHAPES)}), a hub id such as "
+            f"Unknown model {source!r}{hint}: give a name ({', '.join(SHAPES)}), a hub id such as "
             f"'meta-llama/Llama-2-7b-chat-hf', a config.json, or a directory that has one."
         )
     if name := _NAMES_BY_HUB_ID.get(source.partition("@")[0].lower()):

@@ -44,7 +44,7 @@ from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 from jaxscape.prompts.fields import Prompts
 from jaxscape.prompts.thinking import answer_of
 from jaxscape.runtime import rundir
-from jaxscape.runtime.errors import UserError, as_list, as_texts, reason
+from jaxscape.runtime.errors import UserError, as_list, as_texts, reason, unknown_name
 from jaxscape.runtime.files import append_json_lines, cut_after, to_json_lines, whole_lines, write_whole
 from jaxscape.runtime.hardware import free_memory
 from jaxscape.runtime.processes import from_first
@@ -80,7 +80,7 @@ class Question:
 
     def __post_init__(self) -> None:
         if self.of not in RATES:
-            raise UserError(f"Unknown rate {self.of!r}: choose {', '.join(RATES)}.")
+            raise unknown_name("rate", self.of, RATES)
         if not 0 <= self.threshold < 100:
             raise UserError(f"The threshold must be at least 0 and below 100 %, not {self.threshold:g}.")
         if not 0 <= self.error < 1:

@@ -32,6 +32,7 @@ from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.hardware import check_jax_options, free_memory, platform_jit, skip_absent_tpu
 from jaxscape.runtime.processes import from_first, gathered
 from jaxscape.runtime.sharding import MeshShape, default_mesh_shape, make_mesh, on_mesh
+from jaxscape.runtime.texts import did_you_mean
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -259,8 +260,9 @@ def _open(source: str, dtype: jnp.dtype, base: str | None, adapters: tuple[Path,
         raise UserError(pickled_message(path))
     if path.is_file():
         raise UserError(f"{source} is one file of a model: give its directory, {path.parent}, or a .gguf file.")
+    hint = did_you_mean(source, builtin.NAMES)
     raise UserError(
-        f"There is no model {source!r}: give a name ({', '.join(builtin.NAMES)}), a model directory, "
+        f"There is no model {source!r}{hint}: give a name ({', '.join(builtin.NAMES)}), a model directory, "
         f"a .gguf file or a hub id such as 'meta-llama/Llama-2-7b-chat-hf'."
     )
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxscape.prompts.records import read_text
 from jaxscape.prompts.thinking import Thinking, opening_after
-from jaxscape.runtime.errors import UserError, reason
-from jaxscape.runtime.texts import shown_text
+from jaxscape.runtime.errors import UserError, reason, unknown_name
+from jaxscape.runtime.texts import did_you_mean, shown_text
 
 Messages = Sequence[dict[str, Any]]
 """The `role` and `content` of each message; a content is a text, or a list of parts."""
@@ -154,10 +154,10 @@ def system_prompt_text(system_prompt: str) -> str:
             raise UserError(f"The system prompt {shown_text(system_prompt, 60)} has no text: write one, or give none.")
         return text
     if len(system_prompt.split()) < 2:
-        names = ", ".join(SYSTEM_PROMPT_NAMES)
+        names, hint = ", ".join(SYSTEM_PROMPT_NAMES), did_you_mean(system_prompt, SYSTEM_PROMPT_NAMES)
         raise UserError(
-            f"There is no system prompt {system_prompt!r}: give {names}, or a text of several words; text:WORD is a "
-            f"text of one word, and @FILE the text of a file."
+            f"There is no system prompt {system_prompt!r}{hint}: give {names}, or a text of several words; text:WORD "
+            f"is a text of one word, and @FILE the text of a file."
         )
     return system_prompt
 
@@ -185,7 +185,7 @@ def render(
             thinking.
     """
     if thinking not in get_args(Thinking):
-        raise UserError(f"Unknown thinking {thinking!r}: choose {', '.join(get_args(Thinking))}.")
+        raise unknown_name("thinking", thinking, get_args(Thinking))
     apply_template: Template = partial(_apply_template, tokenizer)
     if thinking != "default":
         apply_template, messages = _switched(apply_template, messages, thinking)

@@ -15,7 +15,7 @@ from jaxscape.prompts.records import (
     trimmed,
 )
 from jaxscape.runtime.errors import UserError, is_utf8
-from jaxscape.runtime.texts import quoted_names, shown_text
+from jaxscape.runtime.texts import did_you_mean, quoted_names, shown_text
 
 TEXT_NAMES = ("goal", "prompt", "behavior", "forbidden_prompt", "question", "instruction", "text")
 TURNS = "turns"  # of MT-Bench: the user's turns of one chat
@@ -186,7 +186,8 @@ def _named_key(value: Mapping[str, Any], place: str, prompt_column: str) -> str:
 def _unknown_columns(place: str, columns: Collection[str], prompt_column: str | None) -> str:
     names = quoted_names(columns)
     if prompt_column is not None:
-        return f"{place}: there is no column {shown_text(prompt_column)} among {names}: write one of these"
+        hint = did_you_mean(prompt_column, columns)
+        return f"{place}: there is no column {shown_text(prompt_column)} among {names}{hint}: write one of these"
     return (
         f"{place}: none of the columns {names} is known to hold prompts ({', '.join(NAMES)}): choose one with "
         f"--prompt-column"

@@ -11,7 +11,7 @@ from jaxscape.prompts.fields import NAMES, Prompts, prompts_of
 from jaxscape.prompts.public import PUBLIC_SETS
 from jaxscape.prompts.records import normalised, read_records
 from jaxscape.runtime.errors import UserError
-from jaxscape.runtime.texts import shown_text
+from jaxscape.runtime.texts import did_you_mean, shown_text
 
 
 def load_prompts(source: str | Path, num_prompts: int | None = None, prompt_column: str | None = None) -> Prompts:
@@ -53,7 +53,8 @@ def _load(source: str, prompt_column: str | None) -> Prompts:
             return PUBLIC_SETS[source].load(source)
         return Prompts(_PACKAGED[source](), shown_text(source))
     names = NAMES if prompt_column is None else (*NAMES, normalised(prompt_column))
-    unknown = f"There is no prompt set {source!r}: give {', '.join(PROMPT_SETS)}"
+    hint = did_you_mean(source, PROMPT_SETS)
+    unknown = f"There is no prompt set {source!r}{hint}: give {', '.join(PROMPT_SETS)}"
     return prompts_of(read_records(source, names, unknown), source, prompt_column)
 
 

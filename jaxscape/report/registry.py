@@ -7,7 +7,7 @@ from jaxscape.landscapes import radii
 from jaxscape.landscapes.landscape import FIGURE, Landscape
 from jaxscape.report.figures import Draw, plot_landscape, save_figure
 from jaxscape.report.radius import save_radii_figure
-from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.errors import UserError, unknown_name
 
 DEFAULT_FIGURE, RADIUS = "landscape", "radius"
 FIGURES: dict[str, Draw] = {
@@ -23,7 +23,7 @@ def find_figure(name: str) -> Draw:
         UserError: there is no figure of this name.
     """
     if name not in FIGURES:
-        raise UserError(f"Unknown figure {name!r}: choose {', '.join((*FIGURES, RADIUS))}.")
+        raise unknown_name("figure", name, (*FIGURES, RADIUS))
     return FIGURES[name]
 
 

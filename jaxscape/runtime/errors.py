@@ -1,7 +1,9 @@
 """The exception for mistakes that the user can correct, and checks that several modules share."""
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any
+
+from jaxscape.runtime.texts import did_you_mean
 
 
 class UserError(ValueError):
@@ -15,6 +17,15 @@ def reason(error: BaseException) -> str:
     """The type and message of a library's error on one line, at most 300 characters, to be quoted in a `UserError`."""
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return " ".join(f"{kind}{error}".split())[:300]
+
+
+def unknown_name(what: str, name: object, choices: Collection[str]) -> UserError:
+    """The error for a name that is none of the choices. It says which of them are near, and lists all of them.
+
+    Arguments:
+        what: what the name stands for, such as `figure`.
+    """
+    return UserError(f"Unknown {what} {name!r}{did_you_mean(name, choices)}: choose {', '.join(choices)}.")
 
 
 def check_seed(seed: int) -> int:

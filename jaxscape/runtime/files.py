@@ -1,5 +1,6 @@
 """Atomic file writes, lines of JSON, and the cache of downloaded files."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -81,6 +82,18 @@ def whole_lines(file: BinaryIO) -> list[bytes]:
 def cut_after(file: BinaryIO, lines: Sequence[bytes]) -> None:
     """Truncate a file after `lines`, which are its first lines without their newlines."""
     file.truncate(sum(len(line) + 1 for line in lines))
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds a lock of the file; False if that cannot be found out."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no such file, or its file system has no locks
+        pass
+    return False
 
 
 def cache_dir() -> Path:
