@@ -21,7 +21,7 @@ from jaxscape.landscapes.axes import Axis, interpolation_axis, symmetric_axes
 from jaxscape.landscapes.numbers import landscape_numbers
 from jaxscape.landscapes.store import Adaptive, open_run
 from jaxscape.landscapes.visage import visage_interval
-from jaxscape.report.reference import export_reference
+from jaxscape.report.exports import export_run
 
 
 def replay(happened: np.ndarray, axes: Sequence[Axis], seed: int | None = None) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -231,7 +231,7 @@ def test_what_else_is_done_with_an_adaptive_run(runs: dict[bool, Path], tmp_path
         assert run.numbers is not None
         assert run.numbers["volume"] == saved.numbers["asr"]["volume"]
     with pytest.raises(js.UserError, match="has no answers at some points"):
-        export_reference(runs[True])
+        export_run(runs[True])
     (plot,) = js.plot_landscape(land).axes
     assert len(plot.lines[0].get_markevery()) < 13
     assert "points evaluated, the others interpolated" in plot.get_title()
