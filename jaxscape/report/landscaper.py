@@ -17,8 +17,9 @@ from jaxscape.runtime.files import write_whole
 def export_landscaper(run: FinishedRun, out: Path) -> list[Path]:
     """Write `landscaper-0.npz`, `landscaper-1.npz`, … into a directory, one for each direction set. Returns the files.
 
-    `loss[i, j]` is the ASR in percent at the i-th value of the first axis and the j-th of the second, as
-    `landscaper.LossLandscape.compute` arranges it. It is low where the model refuses, as a loss is low in a basin.
+    `loss` is the ASR in percent, which is low where the model refuses, as a loss is low in a basin. Landscaper places
+    and draws the values as NumPy's `meshgrid` of the coordinates arranges points, so `loss[j, i]` is the ASR at the
+    i-th value of the first axis and the j-th of the second.
 
     Raises:
         UserError: the run is no grid, or its axes have different numbers of values, which `coordinates` cannot hold.
@@ -34,9 +35,9 @@ def export_landscaper(run: FinishedRun, out: Path) -> list[Path]:
         )
     coordinates = np.array([axis.values for axis in land.axes], np.float64)
     paths = []
-    for index, loss in enumerate(land.asr):
+    for index, asr in enumerate(land.asr):
         buffer = io.BytesIO()
-        np.savez(buffer, loss=loss, coordinates=coordinates)
+        np.savez(buffer, loss=asr.T, coordinates=coordinates)
         paths.append(out / f"landscaper-{index}.npz")
         write_whole(paths[-1], buffer.getvalue())
     return paths

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxscape.runtime import tensorboard_reporter, wandb_reporter
 from jaxscape.runtime.errors import UserError
@@ -20,6 +20,7 @@ FOLDERS = (tensorboard_reporter.FOLDER, wandb_reporter.FOLDER)
 """The folders in a run's directory that hold what was reported."""
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Takes the numbers of a run. They are numbers only: no text of a prompt or an answer is ever reported."""
 

@@ -328,6 +328,7 @@ def test_overwrite_starts_over(tiny: js.Model, tmp_path: Path) -> None:
     js.scan(tiny, [3], out=tmp_path, **OPTIONS)
     (tmp_path / "landscape.png").write_text("old")
     export_run(tmp_path)
+    export_run(tmp_path, "csv")
     (tmp_path / "notes.txt").write_text("mine")
     js.scan(tiny, [0], out=tmp_path, overwrite=True, **OPTIONS | {"steps": 2})
     assert len(records(tmp_path)) == 9

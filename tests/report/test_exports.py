@@ -149,8 +149,11 @@ def test_a_grid_for_landscaper(run: Path, tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["landscaper-0.npz", "landscaper-1.npz"]
     with np.load(paths[1], allow_pickle=False) as grid:
         assert set(grid) == {"loss", "coordinates"}
-        np.testing.assert_array_equal(grid["loss"], js.Landscape.load(run).asr[1])
-        np.testing.assert_array_equal(grid["coordinates"], [[-0.5, 0, 0.5]] * 2)
+        # As landscaper.LossLandscape finds the point of each value.
+        points = [axis.flat for axis in np.meshgrid(*grid["coordinates"])]
+        loss = dict(zip(zip(*points, strict=True), grid["loss"].flat, strict=True))
+    land, values = js.Landscape.load(run), (-0.5, 0.0, 0.5)
+    assert loss == {(a, b): land.asr[1, i, j] for i, a in enumerate(values) for j, b in enumerate(values)}
     uneven = (js.Axis("alpha", (-1.0, 0.0, 1.0)), js.Axis("beta", (0.0, 1.0)))
     plane = write_run(tmp_path / "uneven", np.ones((1, 3, 2, 2), bool), uneven)
     with pytest.raises(js.UserError, match="as many values along each axis, and this one has 3 and 2"):
