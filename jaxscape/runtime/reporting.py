@@ -15,7 +15,6 @@ from jaxscape.runtime.errors import UserError
 Target = Literal["wandb", "tensorboard", "none"]
 """The program that numbers are reported to, which is also the name of its package and of the extra that installs it."""
 
-
 FOLDERS = (tensorboard_reporter.FOLDER, wandb_reporter.FOLDER)
 """The folders in a run's directory that hold what was reported."""
 
