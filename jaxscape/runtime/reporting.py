@@ -23,7 +23,7 @@ FOLDERS = (tensorboard_reporter.FOLDER, wandb_reporter.FOLDER)
 class Reporter(Protocol):
     """Takes the numbers of a run. They are numbers only: no text of a prompt or an answer is ever reported."""
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log(self, step: int, numbers: Mapping[str, int | float]) -> None:
         """Report numbers by name. Steps rise from call to call."""
         ...
 
@@ -35,7 +35,7 @@ class Reporter(Protocol):
 class NoReporter:
     """The reporter that reports nothing."""
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log(self, step: int, numbers: Mapping[str, int | float]) -> None:
         """Do nothing."""
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ class TensorBoardReporter:
         self._writer = files.EventFileWriter(str(directory / FOLDER))
         self._has_started = False
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log(self, step: int, numbers: Mapping[str, int | float]) -> None:
         """Write numbers by name."""
         if not self._has_started:
             self._has_started = True

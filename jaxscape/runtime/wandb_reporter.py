@@ -39,7 +39,7 @@ class WandbReporter:
                 f"wandb cannot be used ({reason(error)}): run 'wandb login', or set WANDB_MODE=offline."
             ) from error
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log(self, step: int, numbers: Mapping[str, int | float]) -> None:
         """Log numbers by name."""
         self._run.log(dict(numbers), step=step)
 
