@@ -74,7 +74,9 @@ def test_a_killed_finetuning_ends_with_the_same_weights(
         events = accumulator.EventAccumulator(str(killed / "tensorboard")).Reload().Scalars("loss")
         reported = {event.step: event.value for event in events}
         assert [event.step for event in events] == steps
-        assert reported == pytest.approx({line["step"]: line["loss"] for line in map(json.loads, log.open())})
+        assert reported == pytest.approx(
+            {line["step"]: line["loss"] for line in map(json.loads, log.read_text().splitlines())}
+        )
     # A finished run is not trained again.
     before = log.read_bytes()
     main(command)
