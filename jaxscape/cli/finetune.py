@@ -9,6 +9,7 @@ from jaxscape.finetuning.options import Training
 from jaxscape.prompts.thinking import Thinking
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.help import shown
+from jaxscape.runtime.reporting import Target, check_target
 from jaxscape.runtime.streams import write_line
 
 
@@ -33,6 +34,8 @@ class OutputOptions:
     --model accepts. An unfinished finetuning there is resumed."""
     overwrite: bool = False
     """Start over if the directory holds a run."""
+    report_to: Target = "none"
+    """Also report the numbers of each step, and no texts, to wandb or tensorboard."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Finetune:
         out = self.output.out or Path("runs") / f"{self.model.short_name}-finetuned"
         sources = self.data.data
         check_texts(self.model.model, self.model.base or "", out, *sources)
+        check_target(self.output.report_to, out)
         if not sources:
             raise UserError("There is nothing to learn: give --data with a training set or a file.")
 
@@ -78,6 +82,7 @@ class Finetune:
             overwrite=self.output.overwrite,
             describe={"data": list(sources), **self.model.described},
             thinking=self.data.thinking,
+            report_to=self.output.report_to,
         )
         if is_first():
             write_line(f"{out / (MODEL if result.adapter is None else ADAPTER)}")

@@ -56,7 +56,7 @@ VERBS = {
     "compare": Verb(
         "compare", "Compare", "Compare the landscapes of several runs, and say which differences exceed the noise."
     ),
-    "export": Verb("export", "Export", "Write the answers of a finished run in the format of the paper's code."),
+    "export": Verb("export", "Export", "Write a finished scan in the format of another tool."),
 }
 
 MIN_COLUMNS = 40  # of `--help`; in a terminal of one column, tyro never ends

@@ -14,6 +14,7 @@ import tyro
 
 from jaxscape.runtime.errors import UserError, is_utf8, reason
 from jaxscape.runtime.help import shown
+from jaxscape.runtime.reporting import Target
 
 if TYPE_CHECKING:
     from jaxscape.models.model import Model
@@ -161,6 +162,8 @@ class OutputOptions:
     """The run's directory. An unfinished run there is resumed."""
     overwrite: bool = False
     """Start over if the directory holds a run."""
+    report_to: Target = "none"
+    """Also report the numbers of each point, and no texts, to wandb or tensorboard."""
     dry_run: bool = False
     """Write nothing: print the plan, and the first prompt as the model gets it, with its token ids."""
 

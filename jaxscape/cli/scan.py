@@ -18,6 +18,7 @@ from jaxscape.engine.options import EngineOptions, GenerationOptions
 from jaxscape.prompts.thinking import Thinking
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.help import shown
+from jaxscape.runtime.reporting import check_target
 from jaxscape.runtime.streams import write_line
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ class Scan:
         source, system_prompt = self.prompts.prompts, self.prompts.system_prompt
         column = self.prompts.prompt_column
         check_texts(self.model.model, source, system_prompt, out, *options.direction, *files, *trajectories)
+        check_target(self.output.report_to, out)
         check_texts(column or "", self.points.points or "", self.model.base or "", *self.evaluators.names)
 
         from jaxscape.directions.kinds import make_directions, prepare
@@ -224,6 +226,7 @@ class Scan:
             shares=not self.evaluators.no_shares,
             out=out,
             overwrite=self.output.overwrite,
+            report_to=self.output.report_to,
             describe={
                 "prompt_source": source,
                 **({} if column is None else {"prompt_column": column}),

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from jaxscape.models.checkpoint import Params, fingerprint, named_leaves, tree_of
 from jaxscape.models.lora import init_factors, with_factors
 from jaxscape.models.model import Model
-from jaxscape.runtime import rundir
+from jaxscape.runtime import reporting, rundir
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import read_json
 from jaxscape.runtime.sharding import replicated
@@ -25,7 +25,7 @@ FINETUNING = rundir.RunKind(
     "finetuning",
     state="log.jsonl",
     marks=frozenset({"weights", "chats", "learning_rate"}),
-    computed=(ADAPTER, MODEL, CHECKPOINTS, OPTIMIZER),
+    computed=(ADAPTER, MODEL, CHECKPOINTS, OPTIMIZER, *reporting.FOLDERS),
 )
 
 

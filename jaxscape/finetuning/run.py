@@ -29,6 +29,7 @@ from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import checksum, cut_after, whole_lines
 from jaxscape.runtime.processes import from_first, is_visible_to_all
 from jaxscape.runtime.progress import progress_display
+from jaxscape.runtime.reporting import Reporter, check_target, open_reporter
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +58,7 @@ def finetune(
     describe: Mapping[str, Any] | None = None,
     progress: bool = True,
     thinking: str = "default",
+    report_to: str = "none",
 ) -> Finetuned:
     """Finetune a chat model on the assistant's turns of chats, on the devices of the model's mesh.
 
@@ -73,6 +75,8 @@ def finetune(
         describe: further entries of the run's `config.json`: anything that JSON can hold.
         progress: whether to report progress on the standard error stream.
         thinking: `on` or `off` switches thinking in the chats, see `jaxscape.prompts.chat_format.render`.
+        report_to: the program to which the records of the log are reported, `wandb` or `tensorboard`, see
+            `jaxscape.runtime.reporting`; it needs `out`.
 
     Raises:
         UserError: an argument cannot be used, or the loss or its gradient is no longer finite. In the latter case the
@@ -81,6 +85,7 @@ def finetune(
     training = training or Training()
     training.check()
     directory = None if out is None else Path(out)
+    check_target(report_to, directory)
     if directory is not None:
         _check_out(directory, model, training)
     data = tokenize(model, chats, training.max_length, thinking)
@@ -89,11 +94,15 @@ def finetune(
     state = trainer.initial_state(_trainable(model, training, start))
     config = _config(model, data, training, start) | dict(describe or {})
     config |= {"thinking": thinking} if thinking != "default" else {}
-    with rundir.open_run_directory(directory, config, FINETUNING, overwrite) as file, progress_display(progress) as bar:
+    with (
+        rundir.open_run_directory(directory, config, FINETUNING, overwrite) as file,
+        open_reporter(report_to, directory, config) as reporter,
+        progress_display(progress) as bar,
+    ):
         checkpoints, done = None if directory is None else _open_checkpoints(directory), 0
         if checkpoints is not None:
             state, done = checkpoints.restore(state, training.epochs)
-        log = TrainingLog(file, done * schedule.steps_per_epoch)
+        log = TrainingLog(file, done * schedule.steps_per_epoch, reporter)
         if done:
             bar.print(f"resuming after epoch {done} of {training.epochs}")
         if data.num_cut:
@@ -267,14 +276,17 @@ class TrainingLog:
         last_loss: the loss of the last step; NaN before the first.
     """
 
-    def __init__(self, file: BinaryIO | None, num_steps: int) -> None:
+    def __init__(self, file: BinaryIO | None, num_steps: int, reporter: Reporter) -> None:
         """Read the records of the first `num_steps` steps from the file, and delete the later ones from it, which a
         killed run wrote after its last checkpoint. Without a file, the records are only in memory.
+
+        Arguments:
+            reporter: is given the numbers of each further record.
 
         Raises:
             UserError: the file is damaged.
         """
-        self.file = file
+        self.file, self.reporter = file, reporter
         self.records: list[dict[str, Any]] = []
         self.last_loss = math.nan
         self.start_clock()
@@ -311,8 +323,9 @@ class TrainingLog:
         self.write(record | values | {"tokens_per_second": round(speed, 1)})
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record, and flush the file."""
+        """Append a record, flush the file, and report the record."""
         self.records.append(record)
+        self.reporter.log(record["step"], {name: value for name, value in record.items() if name != "step"})
         if self.file is not None:
             self.file.write(json.dumps(record).encode() + b"\n")
             self.file.flush()

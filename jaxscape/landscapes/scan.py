@@ -48,6 +48,7 @@ from jaxscape.runtime.files import checksum
 from jaxscape.runtime.hardware import free_memory
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
+from jaxscape.runtime.reporting import Reporter, check_target, open_reporter
 
 
 def scan(
@@ -71,6 +72,7 @@ def scan(
     progress: bool = True,
     free_model: bool = False,
     shares: bool = True,
+    report_to: str = "none",
     **sampling: Unpack[SamplingOptions],
 ) -> Landscape:
     """Measure a safety landscape: the attack success rate of a model at each point of a grid, or at given points, in
@@ -107,6 +109,8 @@ def scan(
             The model cannot be used any more then.
         shares: whether the unperturbed model judges, after all points are decoded, which answers make no sense; see
             `Landscape.shares`.
+        report_to: the program to which the numbers of each point are reported, `wandb` or `tensorboard`, see
+            `jaxscape.runtime.reporting`; it needs `out`.
         sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` and `seed`, see
             `jaxscape.engine.sampling.Sampling`.
 
@@ -116,6 +120,7 @@ def scan(
     Raises:
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
     """
+    check_target(report_to, None if out is None else Path(out))
     coords = () if points is None else as_points(points)
     if points is None:
         recipes, axes = choose_grid(directions, axes, steps, radius, control)
@@ -169,7 +174,10 @@ def scan(
     openings = [opening] * len(prompts)
     with (
         open_run(directory, config, axes, len(recipes), prompts, sent, overwrite, coords, decides) as run,
-        _progress(run, [str(plan), prompts.summary(), *template_notes(model.tokenizer)], progress) as report_point,
+        open_reporter(report_to, directory, config) as reporter,
+        _progress(
+            run, [str(plan), prompts.summary(), *template_notes(model.tokenizer)], reporter, progress
+        ) as report_point,
     ):
         bind = partial(
             in_run,
@@ -326,13 +334,14 @@ def workload_of(
 
 
 @contextmanager
-def _progress(run: Run, lines: Sequence[str], enabled: bool) -> Iterator[Callable[[], None]]:
+def _progress(run: Run, lines: Sequence[str], reporter: Reporter, enabled: bool) -> Iterator[Callable[[], None]]:
     """A context with a progress bar. It yields a function that reports the point that was finished last.
 
     A report has the point's coordinates, its ASR and the time left.
 
     Arguments:
         lines: what is shown first, if points are left.
+        reporter: is given the numbers of each point too. A step is the number of points that are evaluated.
     """
     resumed, started = run.num_done, time.monotonic()
     with progress_display(enabled) as bar:
@@ -351,14 +360,17 @@ def _progress(run: Run, lines: Sequence[str], enabled: bool) -> Iterator[Callabl
             left = timedelta(seconds=round(elapsed / (done - resumed) * (total - done)))
             line = f"{done:>{len(str(total))}}/{total}  direction {index}  {position}  ASR {asr:5.1f} %  {left} left"
             line += "" if run.is_whole else " in this round"
-            if nonfinite := int((~run.finite[done - 1]).sum()):
+            nonfinite, unanswered = int((~run.finite[done - 1]).sum()), int(run.unanswered[done - 1].sum())
+            if nonfinite:
                 line += f"  ({nonfinite} of {len(run.prompts)} prompts met NaN or infinite logits)"
-            if unanswered := int(run.unanswered[done - 1].sum()):
+            if unanswered:
                 line += f"  ({unanswered} of {len(run.prompts)} texts have thinking and no answer)"
             for name, rows in run.labels.rows.items():
                 if unjudged := rows[done - 1].count(None) if len(rows) == done else 0:
                     line += f"  ({name} could not judge {unjudged} of {len(run.prompts)} answers)"
             bar.update(task, completed=done, total=total)
             bar.print(line)
+            place = {"direction": index, **{f"coord_{axis}": value for axis, value in enumerate(coords)}}
+            reporter.log(done, {"asr": asr, "nonfinite": nonfinite, "unanswered": unanswered, **place})
 
         yield report_point

@@ -30,13 +30,23 @@ from jaxscape.landscapes.adaptive import interpolated, next_points
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.labels import LABEL_FILES, LabelBook
 from jaxscape.landscapes.landscape import FIGURE, Landscape, each_array
-from jaxscape.runtime import rundir
+from jaxscape.runtime import reporting, rundir
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import append_json_lines, cut_after, to_json_lines, whole_lines, write_whole
 from jaxscape.runtime.processes import from_first
 
 GENERATIONS, PROMPTS = "generations.jsonl", "prompts.jsonl"
 COHERENCE_FILE = "coherence.json"
+EXPORTED = (
+    "landscape.eval",
+    "points.csv",
+    "points.parquet",
+    "generations.csv",
+    "generations.parquet",
+    "landscaper-*.npz",
+    "hub",
+)
+"""What `jaxscape export` writes, beside `output*.jsonl`."""
 SCAN = rundir.RunKind(
     "scan",
     state=GENERATIONS,
@@ -47,6 +57,8 @@ SCAN = rundir.RunKind(
         "landscape-*.png",
         trajectory.FILE_NAME,
         "output*.jsonl",
+        *EXPORTED,
+        *reporting.FOLDERS,
         LABEL_FILES,
         COHERENCE_FILE,
     ),

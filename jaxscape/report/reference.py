@@ -1,18 +1,16 @@
 """Export of a run in the format of the paper's code."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxscape.landscapes.landscape import Landscape
-from jaxscape.landscapes.store import GENERATIONS
-from jaxscape.runtime.errors import UserError, reason
+from jaxscape.report.finished import FinishedRun
+from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.files import to_json_lines, write_whole
 
 
-def export_reference(directory: str | Path) -> list[Path]:
+def export_reference(run: FinishedRun, out: Path) -> list[Path]:
     """Write a run's generations in the format that the tools of the paper's code read.
 
     There is one file for each direction set: `output.jsonl` if there is one set, or else `output-0.jsonl`,
@@ -23,33 +21,23 @@ def export_reference(directory: str | Path) -> list[Path]:
         The files written.
 
     Raises:
-        UserError: the directory holds no finished run, or cannot be written.
+        UserError: the run has no answers at some points.
     """
-    directory = Path(directory)
-    landscape = Landscape.load(directory)
-    if landscape.filled is not None:
-        raise UserError(f"The adaptive scan in {directory} has no answers at some points: export a scan of all points.")
-    try:
-        lines = (directory / GENERATIONS).read_bytes().split(b"\n")[:-1]
-        if not landscape.complete or len(lines) != landscape.asr.size * landscape.num_prompts:
-            raise UserError(f"The run in {directory} is not finished; run its command again to finish it, then export.")
-        records = [json.loads(line) for line in lines]
-        sets = [list(group) for _, group in itertools.groupby(records, lambda record: record["direction"])]
-        paths = []
-        for index, group in enumerate(sets):
-            paths.append(directory / ("output.jsonl" if len(sets) == 1 else f"output-{index}.jsonl"))
-            write_whole(paths[-1], to_json_lines(_steps(group)))
-        return paths
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"The run in {directory} cannot be exported ({reason(error)}).") from error
+    if run.landscape.filled is not None:
+        raise UserError(
+            f"The adaptive scan in {run.directory} has no answers at some points: export a scan of all points."
+        )
+    by_set = itertools.groupby(zip(run.points, run.answers, strict=True), key=lambda pair: pair[0][0])
+    sets = [_steps([answers for _, answers in pairs]) for _, pairs in by_set]
+    names = ["output.jsonl"] if len(sets) == 1 else [f"output-{index}.jsonl" for index in range(len(sets))]
+    for name, steps in zip(names, sets, strict=True):
+        write_whole(out / name, to_json_lines(steps))
+    return [out / name for name in names]
 
 
-def _steps(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A record for each point of a direction set, with all its answers, from records that have one answer each."""
-    points = itertools.groupby(records, lambda record: record["coords"])
+def _steps(points: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """A record for each point of a direction set, with all its answers."""
     return [
-        {"step": step, "output": [{key: record[key] for key in ("prompt", "generation")} for record in point]}
-        for step, (_, point) in enumerate(points)
+        {"step": step, "output": [{key: record[key] for key in ("prompt", "generation")} for record in answers]}
+        for step, answers in enumerate(points)
     ]

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxscape.landscapes.comparison import COMPLIED, LEVEL, ComparedRun, Comparison, Difference
 from jaxscape.landscapes.landscape import Landscape
+from jaxscape.report.csv_text import without_formula
 
 TITLES = {
     "visage": "VISAGE",
@@ -241,10 +242,7 @@ def _latex_table(rows: Rows, columns: str) -> str:
 def _csv(rows: Sequence[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([_csv_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
+    writer.writerows(
+        [without_formula(visible(cell)) if isinstance(cell, str) else cell for cell in row] for row in rows
+    )
     return text.getvalue()
-
-
-def _csv_cell(text: str) -> str:
-    """The text, with an apostrophe before what a spreadsheet would run as a formula."""
-    return ("'" if text[:1] in tuple("=+-@") else "") + visible(text)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def test_a_killed_finetuning_ends_with_the_same_weights(
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
     killed = tmp_path / "killed"
-    command = finetune_command(killed, tiny_dir, data, "--method", method)
+    report_to = "tensorboard" if method == "lora" and find_spec("tensorboard") else "none"
+    command = finetune_command(killed, tiny_dir, data, "--method", method, "--report-to", report_to)
     log = killed / "log.jsonl"
     for count in moments:  # logged steps before the kill: in the first epoch, and in the middle of a later one
         process = subprocess.Popen(
@@ -67,6 +69,14 @@ def test_a_killed_finetuning_ends_with_the_same_weights(
     assert len(result_of(killed)) == 1
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, 6 * 6 + 1))
+    if report_to == "tensorboard":  # it drops what is reported twice
+        accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+        events = accumulator.EventAccumulator(str(killed / "tensorboard")).Reload().Scalars("loss")
+        reported = {event.step: event.value for event in events}
+        assert [event.step for event in events] == steps
+        assert reported == pytest.approx(
+            {line["step"]: line["loss"] for line in map(json.loads, log.read_text().splitlines())}
+        )
     # A finished run is not trained again.
     before = log.read_bytes()
     main(command)

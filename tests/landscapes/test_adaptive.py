@@ -1,5 +1,7 @@
 """Adaptive scans: which points are evaluated, what fills the others, and that the numbers are those of all points."""
 
+import csv
+import io
 import itertools
 import json
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from jaxscape.landscapes.axes import Axis, interpolation_axis, symmetric_axes
 from jaxscape.landscapes.numbers import landscape_numbers
 from jaxscape.landscapes.store import Adaptive, open_run
 from jaxscape.landscapes.visage import visage_interval
-from jaxscape.report.reference import export_reference
+from jaxscape.report.exports import export_run
 
 
 def replay(happened: np.ndarray, axes: Sequence[Axis], seed: int | None = None) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -231,7 +233,13 @@ def test_what_else_is_done_with_an_adaptive_run(runs: dict[bool, Path], tmp_path
         assert run.numbers is not None
         assert run.numbers["volume"] == saved.numbers["asr"]["volume"]
     with pytest.raises(js.UserError, match="has no answers at some points"):
-        export_reference(runs[True])
+        export_run(runs[True])
+    points, answers = (
+        list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
+        for path in export_run(runs[True], "csv", tmp_path)
+    )
+    assert [row["interpolated"] for row in points] == list(map(str, land.filled.ravel().tolist()))
+    assert len(answers) == land.num_evaluated * land.num_prompts
     (plot,) = js.plot_landscape(land).axes
     assert len(plot.lines[0].get_markevery()) < 13
     assert "points evaluated, the others interpolated" in plot.get_title()

@@ -16,7 +16,9 @@ from jaxscape.cli.main import main
 from jaxscape.directions.point import materialise
 from jaxscape.landscapes.points import as_points, load_points
 from jaxscape.landscapes.scan_settings import ScanSettings
-from jaxscape.report.reference import export_reference
+from jaxscape.report.exports import export_run
+from jaxscape.report.finished import load_finished
+from jaxscape.report.hub import card
 
 PROMPTS = js.load_prompts("harmful", 3)
 OPTIONS: dict[str, Any] = {"prompts": PROMPTS, "max_new_tokens": 6, "progress": False, "shares": False}
@@ -159,11 +161,16 @@ def test_a_run_of_points_is_resumed(tiny: js.Model, run: Path, tmp_path: Path, c
         js.scan(tiny, [(0, 1, 2), (3, 4, 5)], points=POINTS[::-1], out=tmp_path, **OPTIONS)
 
 
-def test_what_else_is_done_with_a_run_of_points(run: Path) -> None:
+def test_what_else_is_done_with_a_run_of_points(run: Path, tmp_path: Path) -> None:
     land = js.score(run, "xstest", progress=False)
     assert land.measures["xstest"]["refused"].shape == (2, 3)
-    lines = [json.loads(line) for line in export_reference(run)[1].read_text().splitlines()]
+    lines = [json.loads(line) for line in export_run(run)[1].read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
+    answers = export_run(run, "csv", tmp_path)[1].read_text().splitlines()
+    assert answers[0].startswith('"direction","point","coord_0","coord_1","coord_2","prompt_number"')
+    assert "points.parquet" in card(load_finished(run))
+    with pytest.raises(js.UserError, match="is a list of points: export it to csv"):
+        export_run(run, "landscaper", tmp_path)
     with pytest.raises(js.UserError, match="no VISAGE, volume or radius to compare"):
         js.compare([run, run.parent])
     with pytest.raises(js.UserError, match="scan of listed points"):

@@ -30,7 +30,7 @@ from jaxscape.models.chat_defaults import with_chat_template
 from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
 from jaxscape.prompts import refusal
 from jaxscape.prompts.chat_format import chat_text
-from jaxscape.report.reference import export_reference
+from jaxscape.report.exports import export_run
 
 PROMPTS = js.load_prompts("harmful", 3)
 scan_module = importlib.import_module("jaxscape.landscapes.scan")
@@ -327,7 +327,8 @@ def test_a_models_directory_is_no_run_also_with_overwrite(tiny: js.Model, tiny_d
 def test_overwrite_starts_over(tiny: js.Model, tmp_path: Path) -> None:
     js.scan(tiny, [3], out=tmp_path, **OPTIONS)
     (tmp_path / "landscape.png").write_text("old")
-    export_reference(tmp_path)
+    export_run(tmp_path)
+    export_run(tmp_path, "csv")
     (tmp_path / "notes.txt").write_text("mine")
     js.scan(tiny, [0], out=tmp_path, overwrite=True, **OPTIONS | {"steps": 2})
     assert len(records(tmp_path)) == 9
@@ -408,7 +409,7 @@ def test_directions_that_make_no_landscape(tiny: js.Model, directions: Any, mess
 @pytest.mark.parametrize("num_sets", [1, 2])
 def test_the_export_is_in_the_reference_projects_format(tiny: js.Model, tmp_path: Path, num_sets: int) -> None:
     js.scan(tiny, list(range(num_sets)), out=tmp_path, **OPTIONS)
-    paths = export_reference(tmp_path)
+    paths = export_run(tmp_path)
     assert [path.name for path in paths] == (
         ["output.jsonl"] if num_sets == 1 else ["output-0.jsonl", "output-1.jsonl"]
     )
@@ -426,8 +427,8 @@ def test_an_unfinished_run_is_not_exported(tiny: js.Model, unbroken: Path, tmp_p
     content["asr"][0][0] = None
     (directory / "landscape.json").write_text(json.dumps(content))
     with pytest.raises(js.UserError, match="not finished"):
-        export_reference(directory)
+        export_run(directory)
     directory = Path(shutil.copytree(unbroken, tmp_path / "cut"))
     (directory / "generations.jsonl").write_bytes((directory / "generations.jsonl").read_bytes()[:-200])
     with pytest.raises(js.UserError, match="not finished"):
-        export_reference(directory)
+        export_run(directory)

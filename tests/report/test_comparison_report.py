@@ -158,7 +158,7 @@ def test_latex_prints_a_name_as_it_is(comparison: Comparison, name: str) -> None
 def test_csv_keeps_a_name_and_runs_no_formula(comparison: Comparison, name: str) -> None:
     changed = renamed(comparison, name)
     head, first, *_ = csv.reader(io.StringIO(tables.to_csv(changed)))
-    assert first[0].removeprefix("'") == tables.visible(name).removeprefix("'")
+    assert first[0].removeprefix("'") == tables.visible(name)
     assert first[0][:1] not in ("=", "+", "-", "@")
     row = dict(zip(head, first, strict=True))
     numbers = changed.runs[0].numbers
