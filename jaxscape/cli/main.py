@@ -39,6 +39,7 @@ VERBS = {
     "compare": Verb(
         "compare", "Compare", "Compare the landscapes of several runs, and say which differences exceed the noise."
     ),
+    "report": Verb("report", "Report", "Show runs in one HTML file, in which a click on a point reads its answers."),
     "export": Verb("export", "Export", "Write the answers of a finished run in the format of the paper's code."),
 }
 

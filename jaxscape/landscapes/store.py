@@ -47,6 +47,7 @@ SCAN = rundir.RunKind(
         "landscape-*.png",
         trajectory.FILE_NAME,
         "output*.jsonl",
+        "report.html",
         LABEL_FILES,
         COHERENCE_FILE,
     ),

@@ -1,0 +1,34 @@
+// What happens when the page is opened: cards and tables are made, then the figures are drawn.
+
+const rateSelect = document.getElementById("rate");
+
+/** The key of the rate that the figures show. */
+function shownRate() {
+  return rateSelect.value;
+}
+
+function drawAll() {
+  for (const panel of panels) panel.legend.replaceChildren();
+  panels.forEach(draw);
+}
+
+function openPage() {
+  const { runs } = CONTENT;
+  document.title = `Safety landscape: ${runs.map((run) => visible(run.name)).join(", ")}`;
+  const rates = new Map(runs.flatMap((run) => run.rates.map((rate) => [rate.key, rate.label])));
+  rateSelect.append(...[...rates].map(([key, label]) => element("option", { value: key }, visible(label))));
+  rateSelect.addEventListener("change", drawAll);
+  document.getElementById("figures").append(...runs.map(card));
+  document.getElementById("numbers").append(numbersTable(CONTENT));
+  document.getElementById("facts").append(factsTable(CONTENT));
+  document.getElementById("facts-hint").hidden = runs.length < 2;
+  document.getElementById("facts").classList.toggle("single", runs.length < 2);
+  drawAll();
+  for (const panel of panels) panel.frame.addEventListener("blur", () => markPlaces(panel));
+  // With room for it, the surface stands beside the contours from the beginning, drawn after them.
+  const planes = panels.filter((panel) => panel.surface);
+  if (planes.length <= 2 && hasWebGL()) setTimeout(() => planes.forEach(toggleSurface));
+}
+
+openPage();
+performance.mark("drawn");
