@@ -67,6 +67,7 @@ function disagree(answers, number) {
 
 /** The rows of the reader: each prompt with the number of its answer at each place, −1 where it was not asked. */
 function readerRows() {
+  if (!shownAnswers.some(Boolean)) return [];
   const lists = opened.map(({ run }) => CONTENT.runs[run].prompts);
   const prompts = [...new Set(lists.flat())];
   const rows = prompts.map((prompt, i) => ({ prompt, number: i + 1, at: lists.map((list) => list.indexOf(prompt)) }));
@@ -199,7 +200,7 @@ function showRows() {
   const list = document.getElementById("rows");
   list.replaceChildren(...rows.map((row) => rowElement(row, search)));
   if (!rows.length) {
-    const text = shownAnswers.some((answers) => answers) ? "No answer matches." : "There are no answers at this point: it is not evaluated.";
+    const text = shownAnswers.some(Boolean) ? "No answer matches." : "There are no answers at this point: it is not evaluated.";
     list.append(element("p", { className: "hint" }, text));
   }
   say(`${rows.length} answers`);
@@ -213,7 +214,7 @@ function rowElement({ prompt, number, at }, search) {
       "div",
       { className: "text" },
       ...(letter ? [element("span", { className: "letter" }, letter)] : []),
-      ...(index >= 0 && answers ? [untrusted(answers.texts[index], search, "p"), remarks(answers, index)] : [element("p", { className: "hint" }, "not asked here")]),
+      ...(index >= 0 && answers ? [untrusted(answers.texts[index], search, "p"), remarks(answers, index)] : [element("p", { className: "hint" }, "no answer here")]),
     );
   return element(
     "details",

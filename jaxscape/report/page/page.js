@@ -31,4 +31,4 @@ function openPage() {
 }
 
 openPage();
-performance.mark("drawn");
+document.documentElement.dataset.drawn = performance.now(); // for tests and benchmarks
