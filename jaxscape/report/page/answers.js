@@ -32,10 +32,10 @@ async function openPlace(place, byKey) {
   const answers = await Promise.all(places.map(answersAt));
   [opened, shownAnswers, comparing] = [places, answers, false];
   showReader();
-  panels.forEach(markPlaces);
   const title = document.getElementById("answers-title");
   if (byKey) title.focus();
   else title.scrollIntoView({ block: "nearest" });
+  panels.forEach(markPlaces);
   say(`Opened ${placeName(place)}`);
 }
 

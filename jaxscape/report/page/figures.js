@@ -132,13 +132,14 @@ function draw(panel) {
   const { traces, layout, legend } = isPlane ? plane(run, panel, rate) : line(run, panel, rate);
   const known = [...panel.legend.children].map((entry) => entry.textContent);
   panel.legend.append(...legend.filter((entry) => !known.includes(entry.textContent)));
-  const marks = { mode: "markers+text", hoverinfo: "skip", showlegend: false, textposition: "top center" };
-  const places = { x: [], y: [], ...marks, name: "marks", cliponaxis: false, marker: { size: 15, symbol: "circle-open", color: "#000", line: { width: 2.5 } } };
+  const marks = { x: [], y: [], hoverinfo: "skip", cliponaxis: false, marker: { color: "#000", line: { width: 2.5 } } };
+  const cursor = { ...marks, mode: "markers", marker: { ...marks.marker, symbol: "circle-open", size: 15 } };
+  const places = { ...marks, mode: "markers+text", textposition: "middle center", textfont: { color: "#fff" } };
   panel.height = (place) => (isPlane ? run.axes[1].values[place.point % run.axes[1].values.length] : rate.value[place.set][place.point]);
   panel.width = (place) => (isPlane ? run.axes[0].values[Math.floor(place.point / run.axes[1].values.length)] : run.x[place.point]);
   const options = { displayModeBar: false, responsive: true, showTips: false, doubleClick: false };
   const base = { font: FONT, height: isPlane ? PLANE_HEIGHT : LINE_HEIGHT, showlegend: false, dragmode: false, paper_bgcolor: "#fff", plot_bgcolor: "#fff", hoverdistance: -1 };
-  Plotly.react(panel.plot, [...traces, places], { ...base, ...layout }, options);
+  Plotly.react(panel.plot, [...traces, cursor, places], { ...base, ...layout }, options);
   if (!panel.listens) listen(panel, panel.plot);
   panel.listens = true;
   describe(panel, panel.cursor);
@@ -160,13 +161,20 @@ function listen(panel, plot) {
   });
 }
 
-/** Mark the cursor of a panel while it has the focus, and the places that are open. */
+/** Mark the cursor while the panel has the focus, and the places that are open, by their letters if there are two. */
 function markPlaces(panel) {
-  const places = opened.map((place, i) => [place, NAMES[i]]).filter(([place]) => place.run === panel.run && panel.sets.includes(place.set));
-  if (document.activeElement === panel.frame) places.push([panel.cursor, ""]);
-  const last = panel.plot.data.length - 1;
-  const texts = places.map(([, name]) => (opened.length > 1 ? `<b>${name}</b>` : ""));
-  Plotly.restyle(panel.plot, { x: [places.map(([place]) => panel.width(place))], y: [places.map(([place]) => panel.height(place))], text: [texts] }, [last]);
+  const cursor = document.activeElement === panel.frame ? [panel.cursor] : [];
+  const places = opened.filter((place) => place.run === panel.run && panel.sets.includes(place.set));
+  const isPair = opened.length > 1;
+  const marks = {
+    x: [cursor.map(panel.width), places.map(panel.width)],
+    y: [cursor.map(panel.height), places.map(panel.height)],
+    text: [[], places.map((place) => (isPair ? `<b>${NAMES[opened.indexOf(place)]}</b>` : ""))],
+    "marker.symbol": ["circle-open", isPair ? "circle" : "circle-open"],
+    "marker.size": [15, isPair ? 18 : 15],
+  };
+  const count = panel.plot.data.length;
+  Plotly.restyle(panel.plot, marks, [count - 2, count - 1]);
 }
 
 /** The figure of a line or of a list of points: curves with bands, over the stacked shares where the ASR is drawn. */
