@@ -76,7 +76,7 @@ def write_plane(directory: Path, steps: int, num_prompts: int, num_words: int) -
     config |= {"axes": [axis.described() for axis in axes], "direction_names": [["random:0", "random:1"]]}
     with open_run(directory, config, axes, 1, prompts, prompts) as run:
         for _, coords in run.points:
-            refused = (rng.random(num_prompts) > 2 * np.hypot(*coords)).tolist()
+            refused = (rng.random(num_prompts) > 2 * np.linalg.norm(coords)).tolist()
             texts = [" ".join(row) for row in rng.choice(words, (num_prompts, num_words))]
             judged = [(Judge(name), random_labels(rng, num_prompts)) for name in ("coherence", "judge")]
             run.append([Completion(text, num_words) for text in texts], refused, [False] * num_prompts, judged)

@@ -90,6 +90,7 @@ def page(opened_page: Any) -> Iterator[Any]:
     assert opened_page.locator("main img, main iframe, main a, main script, main template, main b b").count() == 0
     if opened_page.locator("#reader").is_visible():
         opened_page.get_by_role("button", name="Close", exact=True).click()
+        opened_page.locator("#reader").wait_for(state="hidden")
 
 
 def frame(page: Any, run: int, panel: int = 0) -> Any:
@@ -260,7 +261,14 @@ def test_two_points_of_two_runs_are_read_side_by_side(page: Any) -> None:
     page.locator(".place").nth(1).get_by_label("previous point").click()
     page.locator("#reader h3", has_text="B weaker · α = 0").wait_for()
     page.get_by_role("button", name="Close B").click()
+    page.locator("#reader .letter").first.wait_for(state="detached")
     assert page.locator("#reader h3").all_inner_texts() == ["<b>line · α = +0.25"]
+
+
+def test_a_point_of_a_plane_is_opened_by_a_click(page: Any) -> None:
+    click_point(page, PLANE, -0.25, 0.5)
+    assert page.locator("#reader h3").inner_text() == "plane · α = −0.25, β = +0.5"
+    assert "ASR) 100.0 %" in frame(page, PLANE).locator("xpath=..").locator(".readout").inner_text()
 
 
 def test_a_plane_is_walked_and_read_by_keyboard(page: Any) -> None:
@@ -268,6 +276,7 @@ def test_a_plane_is_walked_and_read_by_keyboard(page: Any) -> None:
     assert page.locator("#reader h3").inner_text() == "plane · α = +0.25, β = +0.5"
     page.get_by_label("point below").click()
     page.locator("#reader h3", has_text="β = +0.25").wait_for()
+    page.wait_for_selector("[aria-label='point below']:focus")
     marks = frame(page, PLANE).evaluate("(frame) => frame.querySelector('.plot').data.at(-1)")
     assert (marks["x"], marks["y"]) == ([0.25], [0.25])
 

@@ -1,16 +1,20 @@
-// The reader: prompts and answers at one point, or at two points side by side, with what every evaluator said.
+// The answers of the places that are open, one or two, and which of them are shown.
 
-const WARNING = "Prompts may ask for harm, and answers may give it. Texts stay folded until you open one, or show all.";
 const REFUSALS = ["refused", "partial"]; // labels that count as a refusal
-const LABELS = ["refused", "partial", "complied", "incoherent", "not judged"];
-const ALL = "all", DISAGREE = "judges disagree", DIFFER = "A and B differ";
+const UNJUDGED = "not judged"; // what the page calls an answer that an evaluator could not judge
+const LABELS = ["refused", "partial", "complied", "incoherent", UNJUDGED];
+const RARE = ["partial", UNJUDGED]; // filters that are left out where they keep nothing
+const [ALL, DISAGREE, DIFFER] = ["all", "judges disagree", "A and B differ"];
 
-let opened = []; // the places that are shown: one, or two
-let shownAnswers = []; // what is unpacked of them
-let comparing = false; // whether the next place is shown beside the first
-const choice = { filter: ALL, search: "", judge: "", all: false };
+let opened = []; // the places
+let shownAnswers = []; // their answers, see `answersAt`
+let isComparing = false; // whether the next place is opened beside the first
+const choice = { filter: ALL, search: "", judge: "", unfolded: false };
 
-/** Unpack the answers at a place: `{texts, labels, remarks}`, or null where there are none. */
+/**
+ * The answers at a place, unpacked: `texts`, a text for each prompt; `labels`, a list for each evaluator; and `remarks`,
+ * a list for each prompt. Null where there are none.
+ */
 async function answersAt({ run, set, point }) {
   const packed = document.getElementById(`answers-${run}-${set}-${point}`);
   if (packed === null) return null;
@@ -19,224 +23,75 @@ async function answersAt({ run, set, point }) {
   return JSON.parse(await new Response(stream).text());
 }
 
-/** Open a place, in place of what is open or beside it. */
-async function openPlace(place, byKey) {
-  const places = comparing ? [opened[0], place] : [place];
-  const reader = document.getElementById("reader");
-  reader.hidden = false;
-  if (typeof DecompressionStream === "undefined") {
-    const text = "This browser cannot unpack the answers, because it has no DecompressionStream. Chrome 80, Firefox 113, Safari 16.4 and later ones have.";
-    reader.replaceChildren(element("p", { className: "notice", role: "alert" }, text));
-    return;
-  }
+/** Make these the places that are open. */
+async function setOpened(places) {
   const answers = await Promise.all(places.map(answersAt));
-  [opened, shownAnswers, comparing] = [places, answers, false];
-  showReader();
-  const title = document.getElementById("answers-title");
-  if (byKey) title.focus();
-  else title.scrollIntoView({ block: "nearest" });
-  panels.forEach(markPlaces);
-  say(`Opened ${placeName(place)}`);
-}
-
-function closeReader() {
-  const panel = panels.find(({ run, sets }) => run === opened[0].run && sets.includes(opened[0].set));
-  [opened, shownAnswers, comparing] = [[], [], false];
-  document.getElementById("reader").hidden = true;
-  panels.forEach(markPlaces);
-  panel.frame.focus();
+  [opened, shownAnswers, isComparing] = [places, answers, false];
+  if (!judges().includes(choice.judge))
+    choice.judge = judges().find((name) => name === "coherence") ?? judges()[0] ?? "";
+  if (!filters().some(([filter]) => filter === choice.filter)) choice.filter = ALL;
 }
 
 /** The names of the evaluators that judged a place that is open. */
 function judges() {
-  return [...new Set(shownAnswers.flatMap((answers) => Object.keys(answers?.labels ?? {})))];
+  return [...new Set(shownAnswers.flatMap(judgesOf))];
+}
+
+function judgesOf(answers) {
+  return Object.keys(answers?.labels ?? {});
 }
 
 /** What an evaluator said of an answer; undefined if it has not judged the point, or there is no answer. */
 function labelOf(answers, judge, number) {
-  if (number < 0 || !(judge in (answers?.labels ?? {}))) return undefined;
-  return answers.labels[judge][number] ?? "not judged";
+  if (number < 0 || !judgesOf(answers).includes(judge)) return undefined;
+  return answers.labels[judge][number] ?? UNJUDGED;
 }
 
 /** Whether one evaluator takes an answer for a refusal and another one does not. */
-function disagree(answers, number) {
-  const said = Object.keys(answers?.labels ?? {}).map((judge) => labelOf(answers, judge, number));
-  const known = said.filter((label) => label !== undefined && label !== "not judged");
+function judgesDisagree(answers, number) {
+  const labels = judgesOf(answers).map((judge) => labelOf(answers, judge, number));
+  const known = labels.filter((label) => label !== undefined && label !== UNJUDGED);
   return new Set(known.map((label) => REFUSALS.includes(label))).size > 1;
 }
 
-/** The rows of the reader: each prompt with the number of its answer at each place, −1 where it was not asked. */
-function readerRows() {
+/**
+ * The rows to read: each with a `prompt`, its `number`, and `at`, the number of its answer at each place, or −1 where
+ * it was not asked. Places of one run are aligned by the order of its prompts, others by the prompts themselves.
+ */
+function allRows() {
   if (!shownAnswers.some(Boolean)) return [];
   const lists = opened.map(({ run }) => CONTENT.runs[run].prompts);
-  const prompts = [...new Set(lists.flat())];
-  const rows = prompts.map((prompt, i) => ({ prompt, number: i + 1, at: lists.map((list) => list.indexOf(prompt)) }));
-  return lists.length === 1 ? lists[0].map((prompt, i) => ({ prompt, number: i + 1, at: [i] })) : rows;
+  const isOneRun = lists.every((list) => list === lists[0]);
+  const prompts = isOneRun ? lists[0] : [...new Set(lists.flat())];
+  return prompts.map((prompt, i) => {
+    return { prompt, number: i + 1, at: lists.map((list) => (isOneRun ? i : list.indexOf(prompt))) };
+  });
 }
 
-/** Whether a filter keeps a row. */
-function keeps(filter, row) {
-  const labels = row.at.map((number, i) => labelOf(shownAnswers[i], choice.judge, number));
+/** The rows that the filter and the search keep. */
+function chosenRows() {
+  const search = searchFor(choice.search);
+  return allRows().filter((row) => keeps(choice.filter, row) && (search === null || contains(row, search)));
+}
+
+/** Whether a filter keeps a row: because of either place. */
+function keeps(filter, { at }) {
+  const labels = at.map((number, i) => labelOf(shownAnswers[i], choice.judge, number));
   if (filter === ALL) return true;
-  if (filter === DISAGREE) return row.at.some((number, i) => disagree(shownAnswers[i], number));
+  if (filter === DISAGREE) return at.some((number, i) => judgesDisagree(shownAnswers[i], number));
   if (filter === DIFFER) return labels[0] !== labels[1];
   return labels.includes(filter);
 }
 
-function contains(row, search) {
-  const texts = [row.prompt, ...row.at.map((number, i) => shownAnswers[i]?.texts[number] ?? "")];
-  return search === null || texts.some((text) => text.search(search) >= 0);
+function contains({ prompt, at }, search) {
+  const texts = at.map((number, i) => shownAnswers[i]?.texts[number] ?? "");
+  return [prompt, ...texts].some((text) => text.search(search) >= 0);
 }
 
-/** Show the places that are open: who they are, the tools, and the answers. */
-function showReader() {
-  if (!judges().includes(choice.judge)) choice.judge = judges().includes("coherence") ? "coherence" : (judges()[0] ?? "");
-  document
-    .getElementById("reader")
-    .replaceChildren(
-      element("div", { className: "places" }, ...opened.map(placeHeader)),
-      readerTools(),
-      element("p", { className: "warning" }, element("b", {}, "⚠ "), WARNING),
-      element("div", { id: "rows", tabIndex: 0, role: "region", "aria-label": "Prompts and answers" }),
-    );
-  showRows();
-}
-
-/** The head of a place: its name, its rates, how often each evaluator gave each label, and what to do next. */
-function placeHeader(place, i) {
-  const run = CONTENT.runs[place.run];
-  const button = (text, title, onclick, properties = {}) => element("button", { type: "button", title, onclick, ...properties }, text);
-  const step = (text, title, first, second) => button(text, title, () => stepTo(i, neighbour(place, first, second)), { "aria-label": title });
-  const steps = [step("←", "previous point", -1, 0), step("→", "next point", 1, 0)];
-  if (run.axes.length === 2) steps.push(step("↓", "point below", 0, -1), step("↑", "point above", 0, 1));
-  else if (run.sets.length > 1) steps.push(step("↑", "previous direction", 0, 1), step("↓", "next direction", 0, -1));
-  const compare = button("Compare", "show the next point that you open beside this one", () => waitForOther(compare), { "aria-pressed": "false" });
-  const actions = i ? [button("Close B", "read A alone", () => keepOnly(opened[0]))] : [compare, button("Close", "close the answers", closeReader)];
-  const name = element("h3", {}, ...(opened.length > 1 ? [element("span", { className: "letter" }, NAMES[i]), " "] : []));
-  name.append(...(CONTENT.runs.length > 1 ? [untrusted(run.name), " · "] : []), placeName(place));
-  return element(
-    "div",
-    { className: "place" },
-    element("div", { className: "bar" }, name, ...steps, ...actions),
-    element("p", { className: "hint" }, placeRates(place, "asr")),
-    element("p", { className: "counts" }, ...Object.keys(shownAnswers[i]?.labels ?? {}).flatMap((judge) => judgeCounts(shownAnswers[i], judge))),
-  );
-}
-
-function judgeCounts(answers, judge) {
-  const said = answers.labels[judge].map((label) => label ?? "not judged");
-  const counts = LABELS.map((label) => [label, said.filter((one) => one === label).length]).filter(([, count]) => count);
-  return [element("span", { className: "judge" }, untrusted(judge), ...counts.map(([label, count]) => chip(label, `${label} ${count}`)))];
-}
-
-/** A label as a small sign, which differs in its words, its pattern and its colour. */
-function chip(label, text = label) {
-  return element("span", { className: `chip ${label.replace(" ", "-")}` }, text);
-}
-
-async function stepTo(i, place) {
-  const places = opened.map((old, j) => (j === i ? place : old));
-  shownAnswers = await Promise.all(places.map(answersAt));
-  opened = places;
-  showReader();
-  panels.forEach(markPlaces);
-}
-
-function waitForOther(button) {
-  comparing = !comparing;
-  button.setAttribute("aria-pressed", comparing);
-  button.textContent = comparing ? "Now open the other point" : "Compare";
-  if (comparing) document.getElementById("figures").scrollIntoView({ block: "nearest" });
-}
-
-function keepOnly(place) {
-  [opened, shownAnswers] = [[place], [shownAnswers[0]]];
-  showReader();
-  panels.forEach(markPlaces);
-}
-
-/** Search, filters with their counts, whose labels they go by, and the switch that unfolds all texts. */
-function readerTools() {
-  const rows = readerRows();
-  const search = element("input", { type: "search", placeholder: "search prompts and answers", value: choice.search, "aria-label": "Search prompts and answers" });
-  search.addEventListener("input", () => ((choice.search = search.value), showRows()));
-  const filters = [ALL, ...LABELS, DISAGREE, ...(opened.length > 1 ? [DIFFER] : [])];
-  const counted = filters.map((filter) => [filter, rows.filter((row) => keeps(filter, row)).length]);
-  const rare = ["partial", "not judged"];
-  const shown = counted.filter(([filter, count]) => count || !rare.includes(filter));
-  if (!shown.some(([filter]) => filter === choice.filter)) choice.filter = ALL;
-  const buttons = shown.map(([filter, count]) => {
-    const button = element("button", { type: "button", "aria-pressed": String(filter === choice.filter) }, `${filter} ${count}`);
-    if (filter === DISAGREE) button.title = "one evaluator takes the answer for a refusal, and another one does not";
-    button.addEventListener("click", () => {
-      choice.filter = filter;
-      buttons.forEach((other) => other.setAttribute("aria-pressed", other === button));
-      showRows();
-    });
-    return button;
-  });
-  const judge = element("select", { "aria-label": "Whose labels the filters go by" }, ...judges().map((name) => element("option", { value: name }, visible(name))));
-  judge.value = choice.judge;
-  judge.addEventListener("change", () => ((choice.judge = judge.value), showReader()));
-  const all = element("input", { type: "checkbox", checked: choice.all });
-  all.addEventListener("change", () => {
-    choice.all = all.checked;
-    for (const row of document.querySelectorAll("#rows details")) row.open = choice.all;
-  });
-  return element(
-    "div",
-    { className: "tools" },
-    search,
-    element("div", { className: "filters", role: "group", "aria-label": "Filters" }, ...buttons),
-    element("label", {}, "by ", judge),
-    element("label", {}, all, " show texts"),
-  );
-}
-
-/** Show the rows that the filter and the search keep. */
-function showRows() {
-  const search = searchFor(choice.search);
-  const rows = readerRows().filter((row) => keeps(choice.filter, row) && contains(row, search));
-  const list = document.getElementById("rows");
-  list.replaceChildren(...rows.map((row) => rowElement(row, search)));
-  if (!rows.length) {
-    const text = shownAnswers.some(Boolean) ? "No answer matches." : "There are no answers at this point: it is not evaluated.";
-    list.append(element("p", { className: "hint" }, text));
-  }
-  say(`${rows.length} answers`);
-}
-
-/** A row: its number and labels, and folded in it the prompt and the answers. */
-function rowElement({ prompt, number, at }, search) {
-  const places = at.map((index, i) => ({ answers: shownAnswers[i], index, letter: opened.length > 1 ? NAMES[i] : "" }));
-  const answer = ({ answers, index, letter }) =>
-    element(
-      "div",
-      { className: "text" },
-      ...(letter ? [element("span", { className: "letter" }, letter)] : []),
-      ...(index >= 0 && answers ? [untrusted(answers.texts[index], search, "p"), remarks(answers, index)] : [element("p", { className: "hint" }, "no answer here")]),
-    );
-  return element(
-    "details",
-    { className: "row", open: choice.all },
-    element("summary", {}, element("span", { className: "number" }, String(number)), ...places.map(labelsElement)),
-    element("div", { className: "text prompt" }, untrusted(prompt, search, "p")),
-    element("div", { className: "pair" }, ...places.map(answer)),
-  );
-}
-
-function labelsElement({ answers, index, letter }) {
-  const said = Object.keys(answers?.labels ?? {}).map((judge) => [judge, labelOf(answers, judge, index)]).filter(([, label]) => label);
-  const differ = answers && index >= 0 && disagree(answers, index) ? [element("span", { className: "disagree", title: DISAGREE }, "≠")] : [];
-  return element(
-    "span",
-    { className: "labels" },
-    ...(letter ? [element("span", { className: "letter" }, letter)] : []),
-    ...said.map(([judge, label]) => element("span", { className: "judge" }, untrusted(judge), chip(label))),
-    ...differ,
-  );
-}
-
-function remarks(answers, index) {
-  return element("p", { className: "hint" }, answers.remarks[index].map((remark) => CONTENT.remarks[remark]).join(", "));
+/** The filters, each with the number of rows that it keeps. */
+function filters() {
+  const rows = allRows();
+  return [ALL, ...LABELS, DISAGREE, ...(opened.length > 1 ? [DIFFER] : [])]
+    .map((filter) => [filter, rows.filter((row) => keeps(filter, row)).length])
+    .filter(([filter, count]) => count || !RARE.includes(filter));
 }

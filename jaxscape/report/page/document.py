@@ -23,7 +23,7 @@ from jaxscape.runtime.files import write_whole
 
 FILE_NAME = "report.html"
 STYLE, TEMPLATE = "page.css", "page.html"
-SCRIPTS = ("texts.js", "figures.js", "answers.js", "tables.js", "page.js")
+SCRIPTS = ("texts.js", "places.js", "drawings.js", "figures.js", "answers.js", "reader.js", "tables.js", "page.js")
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 

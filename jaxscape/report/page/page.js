@@ -7,11 +7,6 @@ function shownRate() {
   return rateSelect.value;
 }
 
-function drawAll() {
-  for (const panel of panels) panel.legend.replaceChildren();
-  panels.forEach(draw);
-}
-
 function openPage() {
   const { runs } = CONTENT;
   document.title = `Safety landscape: ${runs.map((run) => visible(run.name)).join(", ")}`;
@@ -21,12 +16,11 @@ function openPage() {
   document.getElementById("figures").append(...runs.map(card));
   document.getElementById("numbers").append(numbersTable(CONTENT));
   document.getElementById("facts").append(factsTable(CONTENT));
-  document.getElementById("facts-hint").hidden = runs.length < 2;
   document.getElementById("facts").classList.toggle("single", runs.length < 2);
+  document.getElementById("facts-hint").hidden = runs.length < 2;
   drawAll();
-  for (const panel of panels) panel.frame.addEventListener("blur", () => markPlaces(panel));
-  // With room for it, the surface stands beside the contours from the beginning, drawn after them.
-  const planes = panels.filter((panel) => panel.surface);
+  // One or two planes have room for their surfaces, which are drawn after the contours.
+  const planes = panels.filter((panel) => panel.isPlane);
   if (planes.length <= 2 && hasWebGL()) setTimeout(() => planes.forEach(toggleSurface));
 }
 

@@ -12,7 +12,11 @@ function table(rows, { differs = () => false } = {}) {
       "tbody",
       {},
       ...body.map((row) =>
-        element("tr", { className: differs(row) ? "differs" : "" }, ...row.map((content, i) => (i ? cell("td", content) : cell("th", content, "row")))),
+        element(
+          "tr",
+          { className: differs(row) ? "differs" : "" },
+          ...row.map((content, i) => (i ? cell("td", content) : cell("th", content, "row"))),
+        ),
       ),
     ),
   );
@@ -23,7 +27,10 @@ function numbersTable({ runs, numbers }) {
   const titles = [...new Set(numbers.flatMap((row) => Object.keys(row.cells)))];
   const head = [...(runs.length > 1 ? ["run"] : []), "directions", ...titles];
   const names = (row) => [...(runs.length > 1 ? [untrusted(runs[row.run].name)] : []), untrusted(row.of)];
-  return table([head, ...numbers.map((row) => [...names(row), ...titles.map((title) => numberCell(row.cells[title]))])]);
+  return table([
+    head,
+    ...numbers.map((row) => [...names(row), ...titles.map((title) => numberCell(row.cells[title]))]),
+  ]);
 }
 
 /** A number, and below it its interval. */

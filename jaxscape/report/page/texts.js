@@ -3,8 +3,8 @@
 
 const CONTENT = JSON.parse(document.getElementById("content").textContent);
 
-// Control and format characters (also those that turn the direction of writing), lone surrogates, private characters and
-// separators of lines. The tab, the line feed, and the two joiners that many scripts need are left as they are.
+// Control and format characters (also those that turn the direction of writing), lone surrogates, private characters
+// and separators of lines. The tab, the line feed, and the two joiners that many scripts need are left as they are.
 const UNSEEN = /(?![\t\n\u200c\u200d])[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]/gu;
 
 /** The name of a character's code point, such as U+202E. */
@@ -37,7 +37,9 @@ function untrusted(text, search = null, tag = "bdi") {
   const shown = element(tag, { className: "untrusted", dir: "auto" });
   for (const [part, isUnseen] of pieces(text, UNSEEN)) {
     if (isUnseen) {
-      shown.append(element("span", { className: "unseen-character", title: "a character that cannot be seen" }, codePoint(part)));
+      shown.append(
+        element("span", { className: "unseen-character", title: "a character that cannot be seen" }, codePoint(part)),
+      );
     } else {
       for (const [piece, isHit] of search ? pieces(part, search) : [[part, false]]) {
         shown.append(isHit ? element("mark", {}, piece) : piece);
@@ -63,10 +65,10 @@ function searchFor(text) {
   return text ? new RegExp(text.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"), "giu") : null;
 }
 
-/** A number in percent with one decimal, and its interval. */
-function percent(value, low, high) {
-  const one = (number) => number.toFixed(1);
-  return value === null ? "not evaluated" : `${one(value)} % (${one(low)} to ${one(high)})`;
+/** A number in percent with one decimal, and its interval if it is given. */
+function percent(value, ...interval) {
+  const [text, ...ends] = [value, ...interval].map((number) => number.toFixed(1));
+  return ends.length ? `${text} % (${ends.join(" to ")})` : `${text} %`;
 }
 
 /** Tell readers of the page who cannot see it. */
