@@ -145,6 +145,7 @@ function listen(panel, plot) {
   on("plotly_hover", (place) => describe(panel, place));
   on("plotly_click", (place) => {
     panel.cursor = place;
+    describe(panel, place); // a finger does not hover
     openPlace(place, false);
   });
 }
