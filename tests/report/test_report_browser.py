@@ -13,6 +13,7 @@ from jaxscape.evaluate.base import Label
 from jaxscape.landscapes.axes import Axis, symmetric_axes
 from jaxscape.report.page.document import save_report
 
+PATIENCE = 120_000  # milliseconds; a busy machine is slow
 LINE, WEAKER, PLANE, SPECIAL, LISTED = range(5)  # the runs of the page
 OVERRIDE = "\u202e"
 HOSTILE = [
@@ -69,6 +70,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def opened_page(browser: Any, report: Path) -> Iterator[Any]:
     page = browser.new_page(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
+    page.set_default_timeout(PATIENCE)
     page.troubles = troubles = []
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
@@ -117,13 +119,15 @@ def drawn_at(page: Any, run: int, x: float, y: float) -> tuple[float, float]:
     return left, top
 
 
-def click_point(page: Any, run: int, x: float, y: float) -> None:
-    """Point at where a point is drawn, and click."""
+def click_point(page: Any, run: int, x: float, y: float, name: str) -> None:
+    """Point at where a point of this name is drawn, and click when the figure says its name."""
     left, top = drawn_at(page, run, x, y)
-    page.mouse.move(left - 1, top)
-    page.wait_for_timeout(100)  # Plotly looks 20 times a second what is under the pointer
-    page.mouse.move(left, top)
-    page.wait_for_timeout(100)
+    readout = page.locator(".card").nth(run).locator(".readout").first
+    for attempt in range(1000):  # Plotly looks a few times a second what is under a pointer that moves
+        page.mouse.move(left + attempt % 2, top)
+        page.wait_for_timeout(20)
+        if readout.inner_text().startswith(f"{name} "):
+            break
     page.mouse.click(left, top)
     page.wait_for_selector("#rows details")
 
@@ -206,7 +210,7 @@ def test_another_rate_can_be_drawn(page: Any, report: Path) -> None:
 
 
 def test_a_click_opens_a_point_with_its_texts_folded_under_a_warning(page: Any) -> None:
-    click_point(page, LINE, 0.25, 2 / 7 * 100)
+    click_point(page, LINE, 0.25, 2 / 7 * 100, "α = +0.25")
     assert page.locator("#reader h3").inner_text() == "<b>line · α = +0.25"
     assert "Prompts may ask for harm" in page.locator(".warning").inner_text()
     assert not page.get_by_text("Sure, take a Hook").is_visible()
@@ -275,9 +279,9 @@ def test_two_points_of_two_runs_are_read_side_by_side(page: Any) -> None:
 
 
 def test_a_point_of_a_plane_is_opened_by_a_click(page: Any) -> None:
-    click_point(page, PLANE, -0.25, 0.5)
+    click_point(page, PLANE, -0.25, 0.5, "α = −0.25, β = +0.5")
     assert page.locator("#reader h3").inner_text() == "plane · α = −0.25, β = +0.5"
-    assert "ASR) 100.0 %" in frame(page, PLANE).locator("xpath=..").locator(".readout").inner_text()
+    assert page.locator(".place .hint").inner_text().startswith("attack success rate (ASR) 100.0 %")
 
 
 def test_a_plane_is_walked_and_read_by_keyboard(page: Any) -> None:
@@ -300,7 +304,7 @@ def test_a_control_and_a_listed_point_are_read_too(page: Any) -> None:
 
 
 def test_hostile_answers_are_shown_as_texts_and_do_nothing(page: Any) -> None:
-    click_point(page, LINE, 0.5, 100)
+    click_point(page, LINE, 0.5, 100, "α = +0.5")
     page.get_by_label("show texts").check()
     texts = page.locator("#rows .pair p.untrusted")
     assert [text.replace("\n", "") for text in texts.evaluate_all("all => all.map((one) => one.textContent)")] == SHOWN
@@ -332,6 +336,7 @@ def test_the_policy_keeps_scripts_and_requests_out(opened_page: Any) -> None:
 def test_on_a_phone_nothing_is_wider_than_the_screen_and_an_old_browser_is_told(browser: Any, tmp_path: Path) -> None:
     run = write_scan(tmp_path / ("run" * 40), symmetric_axes(1, 2, 0.5), answer, PROMPTS, {"coherence": sense})
     page = browser.new_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    page.set_default_timeout(PATIENCE)
     page.add_init_script("delete window.DecompressionStream")
     page.goto(save_report(run).as_uri())
     page.wait_for_selector("html[data-drawn]", state="attached")
