@@ -49,8 +49,8 @@ def run_content(run: ReportedRun) -> dict[str, Any]:
         `models`, the models that are marked in the figure of a line, each with its `x` and `name`; `sets`, for each
         direction set its `name`, whether it is a `control`, and `radii`, where its ASR rises above 50 %; `panels`, the
         direction sets that share a figure; `rates`, see `rates`; `evaluated`, for each direction set whether a point is
-        evaluated; `answered`, the numbers of the points that have answers; `prompts`; `facts`, what determines the run,
-        as pairs; and `trajectories`, each with `name`, `coords` and `residual`.
+        evaluated; `prompts`; `facts`, what determines the run, as pairs; and `trajectories`, each with `name`, `coords`
+        and `residual`.
     """
     land = run.landscape
     x, label = horizontal(land) if len(land.axes) != 2 else (np.zeros(0), "")
@@ -79,9 +79,6 @@ def run_content(run: ReportedRun) -> dict[str, Any]:
         "panels": panels(land),
         "rates": rates(land),
         "evaluated": evaluated.reshape(len(evaluated), -1).tolist(),
-        "answered": [
-            sorted(point.number for point in run.points if point.direction == index) for index in range(len(land.asr))
-        ],
         "prompts": list(run.prompts),
         "facts": facts(run.config),
         "trajectories": [

@@ -78,7 +78,7 @@ function pointAt(panel, place) {
 
 /** Show below a panel what is at a place. */
 function describe(panel, place) {
-  const name = panel.sets.length > 1 ? placeName(place) : CONTENT.runs[place.run].points[place.point];
+  const name = panel.sets.length > 1 ? placeName(place) : pointName(place);
   panel.readout.replaceChildren(element("b", {}, name), ` ${placeRates(place, shownRate())}`);
 }
 

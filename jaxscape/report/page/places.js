@@ -11,10 +11,15 @@ function sharesOf(run) {
   return shares.length ? Object.fromEntries(shares.map((rate) => [rate.label, rate])) : null;
 }
 
+/** What the point of a place is called: its coordinates. */
+function pointName({ run, point }) {
+  return visible(CONTENT.runs[run].points[point]);
+}
+
 /** What a place is called: its coordinates, and its direction set if there are several. */
-function placeName({ run, set, point }) {
-  const { sets, points } = CONTENT.runs[run];
-  return sets.length > 1 ? `${points[point]} of ${visible(sets[set].name)}` : points[point];
+function placeName(place) {
+  const { sets } = CONTENT.runs[place.run];
+  return sets.length > 1 ? `${pointName(place)} of ${visible(sets[place.set].name)}` : pointName(place);
 }
 
 /** The rates at a place in words: the one of this key with its interval, and the three shares. */
