@@ -32,6 +32,7 @@ from .prompts.sets import load_prompts
 from .report.comparison import plot_comparison, save_comparison
 from .report.figures import plot_landscape, save_figure
 from .report.measures import plot_measures
+from .report.page.document import save_report
 from .runtime.errors import UserError
 from .runtime.sharding import MeshShape, Split
 
@@ -82,6 +83,7 @@ __all__ = [
     "save_direction",
     "save_figure",
     "save_model",
+    "save_report",
     "save_trajectories",
     "scan",
     "score",

@@ -15,6 +15,7 @@ os.environ["XLA_FLAGS"] = (
 import gc
 import json
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,21 @@ def smollm2_reference(smollm2: js.Model) -> Reference:
 def torch_smollm2(smollm2_reference: Reference) -> Any:
     """The torch model of that reading. A test that changes it copies it first."""
     return smollm2_reference._model
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, that of the system. It is started once for all tests of a process."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium is installed")
+    # Surfaces are drawn by the CPU where there is no GPU. Root cannot have Chromium's sandbox.
+    arguments = ["--enable-unsafe-swiftshader", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=path, args=arguments)
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

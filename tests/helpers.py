@@ -5,8 +5,8 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from jaxscape.engine.engine import Engine
 from jaxscape.engine.planner import make_plan
 from jaxscape.engine.sampling import Sampling
 from jaxscape.engine.scheduler import Completion
+from jaxscape.evaluate.base import Label
 from jaxscape.finetuning.batches import epoch_batches
 from jaxscape.finetuning.chats import Example
 from jaxscape.landscapes.axes import Axis, symmetric_axes
@@ -267,6 +268,52 @@ def write_run(
         for verdicts in refused.reshape(-1, len(prompts))[:done]:
             answers = [Completion("I cannot" if verdict else "Sure", 2) for verdict in verdicts]
             run.append(answers, verdicts.tolist(), [False] * len(prompts))
+    return directory
+
+
+@dataclass(frozen=True)
+class NamedJudge:
+    """An evaluator whose labels a test gives."""
+
+    name: str
+
+    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+        raise NotImplementedError
+
+
+def write_scan(
+    directory: Path,
+    axes: Sequence[Axis],
+    answer: Callable[[int, tuple[float, ...], str], str],
+    prompts: Sequence[str],
+    judges: Mapping[str, Callable[[str], Label | None]] | None = None,
+    num_sets: int = 1,
+    done: int | None = None,
+    points: Sequence[tuple[float, ...]] = (),
+    **config: Any,
+) -> Path:
+    """The directory of a scan with answers to read. One that begins with `I cannot` refuses.
+
+    Arguments:
+        answer: the answer at a direction set and coordinates to a prompt.
+        judges: for each further evaluator, by its name, the label of an answer.
+        done: the points after the first ones are left out.
+        points: the points, if they are a list.
+        config: what else `config.json` holds.
+    """
+    recorded = {
+        "model": "tiny",
+        "weights": "0123456789abcdef" * 4,
+        "directions": [[100 * i + k for k in range(max(1, len(axes)))] for i in range(num_sets)],
+        "axes": [axis.described() for axis in axes],
+        **({"points": [list(point) for point in points]} if points else {}),
+    }
+    with open_run(directory, recorded | config, axes, num_sets, prompts, prompts, coords=points) as run:
+        for index, coords in run.points[:done]:
+            texts = [answer(index, coords, prompt) for prompt in prompts]
+            labels = [(NamedJudge(name), list(map(label, texts))) for name, label in (judges or {}).items()]
+            refused = [text.startswith("I cannot") for text in texts]
+            run.append([Completion(text, 2) for text in texts], refused, [False] * len(texts), labels)
     return directory
 
 

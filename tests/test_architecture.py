@@ -31,7 +31,8 @@ def imported(path: Path) -> Iterator[str]:
 
 def modules() -> dict[str, set[str]]:
     """What each module of a folder imports."""
-    return {f"{path.parent.name}.{path.stem}": set(imported(path)) for path in sorted(PACKAGE.glob("*/*.py"))}
+    paths = sorted(PACKAGE.glob("*/**/*.py"))
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): set(imported(path)) for path in paths}
 
 
 def test_every_folder_has_a_row() -> None:

@@ -91,10 +91,10 @@ def test_reference_pages_name_everything_that_is_known_by_name(page: str, names:
 def test_the_architecture_page_lists_the_files_of_the_package() -> None:
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     modules = {
-        str(path.relative_to(ROOT / "jaxscape")) for path in ROOT.glob("jaxscape/*/*.py") if path.stem != "__init__"
+        str(path.relative_to(ROOT / "jaxscape")) for path in ROOT.glob("jaxscape/*/**/*.py") if path.stem != "__init__"
     }
     rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
-    assert set(re.findall(r"`(\w+/\w+\.py)`", rows)) == modules
+    assert set(re.findall(r"`(\w+(?:/\w+)+\.py)`", rows)) == modules
 
 
 BASH = re.compile(r"^ *```bash\n(.*?)^ *```", re.MULTILINE | re.DOTALL)

@@ -56,6 +56,7 @@ VERBS = {
     "compare": Verb(
         "compare", "Compare", "Compare the landscapes of several runs, and say which differences exceed the noise."
     ),
+    "report": Verb("report", "Report", "Show runs in one HTML file, in which a click on a point reads its answers."),
     "export": Verb("export", "Export", "Write a finished scan in the format of another tool."),
 }
 

@@ -147,7 +147,7 @@ def compare(runs: Sequence[str | Path], *, seed: int = 0) -> Comparison:
     paths = [Path(run) for run in as_list(runs, "runs")]
     if len(paths) < 2:
         raise UserError(f"A comparison needs at least two runs, and got {len(paths)}: give their directories.")
-    loaded = [_load(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    loaded = [_load(path, name) for path, name in zip(paths, run_names(paths), strict=True)]
     notes: dict[str, list[str]] = {}  # the runs, or pairs of runs, that each sentence is about
     for run in loaded:
         for note in _remarks(run):
@@ -182,7 +182,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def run_names(paths: Sequence[Path]) -> list[str]:
     """For each directory, the end of its path that tells it from the others, with as few parts as all can do with."""
     parts = [path.resolve().parts for path in paths]
     for index, (path, others) in enumerate(zip(paths, parts, strict=True)):

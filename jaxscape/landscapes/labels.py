@@ -40,22 +40,26 @@ class LabelBook:
         self._points, self._num_prompts, self._directory = points, num_prompts, directory
         self.checksums: dict[str, str | None] = {}
 
-    def restore(self, num_points: int) -> None:
+    def restore(self, num_points: int, cut: bool = True) -> None:
         """Read the files of all evaluators. What lies behind the first `num_points` points, or is half a line, is cut
         off.
+
+        Arguments:
+            cut: whether it is also cut off in the files; if not, the files stay as they are, and are only read.
 
         Raises:
             UserError: a file cannot be read or is damaged.
         """
         for path in [] if self._directory is None else sorted(self._directory.glob(LABEL_FILES)):
             try:
-                with path.open("r+b") as file:
+                with path.open("r+b" if cut else "rb") as file:
                     lines = whole_lines(file)[:num_points]
                     for index, record in enumerate(map(json.loads, lines)):
                         self._check(path, index, record)
                         self.checksums[record["evaluator"]] = record.get("checksum")
                         self.rows.setdefault(record["evaluator"], []).append(record["labels"])
-                    cut_after(file, lines)
+                    if cut:
+                        cut_after(file, lines)
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{path} is damaged ({reason(error)}): delete it, and answers are judged again."

@@ -59,6 +59,7 @@ SCAN = rundir.RunKind(
         "output*.jsonl",
         *EXPORTED,
         *reporting.FOLDERS,
+        "report.html",
         LABEL_FILES,
         COHERENCE_FILE,
     ),

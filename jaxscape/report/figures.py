@@ -1,6 +1,7 @@
 """Figures of landscapes: curves with intervals in 1D, contours and surfaces in 2D."""
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,12 @@ UNITS = {
 
 
 def axis_label(axis: Axis) -> str:
-    if _is_interpolation(axis.name):
+    if is_interpolation(axis.name):
         return f"{axis.name} (0: the model, 1: the other)"
     return f"{GREEK.get(axis.name, axis.name)} ({UNITS[axis.unit]})"
 
 
-def _is_interpolation(name: str) -> bool:
+def is_interpolation(name: str) -> bool:
     return name.startswith("interpolation")
 
 
@@ -109,12 +110,12 @@ def _plot_panels(landscape: Landscape) -> Figure:
     rows = -(-num_sets // 2)
     figure = Figure(figsize=(11, 0.9 + 3.1 * rows), layout="constrained")
     plots = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).ravel()
-    coords, xlabel = _horizontal(landscape)
+    coords, xlabel = horizontal(landscape)
     for i, plot in enumerate(plots[:num_sets]):
         one = landscape.select(np.arange(num_sets) == i)
         _draw_shares(plot, one)
         _draw_curves(plot, one, ("k",))
-        _draw_radii(plot, [_radii_of_sets(landscape)[i]])
+        _draw_radii(plot, radius_marks(landscape)[i])
         if landscape.axes:
             mark_models(plot, landscape.axes[0])
         plot.set_title(" and ".join(landscape.directions[i])[:70], fontsize=9)
@@ -140,12 +141,12 @@ def _plot_1d(landscape: Landscape) -> Figure:
         return _plot_panels(landscape)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     plot = figure.add_subplot()
-    coords, xlabel = _horizontal(landscape)
+    coords, xlabel = horizontal(landscape)
     if landscape.shares:
         figure.set_figheight(4.8)
         _draw_shares(plot, landscape)
         _draw_curves(plot, landscape, ("k",))
-        _draw_radii(plot, _radii_of_sets(landscape))
+        _draw_radii(plot, list(itertools.chain(*radius_marks(landscape))))
     else:
         _draw_curves(plot, landscape, COLOURS)
     if landscape.axes:
@@ -163,7 +164,7 @@ def _plot_1d(landscape: Landscape) -> Figure:
     return figure
 
 
-def _horizontal(landscape: Landscape) -> tuple[Float[np.ndarray, " points"], str]:
+def horizontal(landscape: Landscape) -> tuple[Float[np.ndarray, " points"], str]:
     """The points on the horizontal axis of a figure of a line or of a list of points, and the label of that axis."""
     if landscape.axes:
         return np.array(landscape.axes[0].values, np.float64), axis_label(landscape.axes[0])
@@ -176,7 +177,7 @@ def _horizontal(landscape: Landscape) -> tuple[Float[np.ndarray, " points"], str
 def _draw_shares(plot: Axes, landscape: Landscape) -> None:
     """The shares, stacked, as the mean over the directions. A point at which not all directions are judged is left
     out."""
-    coords, _ = _horizontal(landscape)
+    coords, _ = horizontal(landscape)
     bottom = np.zeros(len(coords))
     for kind, style in SHARES.items():
         top = bottom + landscape.shares[kind].mean(axis=0)
@@ -184,33 +185,39 @@ def _draw_shares(plot: Axes, landscape: Landscape) -> None:
         bottom = top
 
 
-def _radii_of_sets(landscape: Landscape) -> list[dict[str, Any]]:
-    """For each direction set, the radius of the ASR on each of its sides, as in `landscape.json`; empty where there is
-    none."""
+def by_set(landscape: Landscape, numbers: Sequence[Any], controls: Sequence[Any]) -> list[Any]:
+    """What each direction set has, in the order of the sets; None for a set that has nothing.
+
+    Arguments:
+        numbers, controls: what the sets that are no controls have, and what the controls have, each in their order.
+    """
+    special, control = iter(numbers), iter(controls)
+    return [next(control if is_control else special, None) for is_control in landscape.is_control]
+
+
+def radius_marks(landscape: Landscape) -> list[list[float]]:
+    """For each direction set of a line, the coordinates at which the ASR rises above 50 %, on either side of the
+    model."""
     numbers = (landscape.numbers, landscape.control.get("numbers"))
-    found = [((of or {}).get("asr", {}).get("radius") or {}).get("directions", []) for of in numbers]
-    special, controls = map(iter, found)
-    return [next(controls if is_control else special, {}) for is_control in landscape.is_control]
-
-
-def _draw_radii(plot: Axes, radii: Sequence[Mapping[str, Any]]) -> None:
-    """A mark where the ASR of each direction rises above 50 %, on either side."""
+    radii = [((of or {}).get("asr", {}).get("radius") or {}).get("directions", []) for of in numbers]
     sides = {"negative": -1, "positive": 1}
-    found = [
-        sign * entry[side]["value"]
-        for entry in radii
-        for side, sign in sides.items()
-        if side in entry and not entry[side]["at_least"]
+    return [
+        [sign * entry[side]["value"] for side, sign in sides.items() if side in entry and not entry[side]["at_least"]]
+        for entry in (found or {} for found in by_set(landscape, *radii))
     ]
-    if found:
+
+
+def _draw_radii(plot: Axes, marks: Sequence[float]) -> None:
+    """A mark at each coordinate at which the ASR of a direction rises above 50 %."""
+    if marks:
         style: dict[str, Any] = {"marker": "d", "markersize": 9, "color": "w", "markeredgecolor": "k"}
         label = f"radius: ASR rises above {THRESHOLD:.0f} %"
-        plot.plot(found, [THRESHOLD] * len(found), linestyle="", zorder=4, label=label, **style)
+        plot.plot(marks, [THRESHOLD] * len(marks), linestyle="", zorder=4, label=label, **style)
 
 
 def _draw_curves(plot: Axes, landscape: Landscape, colours: Sequence[str]) -> None:
     """The ASR along each direction, and a band for its interval."""
-    coords, _ = _horizontal(landscape)
+    coords, _ = horizontal(landscape)
     names = [" and ".join(item) for item in landscape.directions] or [
         f"direction {i}" for i in range(len(landscape.asr))
     ]
@@ -235,7 +242,7 @@ def _draw_curves(plot: Axes, landscape: Landscape, colours: Sequence[str]) -> No
 def mark_models(plot: Axes, axis: Axis) -> None:
     """A labelled vertical line at the model, and at the other model of an interpolation."""
     style: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8, "color": "0.35"}
-    models = {0: "the model", 1: "the other model"} if _is_interpolation(axis.name) else {0: "the model"}
+    models = {0: "the model", 1: "the other model"} if is_interpolation(axis.name) else {0: "the model"}
     for coord, name in models.items():
         plot.axvline(coord, color="0.5", linewidth=0.8, linestyle=":")
         plot.text(coord, 0.5, f"{name} ", transform=plot.get_xaxis_transform(), **style)
@@ -289,7 +296,7 @@ def _draw_contour(plot: Axes, axes: Sequence[Axis], values: np.ma.MaskedArray) -
     lines = plot.contour(x, y, values, levels=[10, 50, 90], colors="k", linewidths=0.7)
     plot.clabel(lines, fmt="%d %%", fontsize=8)
     plot.plot(0, 0, marker="+", color="w", markersize=10, markeredgewidth=2)
-    aspect: Any = "auto" if _is_interpolation(first.name) else "equal"
+    aspect: Any = "auto" if is_interpolation(first.name) else "equal"
     plot.set(xlabel=axis_label(first), ylabel=axis_label(second), aspect=aspect)
     return filled
 

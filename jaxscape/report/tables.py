@@ -64,7 +64,7 @@ def landscape_table(landscapes: Mapping[str, Landscape]) -> str:
     Arguments:
         landscapes: each landscape by what its row is called.
     """
-    cells = {name: _landscape_cells(land) for name, land in landscapes.items()}
+    cells = {name: landscape_cells(land) for name, land in landscapes.items()}
     titles = list(dict.fromkeys(title for row in cells.values() for title in row))
     rows = [
         [name, str(land.num_prompts), str(len(land.asr)), *(cells[name].get(title, "") for title in titles)]
@@ -73,20 +73,34 @@ def landscape_table(landscapes: Mapping[str, Landscape]) -> str:
     return markdown_table([["", "prompts", "directions", *titles], *rows])
 
 
-def _landscape_cells(land: Landscape) -> dict[str, str]:
+def landscape_cells(land: Landscape) -> dict[str, str]:
     """The numbers of a landscape as texts, by the titles of their columns."""
-    origin = (0, *(int(np.argmin(np.abs(axis.values))) for axis in land.axes))
-    ends = float(land.asr_low[origin]), float(land.asr_high[origin])
-    cells = {"ASR of the model (%)": estimate_text({"value": float(land.asr[origin]), "interval": ends}, ".1f")}
-    if land.asr[0].size == 1 or land.visage_values is None or land.numbers is None:
-        return cells
-    visage = land.visage_values
+    nearest = tuple(int(np.argmin(np.abs(axis.values))) for axis in land.axes)
+    place = land.origin if land.points else nearest
+    cells = {}
+    if place is not None and np.isfinite(land.asr[(0, *place)]):
+        asr, *ends = (float(rates[(0, *place)]) for rates in (land.asr, land.asr_low, land.asr_high))
+        cells["ASR of the model (%)"] = estimate_text({"value": asr, "interval": ends}, ".1f")
+    if land.asr[0].size > 1 and land.visage_values is not None and land.numbers is not None:
+        cells |= visage_cells(land.visage_values) | number_cells(land.numbers)
+    return cells
+
+
+def visage_cells(visage: Mapping[str, Any]) -> dict[str, str]:
+    """VISAGE by both definitions, as `visage` in `landscape.json` has it, by the titles of its columns."""
     kinds = (("VISAGE", "paper", "interval"), ("VISAGE (code)", "reference", "reference_interval"))
-    for title, kind, interval in kinds:
-        cells[title] = estimate_text({"value": visage[kind], "interval": visage[interval]}, ".1f")
+    return {
+        title: estimate_text({"value": visage[kind], "interval": visage[interval]}, ".1f")
+        for title, kind, interval in kinds
+    }
+
+
+def number_cells(numbers: Mapping[str, Any]) -> dict[str, str]:
+    """Safety volume and radius, as `numbers` in `landscape.json` has them, by the titles of their columns."""
+    cells = {}
     for rate, what in (("asr", ""), ("complied", " of complied alone")):
-        if rate in land.numbers:
-            volume, radius = (land.numbers[rate][name] for name in ("volume", "radius"))
+        if rate in numbers:
+            volume, radius = (numbers[rate][name] for name in ("volume", "radius"))
             cells[f"safety volume{what} (%)"] = estimate_text(volume, ".1f")
             cells[f"radius{what}"] = "none" if radius is None else estimate_text(radius, ".3f")
     return cells
