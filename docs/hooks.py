@@ -6,7 +6,7 @@ import posixpath
 import re
 from pathlib import Path
 
-from latex2mathml.converter import convert
+import ziamath
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
@@ -15,7 +15,11 @@ ROOT = Path(__file__).parents[1]
 RELATIVE_LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
 MATH_BLOCK = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+EM = 16  # pixels in which formulas are drawn; browsers scale them
 PUBLIC_NAME = re.compile(r"^\| (`js\.(\w+)[^`]*`)", re.MULTILINE)
+
+ziamath.config.svg2 = False  # glyphs in place: formulas of a page cannot take one another's
+ziamath.config.precision = 2
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -27,10 +31,22 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """The HTML of a page, with formulas in MathML, which browsers draw without a script."""
-    return MATH.sub(
-        lambda match: convert(html.unescape(match[3]), display="inline" if match[2] == "(" else "block"), content
+    """The HTML of a page with its formulas as drawings, for which a browser needs no script and no font."""
+    return MATH.sub(lambda match: drawn(html.unescape(match[3]), is_inline=match[2] == "("), content)
+
+
+def drawn(formula: str, is_inline: bool) -> str:
+    """An SVG image of a LaTeX formula, in the size and the colour of the text around it."""
+    image = ziamath.Latex(formula, size=EM, inline=is_inline, color="currentColor", title=formula.strip())
+    svg = re.sub(
+        r'(width|height)="([\d.]+)"', lambda match: f'{match[1]}="{float(match[2]) / EM:.3f}em"', image.svg(), count=2
     )
+    style = (
+        f"vertical-align: {image.getyofst() / EM:.3f}em"
+        if is_inline
+        else "display: block; margin: 1em auto; max-width: 100%"
+    )
+    return svg.replace("<svg ", f'<svg role="img" style="{style}" ', 1)
 
 
 def with_repository_links(markdown: str, source: str, repository: str) -> str:
