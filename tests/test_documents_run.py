@@ -1,14 +1,15 @@
 """What the README and docs/ tell readers to run is run here, or, where that takes too long, at least read.
 
-- Python blocks run, those of a page in order and in one namespace, as a reader would run them. `CHANGED` says which
-  arguments are others than on the page, so that a tiny random model stands in for the real one; nothing else is. Where
-  an expression has a literal value as its comment, it has that value.
+- Python blocks run, those of a page in order and in one namespace, as a reader would run them. A tiny random model
+  stands in for the real one: `CHANGED` and the fixture `reader` say what is not as on the page, and nothing else is.
+  Where an expression has a literal as its comment, it has that value.
 - Blocks that a page calls a file (`my_file.py`:) are written, and the blocks after them use them.
 - The guides for contributors are followed: the new file is imported, the line that registers it is run, and so are its
   tests.
-- Commands are read by the real parsers of the command line, in tests/test_docs.py. They are not run here, because each
-  takes minutes on the real model; the verbs' own tests run them on tiny ones. `OTHER_COMMANDS` says which programs of
-  others stand in the documents, and why nothing is done with them.
+- Commands are read by the real parsers of the command line, in tests/test_docs.py. Those of `RUN_VERBS` are run here,
+  in their places between the Python blocks. The others are not, because each takes minutes on the real model; the
+  verbs' own tests run them on tiny ones.
+- `OTHER_COMMANDS` says which other programs stand in the documents, and why they are not run.
 """
 
 import ast
@@ -16,6 +17,7 @@ import importlib
 import inspect
 import itertools
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +29,7 @@ import pytest
 from helpers import MakeModel, tiny_tokenizer, torch_logits, with_shares, write_run
 
 import jaxscape as js
-from jaxscape.cli.main import VERBS
+from jaxscape.cli.main import VERBS, main
 from jaxscape.evaluate import coherence, measure
 from jaxscape.landscapes.axes import symmetric_axes
 
@@ -44,10 +46,14 @@ CHANGED: dict[str, dict[str, Any]] = {
 }
 """The arguments of jaxscape's functions that are not those of the page."""
 
+RUN_VERBS = ("export",)
+"""Verbs that need nothing but a finished run, and write what Python blocks read."""
+
 OTHER_COMMANDS = {
     "make": "its targets are looked for in the Makefile",
     "pip": "installs packages from the network",
     "git": "clones the repository from the network",
+    "mkdir": "makes the directory of a shell's completions",
     "cd": "goes to what git has cloned",
     "python3": "makes the reader's environment",
     "source": "enters the reader's environment",
@@ -115,8 +121,26 @@ def is_literal(text: str) -> bool:
     return True
 
 
-PAGES_WITH_PYTHON = [
-    page for page in PAGES if page not in GUIDES and any(block.language == "python" for block in blocks(page))
+def shell_lines(block: Block) -> Iterator[str]:
+    """The lines of a shell block, without comments and settings of the environment."""
+    for line in block.code.replace("\\\n", " ").splitlines() if block.language == "bash" else ():
+        if words := re.sub(r"^(\w+=\S+ +)+|(^|\s)#.*", "", line.strip()):
+            yield words
+
+
+def commands_to_run(block: Block) -> list[list[str]]:
+    """The arguments of the commands of a block that are run."""
+    return [
+        shlex.split(line)[1:]
+        for line in shell_lines(block)
+        if line.startswith(tuple(f"jaxscape {v} " for v in RUN_VERBS))
+    ]
+
+
+RUN_PAGES = [
+    page
+    for page in PAGES
+    if page not in GUIDES and any(block.language == "python" or commands_to_run(block) for block in blocks(page))
 ]
 
 
@@ -154,13 +178,15 @@ def reader(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_ca
 
 
 @pytest.mark.usefixtures("reader")
-@pytest.mark.parametrize("page", PAGES_WITH_PYTHON, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: page.stem)
 def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     namespace: dict[str, Any] = {}
     compared = 0
     for block in blocks(page):
         if block.file:
             Path(block.file).write_text(block.code.replace("HuggingFaceTB/SmolLM2-1.7B-Instruct", "tiny"))
+        for arguments in commands_to_run(block):
+            main(arguments)
         if block.language != "python":
             continue
         if block.file:
@@ -248,25 +274,16 @@ def test_a_guide_for_contributors_can_be_followed(
             function(**values | {name: request.getfixturevalue(name) for name in needed})
 
 
-def shell_lines(page: Path) -> Iterator[str]:
-    """The lines of a page's shell blocks, without comments and settings of the environment."""
-    for block in blocks(page):
-        if block.language == "bash":
-            for line in block.code.replace("\\\n", " ").splitlines():
-                if words := re.sub(r"^(\w+=\S+ +)+|(^|\s)#.*", "", line.strip()):
-                    yield words
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_line_of_a_shell_block_is_read_or_known(page: Path) -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    for line in shell_lines(page):
+    for line in itertools.chain.from_iterable(map(shell_lines, blocks(page))):
         program, _, rest = line.partition(" ")
         if program == "jaxscape":
             assert rest == "--help" or rest.split()[0] in VERBS
         elif program == "python":
             assert (ROOT / rest.split()[0]).exists(), line
         else:
-            assert program in OTHER_COMMANDS, line
+            assert program in OTHER_COMMANDS, f"{line!r} is not run: say in OTHER_COMMANDS why, or what is done with it"
         if program == "make":
             assert rest.split()[0] in targets, line
