@@ -145,7 +145,7 @@ RUN_PAGES = [
 
 
 @pytest.fixture(scope="module")
-def models(make_model: MakeModel) -> Path:
+def judge_dir(make_model: MakeModel) -> Path:
     """A directory with a random model, whose tokenizer has single tokens for Yes and No."""
     directory, _ = make_model(vocab_size=302, max_position_embeddings=1024)
     tokenizer = tiny_tokenizer()
@@ -162,10 +162,13 @@ def few_calibration_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def reader(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_calibration_tokens: None) -> None:
-    """A directory in which a reader works, with the runs of earlier commands and a tiny model."""
+def reader(
+    tiny_dir: Path, judge_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_calibration_tokens: None
+) -> None:
+    """A directory in which a reader works, with the runs of earlier commands, a tiny model and a tiny judge."""
     monkeypatch.chdir(tmp_path)
-    Path("tiny").symlink_to(models)
+    Path("tiny").symlink_to(tiny_dir)
+    Path("tiny-judge").symlink_to(judge_dir)
     for name in CHANGED:
         monkeypatch.setattr(js, name, with_changes(name))
     monkeypatch.setattr(coherence, "DEFAULT_MODEL", "tiny")
@@ -184,7 +187,7 @@ def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compared = 0
     for block in blocks(page):
         if block.file:
-            Path(block.file).write_text(block.code.replace("HuggingFaceTB/SmolLM2-1.7B-Instruct", "tiny"))
+            Path(block.file).write_text(block.code.replace("HuggingFaceTB/SmolLM2-1.7B-Instruct", "tiny-judge"))
         for arguments in commands_to_run(block):
             main(arguments)
         if block.language != "python":
