@@ -5,7 +5,9 @@ import html
 import posixpath
 import re
 from pathlib import Path
+from typing import Any
 
+import griffe
 import ziamath
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
@@ -15,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 RELATIVE_LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
 MATH_BLOCK = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+SHARED_ENTRY = re.compile(r"^( +)(\w+(?:, \w+)+)(:.*(?:\n\1 +.*)*)", re.MULTILINE)
 EM = 16  # pixels in which formulas are drawn; browsers scale them
 PUBLIC_NAME = re.compile(r"^\| (`js\.(\w+)[^`]*`)", re.MULTILINE)
 
@@ -82,3 +85,18 @@ def modules_of_public_names() -> dict[str, str]:
     stub = ast.parse((ROOT / "jaxscape" / "__init__.pyi").read_text(encoding="utf-8"))
     imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
     return {alias.name: f"jaxscape.{node.module}" for node in imports for alias in node.names}
+
+
+class SplitNames(griffe.Extension):
+    """Gives each name of a docstring's entry for several names (`low, high: the ends`) an entry of its own."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = with_split_names(obj.docstring.value)
+
+
+def with_split_names(docstring: str) -> str:
+    """The docstring in which each entry has one name."""
+    return SHARED_ENTRY.sub(
+        lambda match: "\n".join(f"{match[1]}{name}{match[3]}" for name in match[2].split(", ")), docstring
+    )

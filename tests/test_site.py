@@ -43,6 +43,13 @@ def test_the_python_reference_has_every_docstring_below_a_link_to_it() -> None:
     assert sorted(name.rpartition(".")[2] for name in described) == sorted(js.__all__)
 
 
+def test_an_entry_for_several_names_becomes_one_for_each() -> None:
+    docstring = "Text: low, high.\n\nAttributes:\n    low, high: the\n        ends.\n    other: text."
+    assert hooks.with_split_names(docstring) == (
+        "Text: low, high.\n\nAttributes:\n    low: the\n        ends.\n    high: the\n        ends.\n    other: text."
+    )
+
+
 def test_a_formula_is_a_drawing_with_its_source_as_the_title() -> None:
     svg = ElementTree.fromstring(hooks.drawn("a < b_1", is_inline=True))
     assert svg.findtext(f"{SVG}title") == "a < b_1"
