@@ -101,10 +101,26 @@ BASH = re.compile(r"^ *```bash\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(rf"jaxscape ({'|'.join(VERBS)})\b([^\n\"]*(?:\"[^\"\n]*\"[^\n\"]*)*)")
 
 
-def commands(document: Path) -> Iterator[list[str]]:
-    """The commands in a document's shell blocks, without the dots that stand for further options."""
+INLINE = re.compile(r"`([^`…]+ --[^`…]+ [^`…]+)`")  # an option with a value: without one, it is the option's name
+MAKE_SCAN = re.compile(r'make scan ARGS="([^"]*)"')
+
+
+def shell_texts(document: Path) -> Iterator[str]:
+    """A document's shell blocks, and the commands with options in its sentences, each on one line.
+
+    The changelog's sentences tell of what has changed, and are left out.
+    """
     for block in BASH.findall(document.read_text(encoding="utf-8")):
-        for verb, options in COMMAND.findall(block.replace("\\\n", " ")):
+        yield block.replace("\\\n", " ")
+    if document.name != "CHANGELOG.md":
+        for span in INLINE.findall(without_code(document)):
+            yield MAKE_SCAN.sub(r"jaxscape scan \1", " ".join(span.split()))
+
+
+def commands(document: Path) -> Iterator[list[str]]:
+    """The commands that a document gives, without the dots that stand for further options."""
+    for text in shell_texts(document):
+        for verb, options in COMMAND.findall(text):
             options = options.partition(" > ")[0]
             yield [verb, *(part for part in shlex.split(options, comments=True) if part != "...")]
 
@@ -123,8 +139,8 @@ EXPERIMENT = re.compile(r"python experiments/(\w+)\.py\b([^\n]*)")
 EXPERIMENTS = [
     (name, shlex.split(options, comments=True))
     for document in DOCUMENTS
-    for block in BASH.findall(document.read_text(encoding="utf-8"))
-    for name, options in EXPERIMENT.findall(block.replace("\\\n", " "))
+    for text in shell_texts(document)
+    for name, options in EXPERIMENT.findall(text)
 ]
 
 

@@ -18,8 +18,12 @@ class Report:
     The file needs no network. It holds the prompts and answers of the runs.
 
     Examples:
+      # A scan, as report.html in its directory
       jaxscape report runs/smollm2-135m-safe-1d
+      # Two scans side by side
       jaxscape report runs/default runs/safety --out safety.html
+      # All scans of the current directory
+      jaxscape report runs/* --out all.html
     """
 
     runs: Annotated[

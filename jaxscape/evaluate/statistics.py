@@ -14,7 +14,7 @@ _Z95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribut
 
 
 def wilson_interval(
-    percent: Float[np.ndarray, "*shape"] | float, num_prompts: int
+    percent: Float[np.ndarray, "*shape"] | float | int, num_prompts: int
 ) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
     """The 95 % Wilson score interval (Wilson, 1927) of a rate in percent that was measured on `num_prompts` prompts.
 
