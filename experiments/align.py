@@ -84,9 +84,9 @@ class Align:
         base = js.load_model(BASE, "float32")
         harmless, adapter = self._harmless_chats(base), None
         for number, (of_safe, of_harmless, training) in enumerate(STAGES, 1):
-            prompts = {prompt for start, end in of_harmless for prompt in js.load_prompts("harmless")[start:end]}
+            answered = {prompt for start, end in of_harmless for prompt in js.load_prompts("harmless")[start:end]}
             chats = [chat for start, end in of_safe for chat in harmful[start:end]]
-            chats += [chat for chat in harmless if chat[0]["content"] in prompts]
+            chats += [chat for chat in harmless if chat[0]["content"] in answered]
             out = self.out / f"stage-{number}"
             adapter = js.finetune(base, chats, training, start=adapter, out=out, overwrite=self.overwrite).adapter
         assert adapter is not None
