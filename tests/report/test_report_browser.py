@@ -128,8 +128,12 @@ def click_point(page: Any, run: int, x: float, y: float, name: str) -> None:
         page.wait_for_timeout(20)
         if readout.inner_text().startswith(f"{name} "):
             break
-    page.mouse.click(left, top)
-    page.wait_for_selector("#rows details")
+    for _ in range(20):  # on a busy machine, Plotly may forget what is under the pointer while the button is down
+        page.mouse.click(left, top)
+        page.wait_for_timeout(500)
+        if page.locator("#rows details").first.is_visible():
+            break
+        page.mouse.move(left, top)
 
 
 def rows(page: Any) -> list[str]:

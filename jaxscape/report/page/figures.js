@@ -2,6 +2,7 @@
 // at by the mouse or, while it has the focus, by the arrow keys, which move its cursor.
 
 const MAX_SURFACES = 8; // a browser keeps only so many WebGL contexts
+const MAX_DISTANCE = 5; // pixels that a pointer may move in a click
 const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
 const LETTERS = ["A", "B"]; // of two places that are open
 
@@ -137,17 +138,39 @@ function markPlaces(panel) {
 
 /** Say what is at the point under the pointer, and open the point that is clicked. */
 function listen(panel, plot) {
-  const on = (event, act) =>
-    plot.on(event, ({ points }) => {
-      const hit = points.find((point) => point.customdata !== undefined);
-      if (hit) act({ run: panel.run, set: hit.data.meta, point: hit.customdata });
+  onPlace(panel, plot, "plotly_hover", (place) => describe(panel, place));
+  onPlace(panel, plot, "plotly_click", (place) => openByPointer(panel, place));
+}
+
+/** The same for a surface, where Plotly calls the beginning of a turn a click. */
+function listenToSurface(panel) {
+  let pointed = null;
+  let start = null;
+  for (const event of ["plotly_hover", "plotly_click"]) {
+    onPlace(panel, panel.surface, event, (place) => {
+      pointed = place;
+      describe(panel, place);
     });
-  on("plotly_hover", (place) => describe(panel, place));
-  on("plotly_click", (place) => {
-    panel.cursor = place;
-    describe(panel, place); // a finger does not hover
-    openPlace(place, false);
+  }
+  panel.surface.on("plotly_unhover", () => (pointed = null));
+  panel.surface.onpointerdown = (event) => (start = event);
+  panel.surface.onclick = (event) => {
+    const distance = Math.hypot(event.clientX - start.clientX, event.clientY - start.clientY);
+    if (pointed && distance < MAX_DISTANCE) openByPointer(panel, pointed);
+  };
+}
+
+function onPlace(panel, plot, event, act) {
+  plot.on(event, ({ points }) => {
+    const hit = points.find((point) => point.customdata !== undefined);
+    if (hit) act({ run: panel.run, set: hit.data.meta, point: hit.customdata });
   });
+}
+
+function openByPointer(panel, place) {
+  panel.cursor = place;
+  describe(panel, place); // a finger does not hover
+  openPlace(place, false);
 }
 
 function hasWebGL() {
@@ -164,7 +187,7 @@ function toggleSurface(panel) {
     if (drawn.length >= MAX_SURFACES) toggleSurface(drawn[0]);
     panel.frame.append(panel.surface);
     drawSurface(panel);
-    listen(panel, panel.surface);
+    listenToSurface(panel);
   } else {
     const reason = "This browser has no WebGL, which the 3D surface needs.";
     panel.button.replaceWith(element("p", { className: "hint" }, reason));
