@@ -42,7 +42,7 @@ import jax
 devices = [device.device_kind for device in jax.devices()]
 print(json.dumps({"backend": jax.default_backend(), "devices": devices, "free": free_memory()}))
 """
-TIMEOUT = 120  # seconds; the first start on a GPU or a TPU pod takes some
+TIMEOUT = 120.0  # seconds; the first start on a GPU or a TPU pod takes some
 
 Lines = dict[str, str]
 """What a probe found: texts by their headings."""
@@ -168,7 +168,7 @@ def _devices() -> Lines:
         child = _output(command, TIMEOUT, environment)
         found = json.loads(child.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
-        lines["JAX"] = f"does not start within {TIMEOUT} seconds"
+        lines["JAX"] = f"does not start within {TIMEOUT:g} seconds"
     except (IndexError, ValueError):
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
         lines["JAX"] = f"does not start (exit code {child.returncode}): {last[:300]}"
@@ -184,7 +184,7 @@ def _gpus() -> list[str]:
     """The NVIDIA GPUs with their driver and memory, as nvidia-smi shows them."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader"]
     try:
-        child = _output(query, 30, os.environ)
+        child = _output(query, 30.0, os.environ)
         child.check_returncode()
     except (OSError, subprocess.SubprocessError):
         return ["present, but nvidia-smi does not run"] if any(Path("/dev").glob("nvidia[0-9]*")) else []
