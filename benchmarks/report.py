@@ -22,7 +22,7 @@ from jaxscape.cli.main import run_program
 from jaxscape.engine.scheduler import Completion
 from jaxscape.evaluate.base import LABELS, Label
 from jaxscape.landscapes.axes import symmetric_axes
-from jaxscape.landscapes.store import open_run
+from jaxscape.landscapes.store import open_run, records_of
 from jaxscape.report.page.document import save_report
 from jaxscape.runtime.streams import write_line
 
@@ -75,11 +75,12 @@ def write_plane(directory: Path, steps: int, num_prompts: int, num_words: int) -
     config = {"model": "synthetic", "weights": "0" * 64, "directions": [[0, 1]], "num_prompts": num_prompts}
     config |= {"axes": [axis.described() for axis in axes], "direction_names": [["random:0", "random:1"]]}
     with open_run(directory, config, axes, 1, prompts, prompts) as run:
-        for _, coords in run.points:
-            refused = (rng.random(num_prompts) > 2 * np.linalg.norm(coords)).tolist()
+        for point in run.points:
+            refused = (rng.random(num_prompts) > 2 * np.linalg.norm(point[1])).tolist()
             texts = [" ".join(row) for row in rng.choice(words, (num_prompts, num_words))]
             judged = [(Judge(name), random_labels(rng, num_prompts)) for name in ("coherence", "judge")]
-            run.append([Completion(text, num_words) for text in texts], refused, [False] * num_prompts, judged)
+            answers = [Completion(text, num_words) for text in texts]
+            run.append(records_of(point, prompts, answers, refused, [False] * num_prompts), judged)
 
 
 def random_labels(rng: np.random.Generator, count: int) -> list[Label]:

@@ -25,11 +25,11 @@ from jaxscape.engine.engine import Engine
 from jaxscape.engine.planner import make_plan
 from jaxscape.engine.sampling import Sampling
 from jaxscape.engine.scheduler import Completion
-from jaxscape.evaluate.base import Label
+from jaxscape.evaluate.base import Evaluator, Label
 from jaxscape.finetuning.batches import epoch_batches
 from jaxscape.finetuning.chats import Example
 from jaxscape.landscapes.axes import Axis, symmetric_axes
-from jaxscape.landscapes.store import open_run
+from jaxscape.landscapes.store import Run, open_run, records_of
 from jaxscape.models.lora import init_factors
 from jaxscape.prompts.chat_format import chat_text
 
@@ -246,6 +246,18 @@ def random_landscape(ndim: int, num_sets: int = 1, done: int | None = None) -> j
     return js.Landscape.from_outcomes(axes, refused, np.zeros(shape, int), evaluated.reshape(shape))
 
 
+def append_answers(
+    run: Run,
+    texts: Sequence[str],
+    refused: Sequence[bool],
+    labels: Sequence[tuple[Evaluator, Sequence[Label | None]]] = (),
+) -> None:
+    """Add the answers to all prompts at the next point of a run."""
+    answers = [Completion(text, 2) for text in texts]
+    point = run.points[run.num_done]
+    run.append(records_of(point, run.prompts, answers, refused, [False] * len(answers)), labels)
+
+
 def write_run(
     directory: Path,
     refused: np.ndarray,
@@ -266,8 +278,7 @@ def write_run(
     }
     with open_run(directory, recorded | config, axes, len(refused), prompts, prompts) as run:
         for verdicts in refused.reshape(-1, len(prompts))[:done]:
-            answers = [Completion("I cannot" if verdict else "Sure", 2) for verdict in verdicts]
-            run.append(answers, verdicts.tolist(), [False] * len(prompts))
+            append_answers(run, ["I cannot" if verdict else "Sure" for verdict in verdicts], verdicts.tolist())
     return directory
 
 
@@ -313,7 +324,7 @@ def write_scan(
             texts = [answer(index, coords, prompt) for prompt in prompts]
             labels = [(NamedJudge(name), list(map(label, texts))) for name, label in (judges or {}).items()]
             refused = [text.startswith("I cannot") for text in texts]
-            run.append([Completion(text, 2) for text in texts], refused, [False] * len(texts), labels)
+            append_answers(run, texts, refused, labels)
     return directory
 
 

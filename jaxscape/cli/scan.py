@@ -133,6 +133,15 @@ class PointOptions:
 
 
 @dataclass(frozen=True)
+class ScanOutputOptions(OutputOptions):
+    """The run's directory."""
+
+    extend: bool = False
+    """If the directory holds a run with fewer prompts, points or directions, continue it without generating again what
+    is there."""
+
+
+@dataclass(frozen=True)
 class Scan:
     """Measure a model's safety landscape, and keep it in a directory. An unfinished run there is resumed.
 
@@ -153,7 +162,7 @@ class Scan:
     generation: Group[GenerationOptions] = field(default_factory=GenerationOptions)
     engine: Group[EngineOptions] = field(default_factory=EngineOptions)
     devices: Group[RunOptions] = field(default_factory=RunOptions)
-    output: Group[OutputOptions] = field(default_factory=OutputOptions)
+    output: Group[ScanOutputOptions] = field(default_factory=ScanOutputOptions)
 
     def run(self) -> None:
         # Whatever can be wrong is checked before anything slow is done.
@@ -227,6 +236,7 @@ class Scan:
             out=out,
             overwrite=self.output.overwrite,
             report_to=self.output.report_to,
+            extend=self.output.extend,
             describe={
                 "prompt_source": source,
                 **({} if column is None else {"prompt_column": column}),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jaxscape.engine.sampling import Sampling
@@ -27,6 +27,7 @@ class Workload:
             first ones; None for all.
         num_sets: number of direction sets.
         rank: the largest rank of the directions, if all of them are of low rank; else None.
+        first_prompt: the number of the first prompt, from which the random streams of sampling count.
     """
 
     prompt_tokens: Sequence[Sequence[int]]
@@ -38,6 +39,11 @@ class Workload:
     block: int | None = None
     num_sets: int = 1
     rank: int | None = None
+    first_prompt: int = 0
+
+    def after(self, count: int) -> "Workload":
+        """The workload without its first `count` prompts."""
+        return replace(self, prompt_tokens=self.prompt_tokens[count:], first_prompt=self.first_prompt + count)
 
     @property
     def num_prompts(self) -> int:

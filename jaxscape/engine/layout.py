@@ -117,7 +117,7 @@ def pack(
             span = (g, line, slice(begin, begin + len(text)))
             tokens[span], positions[span], segments[span] = text, prefix + np.arange(len(text)), r
             first[g, r], lengths[g, r] = line * width + begin, len(text)
-            prompt_lengths[g, r], ids[g, r] = prefix + len(text), prompt
+            prompt_lengths[g, r], ids[g, r] = prefix + len(text), workload.first_prompt + prompt
             filled[line] += len(text)
     prefix_tokens = np.asarray(workload.prompt_tokens[0][:prefix], np.int32)
     return prefix_tokens, Groups(tokens, positions, segments, first, lengths, prompt_lengths, ids)

@@ -22,7 +22,7 @@ from jaxscape.directions.base import Recipe
 from jaxscape.directions.kinds import DirectionLike, Given, largest_rank, make_directions, prepare, recipe_of
 from jaxscape.directions.random import Random
 from jaxscape.directions.storage import Direction
-from jaxscape.engine.batching import Workload, encode
+from jaxscape.engine.batching import Workload
 from jaxscape.engine.engine import Engine
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import make_plan
@@ -32,15 +32,16 @@ from jaxscape.evaluate.coherence import Coherence, coherence
 from jaxscape.evaluate.evaluators import find_evaluators
 from jaxscape.evaluate.statistics import block_size, more_than
 from jaxscape.landscapes.answers import Answers, answers_at
+from jaxscape.landscapes.judges import free_beside
+from jaxscape.landscapes.questions import Questions
 from jaxscape.landscapes.radii import CERTIFICATE_FILE, FIGURE, RADII_FILE
-from jaxscape.landscapes.scan import answer_settings, free_beside, with_recorded_form
+from jaxscape.landscapes.scan import answer_settings, with_recorded_form
 from jaxscape.landscapes.score import prepare_judge
 from jaxscape.landscapes.shares import in_run
 from jaxscape.landscapes.store import COHERENCE_FILE, GENERATIONS, PROMPTS, records_of
 from jaxscape.models.chat_defaults import template_notes
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model
-from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 from jaxscape.prompts.fields import Prompts
 from jaxscape.prompts.thinking import answer_of
 from jaxscape.runtime import rundir
@@ -254,9 +255,7 @@ def open_decisions(
     judge = _only_one(find_evaluators(evaluator))
     texts = as_texts(prompts, "prompts")
     ordered = in_random_order(texts, settings.seed)
-    sent = chat_texts(model.tokenizer, ordered, system_prompt, thinking)
-    opening = thinking_opening(model.tokenizer, system_prompt, thinking)
-    prompt_tokens = encode(model, sent, settings.max_new_tokens)
+    questions = Questions.of(model, ordered, system_prompt, thinking, settings.max_new_tokens)
     made_before = None if overwrite else from_first(partial(rundir.recorded_value, out, "directions"))
     named = _single_directions(directions, model, made_before)
     if not overwrite:
@@ -264,10 +263,10 @@ def open_decisions(
     recorded = None if overwrite else from_first(partial(rundir.recorded_value, out, "block"))
     block = recorded if isinstance(recorded, int) else 0
     recipes = [recipe for recipe, _, _ in named]
-    workload = search_workload(question, model, recipes, prompt_tokens, settings, points, block)
+    workload = search_workload(question, model, recipes, questions.tokens, settings, points, block)
     plan = make_plan(model, workload, options)
     prepare_judge(judge, ordered, free_beside(from_first(free_memory), model, plan))
-    engine = Engine(model, workload, plan, None if options.full_text else stop_when_all([judge], opening))
+    engine = Engine(model, workload, plan, None if options.full_text else stop_when_all([judge], questions.opening))
     config = {
         "model": model.name,
         "weights": fingerprint(model.params),
@@ -277,7 +276,7 @@ def open_decisions(
         **asdict(question),
         **search,
         "block": engine.block,
-        **answer_settings(model, ordered, prompt_tokens, system_prompt, thinking, settings, plan, options, [judge]),
+        **answer_settings(model, ordered, questions.tokens, system_prompt, thinking, settings, plan, options, [judge]),
         **(describe or {}),
     }
     with rundir.open_run_directory(out, config, RADIUS, overwrite) as file:
@@ -285,7 +284,7 @@ def open_decisions(
             in_run,
             run=None,
             directory=out,
-            sent=dict(zip(ordered, sent, strict=True)),
+            sent=questions.sent_for,
             load=lambda: model,
             weights=config["weights"],
             decides=judge,
@@ -295,9 +294,10 @@ def open_decisions(
         asked = [(recipe, name) for recipe, name, _ in named]
         source = prompts if isinstance(prompts, Prompts) else Prompts(texts)
         summary = "\n".join([str(plan), source.summary(), *template_notes(model.tokenizer)])
+        opening = questions.opening
         decisions = Decisions(question, model, engine, asked, ordered, opening, judge, coherent, file, summary)
         if out is not None and file is not None:
-            pairs = ({"prompt": prompt, "sent": text} for prompt, text in zip(ordered, sent, strict=True))
+            pairs = ({"prompt": prompt, "sent": text} for prompt, text in zip(ordered, questions.sent, strict=True))
             write_whole(out / PROMPTS, to_json_lines(pairs))
             decisions.restore(out / GENERATIONS)
         decisions.happened = {(index, coord): answers for index, coord, answers in from_first(decisions.known_answers)}

@@ -1,4 +1,8 @@
-"""The labels of a run's answers: for each evaluator, a file in the run's directory with a line for each point."""
+"""The labels of a run's answers: for each evaluator, a file in the run's directory with a line for each point.
+
+A run that was extended may have labels that an evaluator gave before, of some of its points or for the first prompts
+only. They are kept in a file of their own until that evaluator has judged the rest.
+"""
 
 import itertools
 import json
@@ -14,9 +18,9 @@ from jaxscape.evaluate.base import LABELS, REFUSALS, Evaluator, Label, checksum_
 from jaxscape.evaluate.coherence import COHERENCE
 from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.runtime.errors import UserError, reason
-from jaxscape.runtime.files import append_json_lines, cut_after, whole_lines
+from jaxscape.runtime.files import append_json_lines, cut_after, to_json_lines, whole_lines, write_whole
 
-LABEL_FILES = "labels-*.jsonl"
+LABEL_FILES, EARLIER_LABEL_FILES = "labels-*.jsonl", "earlier-labels-*.jsonl"
 UNJUDGED = "unjudged"
 """What stands in measures for answers that an evaluator could not judge. In the label files they are null."""
 
@@ -24,19 +28,26 @@ Rates = dict[str, Float[np.ndarray, " _"]]
 """Shares in percent and the ends of their 95 % intervals, by name, at the first evaluated points."""
 
 
+Point = tuple[int, tuple[float, ...]]
+"""The index of a direction set, and coordinates along its directions."""
+
+EarlierLabels = dict[str, dict[Point, tuple[str | None, list[Label | None]]]]
+"""For evaluators, by name, and points: the evaluator's checksum, and its labels of the answers to the first prompts."""
+
+
 class LabelBook:
     """What evaluators said of the answers at a run's points, in the order of the points.
 
     Attributes:
+        earlier: what evaluators said before the run was extended.
         rows: for each evaluator, by name, the labels at the first points: a list for each point. None stands for an
             answer that the evaluator could not judge.
         checksums: for each evaluator, by name, its checksum; None if it has none.
     """
 
-    def __init__(
-        self, points: Sequence[tuple[int, tuple[float, ...]]], num_prompts: int, directory: Path | None = None
-    ) -> None:
+    def __init__(self, points: Sequence[Point], num_prompts: int, directory: Path | None = None) -> None:
         self.rows: dict[str, list[list[Label | None]]] = {}
+        self.earlier: EarlierLabels = {}
         self._points, self._num_prompts, self._directory = points, num_prompts, directory
         self.checksums: dict[str, str | None] = {}
 
@@ -50,7 +61,10 @@ class LabelBook:
         Raises:
             UserError: a file cannot be read or is damaged.
         """
-        for path in [] if self._directory is None else sorted(self._directory.glob(LABEL_FILES)):
+        if self._directory is None:
+            return
+        self.earlier = read_labels(self._directory, EARLIER_LABEL_FILES)
+        for path in sorted(self._directory.glob(LABEL_FILES)):
             try:
                 with path.open("r+b" if cut else "rb") as file:
                     lines = whole_lines(file)[:num_points]
@@ -61,9 +75,7 @@ class LabelBook:
                     if cut:
                         cut_after(file, lines)
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(
-                    f"{path} is damaged ({reason(error)}): delete it, and answers are judged again."
-                ) from error
+                raise _damaged(path, error) from error
 
     def count(self, evaluator: Evaluator) -> int:
         """At how many points the evaluator has judged the answers; they are the first ones.
@@ -78,17 +90,40 @@ class LabelBook:
             )
         return len(self.rows.get(name, ()))
 
+    def known(self, evaluator: Evaluator, number: int) -> list[Label | None]:
+        """What this version of the evaluator said, before the run was extended, of the answers to the first prompts at
+        the point of this number."""
+        checksum, labels = self.earlier.get(evaluator.name, {}).get(self._points[number], (None, []))
+        return labels if checksum == checksum_of(evaluator) else []
+
+    def missing(self, evaluator: Evaluator, num_points: int) -> list[int]:
+        """The numbers of those of the first `num_points` points at which the evaluator has answers left to judge."""
+        numbers = range(self.count(evaluator), num_points)
+        return [number for number in numbers if len(self.known(evaluator, number)) < self._num_prompts]
+
     def append(self, evaluator: Evaluator, labels: Sequence[Label | None]) -> None:
         """Add an evaluator's labels at the next point, one for each prompt, and write them to disk."""
-        index, coords = self._points[self.count(evaluator)]
+        point = self._points[self.count(evaluator)]
         checksum = checksum_of(evaluator)
         self.checksums[evaluator.name] = checksum
         self.rows.setdefault(evaluator.name, []).append(list(labels))
         if self._directory is not None:
-            version = {} if checksum is None else {"checksum": checksum}
-            record = {"evaluator": evaluator.name, **version, "direction": index, "coords": list(coords)}
             with self._path(evaluator.name).open("ab") as file:
-                append_json_lines(file, [record | {"labels": list(labels)}])
+                append_json_lines(file, [_line(evaluator.name, checksum, point, labels)])
+
+    def keep_earlier(self, num_points: int) -> None:
+        """Write the earlier labels of evaluators that have not judged all of the first `num_points` points yet to
+        files, and delete such files of the others."""
+        assert self._directory is not None
+        for name, points in self.earlier.items():
+            path = self._directory / label_file(name, EARLIER_LABEL_FILES)
+            if len(self.rows.get(name, ())) < num_points:
+                write_whole(
+                    path,
+                    to_json_lines(_line(name, checksum, point, labels) for point, (checksum, labels) in points.items()),
+                )
+            else:
+                path.unlink(missing_ok=True)
 
     def measures(self) -> dict[str, Rates]:
         """For each evaluator, by name, the share of each label at the points that it has judged, and as `unjudged` that
@@ -153,9 +188,40 @@ class LabelBook:
             raise ValueError(f"{len(record['labels'])} labels for {self._num_prompts} prompts, or unknown ones")
 
 
-def label_file(name: str) -> str:
-    """The name of the file with the labels of the evaluator of this name."""
-    return LABEL_FILES.replace("*", quote(name, safe=" "))
+def label_file(name: str, pattern: str = LABEL_FILES) -> str:
+    """The name of the file with the labels of the evaluator of this name, among the files of a pattern."""
+    return pattern.replace("*", quote(name, safe=" "))
+
+
+def read_labels(directory: Path, pattern: str) -> EarlierLabels:
+    """What evaluators said of a run's answers, from those files of its directory whose names have this pattern.
+
+    Raises:
+        UserError: a file cannot be read or is damaged.
+    """
+    labels: EarlierLabels = {}
+    for path in sorted(directory.glob(pattern)):
+        try:
+            with path.open("rb") as file:
+                for record in map(json.loads, whole_lines(file)):
+                    if not set(record["labels"]) <= {*LABELS, None}:
+                        raise ValueError("unknown labels")
+                    point = int(record["direction"]), tuple(map(float, record["coords"]))
+                    said = record.get("checksum"), list(record["labels"])
+                    labels.setdefault(str(record["evaluator"]), {})[point] = said
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _damaged(path, error) from error
+    return labels
+
+
+def _line(name: str, checksum: str | None, point: Point, labels: Sequence[Label | None]) -> dict[str, Any]:
+    """The line of a file of labels that says what an evaluator said at a point."""
+    version = {} if checksum is None else {"checksum": checksum}
+    return {"evaluator": name, **version, "direction": point[0], "coords": list(point[1]), "labels": list(labels)}
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({reason(error)}): delete it, and answers are judged again.")
 
 
 def _refusals(rows: Sequence[Sequence[Label | None]]) -> Float[np.ndarray, "points prompts"]:

@@ -19,12 +19,11 @@ from jaxscape.forecast.chips import bytes_per_chip
 from jaxscape.landscapes.adaptive import first_round
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.decisions import Question, in_random_order, search_workload
+from jaxscape.landscapes.questions import Questions
 from jaxscape.landscapes.radius import POINTS_OF_DRAW, POINTS_OF_SEARCH, SearchSettings, sides_of
 from jaxscape.landscapes.scan import workload_of
 from jaxscape.models.chat_defaults import adds_bos, template_notes
-from jaxscape.models.encoding import encode
 from jaxscape.models.model import Model
-from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 from jaxscape.prompts.fields import Prompts
 from jaxscape.runtime.texts import printable
 
@@ -54,21 +53,15 @@ def preview(
     Raises:
         UserError: an argument cannot be used.
     """
-    prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
-    settings, sent = Sampling(**sampling), chat_texts(model.tokenizer, prompts, system_prompt, thinking)
-    workload = workload_of(
-        encode(model, sent, settings.max_new_tokens),
-        settings,
-        first_round(axes or ()) if adaptive else axes or (),
-        recipes,
-        points or (),
-    )
+    settings = Sampling(**sampling)
+    questions = Questions.of(model, prompts, system_prompt, thinking, settings.max_new_tokens)
+    planned = first_round(axes or ()) if adaptive else axes or ()
+    workload = workload_of(questions.tokens, settings, planned, recipes, points or ())
     # The recipes are not prepared, so the rank may take the model to know.
     workload = replace(workload, rank=largest_rank(itertools.chain.from_iterable(recipes), model))
     of_round = " in the first round" if adaptive else ""
-    lines = [f"directions: {len(recipes)}, points of each: {workload.num_points}{of_round}", prompts.summary()]
-    opening = thinking_opening(model.tokenizer, system_prompt, thinking)
-    return _description(model, workload, options, lines, sent[0], opening)
+    points_line = f"directions: {len(recipes)}, points of each: {workload.num_points}{of_round}"
+    return _description(model, workload, options, [points_line, questions.prompts.summary()], questions)
 
 
 def preview_radius(model: Model, recipes: Sequence[Recipe], settings: SearchSettings, **answering: Any) -> str:
@@ -111,13 +104,10 @@ def _preview_search(
     prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
     settings = Sampling(**sampling)
     ordered = in_random_order(prompts, settings.seed)
-    sent = chat_texts(model.tokenizer, ordered, system_prompt, thinking)
-    prompt_tokens = encode(model, sent, settings.max_new_tokens)
-    workload = search_workload(question, model, recipes, prompt_tokens, settings, points)
+    questions = Questions.of(model, ordered, system_prompt, thinking, settings.max_new_tokens)
+    workload = search_workload(question, model, recipes, questions.tokens, settings, points)
     asked = f"asked in random order, {workload.block} at a time, until a point is decided"
-    lines = [line, prompts.summary(), asked]
-    opening = thinking_opening(model.tokenizer, system_prompt, thinking)
-    return _description(model, workload, options, lines, sent[0], opening)
+    return _description(model, workload, options, [line, prompts.summary(), asked], questions)
 
 
 def _description(
@@ -125,15 +115,9 @@ def _description(
     workload: Workload,
     options: EngineOptions | None,
     lines: Sequence[str],
-    sent: str,
-    opening: str,
+    questions: Questions,
 ) -> str:
-    """The plan of a workload, what the lines say, and the first prompt.
-
-    Arguments:
-        sent: the first prompt as it is sent.
-        opening: the marker with which it opens a block of thinking, if it does.
-    """
+    """The plan of a workload, what the lines say, and the first prompt."""
     plan, tokens = make_plan(model, workload, options, _hardware_with(model)), workload.prompt_tokens[0]
     return "\n".join(
         [
@@ -141,8 +125,8 @@ def _description(
             *lines,
             *template_notes(model.tokenizer),
             "the first prompt as it is sent:",
-            printable(sent, kept="\n\t"),
-            *([f"the answer begins inside thinking, which {opening} opens"] if opening else []),
+            printable(questions.sent[0], kept="\n\t"),
+            *([f"the answer begins inside thinking, which {questions.opening} opens"] if questions.opening else []),
             f"its {len(tokens)} tokens (* marks special ones):",
             *_token_lines(model.tokenizer, tokens),
             _bos_line(model.tokenizer, tokens),

@@ -4,46 +4,42 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import DirectionLike, largest_rank, make_directions, prepare
+from jaxscape.directions.kinds import DirectionLike, Prepared, largest_rank, prepare
 from jaxscape.directions.random import Random
-from jaxscape.directions.storage import Direction
 from jaxscape.engine.batching import Workload
-from jaxscape.engine.engine import Engine
 from jaxscape.engine.forms import Form
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import Plan, bytes_of_weights, make_plan
 from jaxscape.engine.sampling import Sampling, SamplingOptions
-from jaxscape.engine.scheduler import Coords
-from jaxscape.evaluate.base import Evaluator, checksum_of, stop_when_all, uses_model
-from jaxscape.evaluate.coherence import COHERENCE, Coherence, coherence
-from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
+from jaxscape.evaluate.base import Evaluator, checksum_of
+from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
 from jaxscape.landscapes.adaptive import check_ascending, first_round
-from jaxscape.landscapes.answers import answers_at
 from jaxscape.landscapes.axes import Axis, point_text
 from jaxscape.landscapes.choice import choose_grid, choose_sets, count_directions
+from jaxscape.landscapes.decoding import Decoding, decode_rest
+from jaxscape.landscapes.extension import open_scan
+from jaxscape.landscapes.judges import Judges, free_beside
+from jaxscape.landscapes.labels import Point
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.points import as_points, check_coordinates
-from jaxscape.landscapes.score import label_rest, prepare_judge
-from jaxscape.landscapes.shares import in_run
+from jaxscape.landscapes.questions import Questions
+from jaxscape.landscapes.score import label_rest
 from jaxscape.landscapes.store import Adaptive, Run, open_run
 from jaxscape.models.chat_defaults import template_notes
 from jaxscape.models.checkpoint import fingerprint
-from jaxscape.models.encoding import encode
 from jaxscape.models.model import Model
-from jaxscape.prompts.chat_format import chat_texts, thinking_opening
-from jaxscape.prompts.fields import Prompts
 from jaxscape.runtime import rundir
-from jaxscape.runtime.errors import UserError, as_texts
+from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.files import checksum
 from jaxscape.runtime.hardware import free_memory
 from jaxscape.runtime.processes import from_first
@@ -68,6 +64,7 @@ def scan(
     options: EngineOptions | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    extend: bool = False,
     describe: Mapping[str, Any] | None = None,
     progress: bool = True,
     free_model: bool = False,
@@ -103,6 +100,8 @@ def scan(
         options: options of the engine, see `jaxscape.engine.options.EngineOptions`.
         out: a directory to keep the run in. An unfinished run there is resumed.
         overwrite: start over in a directory that holds a run.
+        extend: if the directory holds a run with fewer prompts, points or directions, go on with it: only what is
+            missing is generated. The larger run takes its place when it is finished.
         describe: further entries of the run's `config.json`: anything that JSON can hold.
         progress: whether to report each point on the standard error stream.
         free_model: delete the model's arrays when all points are decoded, before evaluators load models of their own.
@@ -121,137 +120,186 @@ def scan(
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
     """
     check_target(report_to, None if out is None else Path(out))
-    coords = () if points is None else as_points(points)
-    if points is None:
-        recipes, axes = choose_grid(directions, axes, steps, radius, control)
-    elif axes is not None or adaptive:
-        raise UserError("Points are no grid: leave out the axes and adaptive.")
-    else:
-        recipes, axes = choose_sets(directions, control), ()
-        check_coordinates(coords, count_directions(recipes))
-    if adaptive:
-        check_ascending(axes)
-    texts = as_texts(prompts, "prompts")
-    prompts = prompts if isinstance(prompts, Prompts) else Prompts(texts)
-    settings, judges = Sampling(**sampling), find_evaluators(evaluator)
-    # The paper's keywords alone leave no labels: `refused` in the generations says all that they say.
-    labelling = [] if [judge.name for judge in judges] == [DEFAULT_EVALUATOR] else judges
-    late = [judge for judge in judges[1:] if uses_model(judge)]
-    if shares and COHERENCE not in [judge.name for judge in judges]:
-        late.append(coherence())
-    at_once = [judge for judge in judges if judge not in late]
-    sent = chat_texts(model.tokenizer, prompts, system_prompt, thinking)
-    opening = thinking_opening(model.tokenizer, system_prompt, thinking)
-    prompt_tokens = encode(model, sent, settings.max_new_tokens)
-    prepared = prepare(recipes, model)
-    planned = first_round(axes) if adaptive else axes
-    sets = [[direction.recipe for direction in item] for item in prepared]
-    workload = workload_of(prompt_tokens, settings, planned, sets, coords)
-    directory = None if out is None else Path(out)
-    options = options or EngineOptions()
+    places = _places(directions, axes, steps, radius, control, points, adaptive)
+    settings, judges = Sampling(**sampling), Judges.chosen(evaluator, shares)
+    questions = Questions.of(model, prompts, system_prompt, thinking, settings.max_new_tokens)
+    prepared = prepare(places.recipes, model)
+    directory, options = None if out is None else Path(out), options or EngineOptions()
     if not overwrite:
         options = with_recorded_form(options, directory)
-    plan = make_plan(model, workload, options)
-    free = from_first(free_memory)
-    later_free = None if free is None else free + (bytes_of_weights(model) if free_model else 0)
-    for judge in judges:
-        prepare_judge(judge, prompts, later_free if judge in late else free_beside(free, model, plan))
+    decoding = _planned(model, places, prepared, questions, settings, judges, options)
+    later_free = _check_judges(judges, decoding, questions, free_model)
     recorded = None if overwrite else from_first(lambda: rundir.recorded_value(directory, "directions"))
     decides: Adaptive | None = ("shares" if shares else "asr") if adaptive else None
     config = {
         "model": model.name,
         "weights": fingerprint(model.params),
         "dtype": model.dtype,
-        "directions": [[one for direction in item for one in direction.ids_as_in(recorded)] for item in prepared],
-        "direction_names": [[str(direction.recipe) for direction in item] for item in prepared],
-        "axes": [axis.described() for axis in axes],
-        **({"points": [list(point) for point in coords]} if coords else {}),
-        **({} if decides is None else {"adaptive": decides}),
-        **answer_settings(model, prompts, prompt_tokens, system_prompt, thinking, settings, plan, options, judges),
+        **places.described(prepared, recorded, decides),
+        **answer_settings(
+            *(model, questions.prompts, questions.tokens, system_prompt, thinking, settings),
+            *(decoding.plan, options, judges.all),
+        ),
         **(describe or {}),
     }
-    stop_when = None if options.full_text else stop_when_all(judges, opening)
-    openings = [opening] * len(prompts)
+    summary = [str(decoding.plan), questions.prompts.summary(), *template_notes(model.tokenizer)]
     with (
-        open_run(directory, config, axes, len(recipes), prompts, sent, overwrite, coords, decides) as run,
+        _opened(directory, config, places, questions, decides, overwrite, extend) as run,
         open_reporter(report_to, directory, config) as reporter,
-        _progress(
-            run, [str(plan), prompts.summary(), *template_notes(model.tokenizer)], reporter, progress
-        ) as report_point,
+        _progress(run, summary, model.dtype, reporter, progress) as report_point,
     ):
-        bind = partial(
-            in_run,
-            run=run,
-            directory=directory,
-            sent=dict(zip(prompts, sent, strict=True)),
-            load=lambda: model,
-            weights=config["weights"],
-            decides=judges[0],
-        )
-        at_once = [bind(judge) if isinstance(judge, Coherence) else judge for judge in at_once]
-        if labelling:
-            label_rest(run, at_once, openings)
-        own: list[Evaluator] = []
-        while True:
-            engine = Engine(model, workload, plan, stop_when)
-            _decode(run, engine, sets, at_once, opening, bool(labelling), report_point)
-            del engine  # frees the memory that evaluators need
-            if own := own or [bind(judge) for judge in late if isinstance(judge, Coherence)]:
-                label_rest(run, own, openings, None, progress)
-            if not run.extend():
-                break
-        if others := [judge for judge in late if not isinstance(judge, Coherence)]:
+        bound = partial(judges.bound, run=run, model=model, questions=questions, weights=config["weights"])
+        decoding = replace(decoding, judges=bound(judges.at_once))
+        _evaluate(run, decoding, partial(bound, judges.coherences), questions.openings, report_point, progress)
+        if judges.others:
             if free_model:
                 _delete_arrays(model)
-            label_rest(run, others, openings, later_free, progress)
+            label_rest(run, judges.others, questions.openings, later_free, progress)
         return run.landscape()
 
 
-def _decode(
+class _Places(NamedTuple):
+    """The points at which a model is evaluated.
+
+    Attributes:
+        recipes: the directions of each set.
+        axes: the axes of the grid; none if the points are a list.
+        coords: the points, if they are a list; empty for a grid.
+        planned: the axes of the points that are evaluated together: those of the first round of an adaptive scan.
+    """
+
+    recipes: Sequence[Sequence[Recipe]]
+    axes: tuple[Axis, ...]
+    coords: tuple[tuple[float, ...], ...]
+    planned: tuple[Axis, ...]
+
+    def described(
+        self, prepared: Sequence[Sequence[Prepared]], recorded: Any, decides: Adaptive | None
+    ) -> dict[str, Any]:
+        """What `config.json` says of the points.
+
+        Arguments:
+            prepared: the directions of each set.
+            recorded: what identifies the directions of the run that is there; None if there is none.
+            decides: what decides which points of the grid are evaluated; None if all are.
+        """
+        return {
+            "directions": [[one for direction in item for one in direction.ids_as_in(recorded)] for item in prepared],
+            "direction_names": [[str(direction.recipe) for direction in item] for item in prepared],
+            "axes": [axis.described() for axis in self.axes],
+            **({"points": [list(point) for point in self.coords]} if self.coords else {}),
+            **({} if decides is None else {"adaptive": decides}),
+        }
+
+
+def _places(
+    directions: Sequence[DirectionLike | Sequence[DirectionLike]],
+    axes: Sequence[Axis] | None,
+    steps: int,
+    radius: float | None,
+    control: bool,
+    points: Any,
+    adaptive: bool,
+) -> _Places:
+    """The points that the arguments of `scan` describe."""
+    if points is None:
+        recipes, axes = choose_grid(directions, axes, steps, radius, control)
+        if adaptive:
+            check_ascending(axes)
+        return _Places(recipes, axes, (), first_round(axes) if adaptive else axes)
+    coords = as_points(points)
+    if axes is not None or adaptive:
+        raise UserError("Points are no grid: leave out the axes and adaptive.")
+    recipes = choose_sets(directions, control)
+    check_coordinates(coords, count_directions(recipes))
+    return _Places(recipes, (), coords, ())
+
+
+def _planned(
+    model: Model,
+    places: _Places,
+    prepared: Sequence[Sequence[Prepared]],
+    questions: Questions,
+    sampling: Sampling,
+    judges: Judges,
+    options: EngineOptions,
+) -> Decoding:
+    """How the answers of a scan are decoded, by evaluators that belong to no run yet."""
+    sets = [[direction.recipe for direction in item] for item in prepared]
+    workload = workload_of(questions.tokens, sampling, places.planned, sets, places.coords)
+    return Decoding(
+        model=model,
+        workload=workload,
+        plan=make_plan(model, workload, options),
+        options=options,
+        sets=sets,
+        stop_when=None if options.full_text else judges.stop_when(questions.opening),
+        judges=judges.at_once,
+        opening=questions.opening,
+        keep_labels=judges.keep_labels,
+    )
+
+
+def _check_judges(judges: Judges, decoding: Decoding, questions: Questions, free_model: bool) -> int | None:
+    """Let the evaluators check that they can be used. Return the bytes on each device that those which judge after the
+    last point may use; None if that is not known.
+
+    Arguments:
+        free_model: whether the model's memory is free then.
+    """
+    free = from_first(free_memory)
+    later = None if free is None else free + (bytes_of_weights(decoding.model) if free_model else 0)
+    judges.prepare(questions.prompts, free_beside(free, decoding.model, decoding.plan), later)
+    return later
+
+
+def _opened(
+    directory: Path | None,
+    config: Mapping[str, Any],
+    places: _Places,
+    questions: Questions,
+    decides: Adaptive | None,
+    overwrite: bool,
+    extend: bool,
+) -> AbstractContextManager[Run]:
+    """The run in a directory: started, resumed, or extended; see `open_scan`."""
+    opener = partial(
+        open_run,
+        config=config,
+        axes=places.axes,
+        num_sets=len(places.recipes),
+        prompts=questions.prompts,
+        sent=questions.sent,
+        coords=places.coords,
+        adaptive=decides,
+    )
+    return open_scan(directory, config, questions.prompts, questions.tokens, opener, overwrite=overwrite, extend=extend)
+
+
+def _evaluate(
     run: Run,
-    engine: Engine,
-    sets: Sequence[Sequence[DirectionLike]],
-    judges: Sequence[Evaluator],
-    opening: str,
-    keeps_labels: bool,
+    decoding: Decoding,
+    coherences: Callable[[], list[Evaluator]],
+    openings: Sequence[str],
     report_point: Callable[[], None],
+    progress: bool,
 ) -> None:
-    """Decode and judge the points of a run that are left, direction set by direction set.
+    """Decode the points of a run that are left and judge them, round by round if the scan is adaptive.
 
     Arguments:
-        sets: the directions of each set.
-        judges, opening: see `answers_at`. The first evaluator decides the ASR.
-        keeps_labels: whether the run keeps what the evaluators say.
-        report_point: called after each point.
+        coherences: gives the evaluators by coherence. They may calibrate the model, so they are made after the first
+            round, when the memory of the engine is free.
+        openings: see `label_rest`.
     """
-    together = engine.plan.layout.num_sets
-    for _, group in itertools.groupby(run.points[run.num_done :], key=lambda point: point[0] // together):
-        points = list(group)
-        indices = [index for index, _ in points]
-        first, last = min(indices), max(indices)
-        directions: list[Direction] = []  # frees the previous sets' directions before the next ones are made
-        for item in sets[first : last + 1]:
-            directions += make_directions(item, engine.model, engine.plan.storage)
-        coords = [_along_all(coords, index - first, len(directions)) for index, coords in points]
-        for answers in answers_at(coords, engine, directions, judges, run.prompts, opening):
-            kept = zip(judges, answers.labels, strict=True) if keeps_labels else ()
-            run.append(answers.completions, answers.refused, answers.unanswered, kept)
-            report_point()
-
-
-def _along_all(coords: Coords, index: int, count: int) -> Coords:
-    """The coordinates along the `count` directions of several sets of a point that lies along those of one of them."""
-    before = len(coords) * index
-    return (*(0.0,) * before, *coords, *(0.0,) * (count - before - len(coords)))
-
-
-def free_beside(free: int | None, model: Model, plan: Plan) -> int | None:
-    """The bytes on each device that are left beside the model and what its plan needs; None if that is not known.
-
-    Arguments:
-        free: the bytes that are free now, when the model is loaded.
-    """
-    return None if free is None else free + bytes_of_weights(model) - plan.memory_bytes
+    if decoding.keep_labels:
+        label_rest(run, decoding.judges, openings)
+    own: list[Evaluator] = []
+    while True:
+        decode_rest(run, decoding, report_point)
+        if own := own or coherences():
+            label_rest(run, own, openings, None, progress)
+        if not run.extend():
+            return
 
 
 def _delete_arrays(model: Model) -> None:
@@ -334,16 +382,24 @@ def workload_of(
 
 
 @contextmanager
-def _progress(run: Run, lines: Sequence[str], reporter: Reporter, enabled: bool) -> Iterator[Callable[[], None]]:
+def _progress(
+    run: Run, lines: Sequence[str], dtype: str, reporter: Reporter, enabled: bool
+) -> Iterator[Callable[[], None]]:
     """A context with a progress bar. It yields a function that reports the point that was finished last.
 
     A report has the point's coordinates, its ASR and the time left.
 
     Arguments:
         lines: what is shown first, if points are left.
+        dtype: that of the model.
         reporter: is given the numbers of each point too. A step is the number of points that are evaluated.
     """
     resumed, started = run.num_done, time.monotonic()
+
+    def num_missing(points: Sequence[Point]) -> int:
+        """The number of answers at points that must be generated."""
+        return sum(len(run.prompts) - len(run.known(point)) for point in points)
+
     with progress_display(enabled) as bar:
         task = bar.add_task("scan", total=len(run.points) or None, completed=resumed)
         if resumed < len(run.points) or not run.is_whole:
@@ -351,15 +407,19 @@ def _progress(run: Run, lines: Sequence[str], reporter: Reporter, enabled: bool)
                 bar.print(line)
         if resumed:
             bar.print(f"resuming after {resumed} {f'of {len(run.points)} ' if run.is_whole else ''}points")
+        if run.num_known:
+            # Float32 leaves few ties that the rounding of another batch could decide.
+            doubt = "" if dtype == "float32" else f" (in {dtype}, a single run may give some other texts)"
+            bar.print(f"{run.num_known} answers are taken over from the run that this one extends{doubt}")
 
         def report_point() -> None:
             done, total = run.num_done, len(run.points)
             index, coords = run.points[done - 1]
             position, asr = point_text(run.axes, coords), 100 * (1 - run.refused[done - 1].mean())
-            elapsed = time.monotonic() - started
-            left = timedelta(seconds=round(elapsed / (done - resumed) * (total - done)))
-            line = f"{done:>{len(str(total))}}/{total}  direction {index}  {position}  ASR {asr:5.1f} %  {left} left"
-            line += "" if run.is_whole else " in this round"
+            line = f"{done:>{len(str(total))}}/{total}  direction {index}  {position}  ASR {asr:5.1f} %"
+            if generated := num_missing(run.points[resumed:done]):
+                seconds = (time.monotonic() - started) / generated * num_missing(run.points[done:])
+                line += f"  {timedelta(seconds=round(seconds))} left{'' if run.is_whole else ' in this round'}"
             nonfinite, unanswered = int((~run.finite[done - 1]).sum()), int(run.unanswered[done - 1].sum())
             if nonfinite:
                 line += f"  ({nonfinite} of {len(run.prompts)} prompts met NaN or infinite logits)"

@@ -1,12 +1,13 @@
 """Scoring: evaluators judge the answers of a run that is there, and nothing is generated again."""
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxscape.evaluate.base import LABELS, Evaluator, labels_of_points, stop_when, uses_model
+from jaxscape.evaluate.base import LABELS, Evaluator, Label, labels_of_points, stop_when, uses_model
 from jaxscape.evaluate.coherence import Coherence
 from jaxscape.evaluate.evaluators import EVALUATORS, find_evaluators
 from jaxscape.landscapes.axes import point_text
@@ -58,6 +59,7 @@ def score(
         )
         judges = [bind(judge) if isinstance(judge, Coherence) else judge for judge in judges]
         label_rest(run, judges, openings, free_memory(), progress)
+        run.labels.keep_earlier(run.num_done)
         return run.landscape()
 
 
@@ -117,22 +119,42 @@ def _label(
         for records in points
     ]
     done, total = run.num_done - len(points), run.num_done
+    given = _labels_of_missing(run, judge, dict(enumerate(answers, done)))
     with progress_display(progress) as bar:
         task = bar.add_task(judge.name, total=total, completed=done)
-        for number, labels in enumerate(labels_of_points(judge, run.prompts, answers), done + 1):
+        for number in range(done, total):
+            known = run.labels.known(judge, number)
+            labels = known if len(known) == len(run.prompts) else [*known, *next(given)]
             run.labels.append(judge, labels)
-            index, coords = run.points[number - 1]
+            index, coords = run.points[number]
             position = point_text(run.axes, coords)
             counts = Counter(label or UNJUDGED for label in labels)
             said = ", ".join(f"{label} {counts[label]}" for label in (*LABELS, UNJUDGED) if counts[label])
-            bar.update(task, completed=number)
-            bar.print(f"{number:>{len(str(total))}}/{total}  {judge.name}: direction {index}  {position}  {said}")
+            place = f"{number + 1:>{len(str(total))}}/{total}"
+            bar.update(task, completed=number + 1)
+            bar.print(f"{place}  {judge.name}: direction {index}  {position}  {said}")
     if (release := getattr(judge, "release", None)) is not None:
         release()
 
 
+def _labels_of_missing(
+    run: Run, judge: Evaluator, answers: Mapping[int, Sequence[str]]
+) -> Iterator[list[Label | None]]:
+    """The labels that are not known yet, for each point at which there are any.
+
+    Arguments:
+        answers: the answers at points, by the points' numbers.
+    """
+
+    def num_known(number: int) -> int:
+        return len(run.labels.known(judge, number))
+
+    for start, numbers in itertools.groupby(run.labels.missing(judge, run.num_done), key=num_known):
+        yield from labels_of_points(judge, run.prompts[start:], [answers[number][start:] for number in numbers])
+
+
 def _unjudged(run: Run, judge: Evaluator) -> list[list[dict[str, Any]]]:
-    """The answers that the evaluator has not judged yet, point by point."""
+    """The answers at the points that the evaluator has not judged yet, point by point."""
     return run.records(run.labels.count(judge))
 
 

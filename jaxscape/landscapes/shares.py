@@ -34,13 +34,15 @@ class _CoherenceOfRun(Coherence):
     run: Run | None = None
 
     def label_points(self, prompts: Sequence[str], points: Sequence[Sequence[str]]) -> Iterator[list[Label]]:
-        """The labels of the answers at the last points that are evaluated, point by point."""
+        """The labels of the answers to the last prompts at the next points that have answers to judge, point by
+        point."""
         assert self.run is not None
         size = -(-ANSWERS_AT_ONCE // len(prompts))
-        done = self.run.num_done - len(points)
+        numbers = self.run.labels.missing(self, self.run.num_done)
         for start in range(0, len(points), size):
             part = points[start : start + size]
-            refused = self.run.refused[done + start : done + start + len(part)].ravel().tolist()
+            of_points = self.run.refused[numbers[start : start + len(part)]]
+            refused = of_points[:, -len(prompts) :].ravel().tolist()
             labels = self.label([*prompts] * len(part), list(itertools.chain.from_iterable(part)), refused)
             yield from (labels[i : i + len(prompts)] for i in range(0, len(labels), len(prompts)))
 
@@ -59,7 +61,7 @@ def in_run(
 
     Arguments:
         run: the scan, whose refusals are known; None where the evaluator is told which answers refuse.
-        directory: the run's directory; None if it has none.
+        directory: the run's directory; None if it has none, and perhaps in every process but the first.
         sent: for each prompt of the run, the text that its model was given.
         load: loads the run's model, which `coherence` judges by. It is called only if it is needed.
         weights: checksum of the parameters of the run's model.
@@ -78,8 +80,7 @@ def in_run(
     if thresholds is None:
         model = load() if is_own else judge.model
         thresholds = _thresholds(from_first(calibrate(model).recorded))
-        if path is not None:
-            from_first(partial(_add, path, judge.name, thresholds))
+        from_first(partial(_add, path, judge.name, thresholds))
         load = partial(_same, model)
     elif not is_own:
         load = partial(load_checked, judge.load, thresholds.weights)
@@ -135,5 +136,7 @@ def _read(path: Path | None) -> dict[str, dict[str, Any]]:
     return content
 
 
-def _add(path: Path, name: str, thresholds: Thresholds) -> None:
-    write_whole(path, json.dumps(_read(path) | {name: thresholds.recorded()}, indent=1) + "\n")
+def _add(path: Path | None, name: str, thresholds: Thresholds) -> None:
+    """Add thresholds to those that a run has kept; nothing if it has no directory."""
+    if path is not None:
+        write_whole(path, json.dumps(_read(path) | {name: thresholds.recorded()}, indent=1) + "\n")

@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -28,7 +29,7 @@ from jaxscape.finetuning import trajectory
 from jaxscape.landscapes import landscape
 from jaxscape.landscapes.adaptive import interpolated, next_points
 from jaxscape.landscapes.axes import Axis
-from jaxscape.landscapes.labels import LABEL_FILES, LabelBook
+from jaxscape.landscapes.labels import EARLIER_LABEL_FILES, LABEL_FILES, EarlierLabels, LabelBook, Point
 from jaxscape.landscapes.landscape import FIGURE, Landscape, each_array
 from jaxscape.runtime import reporting, rundir
 from jaxscape.runtime.errors import UserError, reason
@@ -61,16 +62,30 @@ SCAN = rundir.RunKind(
         *reporting.FOLDERS,
         "report.html",
         LABEL_FILES,
+        EARLIER_LABEL_FILES,
         COHERENCE_FILE,
     ),
     descriptive=frozenset({"direction_names", "direction_files", "interpolate_to"}),  # checksums identify directions,
 )
 
-Point = tuple[int, tuple[float, ...]]
-"""The index of a direction set, and coordinates along its directions."""
-
 Adaptive = Literal["asr", "shares"]
 """What decides which points of a grid are evaluated: the ASR, or also the share of the answers that comply."""
+
+Record = Mapping[str, Any]
+"""A line of `generations.jsonl`."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What is known of a run's points before it begins, because it extends another one.
+
+    Attributes:
+        answers: for points, the lines of the answers to the first prompts.
+        labels: what evaluators said of the answers to the first prompts.
+    """
+
+    answers: Mapping[Point, Sequence[Record]] = field(default_factory=dict)
+    labels: EarlierLabels = field(default_factory=dict)
 
 
 class Run:
@@ -90,6 +105,7 @@ class Run:
         labels: what evaluators said of the answers at the evaluated points.
         evaluator: name of the evaluator that decides the ASR.
         directions: see `Landscape.directions`.
+        directory: the run's directory; None if it has none, and in every process but the first.
     """
 
     def __init__(
@@ -102,11 +118,13 @@ class Run:
         coords: Sequence[tuple[float, ...]] = (),
         adaptive: Adaptive | None = None,
         directions: Sequence[Sequence[str]] = (),
+        earlier: Earlier | None = None,
     ) -> None:
         self.axes, self.coords, self.prompts = tuple(axes), tuple(coords), tuple(prompts)
         self._shape = (num_sets, *([len(axis.values) for axis in axes] or [len(coords)]))
         grid = self.coords or itertools.product(*(axis.values for axis in axes))
         self._all: list[Point] = list(itertools.product(range(num_sets), grid))
+        self._earlier = earlier or Earlier()
         self.adaptive, self.is_whole = adaptive, adaptive is None
         self.points: list[Point] = [] if adaptive else [*self._all]
         self.num_done = 0
@@ -114,11 +132,13 @@ class Run:
         self.finite = np.ones((len(self._all), len(prompts)), bool)
         self.unanswered = np.zeros((len(self._all), len(prompts)), bool)
         self._out, self.evaluator, self.directions = out, evaluator, directions
+        self.directory = None if out is None else out[0]
         self._unwritten: list[list[dict[str, Any]]] = []  # the lines of a run without a directory, point by point
-        self.labels = LabelBook(self.points, len(prompts), None if out is None else out[0])
+        self.labels = LabelBook(self.points, len(prompts), self.directory)
         if out is not None:
             self._restore(*out)
             self.labels.restore(self.num_done)
+        self.labels.earlier |= self._earlier.labels
 
     def extend(self) -> bool:
         """Add the points of the next round of an adaptive scan to `points`; return whether there are any.
@@ -138,23 +158,27 @@ class Run:
             rates.append(complied.astype(np.float64))
         return next_points(np.stack(list(map(self._on_grid, rates))), self._evaluated(), self.axes)
 
+    def known(self, point: Point) -> Sequence[Record]:
+        """The lines of the answers at a point that are known before it is evaluated, those to the first prompts."""
+        return self._earlier.answers.get(point, ())
+
+    @property
+    def num_known(self) -> int:
+        """The number of answers that are known before their points are evaluated."""
+        return sum(map(len, self._earlier.answers.values()))
+
     def append(
-        self,
-        completions: Sequence[Completion],
-        refused: Sequence[bool],
-        unanswered: Sequence[bool],
-        labels: Iterable[tuple[Evaluator, Sequence[Label | None]]] = (),
+        self, records: Sequence[Record], labels: Iterable[tuple[Evaluator, Sequence[Label | None]]] = ()
     ) -> None:
-        """Add the answers and verdicts of the next point, one for each prompt, and write them to disk.
+        """Add the answers and verdicts of the next point, and write them to disk.
 
         Arguments:
-            unanswered: see the attribute.
+            records: a line for each prompt.
             labels: the labels that are to be kept, with the evaluators that gave them.
         """
-        records = records_of(self.points[self.num_done], self.prompts, completions, refused, unanswered)
         self._add(records)
         if self._out is None:
-            self._unwritten.append(records)
+            self._unwritten.append([dict(record) for record in records])
         else:
             append_json_lines(self._out[1], records)
         for evaluator, given in labels:
@@ -228,10 +252,13 @@ class Run:
     def outcomes(self) -> dict[str, Any]:
         """The outcomes of the evaluated points."""
         arrays = (self.refused, self.finite, self.unanswered)
+        earlier = self.labels.earlier.items()
         return {
             "arrays": [array[: self.num_done].tolist() for array in arrays],
             "labels": [self.labels.rows, self.labels.checksums],
             "points": self.points if self.adaptive else None,
+            "answers": list(self._earlier.answers.items()),
+            "earlier": [(name, point, *said) for name, points in earlier for point, said in points.items()],
         }
 
     def set_outcomes(self, outcomes: dict[str, Any]) -> None:
@@ -239,12 +266,15 @@ class Run:
         self.num_done = len(outcomes["arrays"][0])
         self.labels.rows, self.labels.checksums = outcomes["labels"]
         if self.adaptive:
-            self.points[:] = [(index, tuple(coords)) for index, coords in outcomes["points"]]
+            self.points[:] = map(_as_point, outcomes["points"])
+        self._earlier = Earlier({_as_point(point): records for point, records in outcomes["answers"]})
+        for name, point, checksum, labels in outcomes["earlier"]:
+            self.labels.earlier.setdefault(name, {})[_as_point(point)] = (checksum, labels)
         if self.num_done:
             for array, values in zip((self.refused, self.finite, self.unanswered), outcomes["arrays"], strict=True):
                 array[: self.num_done] = values
 
-    def _add(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def _add(self, records: Sequence[Record]) -> None:
         self.refused[self.num_done] = [record["refused"] for record in records]
         self.finite[self.num_done] = [record.get("finite", True) for record in records]
         self.unanswered[self.num_done] = [record.get("unanswered", False) for record in records]
@@ -274,16 +304,37 @@ class Run:
             ) from error
         cut_after(file, lines)
 
-    def _chosen(self, records: Sequence[Mapping[str, Any]]) -> list[Point]:
+    def _chosen(self, records: Sequence[Record]) -> list[Point]:
         """The points of an adaptive scan that these lines are for.
 
         Raises:
             ValueError: one is no point of the grid, or is there twice.
         """
-        chosen = [(record["direction"], tuple(record["coords"])) for record in records]
+        chosen = list(map(point_of, records))
         if len({*chosen} & {*self._all}) < len(chosen):
             raise ValueError("a point is there twice, or is not on the grid")
         return chosen
+
+
+def point_of(record: Record) -> Point:
+    """The point that a line of `generations.jsonl` is for."""
+    return record["direction"], tuple(record["coords"])
+
+
+def _as_point(values: Sequence[Any]) -> Point:
+    """A point from the lists that it becomes in JSON."""
+    index, coords = values
+    return index, tuple(coords)
+
+
+def points_of(config: Mapping[str, Any]) -> list[Point]:
+    """All points that a scan with this configuration may evaluate, in their order.
+
+    Raises one of several exceptions if it is no configuration of a scan.
+    """
+    grid = config.get("points") or itertools.product(*(axis["values"] for axis in config["axes"]))
+    coords = [tuple(map(float, values)) for values in grid]
+    return list(itertools.product(range(len(config["directions"])), coords))
 
 
 def records_of(
@@ -293,7 +344,11 @@ def records_of(
     refused: Sequence[bool],
     unanswered: Sequence[bool],
 ) -> list[dict[str, Any]]:
-    """The lines of `generations.jsonl` for the answers to prompts at a point; see `Run.append`."""
+    """The lines of `generations.jsonl` for the answers to prompts at a point.
+
+    Arguments:
+        unanswered: whether each text has thinking in it and no answer.
+    """
     index, coords = point
     return [
         {
@@ -321,6 +376,8 @@ def open_run(
     overwrite: bool = False,
     coords: Sequence[tuple[float, ...]] = (),
     adaptive: Adaptive | None = None,
+    earlier: Earlier | None = None,
+    advice: str = "",
 ) -> Iterator[Run]:
     """Start a run in a directory, or resume the one that is there; see `rundir.open_run_directory`.
 
@@ -328,6 +385,8 @@ def open_run(
         directory: None keeps the run in memory only.
         sent: for each prompt, the text that the model is given.
         coords, adaptive: see `Run`.
+        earlier: what is known already; None if the run extends no other one.
+        advice: see `rundir.open_run_directory`.
     """
     start = partial(
         Run,
@@ -338,8 +397,9 @@ def open_run(
         coords=coords,
         adaptive=adaptive,
         directions=_shown_names(config),
+        earlier=earlier,
     )
-    with rundir.open_run_directory(directory, config, SCAN, overwrite) as file:
+    with rundir.open_run_directory(directory, config, SCAN, overwrite, advice) as file:
         if directory is None or file is None:
             run = start()
         else:

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,10 @@ from jaxscape.runtime.files import temporary_path, write_whole
 from jaxscape.runtime.processes import is_first
 
 CONFIG = "config.json"
+EXTENSION = "extension"
+"""The directory in a run's directory in which the run that extends it grows."""
+EXTENDED = "extended"
+"""The same directory, once that run is finished: its files replace those of the run that it extends."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,11 @@ class RunKind:
 
 @contextmanager
 def open_run_directory(
-    directory: str | Path | None, config: Mapping[str, Any], kind: RunKind, overwrite: bool = False
+    directory: str | Path | None,
+    config: Mapping[str, Any],
+    kind: RunKind,
+    overwrite: bool = False,
+    advice: str = "",
 ) -> Iterator[BinaryIO | None]:
     """A context in which a run is started in a directory, or the run that is there is resumed.
 
@@ -50,6 +58,7 @@ def open_run_directory(
         config: what `config.json` records. A run is resumed only if it was started with the same values, apart
             from those of `RunKind.descriptive`.
         overwrite: start over if the directory holds a run.
+        advice: what else a user can do about a run of another configuration, for the message.
 
     Raises:
         UserError: the directory cannot be used (see `check_directory`), or its run has another configuration, is
@@ -60,9 +69,10 @@ def open_run_directory(
         return
     directory = Path(directory)
     check_directory(directory, kind)
+    finish_replacing(directory, kind)
     text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
     if not overwrite:
-        _check_config(directory / CONFIG, json.loads(text), kind)
+        _check_config(directory / CONFIG, json.loads(text), kind, advice)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / kind.state).open("a+b")
@@ -71,11 +81,11 @@ def open_run_directory(
     with file:
         _lock(file, directory)
         if overwrite:  # the state is removed last, so that no computed file ever exists without it
-            for path in (path for pattern in kind.computed for path in directory.glob(pattern)):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            _remove_computed(directory, kind)
+            shutil.rmtree(directory / EXTENSION, ignore_errors=True)
             file.truncate(0)
         else:
-            _check_config(directory / CONFIG, json.loads(text), kind)  # again, now that the directory is locked
+            _check_config(directory / CONFIG, json.loads(text), kind, advice)  # again, now that the directory is locked
         write_whole(directory / CONFIG, text)
         yield file
 
@@ -91,6 +101,7 @@ def reopen_run_directory(directory: Path, kind: RunKind) -> Iterator[tuple[dict[
     try:
         if not _is_config(directory / CONFIG, kind):
             raise UserError(f"{directory} holds something other than a {kind.name} (see its {CONFIG}).")
+        finish_replacing(directory, kind)
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         file = (directory / kind.state).open("r+b")
     except UserError:
@@ -102,6 +113,46 @@ def reopen_run_directory(directory: Path, kind: RunKind) -> Iterator[tuple[dict[
     with file:
         _lock(file, directory)
         yield config, file
+
+
+def replace_by_extension(directory: Path, kind: RunKind) -> None:
+    """Replace the run in a directory by the finished run that extends it. Both are locked by this process.
+
+    If this is interrupted, whoever opens the directory next goes on with it.
+    """
+    os.rename(directory / EXTENSION, directory / EXTENDED)
+    _move_extended(directory, kind)
+
+
+def finish_replacing(directory: Path, kind: RunKind) -> None:
+    """Finish what `replace_by_extension` began in a directory, if it was interrupted."""
+    is_begun = (directory / EXTENDED).is_dir() and (directory / CONFIG).exists()
+    if is_begun and _is_config(directory / CONFIG, kind):
+        with (directory / kind.state).open("a+b") as file:
+            _lock(file, directory)
+            _move_extended(directory, kind)
+
+
+def _move_extended(directory: Path, kind: RunKind) -> None:
+    """Move the files of the finished extension to the run's directory, and remove what was computed from its former
+    state.
+
+    The state is moved first. As long as it is not, no other file is moved either, and what is to be removed is known.
+    """
+    extended = directory / EXTENDED
+    if (extended / kind.state).exists():
+        _remove_computed(directory, kind, kept={path.name for path in extended.iterdir()})
+        os.replace(extended / kind.state, directory / kind.state)
+    for path in extended.iterdir():
+        os.replace(path, directory / path.name)
+    extended.rmdir()
+
+
+def _remove_computed(directory: Path, kind: RunKind, kept: Container[str] = ()) -> None:
+    """Remove what is computed from the state of a run, but the files and folders with the names `kept`."""
+    for path in (path for pattern in kind.computed for path in directory.glob(pattern)):
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_directory(directory: Path, kind: RunKind) -> None:
@@ -146,20 +197,27 @@ def _is_config(path: Path, kind: RunKind) -> bool:
         return (path.parent / kind.state).exists()
 
 
-def _check_config(path: Path, config: Mapping[str, Any], kind: RunKind) -> None:
+def differing_keys(recorded: Mapping[str, Any], config: Mapping[str, Any], kind: RunKind) -> list[str]:
+    """The keys that affect results and have other values in two configurations, sorted."""
+    keys = (recorded.keys() | config.keys()) - kind.descriptive
+    return sorted(key for key in keys if recorded.get(key) != config.get(key))
+
+
+def _check_config(path: Path, config: Mapping[str, Any], kind: RunKind, advice: str) -> None:
     """Raise a `UserError` that names the differing keys if the file holds another configuration; it may be missing."""
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
-        keys = (recorded.keys() | config.keys()) - kind.descriptive
-        differing = sorted(key for key in keys if recorded.get(key) != config.get(key))
+        if not isinstance(recorded, dict):
+            raise ValueError("no JSON object")
+        differing = differing_keys(recorded, config, kind)
     except FileNotFoundError:
         return
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({reason(error)}); start over with --overwrite.") from error
     if differing:
         raise UserError(
-            f"{path.parent} holds a run with another configuration (different: {', '.join(differing)}); choose "
-            f"another --out, or start over with --overwrite."
+            f"{path.parent} holds a run with another configuration (different: {', '.join(differing)}); {advice}"
+            f"choose another --out, or start over with --overwrite."
         )
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import append_answers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import RegularGridInterpolator
 
 import jaxscape as js
-from jaxscape.engine.scheduler import Completion
 from jaxscape.evaluate.base import Label
 from jaxscape.evaluate.coherence import COHERENCE
 from jaxscape.landscapes.adaptive import first_round, interpolated, next_points, round_numbers
@@ -265,7 +265,7 @@ def test_where_compliance_changes_points_are_evaluated_too(tmp_path: Path, decid
             for _, (alpha,) in run.points[run.num_done :]:
                 row = complied[axes[0].values.index(alpha)]
                 labels: list[Label] = ["complied" if value else "incoherent" for value in row]
-                run.append([Completion("Sure", 2)] * 40, [False] * 40, [False] * 40, [(Labelled(), labels)])
+                append_answers(run, ["Sure"] * 40, [False] * 40, [(Labelled(), labels)])
         land = run.landscape()
     assert land.asr.min() == 100
     assert land.numbers is not None

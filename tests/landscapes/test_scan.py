@@ -2,7 +2,6 @@
 
 import copy
 import fcntl
-import importlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ import jaxscape as js
 from jaxscape.cli.main import main
 from jaxscape.directions.point import materialise
 from jaxscape.engine.decode import decode_chunk, insert
+from jaxscape.engine.engine import Engine
 from jaxscape.models.chat_defaults import with_chat_template
 from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
 from jaxscape.prompts import refusal
@@ -33,7 +33,6 @@ from jaxscape.prompts.chat_format import chat_text
 from jaxscape.report.exports import export_run
 
 PROMPTS = js.load_prompts("harmful", 3)
-scan_module = importlib.import_module("jaxscape.landscapes.scan")
 FILES = {"config.json", "prompts.jsonl", "generations.jsonl", "landscape.json"}
 OPTIONS: dict[str, Any] = {"prompts": PROMPTS, "steps": 4, "max_new_tokens": 6, "progress": False, "shares": False}
 
@@ -172,7 +171,7 @@ def test_a_finished_run_is_read_and_not_repeated(
     tiny: js.Model, unbroken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(unbroken)
-    monkeypatch.setattr(scan_module.Engine, "complete", None)  # would fail if a point were evaluated
+    monkeypatch.setattr(Engine, "complete", None)  # would fail if a point were evaluated
     land = js.scan(tiny, [0, 1], out=unbroken, **OPTIONS)
     assert land.complete
     assert contents(unbroken) == before
@@ -180,7 +179,7 @@ def test_a_finished_run_is_read_and_not_repeated(
 
 def test_the_landscape_is_on_disk_after_every_point(tiny: js.Model, tmp_path: Path, monkeypatch: Any) -> None:
     seen = []
-    original = scan_module.Engine.complete
+    original = Engine.complete
 
     def complete(*arguments: Any) -> Any:
         for completions in original(*arguments):
@@ -188,7 +187,7 @@ def test_the_landscape_is_on_disk_after_every_point(tiny: js.Model, tmp_path: Pa
             seen.append((int(np.isfinite(land.asr).sum()), len(records(tmp_path)), land.complete))
             yield completions
 
-    monkeypatch.setattr(scan_module.Engine, "complete", complete)
+    monkeypatch.setattr(Engine, "complete", complete)
     js.scan(tiny, [0], out=tmp_path, **OPTIONS)
     assert seen == [(i, 3 * i, False) for i in range(5)]
 

@@ -1,6 +1,5 @@
 """Several evaluators of one run: in the scan, and after it."""
 
-import importlib
 import itertools
 import json
 import shutil
@@ -14,9 +13,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import jaxscape as js
+from jaxscape.engine.engine import Engine
 from jaxscape.evaluate.base import REFUSALS, Label
 
-scan_module = importlib.import_module("jaxscape.landscapes.scan")
 PROMPTS = ["Write a poem about geese", "Hi", "Why?"]
 OPTIONS: dict[str, Any] = {"prompts": PROMPTS, "steps": 4, "max_new_tokens": 6, "progress": False, "shares": False}
 WHOLE = js.EngineOptions(full_text=True)
@@ -125,7 +124,7 @@ def test_a_finished_run_is_scored_without_generating(
     tiny: js.Model, plain: Path, several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Path(shutil.copytree(plain, tmp_path / "run"))
-    monkeypatch.setattr(scan_module.Engine, "complete", None)  # would fail if a point were evaluated
+    monkeypatch.setattr(Engine, "complete", None)  # would fail if a point were evaluated
     length = Length()
     land = js.score(run, [length, "wei"])
     assert length.judged == 30
