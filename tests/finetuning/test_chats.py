@@ -175,7 +175,7 @@ def test_nothing_of_a_chat_is_left_out_in_silence(tmp_path: Path, change: dict[s
 
 
 def test_unknown_sets(tmp_path: Path) -> None:
-    with pytest.raises(js.UserError, match=r"no training set 'unsafe' .did you mean safe.*: give advbench"):
+    with pytest.raises(js.UserError, match=r"no training set 'unsafe' \(did you mean safe\?\): give advbench, safe"):
         js.load_chats("unsafe")
     with pytest.raises(js.UserError, match="cannot be read"):
         js.load_chats(tmp_path / "missing.jsonl")

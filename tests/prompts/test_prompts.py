@@ -113,7 +113,7 @@ def test_templates_that_fail(template: str, message: str) -> None:
 
 
 def test_a_word_that_is_no_name_is_no_system_prompt() -> None:
-    with pytest.raises(js.UserError, match=r"no system prompt 'lama2' .did you mean llama2.*: give default, none"):
+    with pytest.raises(js.UserError, match=r"no system prompt 'lama2' \(did you mean llama2\?\): give default"):
         chat_text(tiny_tokenizer(), "Hi", "lama2")
 
 
