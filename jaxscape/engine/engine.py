@@ -142,6 +142,8 @@ class Engine:
         slots, self._slots = self._slots, None
         if slots is None:
             slots = empty_slots(self._static, self.model.dtype, self.plan.layout)
+        # Where in its ring a row begins decides the order of attention's sums. It must not depend on earlier points.
+        slots = slots._replace(clock=jax.device_put(np.int32(0), slots.clock.sharding))
         whole = None  # the whole batch, after the last rows moved to a smaller one
         reports: deque[tuple[Generated, Int[np.ndarray, " batch"]]] = deque()
         run = partial(self._timed, static=self._static)

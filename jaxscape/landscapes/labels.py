@@ -27,7 +27,6 @@ UNJUDGED = "unjudged"
 Rates = dict[str, Float[np.ndarray, " _"]]
 """Shares in percent and the ends of their 95 % intervals, by name, at the first evaluated points."""
 
-
 Point = tuple[int, tuple[float, ...]]
 """The index of a direction set, and coordinates along its directions."""
 
@@ -118,10 +117,8 @@ class LabelBook:
         for name, points in self.earlier.items():
             path = self._directory / label_file(name, EARLIER_LABEL_FILES)
             if len(self.rows.get(name, ())) < num_points:
-                write_whole(
-                    path,
-                    to_json_lines(_line(name, checksum, point, labels) for point, (checksum, labels) in points.items()),
-                )
+                lines = [_line(name, checksum, point, labels) for point, (checksum, labels) in points.items()]
+                write_whole(path, to_json_lines(lines))
             else:
                 path.unlink(missing_ok=True)
 
