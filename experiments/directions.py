@@ -17,7 +17,8 @@ import jaxscape as js
 from jaxscape.cli.experiment import Experiment
 from jaxscape.cli.main import run_program
 from jaxscape.report.figures import plot_landscape
-from jaxscape.report.tables import estimate_text, markdown_table
+from jaxscape.report.markup import markdown_table
+from jaxscape.report.tables import estimate_text
 
 
 @dataclass(frozen=True)

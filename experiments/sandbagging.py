@@ -26,7 +26,7 @@ from jaxscape.evaluate.statistics import mean_interval, sign_flip_test
 from jaxscape.landscapes.measure import load_samples
 from jaxscape.report.canvas import Figure
 from jaxscape.report.curves import plot_curves
-from jaxscape.report.tables import markdown_table
+from jaxscape.report.markup import markdown_table
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.help import shown
 

@@ -11,7 +11,8 @@ from jaxscape.landscapes.comparison import ComparedRun, Comparison
 from jaxscape.landscapes.numbers import THRESHOLD
 from jaxscape.report.canvas import Axes, Figure, Line2D, png
 from jaxscape.report.figures import ASR_LABEL, COLOURS, MARKERS, STYLES, axis_label, mark_models
-from jaxscape.report.tables import differences_to_csv, to_csv, to_latex, to_markdown, visible
+from jaxscape.report.markup import visible
+from jaxscape.report.tables import differences_to_csv, to_csv, to_latex, to_markdown
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 

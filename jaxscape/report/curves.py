@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from jaxscape.report.canvas import Figure
 from jaxscape.report.figures import COLOURS, MARKERS, STYLES
-from jaxscape.report.tables import markdown_table
+from jaxscape.report.markup import markdown_table
 
 Curve = Float[np.ndarray, "3 points"] | Float[np.ndarray, " points"]
 """Values at each point; or the lower ends of their intervals, the values and the upper ends."""

@@ -9,7 +9,7 @@ from jaxscape.evaluate.statistics import Interval
 from jaxscape.landscapes.radii import QUANTILES, Certificate, Radii, radius_text
 from jaxscape.report.canvas import Figure, png
 from jaxscape.report.figures import COLOURS
-from jaxscape.report.tables import markdown_table
+from jaxscape.report.markup import markdown_table
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 

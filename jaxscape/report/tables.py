@@ -2,7 +2,6 @@
 
 import csv
 import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from jaxscape.landscapes.comparison import COMPLIED, LEVEL, ComparedRun, Comparison, Difference
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.report.csv_text import without_formula
+from jaxscape.report.markup import MINUS, Rows, latex, latex_table, markdown, markdown_table, visible
 
 TITLES = {
     "visage": "VISAGE",
@@ -20,10 +20,6 @@ TITLES = {
     "complied_radius": "radius of complied alone",
 }
 FORMATS = {"visage": ".2f", "volume": ".2f", "radius": ".3g", "complied_volume": ".2f", "complied_radius": ".3g"}
-MINUS = "\N{MINUS SIGN}"
-
-Rows = list[list[str]]
-"""The cells of a table as plain text; the first row is the head."""
 
 
 def estimate_text(number: Mapping[str, Any], spec: str, label: str = "") -> str:
@@ -51,8 +47,8 @@ def difference_table(comparison: Comparison) -> str:
     """The differences between the runs of a comparison as a Markdown table, and its notes; empty if there are none."""
     parts = []
     if comparison.differences:
-        parts += [markdown_table(_difference_rows(comparison)), _markdown(_level_note(comparison))]
-    return "\n\n".join([*parts, *(_markdown(f"Note: {note}") for note in comparison.notes)])
+        parts += [markdown_table(_difference_rows(comparison)), markdown(_level_note(comparison))]
+    return "\n\n".join([*parts, *(markdown(f"Note: {note}") for note in comparison.notes)])
 
 
 def landscape_table(landscapes: Mapping[str, Landscape]) -> str:
@@ -110,10 +106,10 @@ def to_latex(comparison: Comparison) -> str:
     """The text of `table.tex`: a `tabular` of the runs and one of the differences, which need no package, and the notes
     as comments."""
     rows = _run_rows(comparison)
-    parts = [_latex_table(rows, "l" + "r" * (len(rows[0]) - 1))]
+    parts = [latex_table(rows, "l" + "r" * (len(rows[0]) - 1))]
     if comparison.differences:
-        parts += [_latex_table(_difference_rows(comparison), "llrrrrll"), f"% {_latex(_level_note(comparison))}"]
-    return "\n\n".join([*parts, *(f"% Note: {_latex(note)}" for note in comparison.notes)]) + "\n"
+        parts += [latex_table(_difference_rows(comparison), "llrrrrll"), f"% {latex(_level_note(comparison))}"]
+    return "\n\n".join([*parts, *(f"% Note: {latex(note)}" for note in comparison.notes)]) + "\n"
 
 
 def to_csv(comparison: Comparison) -> str:
@@ -209,48 +205,6 @@ def _number(value: float, spec: str) -> str:
     if not text.strip("+-0."):
         text = text.replace("-", "+" if spec.startswith("+") else "")
     return text.replace("-", MINUS)
-
-
-def visible(text: str) -> str:
-    """The text with a question mark for each character that cannot be seen, such as a control character."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def _markdown(text: str) -> str:
-    # The table is also printed, and not every terminal has a minus sign.
-    return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", visible(text)).replace(MINUS, "-")
-
-
-def markdown_table(rows: Rows) -> str:
-    """The rows as a Markdown table; the first row is the head."""
-    head, *body = ([_markdown(cell) for cell in row] for row in rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "`": r"\textasciigrave{}",
-    MINUS: "$-$",
-    # After the end of a row these two would belong to its command.
-    "[": "{[}",
-    "*": "{*}",
-    **{character: f"\\{character}" for character in "{}$&#_%"},
-}
-
-
-def _latex(text: str) -> str:
-    escaped = "".join(_LATEX.get(character, character) for character in visible(text))
-    return re.sub("-(?=-)", "-{}", escaped)  # two in a row would make a dash
-
-
-def _latex_table(rows: Rows, columns: str) -> str:
-    head, *body = (" & ".join(map(_latex, row)) + r" \\" for row in rows)
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", head, r"\hline", *body, r"\end{tabular}"])
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:

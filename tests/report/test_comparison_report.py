@@ -23,6 +23,7 @@ from jaxscape.landscapes.axes import symmetric_axes
 from jaxscape.landscapes.comparison import Comparison
 from jaxscape.report import tables
 from jaxscape.report.figures import COLOURS
+from jaxscape.report.markup import visible
 
 AXES, PLANE = symmetric_axes(1, 10, 0.5), symmetric_axes(2, 4, 0.5)
 FILES = ["table.md", "table.csv", "differences.csv", "table.tex", "comparison.png"]
@@ -117,7 +118,7 @@ def test_the_tables_show_each_run_and_each_difference(comparison: Comparison) ->
 def test_markdown_shows_a_name_as_it_is(comparison: Comparison, name: str) -> None:
     text = tables.to_markdown(renamed(comparison, name))
     of_runs, of_differences = markdown_tables(text)
-    shown = tables.visible(name).replace("−", "-").strip()
+    shown = visible(name).replace("−", "-").strip()
     assert of_runs[1][0] == shown
     assert {len(row) for row in of_runs} == {6}
     assert {len(row) for row in of_differences} == {8}
@@ -149,7 +150,7 @@ def test_latex_prints_a_name_as_it_is(comparison: Comparison, name: str) -> None
     assert len(rows) == 1 + len(comparison.runs) + 1 + len(comparison.differences)
     cells = [re.split(r"(?<!\\) & ", row.removesuffix(r" \\")) for row in rows]
     assert {len(row) for row in cells} == {6, 8}
-    assert read_tex(cells[1][0]) == tables.visible(name)
+    assert read_tex(cells[1][0]) == visible(name)
     other = [line for line in text.splitlines() if line not in rows]
     assert all(not line or line.startswith(("%", r"\begin{tabular}{", r"\end{tabular}", r"\hline")) for line in other)
 
@@ -158,7 +159,7 @@ def test_latex_prints_a_name_as_it_is(comparison: Comparison, name: str) -> None
 def test_csv_keeps_a_name_and_runs_no_formula(comparison: Comparison, name: str) -> None:
     changed = renamed(comparison, name)
     head, first, *_ = csv.reader(io.StringIO(tables.to_csv(changed)))
-    assert first[0].removeprefix("'") == tables.visible(name)
+    assert first[0].removeprefix("'") == visible(name)
     assert first[0][:1] not in ("=", "+", "-", "@")
     row = dict(zip(head, first, strict=True))
     numbers = changed.runs[0].numbers
@@ -208,7 +209,7 @@ def test_the_figure_draws_a_name_as_it_is(comparison: Comparison, name: str, tmp
     assert legend is not None
     (text,) = legend.get_texts()
     assert not text.get_parse_math()
-    assert tables.visible(name)[-59:] in text.get_text()
+    assert visible(name)[-59:] in text.get_text()
 
 
 def test_the_same_runs_give_the_same_bytes(runs: list[Path], tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from jaxtyping import Float
 from jaxscape.directions.kinds import Given
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.report.figures import GREEK, axis_label, by_set, horizontal, is_interpolation, radius_marks
+from jaxscape.report.markup import MINUS
 from jaxscape.report.page.run import REMARKS, PointAnswers, ReportedRun
-from jaxscape.report.tables import MINUS, landscape_cells, number_cells, visage_cells
+from jaxscape.report.tables import landscape_cells, number_cells, visage_cells
 
 CHECKSUM = re.compile(r"^[0-9a-f]{64}$")
 NOT_FACTS = {"axes", "points", "directions"}
