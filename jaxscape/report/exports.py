@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxscape.report.finished import FinishedRun, load_finished
 from jaxscape.report.hub import FOLDER, export_hub
 from jaxscape.report.inspect_log import export_inspect
 from jaxscape.report.landscaper import export_landscaper
 from jaxscape.report.reference import export_reference
+from jaxscape.report.run import KeptRun, load_finished
 from jaxscape.report.table_files import export_csv, export_parquet
 from jaxscape.runtime.errors import UserError, reason
 
 DEFAULT_EXPORT = "reference"
-EXPORTS: dict[str, Callable[[FinishedRun, Path], list[Path]]] = {
+EXPORTS: dict[str, Callable[[KeptRun, Path], list[Path]]] = {
     DEFAULT_EXPORT: export_reference,
     "inspect": export_inspect,
     "csv": export_csv,

@@ -8,8 +8,8 @@ import huggingface_hub
 from jaxscape.landscapes.labels import LABEL_FILES
 from jaxscape.landscapes.landscape import FIGURE, FILE_NAME
 from jaxscape.landscapes.store import COHERENCE_FILE, GENERATIONS, PROMPTS
-from jaxscape.report.finished import FinishedRun
 from jaxscape.report.markup import markdown_table
+from jaxscape.report.run import KeptRun
 from jaxscape.report.table_files import export_parquet
 from jaxscape.report.tables import landscape_table
 from jaxscape.runtime.errors import UserError, reason
@@ -51,7 +51,7 @@ check them before you pass this data set on.
 """
 
 
-def export_hub(run: FinishedRun, out: Path) -> list[Path]:
+def export_hub(run: KeptRun, out: Path) -> list[Path]:
     """Write the folder of a data set: a card (`README.md`), both tables as Parquet, and in `run/` the files of the run.
 
     Returns:
@@ -70,7 +70,7 @@ def export_hub(run: FinishedRun, out: Path) -> list[Path]:
     return [out / CARD, *tables, *copies]
 
 
-def card(run: FinishedRun) -> str:
+def card(run: KeptRun) -> str:
     """The text of the data set's card. It quotes no prompt and no answer."""
     name = Path(str(run.config.get("model", "model"))).name
     data = huggingface_hub.DatasetCardData(

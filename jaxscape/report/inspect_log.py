@@ -10,8 +10,8 @@ from typing import Any
 import jaxscape
 from jaxscape.evaluate.base import LABELS
 from jaxscape.landscapes.store import GENERATIONS
-from jaxscape.report.finished import FinishedRun
 from jaxscape.report.rows import Row, answer_rows
+from jaxscape.report.run import KeptRun
 from jaxscape.runtime.extras import import_extra
 from jaxscape.runtime.files import checksum, temporary_path
 
@@ -20,7 +20,7 @@ TASK = "safety_landscape"
 NOT_METADATA = ("prompt", "generation")
 
 
-def export_inspect(run: FinishedRun, out: Path) -> list[Path]:
+def export_inspect(run: KeptRun, out: Path) -> list[Path]:
     """Write `landscape.eval` into a directory. Returns the file.
 
     The log has a sample for each answer. Its `input` is the prompt, its output the answer. Its metadata are the other
@@ -45,7 +45,7 @@ def export_inspect(run: FinishedRun, out: Path) -> list[Path]:
     return [out / FILE_NAME]
 
 
-def _spec(run: FinishedRun, log: Any) -> Any:
+def _spec(run: KeptRun, log: Any) -> Any:
     """What was evaluated: the model, the prompts and the settings of generation."""
     model = import_extra("inspect_ai.model", "inspect")
     config, land = run.config, run.landscape
@@ -68,7 +68,7 @@ def _spec(run: FinishedRun, log: Any) -> Any:
     )
 
 
-def _results(run: FinishedRun, log: Any) -> Any:
+def _results(run: KeptRun, log: Any) -> Any:
     """For each evaluator, the fraction of each label among the answers that it could judge, over all points."""
     total, scores = len(run.points) * run.landscape.num_prompts, []
     for name, rows in run.labels.items():
@@ -83,7 +83,7 @@ def _results(run: FinishedRun, log: Any) -> Any:
     return log.EvalResults(total_samples=total, completed_samples=total, scores=scores)
 
 
-def _samples(run: FinishedRun, log: Any) -> Iterator[Any]:
+def _samples(run: KeptRun, log: Any) -> Iterator[Any]:
     """A sample for each answer."""
     name = str(run.config.get("model", "unknown"))
     model, scorer = import_extra("inspect_ai.model", "inspect"), import_extra("inspect_ai.scorer", "inspect")
@@ -113,7 +113,7 @@ def _sample_id(row: Row) -> str:
     return f"{row['direction']}-{row['point']:04d}-{row['prompt_number']:04d}"
 
 
-def _time(run: FinishedRun) -> str:
+def _time(run: KeptRun) -> str:
     """When the last answer was written, in UTC."""
     written = (run.directory / GENERATIONS).stat().st_mtime
     return datetime.fromtimestamp(written, UTC).isoformat(timespec="seconds")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxscape.report.finished import FinishedRun
+from jaxscape.report.run import KeptRun
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.files import write_whole
 
 
-def export_landscaper(run: FinishedRun, out: Path) -> list[Path]:
+def export_landscaper(run: KeptRun, out: Path) -> list[Path]:
     """Write `landscaper-0.npz`, `landscaper-1.npz`, … into a directory, one for each direction set. Returns the files.
 
     `loss` is the ASR in percent, which is low where the model refuses, as a loss is low in a basin. Landscaper places

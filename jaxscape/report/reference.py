@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxscape.report.finished import FinishedRun
+from jaxscape.report.run import KeptRun
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.files import to_json_lines, write_whole
 
 
-def export_reference(run: FinishedRun, out: Path) -> list[Path]:
+def export_reference(run: KeptRun, out: Path) -> list[Path]:
     """Write a run's generations in the format that the tools of the paper's code read.
 
     There is one file for each direction set: `output.jsonl` if there is one set, or else `output-0.jsonl`,

@@ -1,20 +1,18 @@
 """The two tables of a run, `points` and `generations`, as rows. Every export has these columns."""
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.store import Point
-from jaxscape.report.finished import FinishedRun
+from jaxscape.report.run import KeptRun
 
 Row = dict[str, Any]
 """The cells of a row by the names of their columns: numbers, texts, booleans, or None where there is nothing."""
 
 
-def point_rows(run: FinishedRun) -> list[Row]:
+def point_rows(run: KeptRun) -> list[Row]:
     """A row for each point of the landscape, those that an adaptive scan interpolated among them.
 
     The columns are `direction`, `point` and the coordinates, see `place`; `direction_name`; and what `landscape.json`
@@ -45,18 +43,18 @@ def point_rows(run: FinishedRun) -> list[Row]:
             "direction_name": " and ".join(names[point[0]]) if names else None,
             **{name: _known(values[index]) for name, values in flat.items()},
         }
-        for index, (point, number) in enumerate(_numbers(land).items())
+        for index, (point, number) in enumerate(run.numbers.items())
     ]
 
 
-def answer_rows(run: FinishedRun) -> Iterator[Row]:
+def answer_rows(run: KeptRun) -> Iterator[Row]:
     """A row for each answer, in the order of `generations.jsonl`.
 
     The columns are `direction`, `point` and the coordinates, see `place`; `prompt_number`, counted from 0; `prompt`;
     `generation`; `refused`; for each evaluator its label, such as `label_keywords`, or None if it could not judge; and
     `finite`, `unanswered` and `cut`, as in `generations.jsonl`.
     """
-    numbers = _numbers(run.landscape)
+    numbers = run.numbers
     for index, (point, records) in enumerate(zip(run.points, run.answers, strict=True)):
         for prompt_number, record in enumerate(records):
             yield {
@@ -78,12 +76,6 @@ def place(point: Point, number: int) -> Row:
     its coordinates. All numbers count from 0."""
     direction, coords = point
     return {"direction": direction, "point": number, **{f"coord_{axis}": value for axis, value in enumerate(coords)}}
-
-
-def _numbers(land: Landscape) -> dict[Point, int]:
-    """The number of each point of the landscape; direction set by direction set, the last axis varying fastest."""
-    grid = land.points or tuple(itertools.product(*(axis.values for axis in land.axes)))
-    return {(direction, coords): number for direction in range(len(land.asr)) for number, coords in enumerate(grid)}
 
 
 def _known(value: Any) -> Any:

@@ -4,15 +4,15 @@ import io
 from pathlib import Path
 
 from jaxscape.report.csv_text import csv_text
-from jaxscape.report.finished import FinishedRun
 from jaxscape.report.rows import answer_rows, point_rows
+from jaxscape.report.run import KeptRun
 from jaxscape.runtime.extras import import_extra
 from jaxscape.runtime.files import write_whole
 
 POINTS, GENERATIONS = "points", "generations"
 
 
-def export_csv(run: FinishedRun, out: Path) -> list[Path]:
+def export_csv(run: KeptRun, out: Path) -> list[Path]:
     """Write `points.csv` and `generations.csv` into a directory, with the columns of `jaxscape.report.rows` and texts
     as `jaxscape.report.csv_text.csv_text` writes them. Returns the files."""
     tables = {POINTS: csv_text(point_rows(run)), GENERATIONS: csv_text(answer_rows(run))}
@@ -21,7 +21,7 @@ def export_csv(run: FinishedRun, out: Path) -> list[Path]:
     return [out / f"{name}.csv" for name in tables]
 
 
-def export_parquet(run: FinishedRun, out: Path) -> list[Path]:
+def export_parquet(run: KeptRun, out: Path) -> list[Path]:
     """Write `points.parquet` and `generations.parquet` into a directory, with the columns of `jaxscape.report.rows`.
     Texts are exactly what the model wrote. Returns the files.
 

@@ -17,8 +17,8 @@ from jaxscape.directions.point import materialise
 from jaxscape.landscapes.points import as_points, load_points
 from jaxscape.landscapes.scan_settings import ScanSettings
 from jaxscape.report.exports import export_run
-from jaxscape.report.finished import load_finished
 from jaxscape.report.hub import card
+from jaxscape.report.run import load_finished
 
 PROMPTS = js.load_prompts("harmful", 3)
 OPTIONS: dict[str, Any] = {"prompts": PROMPTS, "max_new_tokens": 6, "progress": False, "shares": False}

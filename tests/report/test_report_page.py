@@ -21,7 +21,7 @@ from jaxscape.landscapes.store import GENERATIONS
 from jaxscape.report.page import document
 from jaxscape.report.page.content import answers_content, facts, number_rows, panels, run_content
 from jaxscape.report.page.document import json_text, packed, save_report
-from jaxscape.report.page.run import load_run
+from jaxscape.report.run import load_run
 
 PROMPTS = ["first", "second", "third"]
 ANY_TEXT = st.text(st.characters(codec=None), max_size=40)  # lone surrogates too
@@ -78,8 +78,8 @@ def test_rates_are_those_of_the_landscape(tmp_path: Path) -> None:
         "judge": lambda text: "complied",
     }
     write_scan(tmp_path, symmetric_axes(2, 4, 0.5), refuses_near, PROMPTS, labels)
-    run = load_run(tmp_path, "plane")
-    rates = {rate["key"]: rate for rate in run_content(run)["rates"]}
+    run = load_run(tmp_path)
+    rates = {rate["key"]: rate for rate in run_content("run", run)["rates"]}
     assert set(rates) == {
         *("asr", "refused shares", "complied shares", "incoherent shares"),
         *("refused by judge", "complied by judge", "differ of keywords / judge"),
@@ -93,7 +93,7 @@ def test_rates_are_those_of_the_landscape(tmp_path: Path) -> None:
     for key, values in expected.items():
         np.testing.assert_allclose(rates[key]["value"], values.reshape(1, -1), atol=1e-3)
     np.testing.assert_allclose(rates["asr"]["high"], land.asr_high.reshape(1, -1), atol=1e-3)
-    assert run_content(run)["origin"] == 12, "the middle of 25 points"
+    assert run_content("run", run)["origin"] == 12, "the middle of 25 points"
 
 
 def test_the_same_runs_give_the_same_bytes_and_are_only_read(tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_special_directions_stand_beside_their_controls(tmp_path: Path) -> None:
     labels = {"coherence": lambda text: "refused" if text == "I cannot" else "complied"}
     axes = symmetric_axes(1, 4, 0.5)
     write_scan(tmp_path, axes, refuses_near, PROMPTS, labels, num_sets=2, direction_names=names)
-    run = load_run(tmp_path, "special")
-    content = run_content(run)
+    run = load_run(tmp_path)
+    content = run_content("run", run)
     assert content["panels"] == [[0], [1]]
     assert [(item["name"], item["control"]) for item in content["sets"]] == [
         ("refusal", False),
@@ -156,7 +156,7 @@ def test_special_directions_stand_beside_their_controls(tmp_path: Path) -> None:
 def test_random_directions_of_a_line_share_a_figure_and_planes_do_not(tmp_path: Path) -> None:
     for ndim, expected in ((1, [[0, 1]]), (2, [[0], [1]])):
         directory = write_scan(tmp_path / f"{ndim}", symmetric_axes(ndim, 2, 0.5), refuses_near, PROMPTS, num_sets=2)
-        assert panels(load_run(directory, "run").landscape) == expected
+        assert panels(load_run(directory).landscape) == expected
 
 
 def test_remarks_say_how_a_text_ended(tmp_path: Path) -> None:
@@ -164,8 +164,7 @@ def test_remarks_say_how_a_text_ended(tmp_path: Path) -> None:
     lines = (tmp_path / GENERATIONS).read_text().splitlines()
     lines[0] = lines[0][:-1] + ', "cut": true, "finite": false}'
     (tmp_path / GENERATIONS).write_text("\n".join(lines) + "\n")
-    point = load_run(tmp_path, "run").points[0]
-    assert answers_content(point)["remarks"] == [["cut", "not finite"], [], []]
+    assert answers_content(load_run(tmp_path), 0)["remarks"] == [["cut", "not finite"], [], []]
 
 
 def test_facts_are_what_the_configuration_says() -> None:

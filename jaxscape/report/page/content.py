@@ -7,7 +7,7 @@ last axis varying fastest. What is not known is None.
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,32 +15,42 @@ from jaxtyping import Float
 
 from jaxscape.directions.kinds import Given
 from jaxscape.landscapes.landscape import Landscape
+from jaxscape.landscapes.store import Record
 from jaxscape.report.figures import GREEK, axis_label, by_set, horizontal, is_interpolation, radius_marks
 from jaxscape.report.markup import MINUS
-from jaxscape.report.page.run import REMARKS, PointAnswers, ReportedRun
+from jaxscape.report.run import KeptRun
 from jaxscape.report.tables import landscape_cells, number_cells, visage_cells
 
 CHECKSUM = re.compile(r"^[0-9a-f]{64}$")
 NOT_FACTS = {"axes", "points", "directions"}
 """What `config.json` holds beside the facts that the page lists: the figures show the points, and the names of the
 directions say more than what identifies them."""
+REMARKS = {
+    "cut": "ended where its outcome was decided",
+    "unanswered": "thinking without an answer",
+    "not finite": "ended at a NaN or infinite logit",
+}
+"""What else a run records of an answer, and how the page says it."""
 
 
-def page_content(runs: Sequence[ReportedRun]) -> dict[str, Any]:
+def page_content(runs: Mapping[str, KeptRun]) -> dict[str, Any]:
     """All that the page shows, apart from the answers.
+
+    Arguments:
+        runs: by names that tell them apart.
 
     Returns:
         `runs`, see `run_content`; `numbers`, the rows of the table of numbers, see `number_rows`; and `remarks`, what
         the remarks on answers mean.
     """
     return {
-        "runs": list(map(run_content, runs)),
-        "numbers": [row | {"run": index} for index, run in enumerate(runs) for row in number_rows(run)],
+        "runs": list(itertools.starmap(run_content, runs.items())),
+        "numbers": [row | {"run": index} for index, run in enumerate(runs.values()) for row in number_rows(run)],
         "remarks": REMARKS,
     }
 
 
-def run_content(run: ReportedRun) -> dict[str, Any]:
+def run_content(name: str, run: KeptRun) -> dict[str, Any]:
     """What the page shows of a run.
 
     Returns:
@@ -57,7 +67,7 @@ def run_content(run: ReportedRun) -> dict[str, Any]:
     x, label = horizontal(land) if len(land.axes) != 2 else (np.zeros(0), "")
     evaluated = np.isfinite(land.asr) if land.filled is None else ~land.filled
     return {
-        "name": run.name,
+        "name": name,
         "summary": summary(run),
         "axes": [
             {
@@ -74,8 +84,8 @@ def run_content(run: ReportedRun) -> dict[str, Any]:
         "origin": None if land.origin is None else int(np.ravel_multi_index(land.origin, land.asr[0].shape)),
         "models": _models(land, x),
         "sets": [
-            {"name": name, "control": bool(control), "radii": radii}
-            for name, control, radii in zip(set_names(run), land.is_control, _radii(land), strict=True)
+            {"name": set_name, "control": bool(control), "radii": radii}
+            for set_name, control, radii in zip(set_names(run), land.is_control, _radii(land), strict=True)
         ],
         "panels": panels(land),
         "rates": rates(land),
@@ -89,16 +99,34 @@ def run_content(run: ReportedRun) -> dict[str, Any]:
     }
 
 
-def answers_content(point: PointAnswers) -> dict[str, Any]:
-    """What the page shows of a point when it is opened: `texts`, `labels` and `remarks` of a `PointAnswers`."""
+def answers_content(run: KeptRun, index: int) -> dict[str, Any]:
+    """What the page shows of a point when it is opened.
+
+    Arguments:
+        index: that of the point in `run.points`.
+
+    Returns:
+        For each prompt, `texts`, what the model answered, with what it thought before; `labels`, what each evaluator
+        that has judged the point said, by the evaluator's name; and `remarks`, keys of `REMARKS`.
+    """
+    records = run.answers[index]
     return {
-        "texts": list(point.texts),
-        "labels": {name: list(labels) for name, labels in point.labels.items()},
-        "remarks": list(map(list, point.remarks)),
+        "texts": [record["generation"] for record in records],
+        "labels": {name: list(rows[index]) for name, rows in run.labels.items() if index < len(rows)},
+        "remarks": list(map(_remarks, records)),
     }
 
 
-def summary(run: ReportedRun) -> list[str]:
+def _remarks(record: Record) -> list[str]:
+    happened = {
+        "cut": record.get("cut", False),
+        "unanswered": record.get("unanswered", False),
+        "not finite": not record.get("finite", True),
+    }
+    return [name for name, is_so in happened.items() if is_so]
+
+
+def summary(run: KeptRun) -> list[str]:
     """The model, the number of prompts, points and directions, and how much of the run is there, in words."""
     land = run.landscape
     num_sets, num_points = len(land.asr), land.asr[0].size
@@ -121,7 +149,7 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def set_names(run: ReportedRun) -> list[str]:
+def set_names(run: KeptRun) -> list[str]:
     """What each direction set is called: by the names of its directions, or by its number where a program gave them."""
     names = run.landscape.directions or [list(map(str, item)) for item in run.config.get("direction_names", ())]
     if len(names) == len(run.landscape.asr) and not any(Given.name in item for item in names):
@@ -195,7 +223,7 @@ def _listed(values: Float[np.ndarray, " directions *grid"]) -> list[list[float |
     return [[round(value, 3) if np.isfinite(value) else None for value in row] for row in rows]
 
 
-def number_rows(run: ReportedRun) -> list[dict[str, Any]]:
+def number_rows(run: KeptRun) -> list[dict[str, Any]]:
     """The rows of the table of a run's numbers.
 
     Returns:

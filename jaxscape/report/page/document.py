@@ -10,14 +10,14 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jaxscape.landscapes.comparison import run_names
 from jaxscape.report.page.content import answers_content, page_content
-from jaxscape.report.page.run import ReportedRun, load_run
+from jaxscape.report.run import KeptRun, load_run
 from jaxscape.runtime.errors import UserError, as_list, reason
 from jaxscape.runtime.files import write_whole
 
@@ -46,7 +46,7 @@ def save_report(runs: str | Path | Sequence[str | Path], path: str | Path | None
     if not directories:
         raise UserError("A report needs at least one run: give the directory of a scan.")
     names = run_names(directories)
-    text = document([load_run(directory, name) for directory, name in zip(directories, names, strict=True)])
+    text = document(dict(zip(names, map(load_run, directories), strict=True)))
     path = Path(path or (directories[0] / FILE_NAME if len(directories) == 1 else FILE_NAME))
     try:
         write_whole(path, text)
@@ -55,8 +55,8 @@ def save_report(runs: str | Path | Sequence[str | Path], path: str | Path | None
     return path
 
 
-def document(runs: Sequence[ReportedRun]) -> str:
-    """The text of the HTML file.
+def document(runs: Mapping[str, KeptRun]) -> str:
+    """The text of the HTML file, which shows runs by their names.
 
     Raises:
         UserError: plotly is not installed.
@@ -66,7 +66,7 @@ def document(runs: Sequence[ReportedRun]) -> str:
         "policy": policy(scripts),
         "style": _asset(STYLE),
         "content": json_text(page_content(runs)),
-        "answers": "\n".join(_answers(runs)),
+        "answers": "\n".join(_answers(list(runs.values()))),
         "plotly": scripts[0],
         "script": scripts[1],
     }
@@ -102,13 +102,13 @@ def packed(value: Any) -> str:
     return base64.b64encode(gzip.compress(json_text(value).encode(), mtime=0)).decode()
 
 
-def _answers(runs: Sequence[ReportedRun]) -> list[str]:
+def _answers(runs: Sequence[KeptRun]) -> list[str]:
     """For each point of each run, an element with its answers."""
     return [
-        f'<script type="application/gzip" id="answers-{index}-{point.direction}-{point.number}">'
-        f"{packed(answers_content(point))}</script>"
+        f'<script type="application/gzip" id="answers-{index}-{point[0]}-{run.numbers[point]}">'
+        f"{packed(answers_content(run, number))}</script>"
         for index, run in enumerate(runs)
-        for point in run.points
+        for number, point in enumerate(run.points)
     ]
 
 

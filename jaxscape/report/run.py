@@ -1,0 +1,131 @@
+"""A scan as its directory keeps it: its landscape, and the answers at each point with what evaluators said of them.
+
+Files of a run are only read, so a run that is still going on can be read too. What they hold is untrusted.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxscape.evaluate.base import Label
+from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
+from jaxscape.finetuning.trajectory import Trajectory, load_trajectories
+from jaxscape.landscapes.labels import LabelBook
+from jaxscape.landscapes.landscape import Landscape
+from jaxscape.landscapes.store import GENERATIONS, PROMPTS, SCAN, Point, Record
+from jaxscape.runtime.errors import UserError, is_utf8, reason
+from jaxscape.runtime.files import read_json, whole_lines
+from jaxscape.runtime.rundir import CONFIG
+
+
+@dataclass(frozen=True, eq=False)
+class KeptRun:
+    """A scan, finished or not. Its texts and names are untrusted.
+
+    Attributes:
+        directory: the run's directory.
+        config: what `config.json` holds.
+        prompts: the prompts, in the order in which they are asked at each point.
+        points: the points of which every answer is there, in the order of `generations.jsonl`.
+        answers: for each of these points, the lines of `generations.jsonl`, one for each prompt.
+        labels: for each evaluator, by name, its labels of the answers at the first of these points: a list for each
+            point, with None for an answer that it could not judge. The evaluator that decides the ASR is the first.
+        trajectories: the projected paths of finetunings.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    landscape: Landscape
+    prompts: tuple[str, ...]
+    points: tuple[Point, ...]
+    answers: Sequence[Sequence[Record]]
+    labels: Mapping[str, Sequence[Sequence[Label | None]]]
+    trajectories: Sequence[Trajectory]
+
+    @cached_property
+    def numbers(self) -> dict[Point, int]:
+        """The number of each point of the landscape in its grid, the last axis varying fastest, or in the list of
+        points. The points are in the order of the landscape's arrays."""
+        land = self.landscape
+        grid = land.points or tuple(itertools.product(*(axis.values for axis in land.axes)))
+        return {(direction, coords): number for direction in range(len(land.asr)) for number, coords in enumerate(grid)}
+
+
+def load_run(directory: Path) -> KeptRun:
+    """Read a run's files.
+
+    Raises:
+        UserError: the directory holds no scan, or a file of it is damaged.
+    """
+    config = read_json(directory / CONFIG)
+    if not config.keys() >= SCAN.marks:
+        raise UserError(
+            f"{directory} holds something other than a scan (see its {CONFIG}): give the directory that a scan wrote."
+        )
+    landscape = Landscape.load(directory)
+    try:
+        lines = (directory / PROMPTS).read_text(encoding="utf-8").split("\n")[:-1]
+        prompts = [_text(json.loads(line)["prompt"]) for line in lines]
+        if len(prompts) != landscape.num_prompts:
+            raise ValueError(f"{PROMPTS} has {len(prompts)} prompts, and the landscape is of {landscape.num_prompts}")
+        points, answers = _answers(directory / GENERATIONS, prompts)
+        book = LabelBook(points, len(prompts), directory)
+        book.restore(len(points), cut=False)
+        decides = str(config.get("evaluator", DEFAULT_EVALUATOR))
+        labels = {decides: list(map(_verdicts, answers))} | dict(sorted(book.rows.items()))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"The run in {directory} cannot be read ({reason(error)}): give the directory that its scan wrote."
+        ) from error
+    trajectories = load_trajectories(directory)
+    run = KeptRun(directory, config, landscape, tuple(prompts), tuple(points), answers, labels, trajectories)
+    if strangers := [point for point in points if point not in run.numbers]:
+        raise UserError(
+            f"The run in {directory} cannot be read ({list(strangers[0][1])} is no point of its landscape): give the "
+            f"directory that its scan wrote."
+        )
+    return run
+
+
+def load_finished(directory: Path) -> KeptRun:
+    """Read a finished scan. Of its labels, there are those of evaluators that have judged all answers.
+
+    Raises:
+        UserError: the directory holds no finished scan, or a file of it is damaged.
+    """
+    run = load_run(directory)
+    if not run.landscape.complete or len(run.points) != run.landscape.num_evaluated:
+        raise UserError(f"The run in {directory} is not finished; run its command again to finish it first.")
+    labels = {name: rows for name, rows in run.labels.items() if len(rows) == len(run.points)}
+    return replace(run, labels=labels)
+
+
+def _answers(path: Path, prompts: Sequence[str]) -> tuple[list[Point], list[list[Record]]]:
+    """All points of which every answer is there, and their lines of a file."""
+    with path.open("rb") as file:
+        lines = whole_lines(file)
+    size = len(prompts)
+    answers = [list(map(json.loads, lines[i : i + size])) for i in range(0, len(lines) - size + 1, size)]
+    points: list[Point] = [(records[0]["direction"], tuple(records[0]["coords"])) for records in answers]
+    for point, records in zip(points, answers, strict=True):
+        expected = [(*point, prompt) for prompt in prompts]
+        if expected != [(record["direction"], tuple(record["coords"]), record["prompt"]) for record in records]:
+            raise ValueError(f"lines that should be for one point, {list(point[1])}, are not")
+        for record in records:
+            _text(record["generation"])
+    return points, answers
+
+
+def _verdicts(records: Sequence[Record]) -> list[Label | None]:
+    """The labels by which the ASR was counted."""
+    return ["refused" if record["refused"] else "complied" for record in records]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not is_utf8(value):
+        raise TypeError(f"{value!r:.60} is no text")
+    return value
