@@ -18,7 +18,6 @@ import jaxscape as js
 from jaxscape.cli.main import main
 from jaxscape.landscapes.axes import symmetric_axes
 from jaxscape.landscapes.store import GENERATIONS
-from jaxscape.report.page import document
 from jaxscape.report.page.content import answers_content, facts, number_rows, panels, run_content
 from jaxscape.report.page.document import json_text, packed, save_report
 from jaxscape.report.run import load_run
@@ -243,13 +242,3 @@ def test_a_run_that_cannot_be_shown_is_a_user_error(
         main(["report", *arguments])
     assert end.value.code == 2
     assert message in capfd.readouterr().err
-
-
-def test_without_plotly_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(package: str) -> None:
-        raise ModuleNotFoundError(package)
-
-    write_scan(tmp_path, symmetric_axes(1, 2, 0.5), refuses_near, PROMPTS)
-    monkeypatch.setattr(document.resources, "files", missing)
-    with pytest.raises(js.UserError, match=r"pip install 'jaxscape\[report\]'"):
-        save_report(tmp_path)

@@ -39,8 +39,7 @@ def save_report(runs: str | Path | Sequence[str | Path], path: str | Path | None
         The file written.
 
     Raises:
-        UserError: there are no runs, one is given twice, a directory holds no scan, plotly is not installed, or the
-            file cannot be written.
+        UserError: there are no runs, one is given twice, a directory holds no scan, or the file cannot be written.
     """
     directories = [Path(run) for run in ([runs] if isinstance(runs, str | Path) else as_list(runs, "runs"))]
     if not directories:
@@ -56,11 +55,7 @@ def save_report(runs: str | Path | Sequence[str | Path], path: str | Path | None
 
 
 def document(runs: Mapping[str, KeptRun]) -> str:
-    """The text of the HTML file, which shows runs by their names.
-
-    Raises:
-        UserError: plotly is not installed.
-    """
+    """The text of the HTML file, which shows runs by their names."""
     scripts = [_plotly(), "\n".join(map(_asset, SCRIPTS))]
     parts = {
         "policy": policy(scripts),
@@ -117,13 +112,6 @@ def _asset(name: str) -> str:
 
 
 def _plotly() -> str:
-    """The source of plotly.js, which draws the figures.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        source = resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
-    except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise UserError("A report needs plotly, which is not installed: pip install 'jaxscape[report]'.") from error
+    """The source of plotly.js, which draws the figures."""
+    source = resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
     return source.replace("</script", "<\\/script")
