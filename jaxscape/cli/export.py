@@ -46,7 +46,7 @@ class Export:
         check_texts(self.directory, self.out or "", self.repo or "")
         self._check()
 
-        from jaxscape.report.exports import export_run
+        from jaxscape.report.exports.registry import export_run
 
         paths = export_run(self.directory, self.to, self.out)
         if self.to == "hub":
@@ -65,7 +65,7 @@ class Export:
 
     def _upload(self, paths: list[Path]) -> None:
         """Upload the files of a data set, or say what would be uploaded."""
-        from jaxscape.report.hub import upload
+        from jaxscape.report.exports.hub import upload
 
         folder = paths[0].parent  # the card is the first
         if self.dry_run:

@@ -23,7 +23,7 @@ from jaxscape.landscapes.axes import Axis, interpolation_axis, symmetric_axes
 from jaxscape.landscapes.numbers import landscape_numbers
 from jaxscape.landscapes.store import Adaptive, open_run
 from jaxscape.landscapes.visage import visage_interval
-from jaxscape.report.exports import export_run
+from jaxscape.report.exports.registry import export_run
 
 
 def replay(happened: np.ndarray, axes: Sequence[Axis], seed: int | None = None) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -16,8 +16,8 @@ from jaxscape.cli.main import main
 from jaxscape.directions.point import materialise
 from jaxscape.landscapes.points import as_points, load_points
 from jaxscape.landscapes.scan_settings import ScanSettings
-from jaxscape.report.exports import export_run
-from jaxscape.report.hub import card
+from jaxscape.report.exports.hub import card
+from jaxscape.report.exports.registry import export_run
 from jaxscape.report.run import load_finished
 
 PROMPTS = js.load_prompts("harmful", 3)

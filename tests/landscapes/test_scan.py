@@ -30,7 +30,7 @@ from jaxscape.models.chat_defaults import with_chat_template
 from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
 from jaxscape.prompts import refusal
 from jaxscape.prompts.chat_format import chat_text
-from jaxscape.report.exports import export_run
+from jaxscape.report.exports.registry import export_run
 
 PROMPTS = js.load_prompts("harmful", 3)
 FILES = {"config.json", "prompts.jsonl", "generations.jsonl", "landscape.json"}

@@ -18,7 +18,7 @@ from jaxscape.cli.main import main
 from jaxscape.landscapes.axes import symmetric_axes
 from jaxscape.landscapes.store import reopen_run
 from jaxscape.report.csv_text import csv_text
-from jaxscape.report.exports import EXPORTS, export_run
+from jaxscape.report.exports.registry import EXPORTS, export_run
 
 TEXTS = [
     '=HYPERLINK("http://example.org", "a")',

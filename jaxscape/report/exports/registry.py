@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxscape.report.hub import FOLDER, export_hub
-from jaxscape.report.inspect_log import export_inspect
-from jaxscape.report.landscaper import export_landscaper
-from jaxscape.report.reference import export_reference
+from jaxscape.report.exports.hub import FOLDER, export_hub
+from jaxscape.report.exports.inspect_log import export_inspect
+from jaxscape.report.exports.landscaper import export_landscaper
+from jaxscape.report.exports.reference import export_reference
+from jaxscape.report.exports.table_files import export_csv, export_parquet
 from jaxscape.report.run import KeptRun, load_finished
-from jaxscape.report.table_files import export_csv, export_parquet
 from jaxscape.runtime.errors import UserError, reason
 
 DEFAULT_EXPORT = "reference"

@@ -8,9 +8,9 @@ import huggingface_hub
 from jaxscape.landscapes.labels import LABEL_FILES
 from jaxscape.landscapes.landscape import FIGURE, FILE_NAME
 from jaxscape.landscapes.store import COHERENCE_FILE, GENERATIONS, PROMPTS
+from jaxscape.report.exports.table_files import export_parquet
 from jaxscape.report.markup import markdown_table
 from jaxscape.report.run import KeptRun
-from jaxscape.report.table_files import export_parquet
 from jaxscape.report.tables import landscape_table
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole

@@ -10,7 +10,7 @@ from typing import Any
 import jaxscape
 from jaxscape.evaluate.base import LABELS
 from jaxscape.landscapes.store import GENERATIONS
-from jaxscape.report.rows import Row, answer_rows
+from jaxscape.report.exports.rows import Row, answer_rows
 from jaxscape.report.run import KeptRun
 from jaxscape.runtime.extras import import_extra
 from jaxscape.runtime.files import checksum, temporary_path
@@ -24,9 +24,9 @@ def export_inspect(run: KeptRun, out: Path) -> list[Path]:
     """Write `landscape.eval` into a directory. Returns the file.
 
     The log has a sample for each answer. Its `input` is the prompt, its output the answer. Its metadata are the other
-    columns of `jaxscape.report.rows.answer_rows`, so the point is `direction`, `point`, `coord_0` and `coord_1`. Each
-    evaluator is a score whose value is its label; an answer that it could not judge has none. The metrics of a score
-    are the fractions of the answers that have each label, over all points.
+    columns of `answer_rows`, so the point is `direction`, `point`, `coord_0` and `coord_1`. Each evaluator is a score
+    whose value is its label; an answer that it could not judge has none. The metrics of a score are the fractions of
+    the answers that have each label, over all points.
 
     Raises:
         UserError: inspect_ai is not installed.

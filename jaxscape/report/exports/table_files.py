@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 from jaxscape.report.csv_text import csv_text
-from jaxscape.report.rows import answer_rows, point_rows
+from jaxscape.report.exports.rows import answer_rows, point_rows
 from jaxscape.report.run import KeptRun
 from jaxscape.runtime.extras import import_extra
 from jaxscape.runtime.files import write_whole
@@ -13,8 +13,8 @@ POINTS, GENERATIONS = "points", "generations"
 
 
 def export_csv(run: KeptRun, out: Path) -> list[Path]:
-    """Write `points.csv` and `generations.csv` into a directory, with the columns of `jaxscape.report.rows` and texts
-    as `jaxscape.report.csv_text.csv_text` writes them. Returns the files."""
+    """Write `points.csv` and `generations.csv` into a directory, with the columns of `point_rows` and
+    `answer_rows`, and texts as `csv_text` writes them. Returns the files."""
     tables = {POINTS: csv_text(point_rows(run)), GENERATIONS: csv_text(answer_rows(run))}
     for name, text in tables.items():
         write_whole(out / f"{name}.csv", text)
@@ -22,7 +22,8 @@ def export_csv(run: KeptRun, out: Path) -> list[Path]:
 
 
 def export_parquet(run: KeptRun, out: Path) -> list[Path]:
-    """Write `points.parquet` and `generations.parquet` into a directory, with the columns of `jaxscape.report.rows`.
+    """Write `points.parquet` and `generations.parquet` into a directory, with the columns of `point_rows` and
+    `answer_rows`.
     Texts are exactly what the model wrote. Returns the files.
 
     Raises:
