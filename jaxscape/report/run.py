@@ -61,6 +61,8 @@ def load_run(directory: Path) -> KeptRun:
     Raises:
         UserError: the directory holds no scan, or a file of it is damaged.
     """
+    if not (directory / CONFIG).exists():
+        raise UserError(f"{directory} holds no landscape: it has no {CONFIG}; give the directory that a scan wrote.")
     config = read_json(directory / CONFIG)
     if not config.keys() >= SCAN.marks:
         raise UserError(

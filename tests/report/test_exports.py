@@ -118,7 +118,6 @@ def test_parquet_has_the_same_tables_with_exact_texts_and_types(run: Path, tmp_p
     assert points["interpolated"].to_pylist() == [False] * 18
 
 
-@pytest.mark.filterwarnings("ignore:The inplace keyword")  # Inspect uses it
 def test_inspect_reads_its_log_and_makes_a_data_frame_of_it(run: Path, tmp_path: Path) -> None:
     log = pytest.importorskip("inspect_ai.log")
     analysis = pytest.importorskip("inspect_ai.analysis")
