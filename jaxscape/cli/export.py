@@ -27,7 +27,7 @@ class Export:
       jaxscape export runs/paper-2d --to hub --repo USER/NAME --dry-run
     """
 
-    directory: Annotated[Path, tyro.conf.Positional]
+    directory: Annotated[Path, tyro.conf.Positional, shown(metavar="RUN")]
     """The run's directory."""
     to: Format = "reference"
     """The format: reference (output.jsonl, as the paper's code has it), inspect (a log for inspect view), csv or
