@@ -1,6 +1,7 @@
 """What several test modules share: a tiny tokenizer, comparisons, and what PyTorch computes."""
 
 import copy
+import importlib.util
 import os
 import re
 import runpy
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -75,6 +77,18 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 MakeModel = Callable[..., tuple[Path, transformers.PreTrainedModel]]
+
+
+def load_script(path: Path) -> ModuleType:
+    """A Python file outside the package as a module. It may import the files beside it."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)
+        spec.loader.exec_module(module)
+    return module
 
 
 def run_experiment(name: str, *arguments: object) -> None:

@@ -1,20 +1,16 @@
 """The site: what docs/hooks.py makes of the pages. `make lint` builds it, with every link."""
 
-import importlib.util
 import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from helpers import load_script
 
 import jaxscape as js
 
 ROOT = Path(__file__).parents[1]
-_spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
-assert _spec is not None
-assert _spec.loader is not None
-hooks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hooks)
+hooks = load_script(ROOT / "docs" / "hooks.py")
 
 REPOSITORY = "https://example.org/repo"
 SVG = "{http://www.w3.org/2000/svg}"

@@ -1,11 +1,10 @@
 """What `smollm2-135m-safe` learns from, by `experiments/align.py`."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from helpers import SHARED
+from helpers import SHARED, load_script
 
 import jaxscape as js
 
@@ -14,12 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "align.py"
 
 @pytest.fixture(scope="module")
 def align() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("align", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")

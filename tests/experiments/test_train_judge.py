@@ -1,12 +1,12 @@
 """What the shipped judge learns from, by `experiments/train_judge.py`."""
 
-import importlib.util
 import random
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers import load_script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,14 +20,7 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "train_judge.py"
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_judge", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)
-        spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.mark.real

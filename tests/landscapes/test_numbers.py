@@ -1,6 +1,5 @@
 """Safety volume and radius: against plain implementations, by their properties, and how often intervals hold."""
 
-import importlib.util
 import itertools
 import json
 import math
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import random_landscape
+from helpers import load_script, random_landscape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -317,11 +316,7 @@ def test_damaged_numbers_are_user_errors(numbers: Any, tmp_path: Path) -> None:
 
 
 def test_the_table_of_the_guide_is_what_the_script_prints() -> None:
-    spec = importlib.util.spec_from_file_location("precision", ROOT / "experiments/precision.py")
-    assert spec is not None
-    assert spec.loader is not None
-    precision = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(precision)
+    precision = load_script(ROOT / "experiments/precision.py")
     guide = (ROOT / "docs/how-to/how-many-prompts.md").read_text(encoding="utf-8")
     for line in precision.table((20, 80), (1, 3), 200).splitlines():
         assert line in guide
