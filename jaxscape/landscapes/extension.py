@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxscape.landscapes.labels import EARLIER_LABEL_FILES, LABEL_FILES, EarlierLabels, Point, read_labels
-from jaxscape.landscapes.store import COHERENCE_FILE, GENERATIONS, SCAN, Earlier, Record, Run, point_of, points_of
+from jaxscape.landscapes.store import COHERENCE_FILE, GENERATIONS, SCAN, Earlier, Run, answers_by_point, points_of
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import checksum, whole_lines, write_whole
@@ -203,7 +203,12 @@ def _read_earlier(
     """
     try:
         moved = moves(recorded, config)
-        answers = _answers(whole_lines(file), moved, prompts[: recorded["num_prompts"]])
+        former = answers_by_point(whole_lines(file), prompts[: recorded["num_prompts"]])
+        answers = {
+            place: [{**record, "direction": place[0], "coords": list(place[1])} for record in records]
+            for point, records in former.items()
+            if (place := moved[point]) is not None
+        }
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{directory / GENERATIONS} is damaged ({reason(error)}): start over with --overwrite."
@@ -214,23 +219,3 @@ def _read_earlier(
             kept = {place: said for point, said in points.items() if (place := moved.get(point)) in answers}
             labels[name] = labels.get(name, {}) | kept
     return Earlier(answers, labels)
-
-
-def _answers(
-    lines: Sequence[bytes], moved: Mapping[Point, Point | None], prompts: Sequence[str]
-) -> dict[Point, list[Record]]:
-    """The answers at the points whose lines are all there, by the points' new places.
-
-    Raises:
-        ValueError: a line is not that of its point and prompt.
-    """
-    answers: dict[Point, list[Record]] = {}
-    for start in range(0, len(lines) // len(prompts) * len(prompts), len(prompts)):
-        records = [json.loads(line) for line in lines[start : start + len(prompts)]]
-        point = point_of(records[0])
-        expected = [(point, prompt) for prompt in prompts]
-        if [(point_of(record), record["prompt"]) for record in records] != expected:
-            raise ValueError(f"lines that should be for {list(point[1])} are for other points or prompts")
-        if (place := moved[point]) is not None:
-            answers[place] = [{**record, "direction": place[0], "coords": list(place[1])} for record in records]
-    return answers

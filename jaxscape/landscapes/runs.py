@@ -3,10 +3,12 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.radii import CERTIFICATE_FILE, RADII_FILE, Certificate, Radii
@@ -164,18 +166,9 @@ def _measures(directory: Path, config: Mapping[str, Any]) -> Progress:
         return Progress(0, points, "points", False)
     content = read_json(directory / MEASURES_FILE)
     nonfinite = next(iter(content["measures"].values()))["nonfinite"]
-    done = sum(value is not None for value in _flat(nonfinite))
+    done = sum(value is not None for value in np.array(nonfinite, object).flat)
     numbers = ", ".join(content["measures"]) if content["complete"] else ""
     return Progress(done, points, "points", bool(content["complete"]), numbers)
-
-
-def _flat(values: Any) -> Iterator[Any]:
-    """The numbers of nested lists."""
-    if isinstance(values, list):
-        for value in values:
-            yield from _flat(value)
-    else:
-        yield values
 
 
 def _finetuning(directory: Path, config: Mapping[str, Any]) -> Progress:

@@ -321,6 +321,23 @@ def point_of(record: Record) -> Point:
     return record["direction"], tuple(record["coords"])
 
 
+def answers_by_point(lines: Sequence[bytes], prompts: Sequence[str]) -> dict[Point, list[Record]]:
+    """The lines of `generations.jsonl` for each point, in their order, one for each prompt. Those of a last point that
+    are not all there are left out.
+
+    Raises one of several exceptions if a line is damaged, or is not that of its point and prompt.
+    """
+    answers: dict[Point, list[Record]] = {}
+    size = len(prompts)
+    for start in range(0, len(lines) - size + 1, size):
+        records = [json.loads(line) for line in lines[start : start + size]]
+        point = point_of(records[0])
+        if [(point_of(record), record["prompt"]) for record in records] != [(point, prompt) for prompt in prompts]:
+            raise ValueError(f"lines that should be for one point, {list(point[1])}, are for other points or prompts")
+        answers[point] = records
+    return answers
+
+
 def _as_point(values: Sequence[Any]) -> Point:
     """A point from the lists that it becomes in JSON."""
     index, coords = values

@@ -16,7 +16,7 @@ from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
 from jaxscape.finetuning.trajectory import Trajectory, load_trajectories
 from jaxscape.landscapes.labels import LabelBook
 from jaxscape.landscapes.landscape import Landscape
-from jaxscape.landscapes.store import GENERATIONS, PROMPTS, SCAN, Point, Record
+from jaxscape.landscapes.store import GENERATIONS, PROMPTS, SCAN, Point, Record, answers_by_point
 from jaxscape.runtime.errors import UserError, is_utf8, reason
 from jaxscape.runtime.files import read_json, whole_lines
 from jaxscape.runtime.rundir import CONFIG
@@ -74,7 +74,11 @@ def load_run(directory: Path) -> KeptRun:
         prompts = [_text(json.loads(line)["prompt"]) for line in lines]
         if len(prompts) != landscape.num_prompts:
             raise ValueError(f"{PROMPTS} has {len(prompts)} prompts, and the landscape is of {landscape.num_prompts}")
-        points, answers = _answers(directory / GENERATIONS, prompts)
+        with (directory / GENERATIONS).open("rb") as file:
+            by_point = answers_by_point(whole_lines(file), prompts)
+        points, answers = list(by_point), list(by_point.values())
+        for record in itertools.chain(*answers):
+            _text(record["generation"])
         book = LabelBook(points, len(prompts), directory)
         book.restore(len(points), cut=False)
         decides = str(config.get("evaluator", DEFAULT_EVALUATOR))
@@ -104,22 +108,6 @@ def load_finished(directory: Path) -> KeptRun:
         raise UserError(f"The run in {directory} is not finished; run its command again to finish it first.")
     labels = {name: rows for name, rows in run.labels.items() if len(rows) == len(run.points)}
     return replace(run, labels=labels)
-
-
-def _answers(path: Path, prompts: Sequence[str]) -> tuple[list[Point], list[list[Record]]]:
-    """All points of which every answer is there, and their lines of a file."""
-    with path.open("rb") as file:
-        lines = whole_lines(file)
-    size = len(prompts)
-    answers = [list(map(json.loads, lines[i : i + size])) for i in range(0, len(lines) - size + 1, size)]
-    points: list[Point] = [(records[0]["direction"], tuple(records[0]["coords"])) for records in answers]
-    for point, records in zip(points, answers, strict=True):
-        expected = [(*point, prompt) for prompt in prompts]
-        if expected != [(record["direction"], tuple(record["coords"]), record["prompt"]) for record in records]:
-            raise ValueError(f"lines that should be for one point, {list(point[1])}, are not")
-        for record in records:
-            _text(record["generation"])
-    return points, answers
 
 
 def _verdicts(records: Sequence[Record]) -> list[Label | None]:

@@ -9,7 +9,7 @@ from jaxscape.report.exports.landscaper import export_landscaper
 from jaxscape.report.exports.reference import export_reference
 from jaxscape.report.exports.table_files import export_csv, export_parquet
 from jaxscape.report.run import KeptRun, load_finished
-from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.errors import UserError, reason, unknown_name
 
 DEFAULT_EXPORT = "reference"
 EXPORTS: dict[str, Callable[[KeptRun, Path], list[Path]]] = {
@@ -41,7 +41,7 @@ def export_run(directory: str | Path, to: str = DEFAULT_EXPORT, out: str | Path 
             library that it needs is not installed, or a file cannot be written.
     """
     if to not in EXPORTS:
-        raise UserError(f"Unknown format {to!r}: choose {', '.join(EXPORTS)}.")
+        raise unknown_name("format", to, EXPORTS)
     directory = Path(directory)
     run = load_finished(directory)
     out = directory / FOLDERS.get(to, "") if out is None else Path(out)
