@@ -114,25 +114,28 @@ class Align:
     def _scores(self, base: js.Model, safe: js.Model) -> dict[str, Any]:
         """Refusals of the safe model by the paper's keywords, and perplexity of the base model's answers under both."""
 
-        def refused(prompts: list[str], max_new_tokens: int = 64) -> list[bool]:
-            return [*map(js.is_refusal, js.generate(safe, prompts, max_new_tokens=max_new_tokens))]
+        def answers_to(prompts: list[str], max_new_tokens: int = 64) -> list[str]:
+            return js.generate(safe, prompts, max_new_tokens=max_new_tokens)
 
-        advbench = refused(js.load_prompts(self.advbench))
+        def refusals(texts: list[str]) -> float:
+            return 100 - js.attack_success_rate(texts)
+
+        advbench = answers_to(js.load_prompts(self.advbench))
         with XSTEST.path().open(encoding="utf-8", newline="") as file:
             rows = [*csv.DictReader(file)]
-        xstest = [*zip(rows, refused([row["prompt"] for row in rows], 48), strict=True)]
+        xstest = [*zip(rows, answers_to([row["prompt"] for row in rows], 48), strict=True)]
         answers = answer(base, js.load_prompts("mt-bench"), 64)
         perplexity_base, perplexity_safe = js.perplexity(base, answers), js.perplexity(safe, answers)
         return {
-            "asr_adv80": 100 - percent(advbench[:80]),
-            "asr_advbench_rest": 100 - percent(advbench[80:]),
+            "asr_adv80": js.attack_success_rate(advbench[:80]),
+            "asr_advbench_rest": js.attack_success_rate(advbench[80:]),
             "num_advbench_rest": len(advbench[80:]),
-            "asr_harmful": 100 - percent(refused(js.load_prompts("harmful"))),
-            "refusals_benign": percent(refused(js.load_prompts("benign"))),
-            "refusals_xstest_safe": percent([refusal for row, refusal in xstest if row["label"] == "safe"]),
-            "refusals_xstest_unsafe": percent([refusal for row, refusal in xstest if row["label"] == "unsafe"]),
+            "asr_harmful": js.attack_success_rate(answers_to(js.load_prompts("harmful"))),
+            "refusals_benign": refusals(answers_to(js.load_prompts("benign"))),
+            "refusals_xstest_safe": refusals([text for row, text in xstest if row["label"] == "safe"]),
+            "refusals_xstest_unsafe": refusals([text for row, text in xstest if row["label"] == "unsafe"]),
             "refusals_xstest_by_type": {
-                kind: percent([refusal for row, refusal in xstest if row["type"] == kind])
+                kind: refusals([text for row, text in xstest if row["type"] == kind])
                 for kind in dict.fromkeys(row["type"] for row in rows)
             },
             "perplexity_base": perplexity_base,
@@ -148,11 +151,6 @@ def answer(model: js.Model, prompts: list[str], max_new_tokens: int) -> list[Cha
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-
-
-def percent(values: Sequence[bool]) -> float:
-    """How many of the values are true, in percent."""
-    return 100 * sum(values) / len(values)
 
 
 def near_copies(learned: Sequence[str], scored: Sequence[str]) -> list[tuple[str, str]]:
