@@ -21,6 +21,7 @@ from .landscapes.comparison import Comparison, compare
 from .landscapes.landscape import Landscape
 from .landscapes.measure import measure
 from .landscapes.measurement import Measurement
+from .landscapes.merge import merge
 from .landscapes.radii import Certificate, Radii, Ray
 from .landscapes.radius import certify, radius
 from .landscapes.scan import scan
@@ -71,6 +72,7 @@ __all__ = [
     "load_trajectories",
     "make_directions",
     "measure",
+    "merge",
     "model_at",
     "perplexity",
     "plot_comparison",

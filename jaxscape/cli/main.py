@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import jaxscape
 from jaxscape.cli.arguments import parse
 from jaxscape.cli.options import check_working_directory
+from jaxscape.runtime import preemption
 from jaxscape.runtime.errors import UserError, unknown_name
 from jaxscape.runtime.streams import BROKEN_PIPE, safe_streams, write_line
 from jaxscape.runtime.texts import printable
@@ -41,6 +42,7 @@ VERBS = {
     "radius": Verb(
         "radius", "Radius", "Measure how far the weights can move in many directions, with a confidence.", MEASURE
     ),
+    "merge": Verb("merge", "Merge", "Make the whole run of the shards of a scan.", MEASURE),
     "finetune": Verb("finetune", "Finetune", "Finetune a chat model, and keep the result in a directory.", CHANGE),
     "check": Verb(
         "check", "Check", "Say what a model is and how it answers, and compare it with transformers.", PREPARE
@@ -107,8 +109,9 @@ def usage() -> str:
 def run_program(program: Any, arguments: Sequence[str] | None = None, name: str | None = None) -> None:
     """Parse the options of a program and run it.
 
-    A user error is one line on the standard error stream and exit code 2; an interruption is exit code 130. When no
-    one reads the output any more, the program ends as `jaxscape.runtime.streams.safe_streams` says.
+    A user error is one line on the standard error stream and exit code 2; an interruption is exit code 130, and SIGTERM
+    is `jaxscape.runtime.preemption.EXIT_CODE`. When no one reads the output any more, the program ends as
+    `jaxscape.runtime.streams.safe_streams` says.
 
     Arguments:
         program: a dataclass of options with a `run` method.
@@ -131,7 +134,8 @@ def _run(program: Any, arguments: Sequence[str] | None, name: str | None) -> Non
     try:
         command = parse(program, arguments, name or Path(sys.argv[0]).name, description)
         check_working_directory()
-        command.run()
+        with preemption.preemptible():
+            command.run()
     except BrokenPipeError:  # no one reads the progress any more
         _exit(BROKEN_PIPE)
     except (UserError, OSError) as error:
@@ -139,6 +143,14 @@ def _run(program: Any, arguments: Sequence[str] | None, name: str | None) -> Non
     except KeyboardInterrupt:
         sys.stderr.write("jaxscape: interrupted; the same command, without --overwrite, resumes the run.\n")
         _exit(130)
+    except preemption.Preempted as stop:
+        sys.stderr.write(
+            "jaxscape: ended by SIGTERM, with what is finished on disk; the same command, without --overwrite, resumes "
+            "the run.\n"
+        )
+        if stop.is_agreed:  # the other processes end now too, and JAX lets each of them
+            sys.exit(preemption.EXIT_CODE)
+        _exit(preemption.EXIT_CODE)
     except Exception as error:
         import jax
 

@@ -15,6 +15,7 @@ from jaxscape.cli.options import (
     check_texts,
 )
 from jaxscape.engine.options import EngineOptions, GenerationOptions
+from jaxscape.landscapes.shards import parse
 from jaxscape.prompts.thinking import Thinking
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.help import shown
@@ -112,6 +113,9 @@ class PointOptions:
     that there may be any number of directions."""
     adaptive: bool = False
     """Evaluate points of the grid only where the landscape changes, and interpolate the others."""
+    shard: Annotated[str | None, shown("all points", "I/N")] = None
+    """Evaluate only part I of N parts of the points, which have about the same expected cost. `jaxscape merge` makes
+    the whole run of all N parts, which may run on different machines."""
 
     def coordinates(self, grid: LandscapeOptions) -> "tuple[tuple[float, ...], ...] | None":
         """The points of the file; None if there is none.
@@ -168,6 +172,9 @@ class Scan:
         # Whatever can be wrong is checked before anything slow is done.
         options = self.landscape
         kind = f"{options.ndim}d" if self.points.points is None else "points"
+        if self.points.shard is not None:
+            number, count = parse(self.points.shard)
+            kind += f"-shard-{number}-of-{count}"
         out = self.output.out or Path("runs") / f"{self.model.short_name}-{kind}"
         files, trajectories = [str(path) for path in options.directions], [str(path) for path in options.trajectory]
         source, system_prompt = self.prompts.prompts, self.prompts.system_prompt
@@ -210,6 +217,7 @@ class Scan:
             "adaptive": self.points.adaptive,
             "system_prompt": system_prompt,
             "thinking": self.prompts.thinking,
+            "shard": self.points.shard,
             "options": self.engine,
             "seed": options.seed,
             **asdict(self.generation),
@@ -250,6 +258,10 @@ class Scan:
         def conclude() -> None:
             if paths:
                 save_trajectories(paths, out)
+            if self.points.shard is not None:
+                text = f"Shard {self.points.shard} is finished: jaxscape merge makes the run of all shards."
+                write_line(f"{text}\n{out}")
+                return
             save_figure(landscape, out / FIGURE, trajectories=paths)
             write_line(summary(landscape, out / FIGURE))
 

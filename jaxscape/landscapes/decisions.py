@@ -48,6 +48,7 @@ from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, as_list, as_texts, reason, unknown_name
 from jaxscape.runtime.files import append_json_lines, cut_after, to_json_lines, whole_lines, write_whole
 from jaxscape.runtime.hardware import free_memory
+from jaxscape.runtime.preemption import postponed
 from jaxscape.runtime.processes import from_first
 
 RADIUS = rundir.RunKind(
@@ -151,7 +152,8 @@ class Decisions:
         return more_than(self._limit, sum(answers), len(answers), self.num_prompts, self._question.error)
 
     def _ask(self, batch: int, points: Sequence[Point], block: int) -> None:
-        """Generate and judge the answers to a block of prompts at points along directions that decode together.
+        """Generate and judge the answers to a block of prompts at points along directions that decode together. SIGTERM
+        ends this after a point.
 
         Arguments:
             batch: the number of these `directions_at_once` directions.
@@ -170,8 +172,10 @@ class Decisions:
             for index, coord in points
         ]
         given = answers_at(coords, self._engine, directions, [self._judge], prompts, self._opening, block)
-        for point, answers in zip(points, given, strict=True):
-            self._add(point, prompts, answers)
+        with postponed() as stop_if_asked:
+            for point, answers in zip(points, given, strict=True):
+                self._add(point, prompts, answers)
+                stop_if_asked()
 
     def _add(self, point: Point, prompts: Sequence[str], answers: Answers) -> None:
         """Take the answers to a block of prompts at a point, and write them to disk."""

@@ -19,6 +19,7 @@ from jaxscape.landscapes.labels import Point
 from jaxscape.landscapes.store import Record, Run, records_of
 from jaxscape.models.model import Model
 from jaxscape.prompts.thinking import answer_of
+from jaxscape.runtime.preemption import postponed
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Decoding:
 
 
 def decode_rest(run: Run, decoding: Decoding, report_point: Callable[[], None]) -> None:
-    """Decode and judge the points of a run that are left. Answers that are known already are taken over.
+    """Decode and judge the points of a run that are left. Answers that are known already are taken over. SIGTERM ends
+    this after a point.
 
     Arguments:
         report_point: called after each point.
@@ -66,9 +68,11 @@ def decode_rest(run: Run, decoding: Decoding, report_point: Callable[[], None]) 
             given = _answers(points, prompts, engine(start), decoding)
         else:
             given = (Answers([], [], [[] for _ in decoding.judges]) for _ in points)
-        for answers in given:
-            _append(run, answers, decoding)
-            report_point()
+        with postponed() as stop_if_asked:
+            for answers in given:
+                _append(run, answers, decoding)
+                report_point()
+                stop_if_asked()
 
 
 def _answers(points: Sequence[Point], prompts: Sequence[str], engine: Engine, decoding: Decoding) -> Iterator[Answers]:
@@ -76,10 +80,11 @@ def _answers(points: Sequence[Point], prompts: Sequence[str], engine: Engine, de
     together = engine.plan.layout.num_sets
     for _, group in itertools.groupby(points, key=lambda point: point[0] // together):
         batch = list(group)
-        indices = [index for index, _ in batch]
-        first, last = min(indices), max(indices)
+        # Those of all sets of the batch, also where no point is left along the first ones: then the programs are those
+        # of an unbroken scan.
+        first = batch[0][0] // together * together
         directions: list[Direction] = []  # frees the previous sets' directions before the next ones are made
-        for item in decoding.sets[first : last + 1]:
+        for item in decoding.sets[first : first + together]:
             directions += make_directions(item, engine.model, engine.plan.storage)
         coords = [_along_all(coords, index - first, len(directions)) for index, coords in batch]
         yield from answers_at(coords, engine, directions, decoding.judges, prompts, decoding.opening)

@@ -119,6 +119,8 @@ def obstacle(
     wanted = json.loads(json.dumps(config))
     if not (differing := rundir.differing_keys(recorded, wanted, SCAN)):
         return None
+    if "shard" in recorded:
+        return "it is a shard of a scan, and the merged run can be extended"
     try:
         return (
             _changed_setting(recorded, wanted, differing)

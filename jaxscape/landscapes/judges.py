@@ -51,6 +51,12 @@ class Judges:
         `refused` in the generations says all that they say."""
         return [judge.name for judge in self.all] != [DEFAULT_EVALUATOR]
 
+    @property
+    def kept(self) -> list[str]:
+        """The names of those whose labels the run keeps."""
+        judges = [*(self.all if self.keep_labels else ()), *self.coherences]
+        return list(dict.fromkeys(judge.name for judge in judges))
+
     def stop_when(self, opening: str) -> StopWhen | None:
         """When an answer may end; see `jaxscape.evaluate.base.stop_when_all`."""
         return stop_when_all(self.all, opening)

@@ -36,6 +36,7 @@ from jaxscape.prompts.sets import load_prompts
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, as_list, as_texts, reason
 from jaxscape.runtime.files import append_json_lines, checksum, cut_after, whole_lines
+from jaxscape.runtime.preemption import postponed
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
 
@@ -162,9 +163,9 @@ def _evaluate(
     made: Sequence[WeightMeasure],
     progress: bool,
 ) -> None:
-    """Evaluate the points that are left, and report each."""
+    """Evaluate the points that are left, and report each. SIGTERM ends this after a point."""
     done, total, started = len(run.samples), len(run.points), time.monotonic()
-    with progress_display(progress) as bar:
+    with progress_display(progress) as bar, postponed() as stop_if_asked:
         task = bar.add_task("measure", total=total, completed=done)
         if done:
             bar.print(f"resuming after {done} of {total} points")
@@ -176,6 +177,7 @@ def _evaluate(
                 run.append({measure.name: measure.samples(params) for measure in made})
                 bar.update(task, completed=len(run.samples))
                 bar.print(run.report((time.monotonic() - started) / (len(run.samples) - done)))
+                stop_if_asked()
 
 
 def _params_at(

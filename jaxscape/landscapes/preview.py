@@ -21,7 +21,8 @@ from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.decisions import Question, in_random_order, search_workload
 from jaxscape.landscapes.questions import Questions
 from jaxscape.landscapes.radius import POINTS_OF_DRAW, POINTS_OF_SEARCH, SearchSettings, sides_of
-from jaxscape.landscapes.scan import workload_of
+from jaxscape.landscapes.scan import check_shard, workload_of
+from jaxscape.landscapes.shards import Shard
 from jaxscape.models.chat_defaults import adds_bos, template_notes
 from jaxscape.models.model import Model
 from jaxscape.prompts.fields import Prompts
@@ -36,6 +37,7 @@ def preview(
     axes: Sequence[Axis] | None = None,
     points: Sequence[tuple[float, ...]] | None = None,
     adaptive: bool = False,
+    shard: str | None = None,
     system_prompt: str = "default",
     thinking: str = "default",
     options: EngineOptions | None = None,
@@ -48,11 +50,12 @@ def preview(
     Arguments:
         model: a model that was loaded without its weights.
         recipes: the directions of each set.
-        prompts, axes, points, adaptive, system_prompt, thinking, options, sampling: see `jaxscape.scan`.
+        prompts, axes, points, adaptive, shard, system_prompt, thinking, options, sampling: see `jaxscape.scan`.
 
     Raises:
         UserError: an argument cannot be used.
     """
+    check_shard(shard, adaptive)
     settings = Sampling(**sampling)
     questions = Questions.of(model, prompts, system_prompt, thinking, settings.max_new_tokens)
     planned = first_round(axes or ()) if adaptive else axes or ()
@@ -61,7 +64,12 @@ def preview(
     workload = replace(workload, rank=largest_rank(itertools.chain.from_iterable(recipes), model))
     of_round = " in the first round" if adaptive else ""
     points_line = f"directions: {len(recipes)}, points of each: {workload.num_points}{of_round}"
-    return _description(model, workload, options, [points_line, questions.prompts.summary()], questions)
+    lines = [points_line, questions.prompts.summary()]
+    if shard is not None:
+        grid = points or list(itertools.product(*(axis.values for axis in axes or ())))
+        part = Shard.of(shard, grid, len(recipes), settings.max_new_tokens)
+        lines.append(part.summary(len(recipes) * len(grid)))
+    return _description(model, workload, options, lines, questions)
 
 
 def preview_radius(model: Model, recipes: Sequence[Recipe], settings: SearchSettings, **answering: Any) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.radii import CERTIFICATE_FILE, RADII_FILE, Certificate, Radii
+from jaxscape.landscapes.shards import Shard
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import is_locked, read_json, whole_lines
 
@@ -125,6 +126,8 @@ def _scan(directory: Path, config: Mapping[str, Any]) -> Progress:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
         return Progress(0, None if "adaptive" in config else _num_points(config), "points", False)
+    if (shard := Shard.read(config)) is not None:
+        return _shard(land, shard)
     if not land.complete:
         total = None if "adaptive" in config else land.asr.size
         return Progress(int((land.asr == land.asr).sum()), total, "points", False)
@@ -136,8 +139,18 @@ def _scan(directory: Path, config: Mapping[str, Any]) -> Progress:
     return Progress(land.num_evaluated, land.num_evaluated, "points", True, numbers)
 
 
+def _shard(land: Landscape, shard: Shard) -> Progress:
+    """How far a part of a scan is."""
+    done, total = int((~np.isnan(land.asr)).sum()), shard.stop - shard.start
+    judged = [land.shares if name == COHERENCE else land.measures.get(name, {}) for name in shard.labels]
+    is_judged = all((~np.isnan(measure.get("complied", np.nan))).sum() == total for measure in judged)
+    return Progress(done, total, "points", done == total and is_judged, str(shard))
+
+
 def _num_points(config: Mapping[str, Any]) -> int:
-    """The number of points of a grid or a list, from a run's configuration."""
+    """The number of points of a grid or a list, or of a part of it, from a run's configuration."""
+    if (shard := Shard.read(config)) is not None:
+        return shard.stop - shard.start
     points = config.get("points")
     grid = math.prod(len(axis["values"]) for axis in config["axes"]) if points is None else len(points)
     return len(config["directions"]) * grid
@@ -197,7 +210,7 @@ class Kind:
     progress: Callable[[Path, Mapping[str, Any]], Progress]
 
 
-CONFIG, MEASURES_FILE = "config.json", "measures.json"
+CONFIG, MEASURES_FILE, COHERENCE = "config.json", "measures.json", "coherence"
 KINDS = {
     "scan": Kind(frozenset({"weights", "directions", "axes"}), "generations.jsonl", _scan),
     "radius": Kind(frozenset({"weights", "directions", "threshold"}), "generations.jsonl", _radius),

@@ -34,6 +34,7 @@ from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.points import as_points, check_coordinates
 from jaxscape.landscapes.questions import Questions
 from jaxscape.landscapes.score import label_rest
+from jaxscape.landscapes.shards import Shard, parse
 from jaxscape.landscapes.store import Adaptive, Run, open_run
 from jaxscape.models.chat_defaults import template_notes
 from jaxscape.models.checkpoint import fingerprint
@@ -65,6 +66,7 @@ def scan(
     out: str | Path | None = None,
     overwrite: bool = False,
     extend: bool = False,
+    shard: str | None = None,
     describe: Mapping[str, Any] | None = None,
     progress: bool = True,
     free_model: bool = False,
@@ -102,6 +104,8 @@ def scan(
         overwrite: start over in a directory that holds a run.
         extend: if the directory holds a run with fewer prompts, points or directions, go on with it: only what is
             missing is generated. The larger run takes its place when it is finished.
+        shard: `I/N`, such as `2/4`: evaluate the part number I of N parts of the points, which have about the same
+            expected cost, see `jaxscape.landscapes.shards`. `jaxscape.merge` makes the whole scan of all N parts.
         describe: further entries of the run's `config.json`: anything that JSON can hold.
         progress: whether to report each point on the standard error stream.
         free_model: delete the model's arrays when all points are decoded, before evaluators load models of their own.
@@ -114,12 +118,14 @@ def scan(
             `jaxscape.engine.sampling.Sampling`.
 
     Returns:
-        The complete landscape. If `out` holds it already, no answer is generated again.
+        The complete landscape; of a shard, its part, with NaN at all other points. If `out` holds it already, no answer
+        is generated again.
 
     Raises:
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
     """
     check_target(report_to, None if out is None else Path(out))
+    check_shard(shard, adaptive, extend)
     places = _places(directions, axes, steps, radius, control, points, adaptive)
     settings, judges = Sampling(**sampling), Judges.chosen(evaluator, shares)
     questions = Questions.of(model, prompts, system_prompt, thinking, settings.max_new_tokens)
@@ -143,6 +149,10 @@ def scan(
         **(describe or {}),
     }
     summary = [str(decoding.plan), questions.prompts.summary(), *template_notes(model.tokenizer)]
+    if shard is not None:
+        part = Shard.of(shard, places.grid, len(places.recipes), settings.max_new_tokens, judges.kept)
+        config["shard"] = part.described()
+        summary.append(part.summary(len(places.recipes) * len(places.grid)))
     with (
         _opened(directory, config, places, questions, decides, overwrite, extend) as run,
         open_reporter(report_to, directory, config) as reporter,
@@ -172,6 +182,11 @@ class _Places(NamedTuple):
     axes: tuple[Axis, ...]
     coords: tuple[tuple[float, ...], ...]
     planned: tuple[Axis, ...]
+
+    @property
+    def grid(self) -> Sequence[tuple[float, ...]]:
+        """The coordinates of the points of each direction set, in their order."""
+        return self.coords or list(itertools.product(*(axis.values for axis in self.axes)))
 
     def described(
         self, prepared: Sequence[Sequence[Prepared]], recorded: Any, decides: Adaptive | None
@@ -213,6 +228,20 @@ def _places(
     recipes = choose_sets(directions, control)
     check_coordinates(coords, count_directions(recipes))
     return _Places(recipes, (), coords, ())
+
+
+def check_shard(shard: str | None, adaptive: bool, extend: bool = False) -> None:
+    """Raise a `UserError` if a scan cannot be split into shards, or the text names none."""
+    if shard is None:
+        return
+    parse(shard)
+    if adaptive:
+        raise UserError(
+            "An adaptive scan chooses points by the answers at all others, so it cannot be split into shards: leave "
+            "out adaptive or shard."
+        )
+    if extend:
+        raise UserError("A shard cannot extend a run: merge the shards first, and extend the merged run.")
 
 
 def _planned(

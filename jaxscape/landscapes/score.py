@@ -20,6 +20,7 @@ from jaxscape.prompts.thinking import answer_of, opening_after
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.hardware import free_memory, skip_absent_tpu
+from jaxscape.runtime.preemption import postponed
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
 
@@ -113,14 +114,15 @@ def label_rest(
 def _label(
     run: Run, judge: Evaluator, points: Sequence[Sequence[Mapping[str, Any]]], openings: Sequence[str], progress: bool
 ) -> None:
-    """Judge the answers at points, the first ones that the evaluator has not judged yet."""
+    """Judge the answers at points, the first ones that the evaluator has not judged yet. SIGTERM ends this after a
+    point."""
     answers = [
         [answer_of(opening + record["generation"]) for opening, record in zip(openings, records, strict=True)]
         for records in points
     ]
     done, total = run.num_done - len(points), run.num_done
     given = _labels_of_missing(run, judge, dict(enumerate(answers, done)))
-    with progress_display(progress) as bar:
+    with progress_display(progress) as bar, postponed() as stop_if_asked:
         task = bar.add_task(judge.name, total=total, completed=done)
         for number in range(done, total):
             known = run.labels.known(judge, number)
@@ -133,6 +135,7 @@ def _label(
             place = f"{number + 1:>{len(str(total))}}/{total}"
             bar.update(task, completed=number + 1)
             bar.print(f"{place}  {judge.name}: direction {index}  {position}  {said}")
+            stop_if_asked()
     if (release := getattr(judge, "release", None)) is not None:
         release()
 

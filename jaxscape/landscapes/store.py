@@ -31,6 +31,7 @@ from jaxscape.landscapes.adaptive import interpolated, next_points
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.labels import EARLIER_LABEL_FILES, LABEL_FILES, EarlierLabels, LabelBook, Point
 from jaxscape.landscapes.landscape import FIGURE, Landscape, each_array
+from jaxscape.landscapes.shards import Shard
 from jaxscape.runtime import reporting, rundir
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import append_json_lines, cut_after, to_json_lines, whole_lines, write_whole
@@ -96,7 +97,7 @@ class Run:
         coords: the points of each direction set, if they are a list; empty for a grid.
         adaptive: what decides which points of the grid are evaluated; None if all are.
         points: the points, direction set by direction set; the last axis varies fastest. Of an adaptive scan, those
-            that were chosen so far, see `extend`.
+            that were chosen so far, see `extend`; of a shard, its part.
         is_whole: whether all points are chosen.
         num_done: how many points are evaluated; they are the first ones.
         refused: bool[points, prompts], whether each answer counts as a refusal; only for evaluated points.
@@ -119,6 +120,7 @@ class Run:
         adaptive: Adaptive | None = None,
         directions: Sequence[Sequence[str]] = (),
         earlier: Earlier | None = None,
+        shard: Shard | None = None,
     ) -> None:
         self.axes, self.coords, self.prompts = tuple(axes), tuple(coords), tuple(prompts)
         self._shape = (num_sets, *([len(axis.values) for axis in axes] or [len(coords)]))
@@ -126,7 +128,8 @@ class Run:
         self._all: list[Point] = list(itertools.product(range(num_sets), grid))
         self._earlier = earlier or Earlier()
         self.adaptive, self.is_whole = adaptive, adaptive is None
-        self.points: list[Point] = [] if adaptive else [*self._all]
+        self._start = 0 if shard is None else shard.start  # the number of the first point among all
+        self.points: list[Point] = [] if adaptive else self._all[self._start : shard and shard.stop]
         self.num_done = 0
         self.refused = np.zeros((len(self._all), len(prompts)), bool)
         self.finite = np.ones((len(self._all), len(prompts)), bool)
@@ -206,7 +209,7 @@ class Run:
             self.axes,
             refused=self._filled(self.refused[done].astype(np.float64)),
             nonfinite=self._counts(~self.finite),
-            evaluated=evaluated | is_finished,
+            evaluated=evaluated if self.adaptive is None else evaluated | is_finished,
             unanswered=self._counts(self.unanswered),
             measures=each_array(self._filled, self.labels.measures()),
             shares={kind: self._filled(share) for kind, share in self.labels.shares().items()},
@@ -226,7 +229,7 @@ class Run:
     def _places(self, count: int) -> list[int]:
         """The numbers of the first `count` points among all points of the grid or list."""
         if self.adaptive is None:
-            return list(range(count))
+            return list(range(self._start, self._start + count))
         places = {point: place for place, point in enumerate(self._all)}
         return [places[point] for point in self.points[:count]]
 
@@ -345,7 +348,7 @@ def _as_point(values: Sequence[Any]) -> Point:
 
 
 def points_of(config: Mapping[str, Any]) -> list[Point]:
-    """All points that a scan with this configuration may evaluate, in their order.
+    """All points that a scan with this configuration may evaluate, in their order; those of a shard are a part of them.
 
     Raises one of several exceptions if it is no configuration of a scan.
     """
@@ -415,6 +418,7 @@ def open_run(
         adaptive=adaptive,
         directions=_shown_names(config),
         earlier=earlier,
+        shard=Shard.read(config),
     )
     with rundir.open_run_directory(directory, config, SCAN, overwrite, advice) as file:
         if directory is None or file is None:
@@ -442,11 +446,13 @@ def reopen_run(directory: Path) -> Iterator[tuple[Run, list[str]]]:
             axes = list(map(Axis.read, config["axes"]))
             coords = [tuple(point) for point in config.get("points", ())]
             num_sets, evaluator = len(config["directions"]), str(config.get("evaluator", DEFAULT_EVALUATOR))
+            shard = Shard.read(config)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"The run in {directory} cannot be read ({reason(error)}).") from error
         run = Run(
             *(axes, num_sets, prompts, (directory, file), evaluator, coords, config.get("adaptive")),
             directions=_shown_names(config),
+            shard=shard,
         )
         if run.extend():
             raise UserError(f"The run in {directory} is not finished; run its command again to finish it first.")

@@ -104,6 +104,8 @@ def load_finished(directory: Path) -> KeptRun:
         UserError: the directory holds no finished scan, or a file of it is damaged.
     """
     run = load_run(directory)
+    if "shard" in run.config:
+        raise UserError(f"{directory} holds a shard of a scan: merge all shards first.")
     if not run.landscape.complete or len(run.points) != run.landscape.num_evaluated:
         raise UserError(f"The run in {directory} is not finished; run its command again to finish it first.")
     labels = {name: rows for name, rows in run.labels.items() if len(rows) == len(run.points)}

@@ -21,12 +21,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.preemption import SUPERVISED, Requests
 from jaxscape.runtime.streams import flush_streams
 
 HEARTBEAT_SECONDS = 20  # a process that is silent for this long is taken for dead by the others
-# The environment variable that tells a process that it has a supervisor: `_supervise` sets it for its child process to
-# the supervisor's process id.
-_SUPERVISED = "JAXSCAPE_SUPERVISED"
 # The environment variables in which a launcher tells each process how many it has started.
 _SLURM_SIZE, _OPEN_MPI_SIZE = "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"
 
@@ -66,7 +64,7 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
     _check(membership)
     if membership.coordinator is None and not detect and not _launched_by(_SLURM_SIZE):
         return
-    if os.environ.get(_SUPERVISED) is None:
+    if os.environ.get(SUPERVISED) is None:
         sys.exit(_supervise())
     _die_with_supervisor()
     _initialize(membership)
@@ -147,6 +145,13 @@ def from_first(decide: Callable[[], Any]) -> Any:
     return message["value"]
 
 
+def any_process(happened: bool) -> bool:
+    """Whether something happened in any process of the run. All of them call this, and get the same answer."""
+    if jax.process_count() == 1:
+        return happened
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(happened))))
+
+
 def is_visible_to_all(path: Path) -> bool:
     """Whether every process sees a file that the first process has written."""
     if jax.process_count() == 1:
@@ -172,13 +177,19 @@ def exit_if_joined(code: int) -> None:
 def _supervise() -> int:
     """Run this program again in a child process and return its exit code.
 
-    If another process of the run dies, JAX's runtime aborts the child; the supervisor then says why.
+    If another process of the run dies, JAX's runtime aborts the child; the supervisor then says why. It passes signals
+    on, and kills the child upon a second SIGTERM.
     """
     child = subprocess.Popen(
-        [sys.executable, *sys.orig_argv[1:]], env=os.environ | {_SUPERVISED: str(os.getpid())}, process_group=0
+        [sys.executable, *sys.orig_argv[1:]], env=os.environ | {SUPERVISED: str(os.getpid())}, process_group=0
     )
+    requests = Requests()
+
+    def pass_on(number: int, _: object) -> None:
+        child.send_signal(signal.SIGKILL if number == signal.SIGTERM and requests.is_second() else number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: child.send_signal(number))
+        signal.signal(number, pass_on)
     code = child.wait()
     if code == -signal.SIGABRT:
         sys.stderr.write(
@@ -193,5 +204,5 @@ def _die_with_supervisor() -> None:
     """Have the kernel kill this process when its supervisor ends. This works on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(os.environ[_SUPERVISED]):  # the supervisor ended before the call
+        if os.getppid() != int(os.environ[SUPERVISED]):  # the supervisor ended before the call
             os._exit(1)

@@ -15,6 +15,7 @@ from helpers import write_run
 
 from jaxscape.cli.main import main
 from jaxscape.directions.path import ADAPTER, CHECKPOINTS, FINETUNING
+from jaxscape.evaluate.coherence import COHERENCE
 from jaxscape.landscapes import runs
 from jaxscape.landscapes.axes import symmetric_axes
 from jaxscape.landscapes.decisions import RADIUS
@@ -55,7 +56,7 @@ def test_kinds_are_recognised_as_those_who_write_them_say() -> None:
     assert {name: (kind.marks, kind.state) for name, kind in written.items()} == {
         name: (kind.marks, kind.state) for name, kind in runs.KINDS.items()
     }
-    assert (runs.CONFIG, runs.MEASURES_FILE) == (rundir.CONFIG, MEASURES_FILE)
+    assert (runs.CONFIG, runs.MEASURES_FILE, runs.COHERENCE) == (rundir.CONFIG, MEASURES_FILE, COHERENCE)
 
 
 def test_a_finished_scan_has_visage_with_its_interval(tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""`jaxscape merge`: make the whole run of the shards of a scan."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jaxscape.cli.options import check_texts, select_platform
+from jaxscape.cli.scan import summary
+from jaxscape.runtime.help import shown
+from jaxscape.runtime.streams import write_line
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Make the whole run of the shards of a scan: the run that one machine would have written.
+
+    Nothing is generated, and no model is loaded. The shards stay as they are.
+
+    Examples:
+      # A scan in two parts, which may run on different machines at the same time
+      jaxscape scan --shard 1/2 --out runs/first
+      jaxscape scan --shard 2/2 --out runs/second
+      jaxscape merge runs/first runs/second --out runs/whole
+    """
+
+    shards: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="DIRECTORY ...", help_behavior_hint="(all shards, in any order)"),
+    ]
+    """The shards' directories."""
+    out: Annotated[Path, shown("required", "RUN")]
+    """The directory of the whole run. It is written whole or not at all."""
+
+    def run(self) -> None:
+        check_texts(*self.shards, self.out)
+
+        from jaxscape.finetuning.trajectory import load_trajectories
+        from jaxscape.landscapes.landscape import FIGURE
+        from jaxscape.landscapes.merge import merging
+
+        select_platform(["cpu"])  # merging needs no accelerator, whose memory JAX would take
+        with merging(self.shards, self.out) as (landscape, place):
+            from jaxscape.report.figures import save_figure
+
+            if not (place / FIGURE).exists():
+                save_figure(landscape, place / FIGURE, trajectories=load_trajectories(place))
+        write_line(summary(landscape, self.out / FIGURE))
