@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,12 @@ from hypothesis import strategies as st
 
 import jaxscape as js
 from jaxscape.cli.main import main
+from jaxscape.landscapes import labels, store
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.runs import find_runs
 from jaxscape.landscapes.shards import Shard, boundaries, expected_costs
 from jaxscape.landscapes.store import open_run
+from jaxscape.runtime.files import append_json_lines
 
 PROMPTS = ["Write a poem about geese", "Hi", "Explain what a key is"]
 QUICK: dict[str, Any] = {"prompts": PROMPTS[:2], "max_new_tokens": 4, "progress": False}
@@ -141,7 +145,7 @@ def written(draw: st.DrawFn) -> Written:
     return Written(axes, coords, refused, num_sets, draw(st.booleans()))
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scan=written(), data=st.data())
 def test_merged_shards_have_the_bytes_of_one_run(
     tmp_path_factory: pytest.TempPathFactory, scan: Written, data: st.DataObject
@@ -320,3 +324,38 @@ def test_the_commands_split_and_merge(tiny_dir: Path, tmp_path: Path, capfd: pyt
         with pytest.raises(SystemExit):
             run(*map(str, arguments))
         assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("moment", [1, 3, 4])
+def test_sigterm_ends_a_command_after_the_point_in_hand(
+    tiny_dir: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    moment: int,
+) -> None:
+    """While it decodes, while an evaluator with a model judges, and again and again."""
+    sizes = ["--num-prompts", "2", "--max-new-tokens", "4", "--form", "materialised"]
+    command = ["scan", "--model", str(tiny_dir), *sizes, "--steps", "2", "--out"]
+    written = []
+
+    def append(file: Any, records: Any) -> None:
+        append_json_lines(file, records)
+        written.append(1)
+        if len(written) == moment:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for module in (store, labels):
+        monkeypatch.setattr(module, "append_json_lines", append)
+    with pytest.raises(SystemExit) as stop:
+        main([*command, str(tmp_path / "run")])
+    assert stop.value.code == 75
+    assert capfd.readouterr().err.endswith(
+        "jaxscape: ended by SIGTERM, with what is finished on disk; the same command, without --overwrite, resumes the "
+        "run.\n"
+    )
+    assert len(written) == moment
+    assert (tmp_path / "run" / "generations.jsonl").read_bytes().count(b"\n") == 2 * min(moment, 3)
+    main([*command, str(tmp_path / "run")])
+    main([*command, str(tmp_path / "whole")])
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")

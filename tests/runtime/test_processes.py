@@ -34,7 +34,10 @@ main()
 
 
 def processes(
-    command: list[str], environment: list[dict[str, str]] | None = None, flags: bool = True
+    command: list[str],
+    environment: list[dict[str, str]] | None = None,
+    flags: bool = True,
+    program: str = IMPATIENT,
 ) -> list[subprocess.Popen[str]]:
     """The same command in two processes of four devices each, which soon notice that the other is gone."""
     port = free_port()
@@ -45,7 +48,7 @@ def processes(
         others = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", str(number)]
         found.append(
             subprocess.Popen(
-                [sys.executable, "-c", IMPATIENT, *command, *(others if flags else [])],
+                [sys.executable, "-c", program, *command, *(others if flags else [])],
                 env=env,
                 text=True,
                 stdout=subprocess.PIPE,
@@ -87,6 +90,41 @@ def test_two_processes_are_one_run_and_survive_one_of_them(tiny_dir: Path, tmp_p
     assert generations.read_bytes() == (tmp_path / "one" / "generations.jsonl").read_bytes()
 
 
+COUNTING = """
+import time
+from dataclasses import dataclass
+from jaxscape.cli.main import run_program
+from jaxscape.cli.options import Group, RunOptions
+from jaxscape.runtime.preemption import postponed
+
+@dataclass
+class Count:
+    devices: Group[RunOptions]
+
+    def run(self) -> None:
+        self.devices.start(keep_compiled=False)
+        with postponed() as stop_if_asked:
+            for number in range(10**6):
+                print(number, flush=True)
+                time.sleep(0.05)
+                stop_if_asked()
+
+run_program(Count)
+"""
+
+
+def test_sigterm_to_one_process_ends_all_at_the_same_point() -> None:
+    first, second = processes([], program=COUNTING)
+    assert first.stdout is not None
+    lines = [first.stdout.readline() for _ in range(3)]
+    second.terminate()
+    lines += first.stdout.readlines()
+    others, error = second.communicate(timeout=60)
+    assert (first.wait(timeout=60), second.returncode) == (75, 75), error
+    assert lines == others.splitlines(keepends=True) == [f"{number}\n" for number in range(len(lines))]
+    assert "jaxscape: ended by SIGTERM" in error
+
+
 def test_two_processes_finetune_and_end_when_told(tiny_dir: Path, tmp_path: Path) -> None:
     """One is terminated, and both end; one process finishes the training as one alone would have done all of it."""
     data = tmp_path / "chats.jsonl"
@@ -102,7 +140,7 @@ def test_two_processes_finetune_and_end_when_told(tiny_dir: Path, tmp_path: Path
         assert first.poll() is None, first.communicate()
     second.terminate()
     _, error = second.communicate(timeout=60)
-    assert second.returncode == 128 + signal.SIGTERM, error
+    assert second.returncode == 75, error
     _, error = first.communicate(timeout=60)
     assert first.returncode == 2, error
     assert {path.name for path in (tmp_path / "two" / "checkpoints").iterdir()} >= {"1"}
