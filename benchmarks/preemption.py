@@ -1,13 +1,13 @@
 """Preempt a scan in shards at random moments, and compare what it ends with with an unbroken run.
 
-    python benchmarks/preemption.py --out runs/preemption         # 20 preemptions; 20 minutes on two CPU cores
+    python benchmarks/preemption.py --out runs/preemption         # 20 preemptions
 
-One unbroken process scans first. Then the shards of the same scan run, one process at a time. Each process is ended at a
-random moment, by SIGTERM or by SIGKILL, and another one goes on with a shard that is not finished. After the last
+One unbroken process scans first. Then the shards of the same scan run, one process at a time. Each process is ended at
+a random moment, by SIGTERM or by SIGKILL, and another one goes on with a shard that is not finished. After the last
 preemption all shards are finished and merged. Counted are points that were on disk or reported and are gone (lost),
 points that were decoded or judged twice (repeated), and files of the merged run that differ from those of the unbroken
-one. Exit code 1 if there are any, or if SIGTERM led to another exit code than 75. (A point that is being decoded when
-SIGKILL comes is neither on disk nor reported, and is begun again.)
+one. The exit code is 1 if there are any, or if SIGTERM led to another exit code than 75. (A point that is being decoded
+when SIGKILL comes is neither on disk nor reported, and is begun again.)
 """
 
 import random
@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class PreemptionBenchmark:
     preemptions: int = 20
     """Number of preemptions."""
     longest: float = 60.0
-    """A process is ended at a random moment of its first so many seconds. One that is finished before does not count."""
+    """A process is ended at a random moment of its first so many seconds. One that ends before does not count."""
     seed: int = 0
     """Seed of the moments."""
 
@@ -60,32 +61,32 @@ class PreemptionBenchmark:
         if self.out.exists() and any(self.out.iterdir()):
             raise js.UserError(f"{self.out} is not empty: choose another --out.")
         self.out.mkdir(parents=True, exist_ok=True)
-        chance = random.Random(self.seed)
-        subprocess.run([*self._scan, "--out", str(self.out / "single")], check=True)
-        shards = [
-            _Shard(self.out / f"{i}", (*self._scan, "--shard", f"{i}/{self.shards}"), self.num_prompts)
-            for i in range(1, self.shards + 1)
-        ]
-        ends = Counter[str]()
-        while sum(ends.values()) < self.preemptions and (left := [shard for shard in shards if not shard.is_finished]):
-            number = chance.choice([signal.SIGTERM, signal.SIGKILL])
-            code = chance.choice(left).live(chance.uniform(0, self.longest), number)
-            if code != 0:
-                ends[f"{number.name}, exit code {code}"] += 1
+        single, merged = self.out / "single", self.out / "merged"
+        subprocess.run([*self._scan, "--out", str(single)], check=True)
+        shards = [_Shard(self.out, i, self.shards, self._scan, self.num_prompts) for i in range(1, self.shards + 1)]
+        ends = self._preempt(shards)
         for shard in shards:
-            if not shard.is_finished:
-                shard.live(None, signal.SIGTERM)
-        merged = self.out / "merged"
-        subprocess.run(
-            [*PROGRAM, "merge", *(str(shard.directory) for shard in shards), "--out", str(merged)], check=True
-        )
-        names = sorted({path.name for run in (merged, self.out / "single") for path in run.iterdir()})
-        differing = [name for name in names if not _are_equal(merged / name, self.out / "single" / name)]
-        lost, repeated = (sum(getattr(shard, name) for shard in shards) for name in ("lost", "repeated"))
+            shard.live()
+        directories = [str(shard.directory) for shard in shards]
+        subprocess.run([*PROGRAM, "merge", *directories, "--out", str(merged)], check=True)
+        self._tell(ends, shards, _differing(single, merged))
+
+    def _preempt(self, shards: Sequence["_Shard"]) -> Counter[str]:
+        """Preempt processes. Return how many ended with each signal and exit code."""
+        chance, ends = random.Random(self.seed), Counter[str]()
+        while ends.total() < self.preemptions and (left := [shard for shard in shards if not shard.is_finished]):
+            number = chance.choice([signal.SIGTERM, signal.SIGKILL])
+            if code := chance.choice(left).live(chance.uniform(0, self.longest), number):
+                ends[f"{number.name}, exit code {code}"] += 1
+        return ends
+
+    def _tell(self, ends: Counter[str], shards: Sequence["_Shard"], differing: Sequence[str]) -> None:
+        """Write the result, and end with exit code 1 if anything is not as it should be."""
+        lost, repeated = sum(shard.lost for shard in shards), sum(shard.repeated for shard in shards)
         for end, count in sorted(ends.items()):
             write_line(f"{end}: {count}")
-        write_line(f"preemptions: {sum(ends.values())}; points lost: {lost}; points repeated: {repeated}")
-        write_line(f"files: {len(names)}, of which differ: {', '.join(differing) or 'none'}")
+        write_line(f"preemptions: {ends.total()}; points lost: {lost}; points repeated: {repeated}")
+        write_line(f"files that differ: {', '.join(differing) or 'none'}")
         usual = {f"SIGTERM, exit code {preemption.EXIT_CODE}", f"SIGKILL, exit code {-signal.SIGKILL}"}
         if lost or repeated or differing or ends.keys() - usual:
             sys.exit(1)
@@ -106,23 +107,21 @@ class _Shard:
         repeated: how many points were decoded, or judged by an evaluator with a model, more than once.
     """
 
-    def __init__(self, directory: Path, command: tuple[str, ...], num_prompts: int) -> None:
-        self.directory, self.lost, self.repeated = directory, 0, 0
-        self._command, self._num_prompts = command, num_prompts
-        self._log = directory.with_name(f"{directory.name}.log")
+    def __init__(self, out: Path, number: int, count: int, scan: Sequence[str], num_prompts: int) -> None:
+        self.directory, self.lost, self.repeated = out / f"shard-{number}", 0, 0
+        self._command = [*scan, "--shard", f"{number}/{count}", "--out", str(self.directory)]
+        self._num_prompts, self._log = num_prompts, out / f"shard-{number}.log"
         self._kept = b""
         self._reported = set[tuple[str, str]]()
 
     @property
     def is_finished(self) -> bool:
-        return any(
-            run.directory == self.directory and run.state == "finished" for run in find_runs(self.directory.parent)
-        )
+        return self.directory.exists() and [run.state for run in find_runs(self.directory)] == ["finished"]
 
-    def live(self, seconds: float | None, number: signal.Signals) -> int:
+    def live(self, seconds: float | None = None, number: int = signal.SIGTERM) -> int:
         """Run the command until it ends, or is ended by a signal after some seconds. Return its exit code."""
         with self._log.open("w") as log:
-            process = subprocess.Popen([*self._command, "--out", str(self.directory)], stdout=log, stderr=log)
+            process = subprocess.Popen(self._command, stdout=log, stderr=log)
             try:
                 process.wait(seconds)
             except subprocess.TimeoutExpired:
@@ -145,8 +144,10 @@ class _Shard:
         self._kept = whole
 
 
-def _are_equal(first: Path, second: Path) -> bool:
-    return first.exists() and second.exists() and first.read_bytes() == second.read_bytes()
+def _differing(single: Path, merged: Path) -> list[str]:
+    """The names of the files that two runs do not both have with the same bytes."""
+    contents = [{path.name: path.read_bytes() for path in run.iterdir()} for run in (single, merged)]
+    return sorted({name for name, _ in contents[0].items() ^ contents[1].items()})
 
 
 if __name__ == "__main__":
