@@ -126,7 +126,10 @@ class _Shard:
                 process.wait(seconds)
             except subprocess.TimeoutExpired:
                 process.send_signal(number)
-            code = process.wait()
+            try:
+                code = process.wait()
+            finally:
+                process.kill()  # where this program itself is ended
         self._compare()
         return code
 
