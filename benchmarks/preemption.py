@@ -123,13 +123,9 @@ class _Shard:
         with self._log.open("w") as log:
             process = subprocess.Popen(self._command, stdout=log, stderr=log)
             try:
-                process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                process.send_signal(number)
-            try:
-                code = process.wait()
+                code = _end(process, seconds, number)
             finally:
-                process.kill()  # where this program itself is ended
+                process.kill()  # if this program itself is ended
         self._compare()
         return code
 
@@ -145,6 +141,15 @@ class _Shard:
         expected = max([before, *(int(number) for number, evaluator in self._reported if not evaluator)])
         self.lost += max(0, expected - len(lines) // size) if whole.startswith(self._kept) else before
         self._kept = whole
+
+
+def _end(process: subprocess.Popen[bytes], seconds: float | None, number: int) -> int:
+    """Wait until a process ends, and send it a signal after some seconds. Return its exit code."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(number)
+        return process.wait()
 
 
 def _differing(single: Path, merged: Path) -> list[str]:
