@@ -118,7 +118,7 @@ class _KeptShard:
             with (directory / GENERATIONS).open("rb") as file:
                 lines = whole_lines(file)
             done = list(answers_by_point(lines, prompts))
-            if done != points[: len(done)]:
+            if done != points[: len(done)] or len(lines) > len(points) * len(prompts):
                 raise ValueError(f"{GENERATIONS} has points of another shard")
             book = LabelBook(points, len(prompts), directory)
             book.restore(len(done), cut=False)
@@ -237,22 +237,20 @@ def _contents(shards: Sequence[_KeptShard], config: Mapping[str, Any]) -> dict[s
                     f"{shard.directory} --evaluator {name}, or delete those labels there."
                 )
         contents[label_file(name)] = b"".join(shard.lines(name) for shard in shards)
+    _check_same_thresholds(shards)
     for name in (COHERENCE_FILE, trajectory.FILE_NAME):
-        if (first / name).exists():
-            contents[name] = (first / name).read_bytes()
-    if COHERENCE_FILE in contents:
-        _check_same_thresholds(shards)
+        kept = [shard.directory / name for shard in shards if (shard.directory / name).exists()]
+        contents |= {name: kept[0].read_bytes()} if kept else {}
     return contents
 
 
 def _check_same_thresholds(shards: Sequence[_KeptShard]) -> None:
     """Raise a `UserError` if coherence was judged by other thresholds in one shard than in another."""
-    first = shards[0].directory / COHERENCE_FILE
-    for shard in shards:
-        path = shard.directory / COHERENCE_FILE
-        if read_json(path) != read_json(first):
+    paths = [shard.directory / COHERENCE_FILE for shard in shards if (shard.directory / COHERENCE_FILE).exists()]
+    for path in paths:
+        if read_json(path) != read_json(paths[0]):
             raise UserError(
-                f"{path} has other thresholds than {first}, because their machines round differently: copy the latter "
-                f"over the former, delete {shard.directory / label_file(COHERENCE)}, and run that shard's command "
+                f"{path} has other thresholds than {paths[0]}, because their machines round differently: copy the "
+                f"latter over the former, delete {path.parent / label_file(COHERENCE)}, and run that shard's command "
                 f"again, which judges again and generates nothing."
             )

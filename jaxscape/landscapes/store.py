@@ -122,14 +122,24 @@ class Run:
         earlier: Earlier | None = None,
         shard: Shard | None = None,
     ) -> None:
+        """Restore what is in the directory.
+
+        Arguments:
+            out: the run's directory, and its state file; None keeps the run in memory.
+            num_sets: the number of direction sets.
+            earlier: what is known already; None if the run extends no other one.
+            shard: the part of the points that are evaluated; None for all.
+
+        The other arguments are the attributes of the same names.
+        """
         self.axes, self.coords, self.prompts = tuple(axes), tuple(coords), tuple(prompts)
         self._shape = (num_sets, *([len(axis.values) for axis in axes] or [len(coords)]))
         grid = self.coords or itertools.product(*(axis.values for axis in axes))
         self._all: list[Point] = list(itertools.product(range(num_sets), grid))
         self._earlier = earlier or Earlier()
         self.adaptive, self.is_whole = adaptive, adaptive is None
-        self._start = 0 if shard is None else shard.start  # the number of the first point among all
-        self.points: list[Point] = [] if adaptive else self._all[self._start : shard and shard.stop]
+        self._start, stop = (0, len(self._all)) if shard is None else (shard.start, shard.stop)
+        self.points: list[Point] = [] if adaptive else self._all[self._start : stop]
         self.num_done = 0
         self.refused = np.zeros((len(self._all), len(prompts)), bool)
         self.finite = np.ones((len(self._all), len(prompts)), bool)

@@ -139,7 +139,8 @@ def summary(run: KeptRun) -> list[str]:
     if num_controls:
         parts.append(_counted(num_controls, "control"))
     if not land.complete:
-        parts.append(f"unfinished: {int(np.isfinite(land.asr).sum())} of {land.asr.size} points")
+        state = "a shard of a scan" if "shard" in run.config else "unfinished"
+        parts.append(f"{state}: {int(np.isfinite(land.asr).sum())} of {land.asr.size} points")
     elif land.filled is not None:
         parts.append(f"{land.num_evaluated} of {land.asr.size} points evaluated, the others interpolated")
     return parts
