@@ -31,7 +31,7 @@ class Merge:
         tyro.conf.arg(metavar="DIRECTORY ...", help_behavior_hint="(all shards, in any order)"),
     ]
     """The shards' directories."""
-    out: Annotated[Path, shown("required", "RUN")]
+    out: Annotated[Path, shown(metavar="RUN")]
     """The directory of the whole run. It is written whole or not at all."""
 
     def run(self) -> None:

@@ -33,7 +33,7 @@ def test_the_page_has_every_option_of_every_verb_with_its_default(
     options = {}
     for entry in re.split(r"^. (?=--[a-z])", output, flags=re.M)[1:]:
         text = " ".join(entry.replace("│", " ").split())
-        default = re.search(r"\(default: (.*?)\)(?: |$)", text)
+        default = re.search(r"\((?:default: )?((?<=default: ).*?|required)\)(?: |$)", text)
         assert default is not None, text
         options[text.split()[0]] = default[1]
     documented = page(verb)
