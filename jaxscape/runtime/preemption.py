@@ -85,9 +85,15 @@ def postponed() -> Iterator[Callable[[], None]]:
 
 
 def _stop_if_asked() -> None:
-    from jaxscape.runtime.processes import any_process  # imports JAX
+    """Raise `Preempted` in all processes if one has received SIGTERM."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
 
-    if any_process(bool(_requests)):
+    is_asked = bool(_requests)
+    if jax.process_count() > 1:
+        is_asked = bool(np.any(multihost_utils.process_allgather(np.bool_(is_asked))))
+    if is_asked:
         raise Preempted(is_agreed=True)
 
 

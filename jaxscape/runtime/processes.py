@@ -145,13 +145,6 @@ def from_first(decide: Callable[[], Any]) -> Any:
     return message["value"]
 
 
-def any_process(happened: bool) -> bool:
-    """Whether something happened in any process of the run. All of them call this, and get the same answer."""
-    if jax.process_count() == 1:
-        return happened
-    return bool(np.any(multihost_utils.process_allgather(np.bool_(happened))))
-
-
 def is_visible_to_all(path: Path) -> bool:
     """Whether every process sees a file that the first process has written."""
     if jax.process_count() == 1:
