@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
-from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key
 
+from jaxscape.directions.norms import weight_norms
 from jaxscape.directions.random import tensor_key
 from jaxscape.directions.storage import Direction, factored, zero_tensor
-from jaxscape.directions.sums import tensor_norm
 from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.model import Model
 from jaxscape.models.weights import is_norm
@@ -41,10 +40,10 @@ def low_rank_direction(model: Model, rank: int, seed: int) -> Direction:
     shardings = named_leaves(model.shardings)
     shapes = {name: weight.shape for name, weight in named_leaves(model.params).items()}
     matrices = _matrices(model)
-    norms, everywhere = _norms(model), replicated(model.mesh)
+    norms, everywhere = weight_norms(model), replicated(model.mesh)
     direction = {name: zero_tensor(shape, shardings[name]) for name, shape in shapes.items() if name not in matrices}
     for name, shape in matrices.items():
-        left, right = _factors(tensor_key(seed, name), norms[name], shape, rank, model.dtype, everywhere)
+        left, right = _factors(tensor_key(seed, name), jnp.float32(norms[name]), shape, rank, model.dtype, everywhere)
         direction[name] = factored(left, right, shardings[name])
     return tree_of(direction)
 
@@ -86,19 +85,6 @@ def _factors(
     # |A B|² is the sum of the entries of (AᵀA) ∘ (B Bᵀ), which takes less time than A B.
     square = (product(left.T, left) * product(right, right.T)).sum()
     return (left * (norm / jnp.sqrt(square))).astype(dtype), right.astype(dtype)
-
-
-_known_norms: "WeakKeyDictionary[Model, dict[str, Array]]" = WeakKeyDictionary()
-
-
-def _norms(model: Model) -> dict[str, Float[Array, ""]]:
-    """The norm of each of the model's tensors, computed once for all directions."""
-    if model not in _known_norms:
-        everywhere, shardings = replicated(model.mesh), named_leaves(model.shardings)
-        norm = jax.jit(lambda weight: tensor_norm(weight.astype(jnp.float32)), out_shardings=everywhere)
-        weights = named_leaves(model.params)
-        _known_norms[model] = {name: norm(jax.device_put(weight, shardings[name])) for name, weight in weights.items()}
-    return _known_norms[model]
 
 
 @dataclass(frozen=True)

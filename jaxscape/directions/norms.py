@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
@@ -91,7 +92,7 @@ class TensorNorm(_Scaled):
     units: ClassVar[tuple[str, ...]] = ("tensors",)
 
     def make(self, model: Model) -> list[Direction]:
-        targets = tensor_norms(model.params)
+        targets = weight_norms(model)
         return [
             tree_of(
                 {
@@ -105,13 +106,23 @@ class TensorNorm(_Scaled):
 
 def norm_of_weights(model: Model) -> float:
     """The norm of all weights that random directions perturb, those of parameters without `norm` in their name."""
-    norms = tensor_norms(model.params)
+    norms = weight_norms(model)
     return float(np.sqrt(sum(norm**2 for name, norm in norms.items() if not is_norm(name))))
 
 
 def norm_of(direction: Direction) -> float:
     """The norm of a whole direction."""
     return float(np.sqrt(sum(norm**2 for norm in tensor_norms(direction).values())))
+
+
+_known_norms: "WeakKeyDictionary[Model, dict[str, float]]" = WeakKeyDictionary()
+
+
+def weight_norms(model: Model) -> dict[str, float]:
+    """The norm of each of the model's tensors by its name, computed once for all directions."""
+    if model not in _known_norms:
+        _known_norms[model] = tensor_norms(model.params)
+    return _known_norms[model]
 
 
 def tensor_norms(direction: Direction) -> dict[str, float]:

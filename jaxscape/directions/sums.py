@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from jaxscape.models.checkpoint import Params
 
 
+@jax.jit
 def order_free_sum(x: Float[Array, "*shape"]) -> Float[Array, ""]:
     """The sum of float32 numbers, float32, with the same bits in whatever order they are added.
 
