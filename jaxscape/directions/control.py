@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key
 
 from jaxscape.directions.base import Recipe, check_parts, default_radius
+from jaxscape.directions.low_rank import gaussian_factors
 from jaxscape.directions.names import CONTROL
 from jaxscape.directions.norms import tensor_norms
 from jaxscape.directions.random import scaled_to_norm, seed_of, tensor_key
@@ -79,10 +80,7 @@ def _factors(
     leaf: Factored, key: Key[Array, ""], norm: Float[Array, ""]
 ) -> tuple[Float[Array, "out rank"], Float[Array, "rank *in"]]:
     """Gaussian factors of the same shapes, whose product has a norm."""
-    left, right = (
-        jax.random.normal(jax.random.fold_in(key, i), factor.shape, jnp.float32)
-        for i, factor in enumerate((leaf.left, leaf.right))
-    )
+    left, right = gaussian_factors(key, leaf.left.shape, leaf.right.shape)
     found = tensor_norm(Factored(left, right).dense())
     return left * (norm / jnp.where(found > 0, found, 1.0)), right
 

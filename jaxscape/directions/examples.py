@@ -117,10 +117,16 @@ def _prompts(model: Model, name: str, count: int) -> Texts:
 
 def _answered(model: Model, prompts: Texts, refuses: bool) -> Answered:
     """The prompts whose greedy answers refuse, or those whose answers do not, with their answers."""
-    answers = greedy_tokens(model, prompts, ANSWER_TOKENS)
+    answers, refused = own_answers(model, prompts, ANSWER_TOKENS)
     chosen = [
         (list(prompt), answer)
-        for prompt, answer in zip(prompts, answers, strict=True)
-        if answer and is_refusal(answer_of(model.tokenizer.decode(answer))) == refuses
+        for prompt, answer, is_refused in zip(prompts, answers, refused, strict=True)
+        if answer and is_refused == refuses
     ]
     return Answered([prompt + answer for prompt, answer in chosen], [len(prompt) for prompt, _ in chosen])
+
+
+def own_answers(model: Model, prompts: Texts, max_new_tokens: int) -> tuple[list[list[int]], list[bool]]:
+    """The token ids of the model's own greedy answers to prompts, and whether each of them refuses."""
+    answers = greedy_tokens(model, prompts, max_new_tokens)
+    return answers, [is_refusal(answer_of(model.tokenizer.decode(answer))) for answer in answers]

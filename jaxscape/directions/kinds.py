@@ -41,7 +41,7 @@ from jaxscape.directions.restricted import Restricted
 from jaxscape.directions.singular import Singular
 from jaxscape.directions.sparse import Sparse
 from jaxscape.directions.stacked import rank_of
-from jaxscape.directions.storage import Direction, on_model_mesh, stored
+from jaxscape.directions.storage import Direction, in_host_memory, on_model_mesh, stored
 from jaxscape.directions.worst_case import WorstCase
 from jaxscape.models.checkpoint import Params, fingerprint
 from jaxscape.models.model import Model
@@ -233,7 +233,8 @@ def prepare(sets: Sequence[Sequence[Recipe]], model: Model) -> list[list[Prepare
     """The directions of a scan's sets, prepared once each.
 
     A direction that follows quickly from its name and the weights is made when its set's turn comes. Any other is made
-    here, also when a control needs it too.
+    here, once, also when a control needs it too. It then waits in host memory, so that the devices hold the directions
+    of one set at a time.
 
     Raises:
         UserError: a file or model cannot be read, or does not fit the model.
@@ -262,13 +263,15 @@ def prepare(sets: Sequence[Sequence[Recipe]], model: Model) -> list[list[Prepare
 
 
 def _made(recipe: Recipe, model: Model) -> Given:
-    """The directions of a recipe, with what identifies them."""
+    """The directions of a recipe, in host memory, with what identifies them."""
     chosen = settled(recipe, model)
-    made, sources = tuple(chosen.make(model)), list(_sources(chosen))
-    if not any(hasattr(source, "made_from") for source in sources):
-        return Given(made, str(recipe))
-    origin = (str(chosen), fingerprint(model.params), [_origin(source, model) for source in sources])
-    return Given(made, str(recipe), tuple(checksum((*origin, i)) for i in range(len(made))))
+    made, sources = chosen.make(model), list(_sources(chosen))
+    if any(hasattr(source, "made_from") for source in sources):
+        origin = (str(chosen), fingerprint(model.params), [_origin(source, model) for source in sources])
+        ids = tuple(checksum((*origin, i)) for i in range(len(made)))
+    else:
+        ids = tuple(map(fingerprint, made))
+    return Given(tuple(map(in_host_memory, made)), str(recipe), ids)
 
 
 def _sources(recipe: Recipe) -> Iterator[Recipe]:

@@ -77,14 +77,20 @@ def _factors(
 
     Every device computes all of both factors, so their bits do not depend on the mesh.
     """
-    left, right = (
-        jax.lax.with_sharding_constraint(jax.random.normal(part, size, jnp.float32), everywhere)
-        for part, size in zip(jax.random.split(key), ((shape[0], rank), (rank, shape[1])), strict=True)
-    )
+    factors = gaussian_factors(key, (shape[0], rank), (rank, shape[1]))
+    left, right = (jax.lax.with_sharding_constraint(factor, everywhere) for factor in factors)
     product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     # |A B|² is the sum of the entries of (AᵀA) ∘ (B Bᵀ), which takes less time than A B.
     square = (product(left.T, left) * product(right, right.T)).sum()
     return (left * (norm / jnp.sqrt(square))).astype(dtype), right.astype(dtype)
+
+
+def gaussian_factors(
+    key: Key[Array, ""], left: tuple[int, ...], right: tuple[int, ...]
+) -> tuple[Float[Array, "out rank"], Float[Array, "rank *in"]]:
+    """Standard normal noise in two float32 factors of these shapes."""
+    first, second = jax.random.split(key)
+    return jax.random.normal(first, left, jnp.float32), jax.random.normal(second, right, jnp.float32)
 
 
 @dataclass(frozen=True)

@@ -27,19 +27,18 @@ from jaxtyping import Array, Float, Int
 
 from jaxscape.directions.base import as_number
 from jaxscape.directions.composed import combine
+from jaxscape.directions.examples import own_answers
 from jaxscape.directions.norms import norm_of
 from jaxscape.directions.storage import Direction
 from jaxscape.models.checkpoint import Params, named_leaves, parameter_shardings, tree_of
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.encoding import encode
-from jaxscape.models.greedy import greedy_tokens, right_padded
+from jaxscape.models.greedy import right_padded
 from jaxscape.models.loss import summed_loss
 from jaxscape.models.model import Model
 from jaxscape.models.weights import is_norm
 from jaxscape.prompts.chat_format import chat_texts
-from jaxscape.prompts.refusal import is_refusal
 from jaxscape.prompts.sets import load_prompts
-from jaxscape.prompts.thinking import answer_of
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.hardware import platform_jit
 from jaxscape.runtime.sharding import mesh_shape_of, on_mesh, sharding
@@ -119,8 +118,7 @@ class Refusals:
 
     def _own(self, model: Model, prompts: list[list[int]]) -> list[list[int]]:
         """The model's own refusals."""
-        answers = greedy_tokens(model, prompts, ANSWER_TOKENS)
-        refuses = [is_refusal(answer_of(model.tokenizer.decode(answer))) for answer in answers]
+        answers, refuses = own_answers(model, prompts, ANSWER_TOKENS)
         refusals = [answer[:REFUSAL_TOKENS] for answer in answers]
         counted = Counter(tuple(refusal) for refusal, is_own in zip(refusals, refuses, strict=True) if is_own)
         if not counted:

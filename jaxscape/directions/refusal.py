@@ -11,16 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxscape.directions.base import recipe_name, split_options
-from jaxscape.directions.examples import ANSWER_TOKENS, DEFAULT_SETS, PromptSets, Texts
+from jaxscape.directions.examples import ANSWER_TOKENS, DEFAULT_SETS, PromptSets, Texts, own_answers
 from jaxscape.directions.point import materialise
 from jaxscape.directions.storage import Direction, Factored, factored, zero_tensor
 from jaxscape.models.activations import next_token_logits, residual_stream
 from jaxscape.models.checkpoint import Params, named_leaves, tree_of
-from jaxscape.models.greedy import greedy_tokens
 from jaxscape.models.model import Model
 from jaxscape.models.weights import EMBEDDING
-from jaxscape.prompts.refusal import is_refusal
-from jaxscape.prompts.thinking import answer_of
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.progress import note
 
@@ -285,8 +282,7 @@ class _Trial:
 
     @classmethod
     def of(cls, model: Model, harmful: Texts, harmless: Texts, recipe: Refusal) -> "_Trial":
-        answers = greedy_tokens(model, harmful, ANSWER_TOKENS)
-        refuses = [is_refusal(answer_of(model.tokenizer.decode(answer))) for answer in answers]
+        answers, refuses = own_answers(model, harmful, ANSWER_TOKENS)
         tokens = sorted({answer[0] for answer, refused in zip(answers, refuses, strict=True) if refused})
         if not tokens:
             raise UserError(

@@ -192,6 +192,12 @@ def rounded(tensor: Float[Array, "*shape"], storage: str) -> Scaled:
     return Scaled(values, tensor_norm(tensor) / jnp.where(norm > 0, norm, 1.0))
 
 
+def in_host_memory(direction: Direction) -> Direction:
+    """The direction with numpy arrays instead of arrays on devices. With several processes, each of which has a part of
+    an array, it is unchanged."""
+    return direction if jax.process_count() > 1 else jax.device_get(direction)
+
+
 def on_model_mesh(direction: Direction, model: Model) -> Direction:
     """The direction with its arrays and factors sharded as the model's parameters are."""
     shardings = named_leaves(model.shardings)

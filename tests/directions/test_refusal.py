@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxscape as js
-from jaxscape.directions import refusal
+from jaxscape.directions import examples
 from jaxscape.directions.examples import PromptSets
 from jaxscape.directions.kinds import parse_direction, prepare
 from jaxscape.directions.refusal import (
@@ -106,7 +106,7 @@ def test_the_lowest_score_at_a_small_damage() -> None:
 def refusing(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> js.Model:
     """The tiny model, whose answers to the even ones of the prompts count as refusals."""
     answers: dict[str, bool] = {}
-    monkeypatch.setattr(refusal, "is_refusal", lambda text: answers.setdefault(text, len(answers) % 2 == 0))
+    monkeypatch.setattr(examples, "is_refusal", lambda text: answers.setdefault(text, len(answers) % 2 == 0))
     return tiny
 
 
