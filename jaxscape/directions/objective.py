@@ -268,10 +268,10 @@ def _batch_loss(weights: Tensors, norms: Tensors, rows: Texts, config: ModelConf
     return summed_loss(config, tree_of(weights | norms), rows.tokens, rows.lengths, rows.shares, remat=True)
 
 
-def _sum_over_batches(function: Any, texts: Texts) -> Any:
-    """The sum of `function(batch)`, a tree of arrays, over the batches, computed one after another."""
-    first = jax.tree.map(lambda x: x[0], texts)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+def _sum_over_batches(function: Any, texts: Texts, like: Any) -> Any:
+    """The sum of `function(batch)`, a tree of arrays with the shapes of `like`, over the batches, computed one after
+    another."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     return jax.lax.scan(lambda total, rows: (jax.tree.map(jnp.add, total, function(rows)), None), zeros, texts)[0]
 
 
@@ -287,7 +287,7 @@ def _value_and_gradient(
 ) -> tuple[Float[Array, ""], Tensors]:
     with on_mesh(mesh):
         of_batch = partial(jax.value_and_grad(_batch_loss), weights, norms, config=config)
-        value, gradient = _sum_over_batches(of_batch, texts)
+        value, gradient = _sum_over_batches(of_batch, texts, (jnp.float32(0), weights))
     return value, _sharded(gradient, config, mesh)
 
 
@@ -306,4 +306,4 @@ def _hessian_product(
         return product
 
     with on_mesh(mesh):
-        return _sharded(_sum_over_batches(of_batch, texts), config, mesh)
+        return _sharded(_sum_over_batches(of_batch, texts, weights), config, mesh)

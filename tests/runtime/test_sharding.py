@@ -42,13 +42,9 @@ def square(make_model: MakeModel) -> Path:
     return make_model(intermediate_size=32, num_key_value_heads=4, num_hidden_layers=1)[0]
 
 
-@pytest.mark.parametrize(
-    ("split", "storage"),
-    [*((split, "exact") for split in MESHES[1:]), (MeshShape(2, 4), "int8"), (MeshShape(2, 4), "seed")],
-    ids=str,
-)
-def test_directions_are_the_same_to_the_bit_on_every_mesh(square: Path, split: MeshShape, storage: str) -> None:
-    one, many = (js.load_model(square, "float32", split=each) for each in (MeshShape(), split))
+@pytest.mark.parametrize("storage", ["exact", "int8", "seed"])
+def test_a_pair_of_directions_is_the_same_to_the_bit_on_a_mesh(square: Path, storage: str) -> None:
+    one, many = (js.load_model(square, "float32", split=each) for each in (MeshShape(), MeshShape(2, 4)))
     assert fingerprint(many.params) == fingerprint(one.params)
     first, there = (js.random_direction(model, 0, storage=storage) for model in (one, many))
     assert_same_tree(whole(jax.tree.leaves(first)), whole(jax.tree.leaves(there)))
