@@ -157,6 +157,9 @@ def next_token_logits(
 ) -> Float[np.ndarray, "texts vocab"]:
     """The logits after each text, float32[texts, vocab].
 
+    For many texts `jaxscape.engine.prefill.next_token_logits` is faster. Directions cannot use it, because the engine
+    is built on them.
+
     Arguments:
         params: parameters to use instead of the model's; a leaf is an array or a `SummedWeight`.
     """

@@ -12,7 +12,7 @@ from helpers import MakeModel, assert_same_tree
 import jaxscape as js
 from jaxscape.directions import kinds
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import COMPOSED_KINDS, KINDS, largest_rank, parse_direction, prepare, recipe_of
+from jaxscape.directions.kinds import COMPOSED_KINDS, KINDS, Given, largest_rank, parse_direction, prepare, recipe_of
 from jaxscape.directions.point import materialise
 from jaxscape.directions.random import Random
 from jaxscape.models.checkpoint import fingerprint
@@ -96,6 +96,16 @@ def test_what_identifies_a_direction_in_a_run(tiny: js.Model) -> None:
     (drawn,), (given,) = prepare([[Random(7)], [recipe_of(tree)]], tiny)
     assert (drawn.recipe, drawn.ids) == (Random(7), (7,)), "a random direction is made when it is needed"
     assert given.ids == (fingerprint(tree),)
+
+
+def test_a_prepared_direction_waits_in_host_memory(tiny: js.Model) -> None:
+    recipe = parse_direction(f"weight-norm:[{REFUSAL}]")
+    ((waiting,),) = prepare([[recipe]], tiny)
+    assert isinstance(waiting.recipe, Given)
+    assert {type(leaf) for leaf in jax.tree.leaves(waiting.recipe.directions)} == {np.ndarray}
+    on_device, again = (jax.tree.leaves(js.make_directions([one], tiny)) for one in (waiting.recipe, recipe))
+    assert all(isinstance(leaf, jax.Array) for leaf in on_device)
+    assert_same_tree(on_device, again)
 
 
 def test_the_model_at_a_point(tiny: js.Model, make_model: MakeModel) -> None:
