@@ -60,8 +60,8 @@ ROUNDED = [
     f"masked:[gaussian:3][mask:wanda:20:10:{SETS}]",
     f"singular:2:8:{SETS}",
 ]
-"""Kinds that come from activations or gradients, whose last bits depend on the mesh. Their programs take long to trace, so
-they are tested on two meshes: with the weights sharded over two devices, and over eight."""
+"""Kinds that come from activations or gradients, whose last bits depend on the mesh. Their programs take long to trace,
+so they are tested on two meshes: with the weights sharded over two devices, and over eight."""
 
 
 @dataclass(frozen=True)
