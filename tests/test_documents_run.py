@@ -8,8 +8,8 @@
   tests and its commands.
 - Small random models stand in for those that have names, and small files for public ones. The fixture `reader` makes
   them; `SMALL`, `CHANGED` and `INSTEAD` say what else is not as on the page.
-- `NOT_RUN` says what is not run, and why. Such commands of jaxscape are read by the real parsers in tests/test_docs.py,
-  as are those in sentences.
+- `NOT_RUN` says what is not run, and why. tests/test_docs.py reads such commands of jaxscape by the real parsers, and
+  those in sentences in which something is to be filled in.
 """
 
 import ast
@@ -74,8 +74,8 @@ SMALL = {
 NOT_WITH = {"--extend": ("--overwrite",), "--like": ("--num-prompts 2", "--steps 2"), "--points": ("--steps 2",)}
 """What of `SMALL` an option of the page does not go with."""
 
-ONLY_SMALLER = {"--num-directions": "2", "--draws": "2", "--extra-steps": "1"}
-"""Options that are given smaller values where a page gives them."""
+OTHER_VALUES = {"--num-directions": "2", "--draws": "2", "--extra-steps": "1", "--validation": "0.5"}
+"""Options that are given these values where a page gives them."""
 
 INSTEAD = {
     "DIRECTORY": "path/to/directory",
@@ -94,11 +94,11 @@ INSTEAD = {
 NOT_RUN = {
     "make test": "the tests are what runs",
     "make lint": "is a step of its own beside the tests",
-    "pip": "installs packages from the network",
-    "git": "clones the repository from the network",
-    "cd": "goes to what git has cloned",
-    "python3": "makes the reader's environment",
-    "source": "enters the reader's environment",
+    "pip install": "installs packages from the network",
+    "git clone": "clones the repository from the network",
+    "cd jaxscape": "goes to what git has cloned",
+    "python3 -m venv": "makes the reader's environment",
+    "source .venv": "enters the reader's environment",
     "gcloud": "starts jaxscape on a TPU pod",
     "srun": "starts jaxscape on a cluster",
     "mpirun": "starts jaxscape on a cluster",
@@ -109,8 +109,11 @@ NOT_RUN = {
 }
 """How the lines of shell blocks that are not run begin, and why they are not."""
 
-FENCED = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-FILE_NAME = re.compile(r"`([\w./-]+\.(?:py|toml|jinja|csv|jsonl|txt))`")
+CODE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$|`((?:jaxscape \w+|make scan) [^`]+)`", re.MULTILINE | re.DOTALL)
+FILE_NAME = re.compile(r"`([\w./-]+\.(?:py|toml|jinja|csv|jsonl|txt|yaml))`")
+UNFINISHED = re.compile(r"\b[A-Z]{3,}\b(?!=)|\.\.\.|…|--[\w-]+$")
+RECORDS = ("CHANGELOG.md", "measurements.md", "command-line.md")
+"""Pages whose sentences tell of commands that were run, or that show an error."""
 
 
 class Block(NamedTuple):
@@ -123,12 +126,18 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> Iterator[Block]:
+    """The blocks of a page, and the commands in its sentences in which nothing is to be filled in."""
     text = page.read_text(encoding="utf-8")
-    for match in FENCED.finditer(text):
-        before = text[: match.start()].rstrip().rpartition("\n\n")[2]
-        names = FILE_NAME.findall(before) if before.endswith(":") else []
-        code = re.sub(f"^{match[1]}", "", match[3], flags=re.MULTILINE)
-        yield Block(match[2], names[-1] if names else "", code, text.count("\n", 0, match.start()) + 1)
+    for match in CODE.finditer(text):
+        indent, language, code, command = match.groups()
+        line = text.count("\n", 0, match.start()) + 1
+        if language:
+            before = text[: match.start()].rstrip().rpartition("\n\n")[2]
+            names = FILE_NAME.findall(before) if before.endswith(":") else []
+            code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
+            yield Block(language, names[-1] if names else "", code, line)
+        elif page.name not in RECORDS and not UNFINISHED.search(command):
+            yield Block("bash", "", " ".join(command.split()), line)
 
 
 def with_changes(name: str) -> Callable[..., Any]:
@@ -202,16 +211,15 @@ def small_options(words: Sequence[str]) -> list[str]:
     for word in words:
         for option in NOT_WITH.get(word, ()):
             options = options.replace(f"{option} ", "")
-        if word in ONLY_SMALLER:
-            options += f"{word} {ONLY_SMALLER[word]} "
+        if word in OTHER_VALUES:
+            options += f"{word} {OTHER_VALUES[word]} "
     return options.split()
 
 
 RUN_PAGES = [
     page
     for page in PAGES
-    if page not in GUIDES
-    and any(block.language == "python" or any(map(is_run, shell_lines(block))) for block in blocks(page))
+    if page not in GUIDES and any(b.language == "python" or any(map(is_run, shell_lines(b))) for b in blocks(page))
 ]
 
 
@@ -408,6 +416,10 @@ def test_a_guide_for_contributors_can_be_followed(
         for function, values in itertools.chain.from_iterable(itertools.product([f], cases(f)) for f in functions):
             needed = [name for name in inspect.signature(function).parameters if name not in values]
             function(**values | {name: request.getfixturevalue(name) for name in needed})
+    if commands := [line for block in blocks(guide) for line in filter(is_run, shell_lines(block))]:
+        request.getfixturevalue("reader")
+        for line in commands:
+            run_line(line)
 
 
 def test_what_is_not_run_stands_in_the_documents() -> None:
