@@ -8,8 +8,8 @@
   tests and its commands.
 - Small random models stand in for those that have names, and small files for public ones. The fixture `reader` makes
   them; `SMALL`, `CHANGED` and `INSTEAD` say what else is not as on the page.
-- `NOT_RUN` says what is not run, and why. tests/test_docs.py reads such commands of jaxscape by the real parsers, and
-  those in sentences in which something is to be filled in.
+- `NOT_RUN` says what is not run, and why. Such commands of jaxscape are read by the real parsers, and so are those in
+  sentences in which something is to be filled in.
 """
 
 import ast
@@ -42,7 +42,7 @@ from helpers import (
 )
 
 import jaxscape as js
-from jaxscape.cli.main import main
+from jaxscape.cli.main import VERBS, main, run_program
 from jaxscape.directions import examples, objective, refusal
 from jaxscape.evaluate import coherence, llm_judge, measure
 from jaxscape.landscapes.axes import symmetric_axes
@@ -109,7 +109,8 @@ NOT_RUN = {
 }
 """How the lines of shell blocks that are not run begin, and why they are not."""
 
-CODE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$|`((?:jaxscape \w+|make scan) [^`]+)`", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(rf"{FENCED.pattern}|`((?:jaxscape \w+|make scan) [^`]+)`", FENCED.flags)
 FILE_NAME = re.compile(r"`([\w./-]+\.(?:py|toml|jinja|csv|jsonl|txt|yaml))`")
 UNFINISHED = re.compile(r"\b[A-Z]{3,}\b(?!=)|\.\.\.|…|--[\w-]+$")
 RECORDS = ("CHANGELOG.md", "measurements.md", "command-line.md")
@@ -131,7 +132,7 @@ def blocks(page: Path) -> Iterator[Block]:
     for match in CODE.finditer(text):
         indent, language, code, command = match.groups()
         line = text.count("\n", 0, match.start()) + 1
-        if language:
+        if command is None:
             before = text[: match.start()].rstrip().rpartition("\n\n")[2]
             names = FILE_NAME.findall(before) if before.endswith(":") else []
             code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
@@ -427,18 +428,48 @@ def test_what_is_not_run_stands_in_the_documents() -> None:
     assert [begin for begin in NOT_RUN if not any(line.startswith(begin) for line in lines)] == []
 
 
-EXPERIMENTS = sorted(
-    {
-        line.split()[1]
-        for page in PAGES
-        for block in blocks(page)
-        for line in shell_lines(block)
-        if line.startswith("python experiments/")
-    }
-)
+COMMAND = re.compile(rf"jaxscape ({'|'.join(VERBS)})\b([^\n\"]*(?:\"[^\"\n]*\"[^\n\"]*)*)")
+EXPERIMENT = re.compile(r"python experiments/(\w+)\.py\b([^\n]*)")
+IN_SENTENCES = re.compile(r"`([^`…]+ --[^`…]+ [^`…]+)`")  # an option with a value: without one, it is the option's name
 
 
-@pytest.mark.parametrize("script", EXPERIMENTS)
-def test_every_experiment_in_the_documents_is_run_by_a_test(script: str) -> None:
+def lines_to_read() -> Iterator[str]:
+    """The lines of shell blocks that are not run, and the commands with options in sentences.
+
+    The changelog's sentences tell of what has changed, and are left out.
+    """
+    for page in PAGES:
+        yield from (line for block in blocks(page) for line in shell_lines(block) if not is_run(line))
+        if page.name != "CHANGELOG.md":
+            text = FENCED.sub("", page.read_text(encoding="utf-8"))
+            yield from (" ".join(span.split()) for span in IN_SENTENCES.findall(text))
+
+
+def commands(pattern: re.Pattern[str]) -> list[list[str]]:
+    """The commands in lines that are not run, without the dots that stand for further options."""
+    found = [match for line in lines_to_read() for match in pattern.findall(line)]
+    split = [[name, *(word for word in shlex.split(options) if word != "...")] for name, options in found]
+    return sorted(map(list, {tuple(command) for command in split}))
+
+
+@pytest.mark.parametrize("command", commands(COMMAND), ids=" ".join)
+def test_commands_that_are_not_run_are_understood(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = getattr(importlib.import_module(f"jaxscape.cli.{command[0]}"), VERBS[command[0]].options)
+    monkeypatch.setattr(options, "run", lambda self: None)
+    main(command)
+
+
+@pytest.mark.parametrize("command", commands(EXPERIMENT), ids=" ".join)
+def test_experiments_are_understood_and_run_by_another_test(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, *options = command
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    module = importlib.import_module(name)
+    (program,) = [
+        value for value in vars(module).values() if getattr(value, "__module__", "") == name and "run" in vars(value)
+    ]
+    monkeypatch.setattr(program, "run", lambda self: None)
+    run_program(program, options)
     tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/experiments/*.py"))
-    assert f'"{Path(script).stem}"' in tests
+    assert f'"{name}"' in tests
