@@ -74,8 +74,13 @@ SMALL = {
 NOT_WITH = {"--extend": ("--overwrite",), "--like": ("--num-prompts 2", "--steps 2"), "--points": ("--steps 2",)}
 """What of `SMALL` an option of the page does not go with."""
 
-OTHER_VALUES = {"--num-directions": "2", "--draws": "2", "--extra-steps": "1", "--validation": "0.5"}
-"""Options that are given these values where a page gives them."""
+WITH = {
+    "--num-directions": "--num-directions 2",
+    "--extra-steps": "--extra-steps 1",
+    "--certify": "--draws 2",
+    "--validation": "--validation 0.5",
+}
+"""What is added where a page gives an option."""
 
 INSTEAD = {
     "DIRECTORY": "path/to/directory",
@@ -217,8 +222,7 @@ def small_options(words: Sequence[str]) -> list[str]:
     for word in words:
         for option in NOT_WITH.get(word, ()):
             options = options.replace(f"{option} ", "")
-        if word in OTHER_VALUES:
-            options += f"{word} {OTHER_VALUES[word]} "
+        options += f"{WITH.get(word, '')} "
     return options.split()
 
 
