@@ -202,8 +202,7 @@ def run_line(line: str) -> None:
         subprocess.run(["bash", "-ec", line], check=True)
         return
     command, _, file = line.partition(" > ")
-    pairs = ((word, INSTEAD.get(word)) for word in shlex.split(command)[1:])
-    words = [w for word, instead in pairs for w in ([word] if instead is None else instead.split())]
+    words = [word for word in (INSTEAD.get(word, word) for word in shlex.split(command)[1:]) if word]
     code: Any = 0
     with Path(file).expanduser().open("w") if file else contextlib.nullcontext(sys.stdout) as output:
         try:
