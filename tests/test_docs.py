@@ -1,15 +1,13 @@
 """The documents: links lead to files, the README is short, and the Python reference names every public name."""
 
-import importlib
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import jaxscape as js
-from jaxscape.cli.main import VERBS, main, run_program, usage
+from jaxscape.cli.main import usage
 from jaxscape.finetuning import chats
 from jaxscape.forecast.known_models import SHAPES
 from jaxscape.models import builtin
@@ -95,63 +93,3 @@ def test_the_architecture_page_lists_the_files_of_the_package() -> None:
     }
     rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
     assert set(re.findall(r"`(\w+(?:/\w+)+\.py)`", rows)) == modules
-
-
-BASH = re.compile(r"^ *```bash\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(rf"jaxscape ({'|'.join(VERBS)})\b([^\n\"]*(?:\"[^\"\n]*\"[^\n\"]*)*)")
-
-
-INLINE = re.compile(r"`([^`…]+ --[^`…]+ [^`…]+)`")  # an option with a value: without one, it is the option's name
-MAKE_SCAN = re.compile(r'make scan ARGS="([^"]*)"')
-
-
-def shell_texts(document: Path) -> Iterator[str]:
-    """A document's shell blocks, and the commands with options in its sentences, each on one line.
-
-    The changelog's sentences tell of what has changed, and are left out.
-    """
-    for block in BASH.findall(document.read_text(encoding="utf-8")):
-        yield block.replace("\\\n", " ")
-    if document.name != "CHANGELOG.md":
-        for span in INLINE.findall(without_code(document)):
-            yield MAKE_SCAN.sub(r"jaxscape scan \1", " ".join(span.split()))
-
-
-def commands(document: Path) -> Iterator[list[str]]:
-    """The commands that a document gives, without the dots that stand for further options."""
-    for text in shell_texts(document):
-        for verb, options in COMMAND.findall(text):
-            options = options.partition(" > ")[0]
-            yield [verb, *(part for part in shlex.split(options, comments=True) if part != "...")]
-
-
-COMMANDS = [command for document in DOCUMENTS for command in commands(document)]
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_in_the_documents_is_understood(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    options = getattr(importlib.import_module(f"jaxscape.cli.{command[0]}"), VERBS[command[0]].options)
-    monkeypatch.setattr(options, "run", lambda self: None)
-    main(command)
-
-
-EXPERIMENT = re.compile(r"python experiments/(\w+)\.py\b([^\n]*)")
-EXPERIMENTS = [
-    (name, shlex.split(options, comments=True))
-    for document in DOCUMENTS
-    for text in shell_texts(document)
-    for name, options in EXPERIMENT.findall(text)
-]
-
-
-@pytest.mark.parametrize(("name", "options"), EXPERIMENTS, ids=str)
-def test_every_experiment_in_the_documents_is_understood(
-    name: str, options: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    module = importlib.import_module(name)
-    (program,) = [
-        value for value in vars(module).values() if getattr(value, "__module__", "") == name and "run" in vars(value)
-    ]
-    monkeypatch.setattr(program, "run", lambda self: None)
-    run_program(program, options)

@@ -27,7 +27,8 @@ class Axis:
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> "Axis":
         """The axis that an entry of a run's file describes. Raises one of several exceptions if it describes none."""
-        return cls(str(entry["name"]), tuple(map(float, entry["values"])), entry.get("unit"))
+        unit = entry.get("unit")
+        return cls(str(entry["name"]), tuple(map(float, entry["values"])), None if unit is None else str(unit))
 
     def described(self) -> dict[str, Any]:
         """The axis in the files of a run, which leave out a unit of None."""

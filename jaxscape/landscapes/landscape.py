@@ -13,12 +13,13 @@ from jaxtyping import Bool, Float, Int, Shaped
 from jaxscape.directions.names import is_control_name
 from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.landscapes.axes import Axis
-from jaxscape.landscapes.numbers import landscape_numbers
+from jaxscape.landscapes.numbers import check_estimate, check_numbers, landscape_numbers
 from jaxscape.landscapes.visage import visage, visage_interval
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 
 FILE_NAME, FIGURE = "landscape.json", "landscape.png"
+SHARES = {"refused", "complied", "incoherent"}
 
 Measure = Mapping[str, Float[np.ndarray, " directions *grid"]]
 """What an evaluator gave at each point: the share of each label in percent, by the label's name. Beside each label,
@@ -238,7 +239,7 @@ class Landscape:
             return cls._from_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"{directory} holds no landscape: {path} cannot be read ({reason(error)}).") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is not a landscape file ({reason(error)}).") from error
 
     @classmethod
@@ -263,23 +264,43 @@ class Landscape:
             directions=tuple(tuple(map(str, names)) for names in content.get("directions", ())),
             control=dict(content.get("control", {})),
         )
-        grid = (len(landscape.points),) if landscape.points else tuple(len(axis.values) for axis in landscape.axes)
-        arrays = (landscape.asr, landscape.asr_low, landscape.asr_high, landscape.nonfinite, landscape.unanswered)
-        measures = (*landscape.measures.values(), *landscape.disagreement.values())
-        rates = [rate for measure in (*measures, landscape.shares) for rate in measure.values()]
-        shapes = {
-            array.shape for array in (*arrays, *rates, landscape.asr if landscape.filled is None else landscape.filled)
-        }
-        if len(grid) not in (1, 2) or shapes != {(len(landscape.asr), *grid)}:
-            raise ValueError(f"arrays of shapes {sorted(shapes)} over {len(grid)} axes")
-        if landscape.complete and landscape.axes:
-            values = content["visage"]
-            np.array([values["paper"], values["reference"], *values["interval"]], np.float64).reshape(4)
-            numbers = {"asr": {}} if landscape.numbers is None else landscape.numbers
-            for number in (*numbers["asr"].values(), *numbers.get("complied", {}).values()):
-                if number is not None:
-                    np.array([number["value"], *number["interval"]], np.float64).reshape(3)
+        landscape._check_parts()
         return landscape
+
+    def _check_parts(self) -> None:
+        """Raise one of several exceptions if the parts do not fit one another, as those of a damaged file may."""
+        grid = (len(self.points),) if self.points else tuple(len(axis.values) for axis in self.axes)
+        measures = (*self.measures.values(), *self.disagreement.values(), self.shares)
+        arrays = [self.asr, self.asr_low, self.asr_high, self.nonfinite, self.unanswered]
+        arrays += [
+            *([] if self.filled is None else [self.filled]),
+            *(rate for item in measures for rate in item.values()),
+        ]
+        shapes = {array.shape for array in arrays}
+        if len(grid) not in (1, 2) or shapes != {(len(self.asr), *grid)}:
+            raise ValueError(f"arrays of shapes {sorted(shapes)} over {len(grid)} axes")
+        for measure in measures:
+            kinds = {key.removesuffix("_low").removesuffix("_high") for key in measure}
+            if measure.keys() != {f"{kind}{end}" for kind in kinds for end in ("", "_low", "_high")}:
+                raise ValueError("a share lacks an end of its interval")
+        if self.shares and not self.shares.keys() >= SHARES:
+            raise ValueError("one of the three shares is missing")
+        if len(self.directions) not in (0, len(self.asr)) or self.num_prompts < 1:
+            raise ValueError(f"names of {len(self.directions)} direction sets, and {self.num_prompts} prompts")
+        num_controls = int(self.is_control.sum())
+        if self.visage_values is not None or (self.complete and self.axes):
+            _check_visage(self.visage_values or {})
+        if self.numbers is not None:
+            check_numbers(self.numbers, len(self.asr) - num_controls)
+        if self.control:
+            _check_visage(self.control["visage"])
+            check_numbers(self.control["numbers"], num_controls)
+
+
+def _check_visage(values: Mapping[str, Any]) -> None:
+    """Raise one of several exceptions if `visage`, which a file holds, is not what `_numbers` gives."""
+    for kind, interval in (("paper", "interval"), ("reference", "reference_interval")):
+        check_estimate({"value": values[kind], "interval": values[interval]})
 
 
 def _numbers(

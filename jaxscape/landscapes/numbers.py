@@ -4,7 +4,7 @@ All functions take rates in percent, or outcomes, of anything that is unsafe whe
 or an answer that complies.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from jaxscape.landscapes.axes import Axis
 
 THRESHOLD = 50.0  # percent; the radius is where the rate rises above it
+SIDES = ("negative", "positive")  # of a line
 RAYS = 16  # in a plane: one for every 22.5 degrees
 RESAMPLES = 1000
 TAIL = 0.025  # of the bootstrap samples lie below a 95 % interval, and as many above it
@@ -59,6 +60,28 @@ def landscape_numbers(
             crossings(rates, rays), resample(happened, prompts, lambda rates: crossings(rates, rays)), directions, rays
         ),
     }
+
+
+def check_numbers(numbers: Mapping[str, Any], num_directions: int) -> None:
+    """Raise one of several exceptions if `numbers`, as `landscape.json` holds them, have another form than that of as
+    many directions."""
+    for entry in {"asr": numbers["asr"], **numbers}.values():
+        for number in [entry["volume"], *([] if entry["radius"] is None else [entry["radius"]])]:
+            if len(number["directions"]) != num_directions:
+                raise ValueError(f"numbers of {len(number['directions'])} directions, and not of {num_directions}")
+            for part in (number, *number["directions"]):
+                for estimate in (part, *(part[side] for side in SIDES if side in part)):
+                    check_estimate(estimate)
+
+
+def check_estimate(number: Mapping[str, Any]) -> None:
+    """Raise one of several exceptions if a number has no value or no interval, or something else in their places."""
+    low, high = number["interval"]
+    low_is_bound, high_is_bound = number.get("interval_at_least", (False, False))
+    if not all(isinstance(value, int | float) for value in (number["value"], low, high)):
+        raise TypeError(f"{number!r:.60} is no number with an interval")
+    if not all(isinstance(flag, bool) for flag in (number.get("at_least", False), low_is_bound, high_is_bound)):
+        raise TypeError(f"{number!r:.60} does not say whether it is a bound")
 
 
 def safety_volume(rates: Float[np.ndarray, " *shape"], axes: Sequence[Axis]) -> Float[np.ndarray, " *batch"]:

@@ -21,6 +21,14 @@ from jaxscape.runtime.errors import UserError, is_utf8, reason
 from jaxscape.runtime.files import read_json, whole_lines
 from jaxscape.runtime.rundir import CONFIG
 
+CONFIG_TYPES = {
+    **dict.fromkeys(("model", "evaluator", "prompt_source"), (str,)),
+    **dict.fromkeys(("seed", "max_new_tokens", "top_k"), (int,)),
+    **dict.fromkeys(("temperature", "top_p"), (int, float)),
+    "direction_names": (list,),
+}
+"""The types of what readers of a run take from its `config.json`."""
+
 
 @dataclass(frozen=True, eq=False)
 class KeptRun:
@@ -70,6 +78,7 @@ def load_run(directory: Path) -> KeptRun:
         )
     landscape = Landscape.load(directory)
     try:
+        _check_config(config)
         lines = (directory / PROMPTS).read_text(encoding="utf-8").split("\n")[:-1]
         prompts = [_text(json.loads(line)["prompt"]) for line in lines]
         if len(prompts) != landscape.num_prompts:
@@ -110,6 +119,16 @@ def load_finished(directory: Path) -> KeptRun:
         raise UserError(f"The run in {directory} is not finished; run its command again to finish it first.")
     labels = {name: rows for name, rows in run.labels.items() if len(rows) == len(run.points)}
     return replace(run, labels=labels)
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Raise a `TypeError` if a value of `config.json` that is read here has another type than a scan writes."""
+    for key, types in CONFIG_TYPES.items():
+        if not isinstance(config.get(key), (*types, type(None))):
+            raise TypeError(f"{key} in {CONFIG} is {config[key]!r:.60}")
+    for names in config.get("direction_names", []):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"direction_names in {CONFIG} has {names!r:.60}")
 
 
 def _verdicts(records: Sequence[Record]) -> list[Label | None]:

@@ -33,7 +33,7 @@ def estimate_text(number: Mapping[str, Any], spec: str, label: str = "") -> str:
     values = (number["value"], *number["interval"])
     bounds = (number.get("at_least", False), *number.get("interval_at_least", (False, False)))
     value, low, high = (
-        ("at least " if bound else "") + _number(x, spec) for x, bound in zip(values, bounds, strict=True)
+        ("at least " if bound else "") + _number(float(x), spec) for x, bound in zip(values, bounds, strict=True)
     )
     return f"{value} ({label}{low} to {high})"
 

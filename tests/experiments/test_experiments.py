@@ -62,6 +62,18 @@ def test_prompt_sets_are_compared(tiny_dir: Path, tmp_path: Path, capfd: pytest.
     assert "--prompts and --second are both called harmful" in capfd.readouterr().err
 
 
+def test_kinds_of_directions_stand_beside_their_controls(tiny_dir: Path, tmp_path: Path) -> None:
+    """Along random directions no control is scanned. `there` is one of the distances, which double."""
+    options = ["--model", tiny_dir, "--directions", "random:0", "sum:[random:1][random:2]", "--doublings", "1"]
+    table = run("directions", tmp_path / "out", *options, "--nearest", "0.25")
+    assert [row[0] for row in rows(table)] == [
+        "weight-norm:[random:0]",
+        "weight-norm:[sum:[random:1][random:2]]",
+        "control:[weight-norm:[sum:[random:1][random:2]]]",
+    ]
+    assert {row[4] for row in rows(table)} <= {"-0.5", "-0.25", "+0", "+0.25", "+0.5"}
+
+
 def test_jailbreaks_of_an_artifact_and_the_vote(tiny_dir: Path, tmp_path: Path) -> None:
     """The vote of all models, from the answers that the runs keep."""
     entries = [{"goal": "Bad", "prompt": prompt, "jailbroken": True} for prompt in ("Bad !(", None, "Say bad.", "No.")]

@@ -55,7 +55,7 @@ def write_gguf(path: Path, kind: Q = Q.F32, tokenizer: str = "gpt2", pre: str = 
     rng = np.random.default_rng(0)
     tokens = [*(BPE if tokenizer == "gpt2" else SPM), *extra.get("extra_tokens", ())]
     writer = gguf.GGUFWriter(path, extra.get("architecture", "llama"))
-    writer.add_context_length(128)
+    writer.add_context_length(extra.get("context", 128))
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(MLP)

@@ -6,6 +6,8 @@
 // The palette of Okabe and Ito, which the colour-blind can tell apart. Dashes and markers differ too.
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
 const DASHES = ["solid", "dash", "dashdot", "dot"];
+// In a legend: the lengths of each line's strokes and of the gaps after them, in pixels.
+const STROKES = { solid: [28], dash: [7, 4], dashdot: [8, 3, 2, 3], dot: [2, 3] };
 const MARKERS = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross"];
 const MARKER_TEXTS = ["●", "■", "▲", "◆", "▼", "✚"];
 const PATH_COLOURS = ["#FFFFFF", "#E69F00", "#56B4E9"];
@@ -32,8 +34,15 @@ function plotlyText(text) {
 function legendEntry(text, dash, colour) {
   if (!dash) return element("span", {}, text);
   const swatch = element("i", { className: "swatch line" });
-  swatch.style.borderTop = `2px ${{ solid: "solid", dot: "dotted" }[dash] ?? "dashed"} ${colour}`;
+  swatch.style.background = dashed(STROKES[dash], colour);
   return element("span", {}, swatch, text);
+}
+
+/** A line as a background that repeats strokes and gaps of these lengths. */
+function dashed(lengths, colour) {
+  let start = 0;
+  const parts = lengths.map((length, i) => `${i % 2 ? "transparent" : colour} ${start}px ${(start += length)}px`);
+  return `repeating-linear-gradient(90deg, ${parts})`;
 }
 
 /** A line or a list of points: curves with bands, over the stacked shares where the ASR is drawn. */
