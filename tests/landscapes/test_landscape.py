@@ -152,7 +152,7 @@ GOOD: dict[str, Any] = {
     **{name: [[100.0, 50.0, 100.0]] for name in ("asr", "asr_low", "asr_high")},
     "nonfinite": [[0, 0, 0]],
     "num_prompts": 2,
-    "visage": {"paper": 50.0, "reference": 50.0, "interval": [0.0, 60.0], "reference_interval": [0.0, 60.0]},
+    "visage": {"paper": 50.0, "reference": 50.0, "interval": [0.0, 60.0]},
 }
 
 
