@@ -101,7 +101,8 @@ BASH = re.compile(r"^ *```bash\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(rf"jaxscape ({'|'.join(VERBS)})\b([^\n\"]*(?:\"[^\"\n]*\"[^\n\"]*)*)")
 
 
-INLINE = re.compile(r"`([^`…]+ --[^`…]+ [^`…]+)`")  # an option with a value: without one, it is the option's name
+INLINE = re.compile(r"`([^`]+)`")
+WITH_OPTION = re.compile(r"[^…]+ --[^…]+ [^…]+")  # an option with a value: without one, it is the option's name
 MAKE_SCAN = re.compile(r'make scan ARGS="([^"]*)"')
 
 
@@ -113,7 +114,7 @@ def shell_texts(document: Path) -> Iterator[str]:
     for block in BASH.findall(document.read_text(encoding="utf-8")):
         yield block.replace("\\\n", " ")
     if document.name != "CHANGELOG.md":
-        for span in INLINE.findall(without_code(document)):
+        for span in filter(WITH_OPTION.fullmatch, INLINE.findall(without_code(document))):
             yield MAKE_SCAN.sub(r"jaxscape scan \1", " ".join(span.split()))
 
 
