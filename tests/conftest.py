@@ -102,6 +102,8 @@ SLOW_FILES = (
     "test_surroundings.py",
     "test_sharding.py",
     "test_notebook.py",
+    "test_extension.py",
+    "test_documents_run.py",
     "test_scan.py",
     "test_finetune.py",
     "test_damaged.py",
