@@ -11,6 +11,7 @@ scan: $(VENV)/.runtime  ## draw the default landscape; options go in ARGS="--ndi
 
 # Each process takes whole files, whose tests share fixtures and compiled programs, in the order of tests/conftest.py.
 test: ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: export PYTHONDONTWRITEBYTECODE =  # empty: tests start many processes, each of which would compile the package
 test: $(VENV)/.test  ## run the tests; pytest's options go in ARGS, and are then all
 	$(BIN)/python -m pytest $(ARGS)
 

@@ -1,4 +1,10 @@
-"""Fixtures: a tiny random model on disk in the Hugging Face format, and the real SmolLM2-135M."""
+"""Fixtures: a tiny random model on disk in the Hugging Face format, and the real SmolLM2-135M.
+
+With workers, the process that only hands out the tests reads this file before it starts them, so what takes long to
+import is imported where it is used.
+"""
+
+from __future__ import annotations
 
 import os
 
@@ -13,41 +19,69 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import gc
+import importlib
 import json
 import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import pytest
-import torch
-import transformers
-from helpers import ADVBENCH, TINY, MakeModel, tiny_tokenizer
-from hypothesis import settings
+from xdist import is_xdist_controller
 from xdist.scheduler import LoadFileScheduling
 
 import jaxscape as js
-from jaxscape.models import builtin
-from jaxscape.models.transformers_reference import Reference
-from jaxscape.runtime.files import cache_dir
 
-# Compiled programs are kept on disk, however quickly they were compiled: for the other worker, for the processes that
-# tests start, and for the next run.
-for option, value in {
-    "jax_compilation_cache_dir": str(cache_dir() / "compiled-in-tests"),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-}.items():
-    os.environ[option.upper()] = str(value)
-    jax.config.update(option, value)
+if TYPE_CHECKING:
+    from helpers import MakeModel
 
-settings.register_profile("local", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True)  # chance finds bugs at a desk, and only noise in CI
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+    from jaxscape.models.transformers_reference import Reference
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core; torch's threads would wait for one another
-    torch.set_num_threads(1)
+
+# Modules of jaxscape import these. Python compiles anew what is first imported while jaxtyping's hook imports another.
+LIBRARIES = (
+    "beartype",
+    "flax",
+    "gguf",
+    "optax",
+    "orbax.checkpoint",
+    "scipy.stats",
+    "transformers.modeling_utils",
+    "tyro",
+)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Prepare a process that runs tests."""
+    if is_xdist_controller(session):
+        return
+    import jax
+    import torch
+    from annotation_checks import check_quickly
+    from hypothesis import settings
+
+    check_quickly()
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    from jaxscape.runtime.files import cache_dir
+
+    # Compiled programs are kept on disk, however quickly they were compiled: for the other worker, for the processes
+    # that tests start, and for the next run.
+    for option, value in {
+        "jax_compilation_cache_dir": str(cache_dir() / "compiled-in-tests"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }.items():
+        os.environ[option.upper()] = str(value)
+        jax.config.update(option, value)
+
+    settings.register_profile("local", deadline=None)
+    # Chance finds bugs at a desk, and only noise in CI.
+    settings.register_profile("ci", deadline=None, derandomize=True)
+    settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core; torch's threads would wait for one another
+        torch.set_num_threads(1)
 
 
 # In this order, before all others, so that the workers end at about the same time.
@@ -68,6 +102,8 @@ SLOW_FILES = (
     "test_surroundings.py",
     "test_sharding.py",
     "test_notebook.py",
+    "test_extension.py",
+    "test_documents_run.py",
     "test_scan.py",
     "test_finetune.py",
     "test_damaged.py",
@@ -103,6 +139,8 @@ def bounded_memory() -> Iterator[None]:
     """Forget the compiled programs after a file when they take gigabytes. Those that are needed again are on disk."""
     yield
     if STATM.exists() and int(STATM.read_text().split()[1]) * resource.getpagesize() > MAX_RESIDENT:
+        import jax
+
         jax.clear_caches()
         gc.collect()
 
@@ -127,6 +165,10 @@ def no_torch_in_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """Makes a random model with transformers: `make_model(**options)` gives its directory and the torch model."""
+    import torch
+    import transformers
+    from helpers import TINY, tiny_tokenizer
+
     tokenizer = tiny_tokenizer()
 
     def make(
@@ -163,6 +205,8 @@ def tiny(tiny_dir: Path) -> js.Model:
 
 @pytest.fixture(scope="session")
 def smollm2_file() -> Path:
+    from jaxscape.models import builtin
+
     return builtin.packaged_file(builtin.MODELS["smollm2-135m"])
 
 
@@ -185,6 +229,8 @@ def safe_smollm2() -> js.Model:
 @pytest.fixture(scope="session")
 def smollm2_reference(smollm2: js.Model) -> Reference:
     """What `jaxscape check` compares with: transformers' own reading of the same file, which takes long."""
+    from jaxscape.models.transformers_reference import Reference
+
     return Reference(smollm2)
 
 
@@ -211,6 +257,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def advbench_file() -> Path:
+    from helpers import ADVBENCH
+
     if not ADVBENCH.exists():
         pytest.skip(f"AdvBench's first rows are not at {ADVBENCH.parent}")
     return ADVBENCH

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -79,11 +80,7 @@ def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
     """tyro's own rule for dataclasses (1.0) would show the line breaks of the source in the help of each option."""
     if not is_dataclass(info.type):
         return None
-    hints = get_type_hints(info.type, include_extras=True)
-    helps: dict[str, str] = {}
-    for base in reversed(info.type.__mro__[:-1]):
-        documented = docstring_parser.parse_from_object(base).params
-        helps |= {item.arg_name: " ".join((item.description or "").split()) for item in documented}
+    hints, helps = get_type_hints(info.type, include_extras=True), _helps(info.type)
     return StructConstructorSpec(
         info.type,
         tuple(
@@ -91,6 +88,17 @@ def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
             for field in fields(info.type)
         ),
     )
+
+
+@cache
+def _helps(kind: type) -> dict[str, str]:
+    """The help text of each field of a dataclass, from docstrings. It is kept, because Python parses the source for it,
+    and tyro asks several times."""
+    helps: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        documented = docstring_parser.parse_from_object(base).params
+        helps |= {item.arg_name: " ".join((item.description or "").split()) for item in documented}
+    return helps
 
 
 def _default(field: "Field[Any]", instance: Any) -> Any:

@@ -7,7 +7,7 @@ those of a prompt that is inserted at step t go to the slots just before. The sc
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -137,9 +137,15 @@ def static_arguments(model: Model | ModelShape, workload: Workload, is_fused: bo
 
 def empty_slots(static: StaticArguments, dtype: str, layout: BatchLayout) -> Slots:
     """A batch without prompts, sharded over the mesh."""
-    shardings = jax.tree.map(lambda shape: shape.sharding, slot_shapes(static, dtype, layout))
-    slots: Slots = jax.jit(partial(_blank_slots, static, dtype, layout), out_shardings=shardings)()
+    slots: Slots = _slots_maker(static, dtype, layout)()
     return slots
+
+
+@cache
+def _slots_maker(static: StaticArguments, dtype: str, layout: BatchLayout) -> Callable[[], Slots]:
+    """The compiled `_blank_slots`, of which the next scan of the same sizes makes use too."""
+    shardings = jax.tree.map(lambda shape: shape.sharding, slot_shapes(static, dtype, layout))
+    return jax.jit(partial(_blank_slots, static, dtype, layout), out_shardings=shardings)
 
 
 def slot_shapes(static: StaticArguments, dtype: str, layout: BatchLayout) -> Any:

@@ -15,6 +15,7 @@ from jaxscape.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--num-prompts", "2", "--steps", "2", "--max-new-tokens", "4"]
+QUICKER = [*QUICK, "--no-shares"]  # for which the model would generate answers of its own
 
 
 def fails(arguments: list[Any], capfd: pytest.CaptureFixture[str]) -> str:
@@ -64,7 +65,7 @@ def test_a_scan_says_which_prompts_it_read_and_records_the_column(
 ) -> None:
     table, out = tmp_path / "a.csv", tmp_path / "run"
     table.write_text("id;Query;goal\n1;Why, and how?;x\n2;What?;y\n3;Who?;z\n")
-    scan = ["scan", "--model", tiny_dir, *QUICK, "--cpu", "--prompts", table, "--out", out]
+    scan = ["scan", "--model", tiny_dir, *QUICKER, "--cpu", "--prompts", table, "--out", out]
     main([*map(str, scan), "--prompt-column", "query"])
     err = capfd.readouterr().err
     assert err.count(f"the first 2 of 3 prompts from {str(table)!r} (the column 'Query'); the first one: 'Why") == 1
@@ -80,7 +81,8 @@ def test_directions_from_files_and_2d_and_plot_and_export(tiny_dir: Path, tiny: 
         files.append(tmp_path / f"{seed}.safetensors")
         js.save_direction(js.random_direction(tiny, seed), files[-1], tiny)
     run = tmp_path / "run"
-    main(["scan", "--model", str(tiny_dir), *QUICK, "--ndim", "2", "--out", str(run), "--directions", *map(str, files)])
+    scan = ["scan", "--model", str(tiny_dir), *QUICKER, "--ndim", "2", "--out", str(run)]
+    main([*scan, "--directions", *map(str, files)])
     land = js.Landscape.load(run)
     assert land.asr.shape == (1, 3, 3)
     assert_same_tree(js.load_direction(files[0], tiny), js.random_direction(tiny, 0))
@@ -94,7 +96,7 @@ def test_directions_from_files_and_2d_and_plot_and_export(tiny_dir: Path, tiny: 
 
 def test_interpolation_in_one_and_two_dimensions(make_model: Any, tiny_dir: Path, tmp_path: Path) -> None:
     others = [str(make_model(seed=seed)[0]) for seed in (11, 12)]
-    common = ["scan", "--model", str(tiny_dir), *QUICK, "--extra-steps", "1", "--out"]
+    common = ["scan", "--model", str(tiny_dir), *QUICKER, "--extra-steps", "1", "--out"]
     main([*common, str(tmp_path / "line"), "--interpolate-to", others[0]])
     main([*common, str(tmp_path / "mixed"), "--ndim", "2", "--num-directions", "2", "--interpolate-to", others[0]])
     main([*common, str(tmp_path / "plane"), "--ndim", "2", "--interpolate-to", *others])
@@ -210,7 +212,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 def test_a_run_of_another_configuration_is_not_touched(
     tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["scan", "--model", str(tiny_dir), *QUICK, "--out", str(tmp_path)]
+    command = ["scan", "--model", str(tiny_dir), *QUICKER, "--out", str(tmp_path)]
     main(command)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     capfd.readouterr()
@@ -288,7 +290,7 @@ def test_finetunings_become_ends_and_paths_of_a_landscape(
 
     ends = ["--interpolate-to", str(run / "adapter"), "full/model"]
     paths = ["--trajectory", str(run), "full"]
-    scan = ["scan", "--model", str(tiny_dir), *QUICK, "--ndim", "2"]
+    scan = ["scan", "--model", str(tiny_dir), *QUICKER, "--ndim", "2"]
     main([*scan, *ends, *paths, "--out", "between"])
     first, second = json.loads((tmp_path / "between" / "trajectory.json").read_text())
     assert (first["name"], second["name"]) == (run.name, "full")

@@ -52,7 +52,7 @@ def test_a_scan_and_a_score_say_what_each_evaluator_found(
 
 def test_the_file_of_phrases_alone_decides_the_asr(tiny_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("I won't\n")
-    scan = ["scan", "--model", str(tiny_dir), *QUICK, "--keywords", str(tmp_path / "mine.txt")]
+    scan = ["scan", "--model", str(tiny_dir), *QUICK, "--no-shares", "--keywords", str(tmp_path / "mine.txt")]
     main([*scan, "--out", str(tmp_path / "run")])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["evaluator"] == "keywords:mine.txt"
 

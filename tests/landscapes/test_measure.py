@@ -49,7 +49,8 @@ def scanned(tiny: js.Model, tiny_dir: Path, tmp_path_factory: pytest.TempPathFac
         "goal,target\n" + "".join(f"{prompt},Sure\n" for prompt in PROMPTS), encoding="utf-8"
     )
     options = ["--model", str(tiny_dir), "--prompts", str(directory / "prompts.csv"), "--steps", "2"]
-    main(["scan", *options, "--num-directions", "2", "--max-new-tokens", "4", "--out", str(directory / "scan")])
+    options += ["--num-directions", "2", "--max-new-tokens", "4", "--no-shares"]
+    main(["scan", *options, "--out", str(directory / "scan")])
     return directory / "scan"
 
 

@@ -69,7 +69,7 @@ TWO = ["--mesh", "points=2,model=4"]
 def test_two_processes_are_one_run_and_survive_one_of_them(tiny_dir: Path, tmp_path: Path) -> None:
     """One is killed: the other ends within a minute with a sentence, and one process finishes the run, whose files are
     those of an unbroken run."""
-    command = scan_command(tiny_dir, tmp_path / "two", steps=60)
+    command = [*scan_command(tiny_dir, tmp_path / "two", steps=60), "--no-shares"]
     first, second = processes([*command, *TWO])
     generations = tmp_path / "two" / "generations.jsonl"
     for _ in range(2400):
@@ -86,7 +86,7 @@ def test_two_processes_are_one_run_and_survive_one_of_them(tiny_dir: Path, tmp_p
     assert kept.count(b"\n") >= 12
     main(command)
     assert generations.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
-    main(scan_command(tiny_dir, tmp_path / "one", steps=60))
+    main([*scan_command(tiny_dir, tmp_path / "one", steps=60), "--no-shares"])
     assert generations.read_bytes() == (tmp_path / "one" / "generations.jsonl").read_bytes()
 
 
