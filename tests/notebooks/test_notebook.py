@@ -1,5 +1,6 @@
 """The notebook runs from top to bottom on the real model, and its saved outputs are those of such a run."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -32,10 +33,19 @@ def test_the_notebook_runs_with_small_settings(monkeypatch: pytest.MonkeyPatch) 
     assert "alpha +0.5  ASR 100.0 %" in text
 
 
-def test_saved_outputs_are_there_and_small() -> None:
-    notebook = nbformat.read(PATH, as_version=4)
-    assert "colab.research.google.com" in notebook.cells[0].source
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
+@pytest.mark.parametrize("path", sorted(PATH.parent.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_saved_outputs_are_those_of_one_run(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    assert (
+        f"colab.research.google.com/github/jaxscape/jaxscape/blob/main/notebooks/{path.name}"
+        in notebook.cells[0].source
+    )
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert 'find_spec("jaxscape") is None' in code[0].source
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    outputs = [output for cell in code for output in cell.outputs]
     assert "error" not in {output.output_type for output in outputs}
-    assert PATH.stat().st_size < 200_000
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == (path.stem != "scaling_on_tpu")
+    text = path.read_text(encoding="utf-8")
+    assert len(text) < 200_000
+    assert not re.search(r"""["\s(]/(home|root|tmp|work|content|usr|opt)/""", text)
