@@ -67,8 +67,8 @@ class Shard:
         exceptions if the configuration is damaged."""
         if (entry := config.get("shard")) is None:
             return None
-        numbers = (int(entry[key]) for key in ("number", "count", "start", "stop"))
-        shard = cls(*numbers, labels=list(map(str, entry["labels"])))
+        number, count, start, stop = (int(entry[key]) for key in ("number", "count", "start", "stop"))
+        shard = cls(number, count, start, stop, list(map(str, entry["labels"])))
         if not (1 <= shard.number <= shard.count and 0 <= shard.start < shard.stop):
             raise ValueError(f"{entry} is no shard")
         return shard
