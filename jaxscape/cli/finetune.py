@@ -9,6 +9,7 @@ from jaxscape.finetuning.options import Training
 from jaxscape.prompts.thinking import Thinking
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.help import shown
+from jaxscape.runtime.remote import run_directory
 from jaxscape.runtime.reporting import Target, check_target
 from jaxscape.runtime.streams import write_line
 
@@ -73,6 +74,7 @@ class Finetune:
 
         chats = [chat for source in sources for chat in load_chats(source)]
         self.devices.start()
+        out = run_directory(out)
         from_first(lambda: rundir.check_directory(out, FINETUNING))
         result = finetune(
             self.model.load(self.devices.mesh),

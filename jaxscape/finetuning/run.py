@@ -29,6 +29,7 @@ from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import checksum, cut_after, whole_lines
 from jaxscape.runtime.processes import from_first, is_visible_to_all
 from jaxscape.runtime.progress import progress_display
+from jaxscape.runtime.remote import run_directory
 from jaxscape.runtime.reporting import Reporter, check_target, open_reporter
 
 
@@ -84,7 +85,7 @@ def finetune(
     """
     training = training or Training()
     training.check()
-    directory = None if out is None else Path(out)
+    directory = None if out is None else run_directory(out)
     check_target(report_to, directory)
     if directory is not None:
         _check_out(directory, model, training)

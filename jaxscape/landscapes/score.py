@@ -22,6 +22,7 @@ from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.hardware import free_memory, skip_absent_tpu
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
+from jaxscape.runtime.remote import run_directory
 
 
 def score(
@@ -45,7 +46,7 @@ def score(
             evaluator can judge them.
     """
     skip_absent_tpu()
-    judges, directory = find_evaluators(evaluator), Path(directory)
+    judges, directory = find_evaluators(evaluator), run_directory(directory)
     with reopen_run(directory) as (run, sent):
         openings = [opening_after(prompt, text) for prompt, text in zip(run.prompts, sent, strict=True)]
         bind = partial(
