@@ -33,7 +33,9 @@ from jaxscape.runtime.extras import import_extra
 from jaxscape.runtime.files import cache_dir, checksum, temporary_path, watchers
 
 PATIENCE = 300.0
-"""For how many seconds requests to a store that has answered before are repeated, beyond fsspec's own repetitions."""
+"""For how many seconds a request to a store that has answered before is repeated, beyond fsspec's own repetitions."""
+FIRST_WAIT = 1.0
+"""Seconds until a request is repeated for the first time; then twice as long each time, up to half a minute."""
 LAST = "finished"
 """The name of a file that says what is still to be done. Its deletion is pushed after everything else."""
 
@@ -262,7 +264,7 @@ class _Store:
             UserError: the store refuses, or does not answer.
             FileNotFoundError: the store has answered before, and says that there is no such file.
         """
-        start, wait = time.monotonic(), 1.0
+        start, wait = time.monotonic(), FIRST_WAIT
         while True:
             try:
                 result = action()
