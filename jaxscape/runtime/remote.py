@@ -404,8 +404,8 @@ class Mirror:
             known = self._copies.get(name)
             if known is None or known.token != token or local.get(name) != known.state:
                 used = self._fetch(name, name in listing, pieces)
-                self._hidden |= {*pieces} - {*used}
                 self._copies[name] = _Copy(token, _state(self.directory / name), used)
+            self._hidden |= {*pieces} - {*self._copies[name].parts}
 
     def _fetch(self, name: str, has_beginning: bool, parts: list[str]) -> tuple[str, ...]:
         """Write a file of the store into the copy: its beginning, if there is one, and the parts that continue it.

@@ -76,6 +76,12 @@ def contents(directory: str | Path) -> dict[str, bytes]:
     return {name[len(root) + 1 :]: filesystem.cat_file(name) for name in filesystem.find(root)}
 
 
+def num_parts(run: str) -> int:
+    filesystem = fsspec.filesystem("s3")
+    filesystem.invalidate_cache()
+    return sum(".parts/" in name for name in filesystem.find(run))
+
+
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the copies of runs, as the end of a process does."""
     monkeypatch.setattr(remote, "_MIRRORS", {})
@@ -121,11 +127,11 @@ def test_a_scan_that_ends_at_any_request_goes_on_and_loses_no_point(
 def test_a_killed_process_goes_on_where_it_was(
     tiny_dir: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["scan", "--model", str(tiny_dir), "--num-prompts", "3", "--steps", "20", "--max-new-tokens", "6"]
+    command = ["scan", "--model", str(tiny_dir), "--num-prompts", "3", "--steps", "40", "--max-new-tokens", "6"]
     run = f"{bucket}/run"
     program = [sys.executable, "-m", "jaxscape", *command, "--out", run]
     with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while sum(".parts/" in name for name in contents(run)) < 3 and process.poll() is None:
+        while num_parts(run) < 3 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL, "it was killed, not finished"
