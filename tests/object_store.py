@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-ANSWER = (
-    b"HTTP/1.1 %d Refused\r\nContent-Type: application/xml\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"
-)
+ANSWER = b"HTTP/1.1 %d Refused\r\nContent-Type: application/xml\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"
 ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>The server says %s</Message></Error>"
 REQUEST = re.compile(rb"(GET|PUT|POST|DELETE|HEAD) (\S+) HTTP")
 ANSWERS = {"deny": (403, b"AccessDenied"), "full": (507, b"XMinioStorageFull")}

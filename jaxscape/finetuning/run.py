@@ -125,8 +125,8 @@ def _check_out(out: Path, model: Model, training: Training) -> None:
         check_saveable(model)
     if _lies_in(model.name, out):
         raise UserError(
-            f"The model {model.name} lies in {out}, the directory that its finetuning would be written to: choose "
-            f"another --out."
+            f"The model {model.name} lies in {remote.shown(str(out))}, the directory that its finetuning would be "
+            f"written to: choose another --out."
         )
 
 
@@ -407,7 +407,7 @@ def _open_checkpoints(out: Path) -> Checkpoints:
         UserError: not every process sees the directory.
     """
     if remote.is_remote(out) and jax.process_count() > 1:
-        raise UserError(f"A finetuning by several processes needs a directory that all of them see, and no URL ({out}).")
+        raise UserError(f"Several processes cannot write one finetuning to a URL ({out}): choose a directory.")
     if not is_visible_to_all(out / rundir.CONFIG):
         raise UserError(f"Each process writes its part of the checkpoints, so all must see the same --out ({out}).")
     return Checkpoints(out.absolute())

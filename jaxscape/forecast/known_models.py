@@ -1,7 +1,6 @@
 """The configurations of models for forecasts: of known ones by name or hub id, of others from their config.json."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig

@@ -82,8 +82,8 @@ def run_directory(path: str | Path, only: Iterable[str] = ("*",)) -> Path:
 
 
 def fetched(source: str | Path) -> Path:
-    """A file or directory on this machine: a copy in the cache of what the store has at a URL, or the path itself. A copy
-    is fetched again when what the store has has changed.
+    """A file or directory on this machine: a copy in the cache of what the store has at a URL, or the path itself. The
+    copy is fetched again when the store has another content.
 
     Raises:
         UserError: there is nothing at the URL, or it cannot be read, or the cache cannot be written.

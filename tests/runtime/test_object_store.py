@@ -5,9 +5,9 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import fsspec
@@ -17,10 +17,8 @@ from object_store import Proxy, s3_server
 
 import jaxscape as js
 from jaxscape.cli.main import main
-from jaxscape.runtime import remote, rundir
-from jaxscape.runtime.files import append_json_lines
+from jaxscape.runtime import remote
 
-KIND = rundir.RunKind("scan", "state.jsonl", frozenset({"a"}))
 PROMPTS = js.load_prompts("harmful", 3)
 OPTIONS: dict[str, Any] = {"prompts": PROMPTS, "steps": 4, "max_new_tokens": 6, "progress": False, "shares": False}
 TIMEOUT = 0.5
@@ -76,12 +74,6 @@ def contents(directory: str | Path) -> dict[str, bytes]:
     return {name[len(root) + 1 :]: filesystem.cat_file(name) for name in filesystem.find(root)}
 
 
-def num_parts(run: str) -> int:
-    filesystem = fsspec.filesystem("s3")
-    filesystem.invalidate_cache()
-    return sum(".parts/" in name for name in filesystem.find(run))
-
-
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the copies of runs, as the end of a process does."""
     monkeypatch.setattr(remote, "_MIRRORS", {})
@@ -95,7 +87,6 @@ def test_a_scan_over_bad_connections_ends_with_the_bytes_of_one_on_disk(
     proxy.fault = lambda number, line: faults[number // 6 % 5] if number % 6 == 0 else ""
     js.scan(tiny, [0, 1], out=f"{bucket}/run", **OPTIONS)
     proxy.fault = lambda number, line: ""
-    print("\n".join(proxy.log))
     assert contents(f"{bucket}/run") == contents(unbroken)
     assert {line.rpartition(": ")[2] for line in proxy.log} == {*faults}
 
@@ -124,36 +115,110 @@ def test_a_scan_that_ends_at_any_request_goes_on_and_loses_no_point(
     assert contents(f"{bucket}/run") == contents(unbroken)
 
 
+@pytest.mark.parametrize("is_done", [False, True])
 def test_a_killed_process_goes_on_where_it_was(
-    tiny_dir: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_dir: Path, bucket: str, proxy: Proxy, tmp_path: Path, is_done: bool
 ) -> None:
-    command = ["scan", "--model", str(tiny_dir), "--num-prompts", "3", "--steps", "40", "--max-new-tokens", "6"]
-    run = f"{bucket}/run"
-    program = [sys.executable, "-m", "jaxscape", *command, "--out", run]
-    with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while num_parts(run) < 3 and process.poll() is None:
-            time.sleep(0.01)
+    """It is killed when the server is told to store its third point: before the server does so, or after."""
+    command = ["scan", "--model", str(tiny_dir), "--num-prompts", "3", "--steps", "4", "--max-new-tokens", "6"]
+    command += ["--no-shares", "--out"]
+    program = [sys.executable, "-m", "jaxscape", *command, f"{bucket}/run"]
+    num_parts = 0
+
+    def kill(number: int, line: str) -> str:
+        nonlocal num_parts
+        num_parts += line.startswith("PUT") and ".parts/" in line
+        if num_parts < 3:
+            return ""
         process.send_signal(signal.SIGKILL)
+        process.wait()
+        return "lose" if is_done else "reset"
+
+    with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        proxy.fault = kill
+    proxy.fault = lambda number, line: ""
     assert process.returncode == -signal.SIGKILL, "it was killed, not finished"
-    main([*command, "--out", run])
-    main([*command, "--out", str(tmp_path / "run")])
-    assert contents(run) == contents(tmp_path / "run")
+    main([*command, f"{bucket}/run"])
+    main([*command, str(tmp_path / "run")])
+    assert contents(f"{bucket}/run") == contents(tmp_path / "run")
 
 
-def test_a_second_writer_is_noticed(tiny: js.Model, bucket: str, unbroken: Path, monkeypatch: Any) -> None:
-    out = f"{bucket}/run"
-    first = rundir.open_run_directory(remote.run_directory(out), {"a": 1}, KIND)
-    with first as file:
-        assert file is not None
-        append_json_lines(file, [{"line": 1}])
-        mirrors = remote._MIRRORS
-        new_process(monkeypatch)
-        with (
-            pytest.raises(js.UserError, match=f"^Another process has written to {out}; wait for it"),
-            rundir.open_run_directory(remote.run_directory(out), {"a": 1}, KIND) as second,
-        ):
-            assert second is not None
-            second.seek(0)
-            assert second.read() == b'{"line": 1}\n'
-            monkeypatch.setattr(remote, "_MIRRORS", mirrors)
-            append_json_lines(file, [{"line": 2}])
+def test_a_second_writer_is_noticed(bucket: str, tmp_path: Path) -> None:
+    first, second = (remote.Mirror(f"{bucket}/run", ("*",), tmp_path / name) for name in ("first", "second"))
+    conflict = f"^Another process has written to {bucket}/run; wait for it, or choose another --out"
+
+    def append(mirror: remote.Mirror, line: str) -> None:
+        with (mirror.directory / "state.jsonl").open("a") as file:
+            file.write(f"{line}\n")
+        mirror.push()
+
+    def write(mirror: remote.Mirror, name: str, content: str) -> None:
+        (mirror.directory / name).write_text(content)
+        mirror.push()
+
+    first.open()
+    append(first, "1")
+    append(first, "2")
+    second.open()
+    append(second, "3")
+    with pytest.raises(js.UserError, match=conflict):
+        append(first, "3")  # although it is the same line
+    (first.directory / "state.jsonl").write_text("1\n2\n")
+    second.push()
+    second.join_parts()
+    with pytest.raises(js.UserError, match=conflict):
+        first.join_parts()
+    assert contents(f"{bucket}/run") == {"state.jsonl": b"1\n2\n3\n"}
+    write(second, "config.json", "second")
+    with pytest.raises(js.UserError, match=conflict):
+        write(first, "config.json", "first")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("deny", "cannot be used .*PermissionError: The server says AccessDenied.*: check the credentials"),
+        ("full", "cannot be used .*The server says XMinioStorageFull"),
+        ("slow", "cannot be used .*Read timeout on endpoint"),
+        ("reset", "cannot be used .*: check the address, the credentials and the network"),
+    ],
+)
+def test_a_store_that_does_not_answer_at_first_is_an_error_at_once(
+    bucket: str, proxy: Proxy, fault: str, message: str
+) -> None:
+    proxy.fault = lambda number, line: fault
+    with pytest.raises(js.UserError, match=f"^{bucket}/run {message}"):
+        remote.run_directory(f"{bucket}/run")
+
+
+def test_a_bucket_that_is_missing_and_credentials_that_are_missing(
+    bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(js.UserError, match=r"^s3://no-such-bucket/run cannot be used .*bucket does not exist"):
+        remote.run_directory("s3://no-such-bucket/run")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "none")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(js.UserError, match=r"NoCredentialsError.*: check the address, the credentials"):
+        remote.fetched(f"{bucket}/prompts.csv")
+
+
+def test_a_server_that_is_away_for_a_while_is_waited_for(
+    bucket: str, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = remote.Mirror(f"{bucket}/run", ("*",), tmp_path)
+    mirror.open()
+    proxy.close()
+    (mirror.directory / "a.txt").write_text("a")
+    Timer(0.3, proxy.open).start()
+    mirror.push()
+    assert contents(f"{bucket}/run") == {"a.txt": b"a"}
+    proxy.close()
+    monkeypatch.setattr(remote, "PATIENCE", 0.1)
+    (mirror.directory / "a.txt").write_text("other")
+    with pytest.raises(js.UserError, match="What was reported is there: run the same command again to go on"):
+        mirror.push()
+    proxy.open()
+    mirror.push()
+    assert contents(f"{bucket}/run") == {"a.txt": b"other"}

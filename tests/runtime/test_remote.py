@@ -1,18 +1,24 @@
 """Runs, models and prompt files at URLs, in a store in memory."""
 
+import json
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import jax
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxscape as js
 from jaxscape.cli.main import main
+from jaxscape.models.lora import load_adapter
 from jaxscape.runtime import remote, rundir
 from jaxscape.runtime.files import append_json_lines, cut_after, whole_lines, write_whole
 
@@ -20,7 +26,7 @@ KIND = rundir.RunKind("scan", "state.jsonl", frozenset({"a"}), computed=("result
 PROMPTS = js.load_prompts("harmful", 3)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "progress": False, "shares": False}
 RUN = "memory://bucket/run"
-SCAN = ["scan", "--steps", "4", "--num-prompts", "2", "--max-new-tokens", "6"]
+SCAN = ["scan", "--steps", "4", "--num-prompts", "2", "--max-new-tokens", "6", "--no-shares"]
 
 
 class Death(BaseException):
@@ -107,7 +113,7 @@ def check_between(found: dict[str, bytes], before: dict[str, bytes], after: dict
             assert (f"{folder}/a" in found) == (f"{folder}/b" in found)
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     changes=st.lists(CHANGES, max_size=12),
     deaths=st.lists(st.tuples(st.integers(0, 25), st.booleans()), max_size=5),
@@ -141,3 +147,150 @@ def test_whatever_was_pushed_is_there_when_a_process_dies_at_any_request(
                     change(directory, *changes[number])
                     done = number + 1
     assert contents(RUN) == expected[-1]
+
+
+@pytest.fixture(scope="module")
+def small(tiny: js.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("small")
+    js.scan(tiny, [0], prompts=PROMPTS[:2], steps=2, radius=0.25, out=directory, **OPTIONS)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def large(tiny: js.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("large")
+    js.scan(tiny, [0], prompts=PROMPTS, steps=4, out=directory, **OPTIONS)
+    return directory
+
+
+@pytest.mark.parametrize("how", ["extend", "overwrite"])
+def test_a_run_is_replaced_by_another_although_the_process_dies_at_every_second_request(
+    tiny: js.Model, small: Path, large: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    js.scan(tiny, [0], prompts=PROMPTS[:2], steps=2, radius=0.25, out=RUN, **OPTIONS)
+    assert contents(RUN) == contents(small)
+    num_deaths = 0
+    for after in [*range(2, 60, 4), 10**6]:
+        new_process()
+        with monkeypatch.context() as patch, suppress(Death):
+            dying(patch, after, late=bool(after % 2))
+            is_begun = contents(RUN)["config.json"] == contents(large)["config.json"]
+            again = {} if is_begun and how == "overwrite" else {how: True}
+            js.scan(tiny, [0], prompts=PROMPTS, steps=4, out=RUN, **OPTIONS | again)
+            break
+        num_deaths += 1
+    assert num_deaths >= 5
+    assert contents(RUN) == contents(large)
+
+
+def test_every_verb_that_reads_a_run_takes_a_url(
+    tiny_dir: Path, tmp_path: Path, store: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = f"{RUN}-1"
+
+    def ran(*command: str) -> str:
+        new_process()
+        main(command)
+        return capsys.readouterr().out
+
+    assert ran(*SCAN, "--model", str(tiny_dir), "--out", run).endswith(f"\n{run}/landscape.png\n")
+    assert ran(*SCAN, "--model", str(tiny_dir), "--seed", "1", "--out", f"{RUN}-2").endswith(f"{RUN}-2/landscape.png\n")
+    assert {"config.json", "generations.jsonl", "landscape.json", "landscape.png"} < {*contents(run)}
+    assert ran("report", run) == f"{run}/report.html\n"
+    assert ran("plot", run) == f"{run}/landscape.png\n"
+    assert ran("score", run, "--evaluator", "wei").endswith(f"\n{run}/landscape.json\n")
+    assert ran("export", run, "--to", "inspect") == f"{run}/landscape.eval\n"
+    assert {"report.html", "labels-wei.jsonl", "landscape.eval"} < {*contents(run)}
+    assert "wei" in js.Landscape.load(run).measures
+    ran("compare", run, f"{RUN}-2", "--out", "memory://bucket/comparison")
+    assert "table.md" in contents("memory://bucket/comparison")
+    table = ran("runs", "memory://bucket")
+    assert [line.split()[0] for line in table.splitlines()] == ["run", f"{RUN}-2", run] or run in table
+    assert "finished  5 of 5 points" in table
+    store.rm_file("/bucket/run-2/landscape.json")
+    assert "unfinished  0 of 5 points" in ran("runs", "memory://bucket")
+
+
+def test_models_directions_points_and_prompts_come_from_urls(
+    tiny: js.Model, tiny_dir: Path, tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXSCAPE_CACHE", str(tmp_path / "cache"))
+    store.put(str(tiny_dir), "/bucket/model", recursive=True)
+    js.save_direction(js.random_direction(tiny, 3), tmp_path / "d.safetensors", tiny)
+    store.put_file(str(tmp_path / "d.safetensors"), "/bucket/d.safetensors")
+    store.pipe_file("/bucket/prompts.csv", b"prompt\nHi\nTell me\n")
+    store.pipe_file("/bucket/points.csv", b"0.25\n0\n")
+    command = ["scan", "--model", "memory://bucket/model", "--prompts", "memory://bucket/prompts.csv", "--no-shares"]
+    command += ["--direction", "file:memory://bucket/d.safetensors", "--points", "memory://bucket/points.csv"]
+    main([*command, "--no-control", "--max-new-tokens", "4", "--out", RUN])
+    config = json.loads(contents(RUN)["config.json"])
+    assert config["model"] == "memory://bucket/model"
+    assert config["direction_names"] == [["file:memory://bucket/d.safetensors"]]
+    assert contents(RUN)["generations.jsonl"].count(b"\n") == 4
+    store.pipe_file("/bucket/prompts.csv", b"prompt\nHi\nTell them\n")  # what has changed is fetched again
+    assert list(js.load_prompts("memory://bucket/prompts.csv")) == ["Hi", "Tell them"]
+
+
+def test_a_finetuning_dies_and_goes_on(tiny: js.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXSCAPE_CACHE", str(tmp_path / "cache"))
+    chats, training = js.load_chats("safe:4"), js.Training(epochs=3, batch_size=4)
+    expected = js.finetune(tiny, chats, training, progress=False).adapter
+    for after in (4, 12, 45, 10**6):
+        new_process()
+        with monkeypatch.context() as patch, suppress(Death):
+            dying(patch, after, late=False)
+            js.finetune(tiny, chats, training, out=RUN, progress=False)
+    assert expected is not None
+    adapter = load_adapter(remote.fetched(f"{RUN}/adapter"))
+    jax.tree.map(np.testing.assert_array_equal, adapter.factors, expected.factors)
+    assert {name.partition("/")[0] for name in contents(RUN)} == {"adapter", "checkpoints", "config.json", "log.jsonl"}
+    assert js.load_model(f"{RUN}/adapter").name == f"{RUN}/adapter"
+    with pytest.raises(js.UserError, match=f"{RUN}/adapter lies in {RUN}, the directory that"):
+        js.finetune(js.load_model(f"{RUN}/adapter"), chats, training, out=RUN, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("xyz://bucket/run", "xyz://bucket/run cannot be opened .*Protocol not known: xyz.*: check the address"),
+        ("gs://bucket/run", "gs://bucket/run cannot be opened .*: run pip install 'jaxscape\\[cloud\\]'"),
+        ("memory://bucket/file", "memory://bucket/file is a file, and no directory of a run"),
+        ("memory://bucket/up", "memory://bucket/up has a file '../x'"),
+        ("memory://bucket/other", "memory://bucket/other is no run's directory and has files in it"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_an_error_of_one_sentence(
+    tiny_dir: Path, store: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch, url: str, message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for name in ("file", "up/../x", "other/notes.txt"):
+        store.pipe_file(f"/bucket/{name}", b"mine")
+    with pytest.raises(SystemExit, match="2"):
+        main([*SCAN, "--model", str(tiny_dir), "--out", url])
+    assert re.fullmatch(f"jaxscape: {message}.*\\.\n", capsys.readouterr().err.splitlines(keepends=True)[-1])
+
+
+def test_there_is_nothing_at_a_url() -> None:
+    for read in (js.load_prompts, js.load_model):
+        with pytest.raises(js.UserError, match=r"There is nothing at memory://bucket/none\.csv: check the address"):
+            read("memory://bucket/none.csv")
+    with pytest.raises(js.UserError, match="holds no landscape"):
+        js.Landscape.load("memory://bucket/none")
+
+
+@given(url=st.from_regex(r"(s3|gs|abfs)://[a-z0-9.@-]{3,9}(/[A-Za-z0-9._ =-]{1,9}){0,3}", fullmatch=True))
+def test_a_path_keeps_what_its_url_is(url: str) -> None:
+    assert remote.url_of(url) == url
+    if not {".", ".."} & {*url.split("/")}:
+        assert remote.url_of(Path(url)) == url
+        assert remote.url_of(Path(url) / "run") == f"{url}/run"
+
+
+@pytest.mark.parametrize("path", ["runs/a", "/runs/s3:/x", "C:/x", "random:0", "file.csv", "a:b", ""])
+def test_paths_on_a_disk_are_no_urls(path: str) -> None:
+    assert remote.url_of(path) is None
+    assert remote.fetched(path) == remote.run_directory(path) == Path(path)
+
+
+def test_urls_of_files_name_their_place() -> None:
+    assert remote.url_of("file:///a/b") == remote.url_of(Path("file:///a/b")) == "file:///a/b"
