@@ -31,7 +31,7 @@ class OutputOptions:
     """The run's directory."""
 
     out: Annotated[Path | None, shown("runs/MODEL-finetuned", "DIRECTORY")] = None
-    """The run's directory. The result is in its subdirectory adapter/ or model/, which
+    """The run's directory, or a URL such as s3://BUCKET/RUN. The result is in its subdirectory adapter/ or model/, which
     --model accepts. An unfinished finetuning there is resumed."""
     overwrite: bool = False
     """Start over if the directory holds a run."""

@@ -75,8 +75,8 @@ def run_directory(path: str | Path, only: Iterable[str] = ("*",)) -> Path:
     key = (url, tuple(only))
     if key not in _MIRRORS:
         _MIRRORS[key] = Mirror(url, key[1], _temporary_directory() / str(len(_MIRRORS)))
-    if _push not in watchers:
-        watchers.append(_push)
+    if push not in watchers:
+        watchers.append(push)
     _MIRRORS[key].pull()
     return _MIRRORS[key].directory
 
@@ -104,9 +104,10 @@ def fetched(source: str | Path) -> Path:
         with tempfile.TemporaryDirectory(dir=place.parent.parent) as directory:
             for file in listing:
                 store.get(file, Path(directory) / "new" / name / file)
-            with suppress(OSError):  # another process has put it there in the meantime
-                os.replace(Path(directory) / "new", place.parent)
+            os.replace(Path(directory) / "new", place.parent)
     except OSError as error:
+        if place.exists():  # another process has put it there in the meantime
+            return place
         raise UserError(
             f"{url} cannot be kept in {cache_dir()} ({reason(error)}): make room there, or set JAXSCAPE_CACHE."
         ) from error
@@ -191,9 +192,11 @@ class _Store:
             self.fs.invalidate_cache()
             return self.fs.find(self._root, detail=True)
 
-        found = self.tried(find)
-        files = {str(path)[len(self._root) + 1 :]: dict(info) for path, info in found.items()}
-        files = {name: info for name, info in files.items() if name[-1:] != "/" and info.get("type") != "directory"}
+        files = {
+            str(path)[len(self._root) + 1 :]: dict(info)
+            for path, info in self.tried(find).items()
+            if str(path)[-1:] != "/" and info.get("type") != "directory"  # some stores mark folders by empty objects
+        }
         if bad := next((name for name in files if name and {"", ".", ".."} & {*name.split("/")}), None):
             raise UserError(f"{self.url} has a file {bad!r}, which cannot be one of a directory: delete it.")
         return files
@@ -325,14 +328,12 @@ class Mirror:
 
     def pull(self) -> None:
         """Make the copy what the store has, unless this process works on the run: then it is already."""
-        for is_last in (False, False, True):
-            if self.is_open:
-                return
-            try:
+        if self.is_open:
+            return
+        for _ in range(3):
+            with suppress(FileNotFoundError):  # another process has deleted a file since it was listed
                 return self._pull()
-            except FileNotFoundError as error:  # another process has deleted a file since it was listed
-                if is_last:
-                    raise UserError(f"{self._store.url} is being changed: try again.") from error
+        raise UserError(f"{self._store.url} is being changed by another process: try again.")
 
     def open(self) -> None:
         """Begin to work on the run: make the copy what the store has, and delete what a killed process has not pushed
@@ -389,7 +390,7 @@ class Mirror:
         if "" in listing:
             raise UserError(f"{self._store.url} is a file, and no directory of a run: give the directory.")
         markers = [name for name in listing if name.startswith(_PUSHING)]
-        self._hidden = {*markers, *(name for text in self._store.read(markers) for name in _names(text))}
+        self._hidden = {*markers, *(name for text in self._store.read(markers) for name in _names(text))} & {*listing}
         parts: dict[str, list[str]] = {}
         for name in sorted(listing.keys() - self._hidden):
             base, is_part, _ = name.partition(_PARTS)
@@ -476,10 +477,6 @@ _SHOWN: dict[str, str] = {}
 
 def _mirror_of(path: Path) -> Mirror | None:
     return next((mirror for mirror in _MIRRORS.values() if path.is_relative_to(mirror.directory)), None)
-
-
-def _push(path: Path) -> None:
-    push(path)
 
 
 def _names(text: bytes) -> list[str]:
