@@ -31,8 +31,8 @@ class OutputOptions:
     """The run's directory."""
 
     out: Annotated[Path | None, shown("runs/MODEL-finetuned", "DIRECTORY")] = None
-    """The run's directory, or a URL such as s3://BUCKET/RUN. The result is in its subdirectory adapter/ or model/, which
-    --model accepts. An unfinished finetuning there is resumed."""
+    """The run's directory, or a URL such as s3://BUCKET/RUN. The result is in its subdirectory adapter/ or model/,
+    which --model accepts. An unfinished finetuning there is resumed."""
     overwrite: bool = False
     """Start over if the directory holds a run."""
     report_to: Target = "none"

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import jaxscape as js
 from jaxscape.cli.main import main
 from jaxscape.models.lora import load_adapter
+from jaxscape.report.exports.registry import EXPORTS
 from jaxscape.runtime import remote, rundir
 from jaxscape.runtime.files import append_json_lines, cut_after, whole_lines, write_whole
 
@@ -26,7 +27,7 @@ KIND = rundir.RunKind("scan", "state.jsonl", frozenset({"a"}), computed=("result
 PROMPTS = js.load_prompts("harmful", 3)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "progress": False, "shares": False}
 RUN = "memory://bucket/run"
-SCAN = ["scan", "--steps", "4", "--num-prompts", "2", "--max-new-tokens", "6", "--no-shares"]
+SCAN = ["scan", "--steps", "4", "--num-prompts", "3", "--max-new-tokens", "6", "--no-shares"]
 
 
 class Death(BaseException):
@@ -152,7 +153,7 @@ def test_whatever_was_pushed_is_there_when_a_process_dies_at_any_request(
 @pytest.fixture(scope="module")
 def small(tiny: js.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("small")
-    js.scan(tiny, [0], prompts=PROMPTS[:2], steps=2, radius=0.25, out=directory, **OPTIONS)
+    js.scan(tiny, [0], prompts=PROMPTS, steps=2, radius=0.25, out=directory, **OPTIONS)
     return directory
 
 
@@ -167,7 +168,7 @@ def large(tiny: js.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_is_replaced_by_another_although_the_process_dies_at_every_second_request(
     tiny: js.Model, small: Path, large: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    js.scan(tiny, [0], prompts=PROMPTS[:2], steps=2, radius=0.25, out=RUN, **OPTIONS)
+    js.scan(tiny, [0], prompts=PROMPTS, steps=2, radius=0.25, out=RUN, **OPTIONS)
     assert contents(RUN) == contents(small)
     num_deaths = 0
     for after in [*range(2, 60, 4), 10**6]:
@@ -184,9 +185,13 @@ def test_a_run_is_replaced_by_another_although_the_process_dies_at_every_second_
 
 
 def test_every_verb_that_reads_a_run_takes_a_url(
-    tiny_dir: Path, tmp_path: Path, store: Any, capsys: pytest.CaptureFixture[str]
+    tiny_dir: Path, store: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = f"{RUN}-1"
+
+    def export(kept: Any, out: Path) -> list[Path]:  # as a library does that knows nothing of stores
+        (out / "points.csv").write_text("1")
+        return [out / "points.csv"]
 
     def ran(*command: str) -> str:
         new_process()
@@ -199,8 +204,9 @@ def test_every_verb_that_reads_a_run_takes_a_url(
     assert ran("report", run) == f"{run}/report.html\n"
     assert ran("plot", run) == f"{run}/landscape.png\n"
     assert ran("score", run, "--evaluator", "wei").endswith(f"\n{run}/landscape.json\n")
-    assert ran("export", run, "--to", "inspect") == f"{run}/landscape.eval\n"
-    assert {"report.html", "labels-wei.jsonl", "landscape.eval"} < {*contents(run)}
+    monkeypatch.setitem(EXPORTS, "csv", export)
+    assert ran("export", run, "--to", "csv") == f"{run}/points.csv\n"
+    assert {"report.html", "labels-wei.jsonl", "points.csv"} < {*contents(run)}
     assert "wei" in js.Landscape.load(run).measures
     ran("compare", run, f"{RUN}-2", "--out", "memory://bucket/comparison")
     assert "table.md" in contents("memory://bucket/comparison")
@@ -222,7 +228,7 @@ def test_models_directions_points_and_prompts_come_from_urls(
     store.pipe_file("/bucket/points.csv", b"0.25\n0\n")
     command = ["scan", "--model", "memory://bucket/model", "--prompts", "memory://bucket/prompts.csv", "--no-shares"]
     command += ["--direction", "file:memory://bucket/d.safetensors", "--points", "memory://bucket/points.csv"]
-    main([*command, "--no-control", "--max-new-tokens", "4", "--out", RUN])
+    main([*command, "--no-control", "--max-new-tokens", "6", "--out", RUN])
     config = json.loads(contents(RUN)["config.json"])
     assert config["model"] == "memory://bucket/model"
     assert config["direction_names"] == [["file:memory://bucket/d.safetensors"]]
@@ -233,9 +239,9 @@ def test_models_directions_points_and_prompts_come_from_urls(
 
 def test_a_finetuning_dies_and_goes_on(tiny: js.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXSCAPE_CACHE", str(tmp_path / "cache"))
-    chats, training = js.load_chats("safe:4"), js.Training(epochs=3, batch_size=4)
+    chats, training = js.load_chats("safe:4"), js.Training(epochs=2, batch_size=4)
     expected = js.finetune(tiny, chats, training, progress=False).adapter
-    for after in (4, 12, 45, 10**6):
+    for after in (14, 35, 10**6):
         new_process()
         with monkeypatch.context() as patch, suppress(Death):
             dying(patch, after, late=False)
