@@ -114,7 +114,7 @@ def check_between(found: dict[str, bytes], before: dict[str, bytes], after: dict
             assert (f"{folder}/a" in found) == (f"{folder}/b" in found)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     changes=st.lists(CHANGES, max_size=12),
     deaths=st.lists(st.tuples(st.integers(0, 25), st.booleans()), max_size=5),
