@@ -64,8 +64,7 @@ def run_directory(path: str | Path, only: Iterable[str] = ("*",)) -> Path:
     What `jaxscape.runtime.files` writes into the copy is pushed to the store before the function returns.
 
     Arguments:
-        only: patterns of the names of files whose content is wanted. With any other pattern than `*`, the other files
-            are empty, and nothing is pushed.
+        only: patterns of the names of files whose content is wanted. The other files are empty and never pushed.
 
     Raises:
         UserError: the store cannot be read.
@@ -350,10 +349,8 @@ class Mirror:
 
     def push(self) -> None:
         """Make the store what the copy is."""
-        if self._only != ("*",):
-            return
-        local = self._local_files()
-        known = {name: copy.state for name, copy in self._copies.items()}
+        local = {name: state for name, state in self._local_files().items() if self._is_wanted(name)}
+        known = {name: copy.state for name, copy in self._copies.items() if self._is_wanted(name)}
         changed = [name for name, state in local.items() if known.get(name) != state]
         new = [name for name in changed if name not in known]
         marker = _PUSHING + self._writer
@@ -414,7 +411,7 @@ class Mirror:
         path, used = self.directory / name, []
         temporary = temporary_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        is_wanted = any(fnmatch(path.name, pattern) for pattern in self._only)
+        is_wanted = self._is_wanted(name)
         if has_beginning and is_wanted:
             self._store.get(name, temporary)
         else:
@@ -426,6 +423,9 @@ class Mirror:
                     used.append(part)
         os.replace(temporary, path)
         return tuple(used)
+
+    def _is_wanted(self, name: str) -> bool:
+        return any(fnmatch(Path(name).name, pattern) for pattern in self._only)
 
     def _local_files(self) -> dict[str, State]:
         """The files of the copy and their states, by name, but for those that are not written to the end."""

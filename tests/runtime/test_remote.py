@@ -276,6 +276,17 @@ def test_a_url_that_cannot_be_used_is_an_error_of_one_sentence(
     assert re.fullmatch(f"jaxscape: {message}.*\\.\n", capsys.readouterr().err.splitlines(keepends=True)[-1])
 
 
+def test_a_part_of_a_directory_is_read_and_written(store: Any) -> None:
+    for name in ("table.md", "run/state.jsonl"):
+        store.pipe_file(f"/bucket/{name}", b"content\n")
+    directory = remote.run_directory("memory://bucket", ("table.*",))
+    assert contents(directory) == {"table.md": b"content\n", "run/state.jsonl": b""}
+    write_whole(directory / "table.csv", "new")
+    (directory / "run" / "state.jsonl").unlink()
+    write_whole(directory / "table.md", "new")
+    assert contents("memory://bucket") == {"table.md": b"new", "table.csv": b"new", "run/state.jsonl": b"content\n"}
+
+
 def test_there_is_nothing_at_a_url() -> None:
     for read in (js.load_prompts, js.load_model):
         with pytest.raises(js.UserError, match=r"There is nothing at memory://bucket/none\.csv: check the address"):
