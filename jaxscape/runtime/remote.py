@@ -54,8 +54,7 @@ def url_of(path: str | Path) -> str | None:
     match = _URL.match(str(path))
     if match is None:
         return None
-    slashes = "///" if match[1] in ("file", "local") else "//"
-    return f"{match[1]}:{slashes}{str(path)[match.end() :]}".rstrip("/")
+    return _beginning(match[1]) + str(path)[match.end() :].rstrip("/")
 
 
 def run_directory(path: str | Path, only: Iterable[str] = ("*",)) -> Path:
@@ -156,9 +155,12 @@ def is_remote(directory: Path) -> bool:
 
 
 def shown(text: str) -> str:
-    """A text for the user, with the URLs of copies instead of where they lie on this machine."""
+    """A text for the user, with the URLs of copies instead of where they lie on this machine, and with the slashes that
+    `Path` has taken from URLs."""
     for place, url in _SHOWN.items():
         text = text.replace(place, url)
+    for protocol in {url.partition(":")[0] for url in _SHOWN.values()}:
+        text = re.sub(rf"(?<![\w/]){re.escape(protocol)}:/(?=[^/\s])", _beginning(protocol), text)
     return text
 
 
@@ -477,6 +479,11 @@ _SHOWN: dict[str, str] = {}
 
 def _mirror_of(path: Path) -> Mirror | None:
     return next((mirror for mirror in _MIRRORS.values() if path.is_relative_to(mirror.directory)), None)
+
+
+def _beginning(protocol: str) -> str:
+    """What the URLs of a protocol begin with. Those of files are paths from the root."""
+    return f"{protocol}:///" if protocol in ("file", "local") else f"{protocol}://"
 
 
 def _names(text: bytes) -> list[str]:

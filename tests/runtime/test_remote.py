@@ -309,5 +309,11 @@ def test_paths_on_a_disk_are_no_urls(path: str) -> None:
     assert remote.fetched(path) == remote.run_directory(path) == Path(path)
 
 
+def test_texts_for_the_user_have_urls() -> None:
+    run = remote.run_directory(RUN)
+    text = f"{run / 'a.png'} is neither {Path(RUN) / 'b c'} nor {RUN}/d, memory:x or /memory:/e."
+    assert remote.shown(text) == f"{RUN}/a.png is neither {RUN}/b c nor {RUN}/d, memory:x or /memory:/e."
+
+
 def test_urls_of_files_name_their_place() -> None:
     assert remote.url_of("file:///a/b") == remote.url_of(Path("file:///a/b")) == "file:///a/b"
