@@ -1,0 +1,164 @@
+"""The tasks of a sweep: each is a scan, or a shard of one. How each of them stands is read from the disk."""
+
+import json
+import shlex
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from jaxscape.landscapes.runs import CONFIG, KINDS, Progress
+from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.files import is_locked, read_json, write_whole
+from jaxscape.sweeps.cells import Cell
+
+TASKS = "tasks"
+"""The folder of a sweep's directory in which shards grow, and in which each task notes how it ended."""
+
+State = Literal["waiting", "running", "stopped", "failed", "done"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A scan of a sweep, or a shard of one.
+
+    Attributes:
+        number: its number among the tasks of the sweep, from 1.
+        out: the directory of the sweep.
+        shard, shards: which shard of how many it is, from 1; 1 of 1 is a whole scan.
+    """
+
+    number: int
+    out: Path
+    cell: Cell
+    shard: int = 1
+    shards: int = 1
+
+    @property
+    def name(self) -> str:
+        """A name that no other task of the sweep has."""
+        return self.cell.name if self.shards == 1 else f"{self.cell.name}-{self.shard}-of-{self.shards}"
+
+    @property
+    def run(self) -> Path:
+        """The directory of the whole scan."""
+        return self.out / self.cell.name
+
+    @property
+    def whole(self) -> "Task":
+        """The task whose result is the whole scan, which is this one unless that is a shard."""
+        return replace(self, shard=1, shards=1)
+
+    @property
+    def directory(self) -> Path:
+        """The directory that the task fills."""
+        return self.run if self.shards == 1 else self.out / TASKS / self.name
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The arguments of `jaxscape scan` that do the task."""
+        part = () if self.shards == 1 else ("--shard", f"{self.shard}/{self.shards}")
+        return (*self.cell.arguments, *part, "--out", str(self.directory))
+
+    @property
+    def command(self) -> str:
+        """The command that does the task, as one types it."""
+        return shlex.join(("jaxscape", "scan", *self.arguments))
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a task ended, as its file says.
+
+    Attributes:
+        command: the command that it was.
+        exit_code: 0 if it did what it was to do.
+        reason: why not, in a sentence.
+    """
+
+    command: str
+    exit_code: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a task stands.
+
+    Attributes:
+        state: `waiting` to be begun, `running`, `stopped` before its end, `failed` or `done`.
+        reason: why it failed.
+        progress: how many of its points are done; None before it has begun.
+    """
+
+    state: State
+    reason: str = ""
+    progress: Progress | None = None
+
+
+def make_tasks(cells: tuple[Cell, ...], shards: int, out: Path) -> list[Task]:
+    """The tasks of a sweep, cell by cell."""
+    places = [(cell, shard) for cell in cells for shard in range(1, shards + 1)]
+    return [Task(number, out, cell, shard, shards) for number, (cell, shard) in enumerate(places, 1)]
+
+
+def note_ending(task: Task, exit_code: int, why: str = "") -> None:
+    """Write down how a task ended."""
+    path = _note(task)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(asdict(Ending(task.command, exit_code, why)), indent=1, ensure_ascii=False) + "\n")
+
+
+def forget_ending(task: Task) -> None:
+    """Remove what is written of how a task ended, because it begins again."""
+    _note(task).unlink(missing_ok=True)
+
+
+def is_done(task: Task) -> bool:
+    """Whether a task has been done, by the command that it is now. A shard is done, too, if the whole scan is.
+
+    After a change of the sweep's file it is not: the task is run again, and the check of the run that is there says
+    whether that is another one.
+    """
+    ending = _ending(task)
+    if ending is not None and ending.exit_code == 0 and (task.directory / CONFIG).exists():
+        return True
+    return task != task.whole and is_done(task.whole)
+
+
+def status_of(task: Task) -> Status:
+    """How the task stands."""
+    ending, progress, problem = _ending(task), None, ""
+    try:
+        progress = _progress(task.directory)
+    except Exception as error:  # whatever a damaged run has in its files, the other tasks are to be listed
+        problem = reason(error)
+    if is_locked(task.directory / KINDS["scan"].state):
+        return Status("running", progress=progress)
+    if is_done(task):
+        return Status("done", progress=progress)
+    if ending is not None and ending.exit_code:
+        return Status("failed", ending.reason, progress)
+    return Status("waiting" if progress is None and not problem else "stopped", problem, progress)
+
+
+def _progress(directory: Path) -> Progress | None:
+    """How far the scan in a directory is; None if there is none."""
+    config = directory / CONFIG
+    return KINDS["scan"].progress(directory, read_json(config)) if config.exists() else None
+
+
+def _note(task: Task) -> Path:
+    """The file that says how the task ended."""
+    return task.out / TASKS / f"{task.name}.json"
+
+
+def _ending(task: Task) -> Ending | None:
+    """How the task ended; None if it has not, or was another command then."""
+    path = _note(task)
+    if not path.exists():
+        return None
+    try:
+        ending = Ending(**read_json(path))
+    except TypeError as error:
+        raise UserError(f"{path} is not what jaxscape sweep writes ({reason(error)}): remove it.") from error
+    return ending if ending.command == task.command else None
