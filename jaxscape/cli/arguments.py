@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import io
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import Field, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import Field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -81,6 +81,22 @@ def parse_option(program: Any, option: str, arguments: Sequence[str], name: str)
             return getattr(tyro.cli(alone, args=arguments, config=CONFIG, registry=REGISTRY), option)
     except SystemExit as stop:
         raise UserError(f"{name} does not take {' '.join(arguments)}: see {name} --help.") from stop
+
+
+def with_values(options: Any, values: Mapping[str, Any]) -> Any:
+    """An instance of a dataclass of options in which options have other values, also in the dataclasses in it.
+
+    Arguments:
+        values: by the names of the options' fields.
+    """
+    old = {field.name: getattr(options, field.name) for field in fields(options)}
+    return replace(
+        options,
+        **{
+            name: with_values(value, values) if is_dataclass(value) else values.get(name, value)
+            for name, value in old.items()
+        },
+    )
 
 
 def _options(program: Any) -> Iterator[tuple["Field[Any]", Any]]:

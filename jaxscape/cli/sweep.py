@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from jaxscape.cli.arguments import parse, parse_option
+from jaxscape.cli.arguments import parse, parse_option, with_values
 from jaxscape.cli.main import user_message
 from jaxscape.cli.options import Group, check_texts
 from jaxscape.cli.scan import Scan
@@ -21,7 +21,7 @@ from jaxscape.runtime.streams import BROKEN_PIPE, write_line
 from jaxscape.runtime.texts import aligned, shown_text
 
 if TYPE_CHECKING:
-    from jaxscape.sweeps.cells import Setting
+    from jaxscape.sweeps.cells import Cell, Setting
     from jaxscape.sweeps.tasks import Task
 
 SCAN = "jaxscape scan"
@@ -123,6 +123,11 @@ def scan_setting(option: str, texts: tuple[str, ...]) -> "Setting":
     else:
         arguments = (name, *texts)
     return Setting(option, texts, arguments, parse_option(Scan, option, arguments, SCAN))
+
+
+def scan_of(cell: "Cell") -> Scan:
+    """The options of `jaxscape scan` that a cell has."""
+    return with_values(Scan(), {setting.option: setting.value for setting in (*cell.varied, *cell.fixed)})
 
 
 def _list(tasks: "Sequence[Task]") -> str:

@@ -43,13 +43,18 @@ class Cell:
 
     Attributes:
         name: the name of its directory; it depends on the cell's own values in the matrix.
-        varied: its values in the matrix, by option.
-        arguments: the arguments of `jaxscape scan`, without its directory.
+        varied: its values in the matrix.
+        fixed: the options that are the same in all scans.
     """
 
     name: str
-    varied: Mapping[str, str]
-    arguments: tuple[str, ...]
+    varied: tuple[Setting, ...]
+    fixed: tuple[Setting, ...]
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The arguments of `jaxscape scan`, without the run's directory."""
+        return tuple(argument for setting in (*self.varied, *self.fixed) for argument in setting.arguments)
 
 
 def make_cells(
@@ -63,15 +68,8 @@ def make_cells(
         reserved: names that no cell may have.
     """
     combinations = list(itertools.product(*matrix.values()))
-    same = [argument for setting in fixed for argument in setting.arguments]
-    return tuple(
-        Cell(
-            name,
-            {setting.option: setting.text for setting in settings},
-            (*(argument for setting in settings for argument in setting.arguments), *same),
-        )
-        for name, settings in zip(_names(combinations, reserved), combinations, strict=True)
-    )
+    names = _names(combinations, reserved)
+    return tuple(Cell(name, varied, tuple(fixed)) for name, varied in zip(names, combinations, strict=True))
 
 
 def _names(combinations: Sequence[Sequence[Setting]], reserved: Collection[str]) -> list[str]:

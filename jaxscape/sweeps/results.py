@@ -109,7 +109,8 @@ def _head(result: Result) -> dict[str, Any]:
     """The first columns of a row. The numbers of prompts and of direction sets are those of the run that is there."""
     land = result.landscape
     counts = {} if land is None else {"num_prompts": land.num_prompts, "num_directions": len(land.without_controls().asr)}
-    return {"scan": result.cell.name, **result.cell.varied, "state": result.state, **counts}
+    varied = {setting.option: setting.text for setting in result.cell.varied}
+    return {"scan": result.cell.name, **varied, "state": result.state, **counts}
 
 
 def _aligned(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
