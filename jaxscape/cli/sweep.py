@@ -190,7 +190,7 @@ def _run_task(tasks: "Sequence[Task]", task: "Task") -> None:
         if _writes():
             note_ending(task, 0)
     if _writes():
-        finish_scan([other for other in tasks if other.run == task.run])
+        finish_scan([other for other in tasks if other.cell == task.cell])
 
 
 def _writes() -> bool:

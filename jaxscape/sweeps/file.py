@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from yaml.events import Event
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from jaxscape.runtime.errors import UserError, reason
@@ -13,10 +14,10 @@ from jaxscape.runtime.texts import did_you_mean, shown_text
 from jaxscape.sweeps.cells import Cell, Setting, make_cells
 
 KEYS = ("out", "shards", "scan", "matrix")
-RESERVED = ("tasks", "table.md", "table.csv", "report.html")
+RESERVED = ("shards", "notes", "table.md", "table.csv", "report.html")
 """What a sweep's directory holds beside its scans."""
 MAX_SCANS, MAX_SHARDS = 10_000, 1_000  # a file that asks for more is probably mistaken
-_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "timestamp", "merge", "value")}
+_NULL = "tag:yaml.org,2002:null"
 
 ReadSetting = Callable[[str, tuple[str, ...]], Setting]
 """Returns the setting of an option of `jaxscape scan`, from the option's name and its values as they are written. It
@@ -62,14 +63,15 @@ class _Reader:
         for name, node in top.items():
             if name not in KEYS:
                 raise self.error(node, f"unknown key {shown_text(name)}{did_you_mean(name, KEYS)}: {_KEYS_TEXT}.")
-        fixed = [self.setting(name, node) for name, node in self.section(top, "scan").items()]
-        matrix = {name: self.alternatives(name, node) for name, node in self.section(top, "matrix").items()}
+        fixed_nodes, matrix_nodes = (self.section(top, name) for name in ("scan", "matrix"))
+        count = math.prod(len(node.value) for node in matrix_nodes.values() if isinstance(node, SequenceNode))
+        if count > MAX_SCANS:
+            raise self.error(top["matrix"], f"the matrix has {count} scans: give at most {MAX_SCANS} in one file.")
+        fixed = [self.setting(name, node) for name, node in fixed_nodes.items()]
+        matrix = {name: self.alternatives(name, node) for name, node in matrix_nodes.items()}
         for setting in fixed:
             if setting.option in matrix:
                 raise self.error(top["scan"], f"{setting.option} stands in scan and in matrix: leave out one of them.")
-        count = math.prod(map(len, matrix.values()))
-        if count > MAX_SCANS:
-            raise self.error(top["matrix"], f"the matrix has {count} scans: give at most {MAX_SCANS} in one file.")
         return SweepFile(
             self.text(top["out"], "out") if "out" in top else f"runs/{self.path.stem}",
             self.shards(top["shards"]) if "shards" in top else 1,
@@ -78,14 +80,18 @@ class _Reader:
 
     def root(self) -> Node:
         try:
-            node = yaml.compose(self.path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+            text = self.path.read_text(encoding="utf-8")
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            tagged = next((event for event in yaml.parse(text, Loader=yaml.SafeLoader) if _tag(event)), None)
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
             raise UserError(f"The sweep {self.path} cannot be read as YAML ({reason(error)}): correct it.") from error
         if node is None:
             raise UserError(f"The sweep {self.path} is empty: {_KEYS_TEXT}.")
+        if tagged is not None:  # some tags would make YAML run a program
+            raise self.error(tagged, f"the tag {shown_text(_tag(tagged))} is not allowed: leave it out.")
         return node
 
-    def error(self, node: Node, text: str) -> UserError:
+    def error(self, node: Node | Event, text: str) -> UserError:
         return UserError(f"The sweep {self.path}, line {node.start_mark.line + 1}: {text}")
 
     def section(self, top: Mapping[str, Node], name: str) -> dict[str, Node]:
@@ -140,12 +146,16 @@ class _Reader:
 
     def text(self, node: Node, what: str) -> str:
         """The text of a value, as it is written."""
-        if isinstance(node, ScalarNode) and node.tag in _TAGS and node.value:
-            return str(node.value)
-        if isinstance(node, ScalarNode) and (node.tag.endswith(":null") or not node.value):
+        if not isinstance(node, ScalarNode):
+            raise self.error(node, f"{what} is {_kind(node)}: give a text or a number.")
+        if node.tag == _NULL or not node.value:
             raise self.error(node, f"{what} has no value: give one, or leave it out.")
-        kind = f"has the tag {node.tag}" if isinstance(node, ScalarNode) else f"is {_kind(node)}"
-        raise self.error(node, f"{what} {kind}: give a plain text or number.")
+        return str(node.value)
+
+
+def _tag(event: Event) -> str:
+    """The tag that is written there; empty if there is none."""
+    return getattr(event, "tag", None) or ""
 
 
 def _kind(node: Node) -> str:

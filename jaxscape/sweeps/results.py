@@ -38,7 +38,7 @@ def results_of(tasks: Sequence[Task]) -> list[Result]:
     Arguments:
         tasks: all tasks of the sweep, in their order.
     """
-    scans = [list(group) for _, group in itertools.groupby(tasks, key=lambda task: task.run)]
+    scans = [list(group) for _, group in itertools.groupby(tasks, key=lambda task: task.whole.directory)]
     return [_result(scan) for scan in scans]
 
 
@@ -47,7 +47,7 @@ def _result(scan: Sequence[Task]) -> Result:
     states = {status_of(task).state for task in scan}
     if states == {"done"}:
         finish_scan(scan)
-        return Result(scan[0].cell, "done", Landscape.load(scan[0].run))
+        return Result(scan[0].cell, "done", Landscape.load(scan[0].whole.directory))
     worst = next(state for state in ("failed", "running", "stopped", "done", "waiting") if state in states)
     return Result(scan[0].cell, "stopped" if worst == "done" else worst, None)
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -11,8 +12,8 @@ from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import is_locked, read_json, write_whole
 from jaxscape.sweeps.cells import Cell
 
-TASKS = "tasks"
-"""The folder of a sweep's directory in which shards grow, and in which each task notes how it ended."""
+SHARDS, NOTES = "shards", "notes"
+"""Folders of a sweep's directory: the runs of shards, and for each task a file that says how it ended."""
 
 State = Literal["waiting", "running", "stopped", "failed", "done"]
 
@@ -34,30 +35,29 @@ class Task:
     shards: int = 1
 
     @property
+    def whole(self) -> "Task":
+        """The task that makes the whole scan: this one, unless it is a shard."""
+        return replace(self, shard=1, shards=1)
+
+    @property
     def name(self) -> str:
         """A name that no other task of the sweep has."""
         return self.cell.name if self.shards == 1 else f"{self.cell.name}-{self.shard}-of-{self.shards}"
 
     @property
-    def run(self) -> Path:
-        """The directory of the whole scan."""
-        return self.out / self.cell.name
-
-    @property
-    def whole(self) -> "Task":
-        """The task whose result is the whole scan, which is this one unless that is a shard."""
-        return replace(self, shard=1, shards=1)
-
-    @property
     def directory(self) -> Path:
         """The directory that the task fills."""
-        return self.run if self.shards == 1 else self.out / TASKS / self.name
+        return self.out / self.name if self.shards == 1 else self.out / SHARDS / self.name
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The arguments of `jaxscape scan` that do the task, without its directory."""
+        return self.cell.arguments if self.shards == 1 else (*self.cell.arguments, "--shard", f"{self.shard}/{self.shards}")
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """The arguments of `jaxscape scan` that do the task."""
-        part = () if self.shards == 1 else ("--shard", f"{self.shard}/{self.shards}")
-        return (*self.cell.arguments, *part, "--out", str(self.directory))
+        return (*self.options, "--out", str(self.directory))
 
     @property
     def command(self) -> str:
@@ -67,15 +67,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a task ended, as its file says.
+    """How a task ended, as its note says.
 
     Attributes:
-        command: the command that it was.
+        options: the arguments of `jaxscape scan` that it was, without its directory.
         exit_code: 0 if it did what it was to do.
         reason: why not, in a sentence.
     """
 
-    command: str
+    options: str
     exit_code: int
     reason: str = ""
 
@@ -85,7 +85,8 @@ class Status:
     """How a task stands.
 
     Attributes:
-        state: `waiting` to be begun, `running`, `stopped` before its end, `failed` or `done`.
+        state: `waiting` until it begins; `running`; `stopped` before its end, so that the next run of the task goes on;
+            `failed`; or `done`.
         reason: why it failed.
         progress: how many of its points are done; None before it has begun.
     """
@@ -95,26 +96,26 @@ class Status:
     progress: Progress | None = None
 
 
-def make_tasks(cells: tuple[Cell, ...], shards: int, out: Path) -> list[Task]:
+def make_tasks(cells: Sequence[Cell], shards: int, out: Path) -> list[Task]:
     """The tasks of a sweep, cell by cell."""
-    places = [(cell, shard) for cell in cells for shard in range(1, shards + 1)]
-    return [Task(number, out, cell, shard, shards) for number, (cell, shard) in enumerate(places, 1)]
+    parts = [(cell, shard) for cell in cells for shard in range(1, shards + 1)]
+    return [Task(number, out, cell, shard, shards) for number, (cell, shard) in enumerate(parts, 1)]
 
 
 def note_ending(task: Task, exit_code: int, why: str = "") -> None:
     """Write down how a task ended."""
     path = _note(task)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(asdict(Ending(task.command, exit_code, why)), indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(asdict(Ending(shlex.join(task.options), exit_code, why)), indent=1, ensure_ascii=False) + "\n")
 
 
 def forget_ending(task: Task) -> None:
-    """Remove what is written of how a task ended, because it begins again."""
+    """Remove the note of how a task ended, because it begins again."""
     _note(task).unlink(missing_ok=True)
 
 
 def is_done(task: Task) -> bool:
-    """Whether a task has been done, by the command that it is now. A shard is done, too, if the whole scan is.
+    """Whether a task has been done, with the options that it has now. A shard is done, too, if the whole scan is.
 
     After a change of the sweep's file it is not: the task is run again, and the check of the run that is there says
     whether that is another one.
@@ -126,7 +127,7 @@ def is_done(task: Task) -> bool:
 
 
 def status_of(task: Task) -> Status:
-    """How the task stands."""
+    """How a task stands."""
     ending, progress, problem = _ending(task), None, ""
     try:
         progress = _progress(task.directory)
@@ -148,12 +149,12 @@ def _progress(directory: Path) -> Progress | None:
 
 
 def _note(task: Task) -> Path:
-    """The file that says how the task ended."""
-    return task.out / TASKS / f"{task.name}.json"
+    """The file that says how a task ended."""
+    return task.out / NOTES / f"{task.name}.json"
 
 
 def _ending(task: Task) -> Ending | None:
-    """How the task ended; None if it has not, or was another command then."""
+    """How a task ended; None if it has not, or had other options then."""
     path = _note(task)
     if not path.exists():
         return None
@@ -161,4 +162,4 @@ def _ending(task: Task) -> Ending | None:
         ending = Ending(**read_json(path))
     except TypeError as error:
         raise UserError(f"{path} is not what jaxscape sweep writes ({reason(error)}): remove it.") from error
-    return ending if ending.command == task.command else None
+    return ending if ending.options == shlex.join(task.options) else None
