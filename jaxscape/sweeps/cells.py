@@ -12,7 +12,7 @@ from jaxscape.runtime.files import checksum
 MEANS_ITSELF = ("model", "direction", "directions", "prompts", "evaluator", "interpolate_to")
 """Options whose values say in a directory's name what they are; the values of others stand behind the option's name."""
 MAX_LABEL, MAX_NAME = 40, 200  # characters; a file system allows 255 bytes
-_PLAIN = re.compile(r"[\w.@+=:/-]+", re.ASCII)
+_PLAIN = re.compile(r"[\w@+=]([\w.@+=-]*[\w@+=])?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ def label(setting: Setting) -> str:
     checksum.
     """
     text = "+".join(setting.texts)
-    tail = text.rpartition("/")[2] if len(text) > MAX_LABEL else text
-    name = re.sub(r"[^\w.@+=-]+", "-", tail.replace("/", "--"), flags=re.ASCII).strip("-.")
-    if len(name) > MAX_LABEL or tail != text or not _PLAIN.fullmatch(text):
-        name = _with_checksum(name[:MAX_LABEL], setting.texts)
+    name = text.replace(":", "-").replace("/", "--")
+    if len(name) > MAX_LABEL or not _PLAIN.fullmatch(name):
+        end = text.rpartition("/")[2] if len(name) > MAX_LABEL else name
+        name = _with_checksum(re.sub(r"[^\w.@+=-]+", "-", end, flags=re.ASCII)[:MAX_LABEL], setting.texts)
     return name if setting.option in MEANS_ITSELF else f"{setting.option.replace('_', '-')}-{name}"
 
 
 def _with_checksum(name: str, value: Any) -> str:
-    return f"{name}-{checksum(value)[:8]}".lstrip("-.")
+    return f"{name.strip('-.')}-{checksum(value)[:8]}".lstrip("-")
