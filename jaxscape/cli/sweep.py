@@ -14,6 +14,7 @@ from jaxscape.cli.arguments import parse, parse_option, with_values
 from jaxscape.cli.main import user_message
 from jaxscape.cli.options import Group, check_texts
 from jaxscape.cli.scan import Scan
+from jaxscape.runtime import preemption
 from jaxscape.runtime.children import run_child
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.help import shown
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 SCAN = "jaxscape scan"
 OWN = ("out", "overwrite", "dry_run", "shard")
 """Options of `jaxscape scan` that a sweep's file cannot give: the sweep gives them itself, or they make no sense there."""
-INTERRUPTED, TRY_AGAIN = 130, 75  # 75 is EX_TEMPFAIL: SIGTERM has ended a scan, which the same command resumes
+NOT_FAILED = (130, BROKEN_PIPE, preemption.EXIT_CODE)
+"""Exit codes of a task that someone has ended, and whose command goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -206,13 +208,12 @@ def _run_all(tasks: "Sequence[Task]", file: Path) -> None:
     """Do all tasks that are not done, each in a process of its own, so that none can stop the others."""
     from jaxscape.sweeps.tasks import is_done, note_ending, status_of
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TRY_AGAIN))  # between two tasks; a task gets the signal itself
     waiting = [task for task in tasks if not is_done(task)]
     for task in waiting:
         write_line(f"Task {task.number} of {len(tasks)}: {task.command}")
         arguments = [str(file), "--out", str(task.out), "--run", str(task.number)]
         code = run_child([sys.executable, "-m", "jaxscape", "sweep", *arguments])
-        if code in (INTERRUPTED, TRY_AGAIN, BROKEN_PIPE):
+        if code in NOT_FAILED:
             sys.exit(code)
         if code and status_of(task).state != "failed":  # it had no time to say so
             how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}; is the memory full?"

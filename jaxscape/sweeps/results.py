@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxscape.landscapes.landscape import Landscape
+from jaxscape.finetuning.trajectory import load_trajectories
+from jaxscape.landscapes.landscape import FIGURE, Landscape
+from jaxscape.landscapes.merge import merging
 from jaxscape.report.csv_text import csv_text
+from jaxscape.report.figures import save_figure
 from jaxscape.report.markup import markdown_table
 from jaxscape.report.page.document import save_report
 from jaxscape.report.tables import landscape_cells, landscape_estimates
+from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.files import write_whole
 from jaxscape.sweeps.cells import Cell
-from jaxscape.sweeps.tasks import Task, status_of
+from jaxscape.sweeps.tasks import Task, is_done, note_ending, status_of
 
 MARKDOWN, CSV, REPORT = "table.md", "table.csv", "report.html"
 
@@ -55,9 +59,26 @@ def _result(scan: Sequence[Task]) -> Result:
 def finish_scan(scan: Sequence[Task]) -> None:
     """Merge the shards of a scan if all of them are done and no one has merged them yet.
 
+    Several processes may do this at the same time: the run appears whole, once.
+
     Arguments:
         scan: its tasks.
     """
+    whole = scan[0].whole
+    if is_done(whole) or not all(map(is_done, scan)):
+        return
+    try:
+        _merge(scan, whole)
+    except UserError:
+        _merge(scan, whole)  # another process may have put the run there in the meantime, which is seen now
+    note_ending(whole, 0)
+
+
+def _merge(scan: Sequence[Task], whole: Task) -> None:
+    """Merge shards, and draw the figure of the run."""
+    with merging([task.directory for task in scan], whole.directory) as (landscape, place):
+        if not (place / FIGURE).exists():
+            save_figure(landscape, place / FIGURE, trajectories=load_trajectories(place))
 
 
 def save_results(results: Sequence[Result], out: Path) -> list[Path]:
