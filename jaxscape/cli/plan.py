@@ -171,9 +171,7 @@ class Plan:
         cells = {task.cell.name: task.cell for task in load_tasks(file, None)}
         shapes = {name: self.shape_of(scan_of(cell)) for name, cell in cells.items()}
         slices = [open_slice(name) for name in self.slice.topology]
-        results = {
-            tpu_slice.name: forecast_scans(shapes, tpu_slice, self.forecast.quick) for tpu_slice in slices
-        }
+        results = {tpu_slice.name: forecast_scans(shapes, tpu_slice, self.forecast.quick) for tpu_slice in slices}
         if self.forecast.json:
             write_line(json.dumps([asdict(result) for found in results.values() for result in found]))
         else:
@@ -194,12 +192,11 @@ class Plan:
         if dtype == "float16":
             return "TPUs have no float16."
         num_prompts = scan.prompts.num_prompts or DEFAULT_NUM_PROMPTS
-        sampling = {name: value for name, value in asdict(scan.generation).items()}
         try:
             points = scan.points.coordinates(scan.landscape)
             sets, axes = scan.landscape.grid() if points is None else (scan.landscape.sets(len(points[0])), ())
             prompts = made_up_prompts(num_prompts, self.workload.prompt_tokens, self.workload.shared_tokens)
-            workload = workload_of(prompts, Sampling(**sampling), axes, sets, points or ())
+            workload = workload_of(prompts, Sampling(**asdict(scan.generation)), axes, sets, points or ())
             mesh = None if scan.devices.mesh is None else parse_mesh_shape(scan.devices.mesh)
             return ScanShape(config_of(scan.model.model, scan.model.base), workload, scan.engine, mesh, dtype)
         except UserError as error:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SCAN = "jaxscape scan"
 OWN = ("out", "overwrite", "dry_run", "shard")
-"""Options of `jaxscape scan` that a sweep's file cannot give: the sweep gives them itself, or they make no sense there."""
+"""Options of `jaxscape scan` that a sweep's file cannot give: the sweep sets them, or they make no sense there."""
 NOT_FAILED = (130, BROKEN_PIPE, preemption.EXIT_CODE)
 """Exit codes of a task that someone has ended, and whose command goes on with it."""
 
@@ -135,9 +135,7 @@ def scan_of(cell: "Cell") -> Scan:
 def _list(tasks: "Sequence[Task]") -> str:
     from jaxscape.sweeps.tasks import status_of
 
-    return aligned(
-        [(str(task.number), status_of(task).state, str(task.directory), task.command) for task in tasks]
-    )
+    return aligned([(str(task.number), status_of(task).state, str(task.directory), task.command) for task in tasks])
 
 
 def _status(tasks: "Sequence[Task]") -> str:
@@ -221,6 +219,8 @@ def _run_all(tasks: "Sequence[Task]", file: Path) -> None:
     failed = [task for task in waiting if not is_done(task)]
     for task in failed:
         write_line(f"Task {task.number} failed: {status_of(task).reason}")
-    write_line(f"{len(tasks) - len(failed)} of {len(tasks)} tasks are done, {len(tasks) - len(waiting)} of them before.")
+    write_line(
+        f"{len(tasks) - len(failed)} of {len(tasks)} tasks are done, {len(tasks) - len(waiting)} of them before."
+    )
     if failed:
         sys.exit(1)

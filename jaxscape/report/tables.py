@@ -81,8 +81,8 @@ def landscape_estimates(land: Landscape) -> dict[str, Mapping[str, Any] | None]:
     `visage_code` by its code's, `volume` and `radius`, and those of complied alone, `complied_volume` and
     `complied_radius`. Those that it does not have are left out.
 
-    Each has its `value` and `interval`, and a radius has what `numbers` in `landscape.json` says of its bounds; a radius
-    is None if the axes do not contain the model.
+    Each has its `value` and `interval`, and a radius has what `numbers` in `landscape.json` says of its bounds. It is
+    None if the axes do not contain the model.
     """
     nearest = tuple(int(np.argmin(np.abs(axis.values))) for axis in land.axes)
     place = land.origin if land.points else nearest

@@ -124,7 +124,7 @@ class _Reader:
         for item in node.value:
             setting = self.setting(option, item)
             if any(setting.value == other.value for other in settings):
-                raise self.error(item, f"{option} of matrix has {shown_text(setting.text)} twice: leave out one of them.")
+                raise self.error(item, f"{option} of matrix has {shown_text(setting.text)} twice: leave out one.")
             settings.append(setting)
         return settings
 

@@ -1,6 +1,6 @@
 """Forecasts of a sweep: the hours of its scans on TPU slices that are not here."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -128,10 +128,11 @@ def _columns(name: str, estimate: Mapping[str, Any]) -> Iterator[tuple[str, Any]
 
 def _head(result: Result) -> dict[str, Any]:
     """The first columns of a row. The numbers of prompts and of direction sets are those of the run that is there."""
-    land = result.landscape
-    counts = {} if land is None else {"num_prompts": land.num_prompts, "num_directions": len(land.without_controls().asr)}
     varied = {setting.option: setting.text for setting in result.cell.varied}
-    return {"scan": result.cell.name, **varied, "state": result.state, **counts}
+    head = {"scan": result.cell.name, **varied, "state": result.state}
+    if (land := result.landscape) is None:
+        return head
+    return head | {"num_prompts": land.num_prompts, "num_directions": len(land.without_controls().asr)}
 
 
 def _aligned(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -52,7 +52,8 @@ class Task:
     @property
     def options(self) -> tuple[str, ...]:
         """The arguments of `jaxscape scan` that do the task, without its directory."""
-        return self.cell.arguments if self.shards == 1 else (*self.cell.arguments, "--shard", f"{self.shard}/{self.shards}")
+        part = () if self.shards == 1 else ("--shard", f"{self.shard}/{self.shards}")
+        return (*self.cell.arguments, *part)
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -105,8 +106,9 @@ def make_tasks(cells: Sequence[Cell], shards: int, out: Path) -> list[Task]:
 def note_ending(task: Task, exit_code: int, why: str = "") -> None:
     """Write down how a task ended."""
     path = _note(task)
+    ending = Ending(shlex.join(task.options), exit_code, why)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(asdict(Ending(shlex.join(task.options), exit_code, why)), indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(asdict(ending), indent=1, ensure_ascii=False) + "\n")
 
 
 def forget_ending(task: Task) -> None:

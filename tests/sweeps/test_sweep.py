@@ -58,7 +58,9 @@ def test_a_task_runs_once_and_the_table_has_its_numbers(
 
     main(["sweep", str(path), "--list"])
     lines = capfd.readouterr().out.splitlines()
-    command = f"jaxscape scan --seed 1 --model {tiny_dir} --num-prompts 2 --steps 2 --max-new-tokens 4 --no-shares --cpu"
+    command = (
+        f"jaxscape scan --seed 1 --model {tiny_dir} --num-prompts 2 --steps 2 --max-new-tokens 4 --no-shares --cpu"
+    )
     assert len(lines) == 2
     assert lines[1].split() == ["2", "done", str(run), *command.split(), "--out", str(run)]
 

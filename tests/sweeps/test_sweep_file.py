@@ -141,7 +141,10 @@ def test_names_of_long_and_unusual_values_end_with_a_checksum(tmp_path: Path) ->
         ("shards: 0", "line 1: shards is '0': give a number from 1 to 1000"),
         ("shards: two", "line 1: shards is 'two'"),
         ("out: [a]", "line 1: out is a list"),
-        ("scan: {model: !!python/object/apply:os.system [x]}", "line 1: the tag 'tag:yaml.org,2002:python/object/apply:os.system' is"),
+        (
+            "scan: {model: !!python/object/apply:os.system [x]}",
+            "line 1: the tag 'tag:yaml.org,2002:python/object/apply:os.system' is",
+        ),
         ("scan: {model: !!python/name:os.system x}", "line 1: the tag 'tag:yaml.org,2002:python/name:os.system'"),
         ("scan: {model: !!binary aGVsbG8=}", "line 1: the tag 'tag:yaml.org,2002:binary' is not allowed"),
         ("out: !local x", "line 1: the tag '!local' is not allowed: leave it out"),
