@@ -12,7 +12,7 @@ import tyro
 
 from jaxscape.cli.arguments import parse, parse_option, with_values
 from jaxscape.cli.main import user_message
-from jaxscape.cli.options import Group, check_texts
+from jaxscape.cli.options import Group, check_texts, select_platform
 from jaxscape.cli.scan import Scan
 from jaxscape.runtime import preemption
 from jaxscape.runtime.children import run_child
@@ -87,7 +87,8 @@ class Sweep:
         elif self.action.run is not None:
             if not 1 <= self.action.run <= len(tasks):
                 raise UserError(f"There is no task {self.action.run}: the tasks have the numbers 1 to {len(tasks)}.")
-            _run_task(tasks, tasks[self.action.run - 1])
+            task = tasks[self.action.run - 1]
+            _run_task(task, [other for other in tasks if other.cell == task.cell])
         else:
             _run_all(tasks, self.file)
 
@@ -133,12 +134,14 @@ def scan_of(cell: "Cell") -> Scan:
 
 
 def _list(tasks: "Sequence[Task]") -> str:
+    """A line for each task."""
     from jaxscape.sweeps.tasks import status_of
 
     return aligned([(str(task.number), status_of(task).state, str(task.directory), task.command) for task in tasks])
 
 
 def _status(tasks: "Sequence[Task]") -> str:
+    """A line for each task, and one that counts them."""
     from jaxscape.landscapes.runs import progress_text
     from jaxscape.sweeps.tasks import status_of
 
@@ -155,13 +158,18 @@ def _status(tasks: "Sequence[Task]") -> str:
     ]
     counts = Counter(status.state for status in statuses)
     states = ", ".join(f"{count} {state}" for state, count in counts.items())
-    points = sum(status.progress.done for status in statuses if status.progress is not None)
-    return f"{aligned(rows)}\n{len(tasks)} tasks: {states}; {points} points are done."
+    begun = [status.progress for status in statuses if status.progress is not None]
+    points, known = sum(progress.done for progress in begun), sum(progress.total or progress.done for progress in begun)
+    return (
+        f"{aligned(rows)}\n{len(tasks)} tasks: {states}. Of those that have begun, {points} of {known} points are done."
+    )
 
 
 def _write_table(tasks: "Sequence[Task]") -> None:
+    """Merge the shards that are done, print the results of all scans, and write them."""
     from jaxscape.sweeps.results import results_of, save_results, to_markdown
 
+    select_platform(["cpu"])  # none of this needs an accelerator
     results = results_of(tasks)
     paths = save_results(results, tasks[0].out)
     write_line(to_markdown(results))
@@ -169,28 +177,48 @@ def _write_table(tasks: "Sequence[Task]") -> None:
         write_line(f"{path}")
 
 
-def _run_task(tasks: "Sequence[Task]", task: "Task") -> None:
-    """Do a task in this process, unless it is done, and write down how it ends."""
-    from jaxscape.sweeps.results import finish_scan
-    from jaxscape.sweeps.tasks import forget_ending, is_done, note_ending
+def _run_task(task: "Task", scan: "Sequence[Task]") -> None:
+    """Do a task in this process, unless it is done. Whoever does the last shard of a scan merges the shards.
+
+    Arguments:
+        scan: the tasks of its scan.
+    """
+    from jaxscape.sweeps.tasks import is_done
 
     if is_done(task):
         write_line(f"Task {task.number} is done: {task.directory}")
+        if is_done(task.whole):
+            return
+        select_platform(["cpu"])  # merging needs no accelerator
     else:
-        forget_ending(task)
-        try:
-            parse(Scan, task.arguments, SCAN, None).run()
-        except BrokenPipeError:  # no one reads the progress any more; the task has not failed
-            raise
-        except Exception as error:
-            message = user_message(error)
-            if _writes():
-                note_ending(task, *((1, reason(error)) if message is None else (2, message)))
-            raise
+        _scan(task, scan)
+    if _writes() and not is_done(task.whole):
+        from jaxscape.sweeps.results import finish_scan
+
+        finish_scan(scan)
+
+
+def _scan(task: "Task", scan: "Sequence[Task]") -> None:
+    """Do a task, and write down how it ends."""
+    from jaxscape.runtime.rundir import recorded_value
+    from jaxscape.sweeps.tasks import forget_ending, note_ending
+
+    forget_ending(task)
+    options = parse(Scan, task.arguments, SCAN, None)
+    if options.engine.form == "auto":  # shards can be merged only if they have the same form
+        forms = filter(None, (recorded_value(other.directory, "form") for other in scan))
+        options = with_values(options, {"form": next(forms, "auto")})
+    try:
+        options.run()
+    except BrokenPipeError:  # no one reads the progress any more; the task has not failed
+        raise
+    except Exception as error:
+        message = user_message(error)
         if _writes():
-            note_ending(task, 0)
+            note_ending(task, *((1, reason(error)) if message is None else (2, message)))
+        raise
     if _writes():
-        finish_scan([other for other in tasks if other.cell == task.cell])
+        note_ending(task, 0)
 
 
 def _writes() -> bool:
@@ -214,8 +242,8 @@ def _run_all(tasks: "Sequence[Task]", file: Path) -> None:
         if code in NOT_FAILED:
             sys.exit(code)
         if code and status_of(task).state != "failed":  # it had no time to say so
-            how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}; is the memory full?"
-            note_ending(task, abs(code), f"Its process was ended by {how}")
+            how = f"ended with exit code {code}" if code > 0 else f"was ended by a signal ({signal.strsignal(-code)})"
+            note_ending(task, abs(code), f"Its process {how}; is the memory full?")
     failed = [task for task in waiting if not is_done(task)]
     for task in failed:
         write_line(f"Task {task.number} failed: {status_of(task).reason}")
