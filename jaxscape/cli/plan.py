@@ -108,7 +108,7 @@ class Plan:
         check_jax_options()
         jax.config.update("jax_platforms", "cpu")  # the compiler needs no device, and none should be taken
         if self.forecast.sweep is not None:
-            self.plan_sweep(self.forecast.sweep)
+            _plan_sweep(self, self.forecast.sweep)
             return
         if len(self.slice.topology) != 1:
             raise UserError("Several slices can be planned for with --sweep only: give one --topology.")
@@ -156,55 +156,60 @@ class Plan:
             title = f"{self.slice.model} on {topology}, {forecasts[0].mesh}"
             write_line(describe(forecasts, step, title))
 
-    def plan_sweep(self, file: Path) -> None:
-        """Forecast the scans of a sweep, and add up their hours."""
-        check_texts(file)
 
-        from jaxscape.cli.sweep import load_tasks, scan_of
-        from jaxscape.forecast.chips import open_slice
-        from jaxscape.sweeps.forecasts import forecast_scans
+def _plan_sweep(plan: Plan, file: Path) -> None:
+    """Forecast the scans of a sweep, and add up their hours."""
+    check_texts(file)
 
-        for group in (self.slice, self.workload, self.engine, self.forecast):
-            for name, value in vars(group).items():
-                if name not in WITH_SWEEP and value != getattr(type(group)(), name):
-                    raise UserError(f"--{name.replace('_', '-')} is given by the scans of a sweep: leave it out.")
-        cells = {task.cell.name: task.cell for task in load_tasks(file, None)}
-        shapes = {name: self.shape_of(scan_of(cell)) for name, cell in cells.items()}
-        slices = [open_slice(name) for name in self.slice.topology]
-        results = {tpu_slice.name: forecast_scans(shapes, tpu_slice, self.forecast.quick) for tpu_slice in slices}
-        if self.forecast.json:
-            write_line(json.dumps([asdict(result) for found in results.values() for result in found]))
-        else:
-            write_line("\n\n".join(map(_sweep_text, results.values())))
-            write_line(SWEEP_NOTE)
+    from jaxscape.cli.sweep import load_tasks, scan_of
+    from jaxscape.forecast.chips import open_slice
+    from jaxscape.sweeps.forecasts import forecast_scans
 
-    def shape_of(self, scan: "Scan") -> "ScanShape | str":
-        """What a forecast of a scan depends on, or why it cannot be forecast."""
-        from jaxscape.engine.sampling import Sampling
-        from jaxscape.forecast.forecast import made_up_prompts
-        from jaxscape.landscapes.scan import workload_of
-        from jaxscape.runtime.sharding import parse_mesh_shape
-        from jaxscape.sweeps.forecasts import ScanShape, config_of
+    for group in (plan.slice, plan.workload, plan.engine, plan.forecast):
+        for name, value in vars(group).items():
+            if name not in WITH_SWEEP and value != getattr(type(group)(), name):
+                raise UserError(f"--{name.replace('_', '-')} is given by the scans of a sweep: leave it out.")
+    cells = {task.cell.name: task.cell for task in load_tasks(file, None)}
+    shapes = {name: _shape_of(scan_of(cell), plan.workload) for name, cell in cells.items()}
+    slices = [open_slice(name) for name in plan.slice.topology]
+    results = [forecast_scans(shapes, tpu_slice, plan.forecast.quick) for tpu_slice in slices]
+    if plan.forecast.json:
+        write_line(json.dumps([asdict(result) for of_slice in results for result in of_slice]))
+    else:
+        write_line("\n\n".join([*map(_sweep_text, results), SWEEP_NOTE]))
 
-        if scan.points.adaptive:
-            return "How many points an adaptive scan evaluates depends on what it finds."
-        dtype = scan.model.dtype or "bfloat16"
-        if dtype == "float16":
-            return "TPUs have no float16."
-        num_prompts = scan.prompts.num_prompts or DEFAULT_NUM_PROMPTS
-        try:
-            points = scan.points.coordinates(scan.landscape)
-            sets, axes = scan.landscape.grid() if points is None else (scan.landscape.sets(len(points[0])), ())
-            prompts = made_up_prompts(num_prompts, self.workload.prompt_tokens, self.workload.shared_tokens)
-            workload = workload_of(prompts, Sampling(**asdict(scan.generation)), axes, sets, points or ())
-            mesh = None if scan.devices.mesh is None else parse_mesh_shape(scan.devices.mesh)
-            return ScanShape(config_of(scan.model.model, scan.model.base), workload, scan.engine, mesh, dtype)
-        except UserError as error:
-            return str(error)
+
+def _shape_of(scan: "Scan", lengths: WorkloadOptions) -> "ScanShape | str":
+    """What a forecast of a scan depends on, or why it cannot be forecast.
+
+    Arguments:
+        lengths: the options that give the lengths of the prompts.
+    """
+    from jaxscape.engine.sampling import Sampling
+    from jaxscape.forecast.forecast import made_up_prompts
+    from jaxscape.landscapes.scan import workload_of
+    from jaxscape.runtime.sharding import parse_mesh_shape
+    from jaxscape.sweeps.forecasts import ScanShape, config_of
+
+    if scan.points.adaptive:
+        return "How many points an adaptive scan evaluates depends on what it finds."
+    dtype, mesh = scan.model.dtype or "bfloat16", scan.devices.mesh
+    if dtype == "float16":
+        return "TPUs have no float16."
+    num_prompts = scan.prompts.num_prompts or DEFAULT_NUM_PROMPTS
+    prompts = made_up_prompts(num_prompts, lengths.prompt_tokens, lengths.shared_tokens)
+    try:
+        points = scan.points.coordinates(scan.landscape)
+        sets, axes = scan.landscape.grid() if points is None else (scan.landscape.sets(len(points[0])), ())
+        workload = workload_of(prompts, Sampling(**asdict(scan.generation)), axes, sets, points or ())
+        config = config_of(scan.model.model, scan.model.base)
+        return ScanShape(config, workload, scan.engine, None if mesh is None else parse_mesh_shape(mesh), dtype)
+    except UserError as error:
+        return str(error)
 
 
 SWEEP_NOTE = (
-    "Hours are forecasts of decoding, in which every answer reaches --max-new-tokens. They do not include loading, and "
+    "Hours are forecasts of decoding in which every answer reaches --max-new-tokens. They include neither loading nor "
     "judges that are models."
 )
 

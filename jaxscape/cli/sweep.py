@@ -19,7 +19,7 @@ from jaxscape.runtime.children import run_child
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.help import shown
 from jaxscape.runtime.streams import BROKEN_PIPE, write_line
-from jaxscape.runtime.texts import aligned, shown_text
+from jaxscape.runtime.texts import aligned, printable, shown_text
 
 if TYPE_CHECKING:
     from jaxscape.sweeps.cells import Cell, Setting
@@ -242,11 +242,11 @@ def _run_all(tasks: "Sequence[Task]", file: Path) -> None:
         if code in NOT_FAILED:
             sys.exit(code)
         if code and status_of(task).state != "failed":  # it had no time to say so
-            how = f"ended with exit code {code}" if code > 0 else f"was ended by a signal ({signal.strsignal(-code)})"
-            note_ending(task, abs(code), f"Its process {how}; is the memory full?")
+            by_signal = f"Its process was ended by a signal ({signal.strsignal(-code)}); is the memory full?"
+            note_ending(task, abs(code), by_signal if code < 0 else f"Its process ended with exit code {code}.")
     failed = [task for task in waiting if not is_done(task)]
     for task in failed:
-        write_line(f"Task {task.number} failed: {status_of(task).reason}")
+        write_line(printable(f"Task {task.number} failed: {status_of(task).reason}"))
     write_line(
         f"{len(tasks) - len(failed)} of {len(tasks)} tasks are done, {len(tasks) - len(waiting)} of them before."
     )
