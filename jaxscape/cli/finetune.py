@@ -9,6 +9,7 @@ from jaxscape.finetuning.options import Training
 from jaxscape.prompts.thinking import Thinking
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.help import shown
+from jaxscape.runtime.remote import run_directory
 from jaxscape.runtime.reporting import Target, check_target
 from jaxscape.runtime.streams import write_line
 
@@ -30,8 +31,8 @@ class OutputOptions:
     """The run's directory."""
 
     out: Annotated[Path | None, shown("runs/MODEL-finetuned", "DIRECTORY")] = None
-    """The run's directory. The result is in its subdirectory adapter/ or model/, which
-    --model accepts. An unfinished finetuning there is resumed."""
+    """The run's directory, or a URL such as s3://BUCKET/RUN. The result is in its subdirectory adapter/ or model/,
+    which --model accepts. An unfinished finetuning there is resumed."""
     overwrite: bool = False
     """Start over if the directory holds a run."""
     report_to: Target = "none"
@@ -73,6 +74,7 @@ class Finetune:
 
         chats = [chat for source in sources for chat in load_chats(source)]
         self.devices.start()
+        out = run_directory(out)
         from_first(lambda: rundir.check_directory(out, FINETUNING))
         result = finetune(
             self.model.load(self.devices.mesh),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import jaxscape
 from jaxscape.cli.arguments import parse
 from jaxscape.cli.options import check_working_directory
-from jaxscape.runtime import preemption
+from jaxscape.runtime import preemption, remote
 from jaxscape.runtime.errors import UserError, unknown_name
 from jaxscape.runtime.streams import BROKEN_PIPE, safe_streams, write_line
 from jaxscape.runtime.texts import printable
@@ -184,7 +184,7 @@ def user_message(error: Exception) -> str | None:
 def _fail(message: str) -> NoReturn:
     """Report a user error and end the process."""
     # One line without control characters, whatever a library or a file name put into the message.
-    line = printable(" ".join(message.split()))
+    line = printable(" ".join(remote.shown(message).split()))
     sys.stderr.write(f"jaxscape: {line}\n")
     _exit(2)
 

@@ -8,6 +8,7 @@ from jaxscape.cli.options import DEFAULT_NUM_PROMPTS, Group, ModelOptions, RunOp
 from jaxscape.cli.scan import LandscapeOptions, PromptOptions
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.help import shown
+from jaxscape.runtime.remote import run_directory
 from jaxscape.runtime.streams import write_line
 
 
@@ -87,7 +88,7 @@ class Measure:
         model_options, source = self.model, self.prompts.prompts
         out = self.output.out or Path("runs") / f"{self.model.short_name}-measures-{options.ndim}d"
         if what.like is not None:
-            scanned = ScanSettings.load(what.like)
+            scanned = ScanSettings.load(run_directory(what.like))
             model_options = replace(self.model, model=scanned.model, dtype=scanned.dtype, base=scanned.base)  # type: ignore[arg-type]
             source, prompts = scanned.prompt_source or "", list(scanned.prompts)
             out = self.output.out or what.like.with_name(f"{what.like.resolve().name}-measures")
@@ -101,6 +102,7 @@ class Measure:
             targets = [what.target] * len(prompts) if what.target is not None else _targets(source, prompts)
         harmless = load_prompts(what.harmless) if what.harmless else None
         self.devices.start()
+        out = run_directory(out)
         from_first(lambda: rundir.check_directory(out, MEASURE))
         measurement = measure(
             model_options.load(self.devices.mesh),
@@ -119,8 +121,8 @@ class Measure:
 
         def conclude() -> None:
             landscape = None
-            if what.like is not None and (what.like / FILE_NAME).exists():
-                landscape = Landscape.load(what.like)
+            if what.like is not None and ((like := run_directory(what.like)) / FILE_NAME).exists():
+                landscape = Landscape.load(like)
             save_measures_figure(measurement, out / FIGURE, landscape)
             write_line(f"{out / FIGURE}")
 

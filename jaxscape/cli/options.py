@@ -159,7 +159,7 @@ class OutputOptions:
     """The run's directory."""
 
     out: Annotated[Path | None, shown("runs/MODEL-1d, -2d or -points", "DIRECTORY")] = None
-    """The run's directory. An unfinished run there is resumed."""
+    """The run's directory, or a URL such as s3://BUCKET/RUN. An unfinished run there is resumed."""
     overwrite: bool = False
     """Start over if the directory holds a run."""
     report_to: Target = "none"

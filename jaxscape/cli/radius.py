@@ -9,6 +9,7 @@ from jaxscape.cli.scan import PromptOptions
 from jaxscape.engine.options import EngineOptions, GenerationOptions
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.help import shown
+from jaxscape.runtime.remote import run_directory
 from jaxscape.runtime.streams import write_line
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class Radius:
             prompts = prompts.first(DEFAULT_NUM_PROMPTS)
         is_dry = self.output.dry_run
         self.devices.start(keep_compiled=not is_dry)
+        out = run_directory(out)
         from_first(lambda: rundir.check_directory(out, RADIUS))
         on_host = True if self.engine.form == "streamed" else None
         model = self.model.load(self.devices.mesh, on_host, weights=not is_dry)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from jaxscape.cli.options import check_texts
+from jaxscape.runtime import remote
 from jaxscape.runtime.help import shown
 from jaxscape.runtime.streams import write_line
 from jaxscape.runtime.texts import aligned, printable
@@ -44,7 +45,7 @@ class Runs:
 
         runs = find_runs(self.directory)
         if self.json:
-            write_line(json.dumps([asdict(run) | {"directory": str(run.directory)} for run in runs]))
+            write_line(json.dumps([asdict(run) | {"directory": remote.shown(str(run.directory))} for run in runs]))
         elif runs:
             write_line(_table(runs))
         else:
@@ -55,7 +56,7 @@ def _table(runs: "list[FoundRun]") -> str:
     head = ("run", "kind", "model", "state", "done", "result", "changed")
     rows = [
         (
-            str(run.directory),
+            remote.shown(str(run.directory)),
             run.kind,
             run.model if len(run.model) <= 40 else f"…{run.model[-39:]}",
             run.state,

@@ -19,6 +19,7 @@ from jaxscape.landscapes.shards import parse
 from jaxscape.prompts.thinking import Thinking
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.help import shown
+from jaxscape.runtime.remote import run_directory
 from jaxscape.runtime.reporting import check_target
 from jaxscape.runtime.streams import write_line
 
@@ -207,6 +208,7 @@ class Scan:
             prompts = prompts.first(DEFAULT_NUM_PROMPTS)
         is_dry = self.output.dry_run
         self.devices.start(keep_compiled=not is_dry)
+        out = run_directory(out)
         from_first(lambda: rundir.check_directory(out, SCAN))
         on_host = None if self.engine.form == "auto" else self.engine.form == Form.STREAMED
         model = self.model.load(self.devices.mesh, on_host, weights=not is_dry)

@@ -9,6 +9,7 @@ import tyro
 from jaxscape.cli.options import EvaluatorOptions, Group, PlatformOptions, check_texts, select_platform
 from jaxscape.cli.scan import measure_lines
 from jaxscape.runtime.help import shown
+from jaxscape.runtime.remote import run_directory
 from jaxscape.runtime.streams import write_line
 
 
@@ -45,5 +46,6 @@ class Score:
             enable_compilation_cache()
         else:
             select_platform(["cpu"])  # phrases need no accelerator, whose memory JAX would take
-        landscape = score(self.directory, judges)
-        write_line("\n".join([*measure_lines(landscape), f"{self.directory / FILE_NAME}"]))
+        directory = run_directory(self.directory)
+        landscape = score(directory, judges)
+        write_line("\n".join([*measure_lines(landscape), f"{directory / FILE_NAME}"]))

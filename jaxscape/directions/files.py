@@ -14,6 +14,7 @@ from jaxscape.directions.storage import Direction, dense
 from jaxscape.models.checkpoint import Params, check_tensors, named_leaves, tensor_shapes, to_dtype, tree_of
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.remote import fetched
 
 
 def save_direction(direction: Direction, path: str | Path, model: Model) -> None:
@@ -47,7 +48,7 @@ def load_direction(path: str | Path, model: Model) -> Params:
             message lists the differences.
     """
     try:
-        with safe_open(path, framework="flax") as file:
+        with safe_open(fetched(path), framework="flax") as file:
             names = list(file.keys())
             found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             check_tensors(tensor_shapes(model.params), found, f"the direction {path}")

@@ -18,6 +18,7 @@ from jaxscape.models.model import Model
 from jaxscape.runtime import reporting, rundir
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import read_json
+from jaxscape.runtime.remote import fetched
 from jaxscape.runtime.sharding import replicated
 
 ADAPTER, MODEL, CHECKPOINTS, OPTIMIZER = "adapter", "model", "checkpoints", "optimizer"
@@ -43,7 +44,7 @@ def load_path(directory: str | Path, model: Model) -> Iterator[Params]:
         UserError: the directory holds no finetuning with a finished epoch, the finetuning started from another model,
             or a file is damaged.
     """
-    directory = Path(directory)
+    directory = fetched(directory)
     config = read_json(directory / rundir.CONFIG)
     if not config.keys() >= FINETUNING.marks:
         raise UserError(f"{directory} holds no finetuning: give the directory of a finetuning.")

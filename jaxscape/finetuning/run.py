@@ -24,7 +24,7 @@ from jaxscape.models import builtin
 from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
 from jaxscape.models.lora import Adapter, Factors, module_name, save_adapter, with_factors
 from jaxscape.models.model import Model, check_saveable, save_model
-from jaxscape.runtime import rundir
+from jaxscape.runtime import remote, rundir
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import checksum, cut_after, whole_lines
 from jaxscape.runtime.processes import from_first, is_visible_to_all
@@ -84,7 +84,7 @@ def finetune(
     """
     training = training or Training()
     training.check()
-    directory = None if out is None else Path(out)
+    directory = None if out is None else remote.run_directory(out)
     check_target(report_to, directory)
     if directory is not None:
         _check_out(directory, model, training)
@@ -112,6 +112,7 @@ def finetune(
             _finish_epoch(trainer, state, schedule, epoch, log, bar)
             if checkpoints is not None:
                 checkpoints.save(epoch + 1, state, last=epoch + 1 == training.epochs)
+                remote.push(checkpoints.directory)
         result = _result(model, training, state.trainable, log.records)
         if directory is not None:
             _write_result(result, directory)
@@ -122,11 +123,18 @@ def _check_out(out: Path, model: Model, training: Training) -> None:
     """Raise a `UserError` if the result could not be written to the directory, or would replace the model itself."""
     if training.method == "full":
         check_saveable(model)
-    if Path(model.name).resolve().is_relative_to(out.resolve()):
+    if _lies_in(model.name, out):
         raise UserError(
-            f"The model {model.name} lies in {out}, the directory that its finetuning would be written to: choose "
-            f"another --out."
+            f"The model {model.name} lies in {remote.shown(str(out))}, the directory that its finetuning would be "
+            f"written to: choose another --out."
         )
+
+
+def _lies_in(name: str, out: Path) -> bool:
+    """Whether the model of this name lies in the directory of a run. Either both have a URL, or none."""
+    if (url := remote.url_of(name)) is not None:
+        return Path(url).is_relative_to(remote.shown(str(out)))
+    return Path(name).resolve().is_relative_to(out.resolve())
 
 
 def _config(model: Model, data: Examples, training: Training, start: Adapter | None) -> dict[str, Any]:
@@ -343,6 +351,7 @@ class Checkpoints:
     """
 
     def __init__(self, out: Path) -> None:
+        self.directory = out
         self.weights = checkpoint_manager(out / CHECKPOINTS, None)
         self.moments = checkpoint_manager(out / OPTIMIZER, 1)
 
@@ -397,6 +406,8 @@ def _open_checkpoints(out: Path) -> Checkpoints:
     Raises:
         UserError: not every process sees the directory.
     """
+    if remote.is_remote(out) and jax.process_count() > 1:
+        raise UserError(f"Several processes cannot write one finetuning to a URL ({out}): choose a directory.")
     if not is_visible_to_all(out / rundir.CONFIG):
         raise UserError(f"Each process writes its part of the checkpoints, so all must see the same --out ({out}).")
     return Checkpoints(out.absolute())

@@ -1,7 +1,6 @@
 """The configurations of models for forecasts: of known ones by name or hub id, of others from their config.json."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig
@@ -12,6 +11,7 @@ from jaxscape.models.huggingface import HUB_ID, download, load_config
 from jaxscape.models.lora import is_adapter
 from jaxscape.models.weights import CONFIG
 from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.remote import fetched
 from jaxscape.runtime.texts import did_you_mean
 
 _FIELDS = (
@@ -181,7 +181,7 @@ def shape_config(source: str) -> ModelConfig:
     """
     if source in SHAPES:
         return _known_config(source)
-    path = Path(source)
+    path = fetched(source)
     if source and path.exists():  # as a path, an empty name is the current directory
         if is_adapter(path) and not (path / CONFIG).exists():
             raise UserError(f"{source} holds a LoRA adapter, not a whole model: give its base model.")

@@ -31,6 +31,7 @@ from jaxscape.landscapes.numbers import (
 from jaxscape.landscapes.store import GENERATIONS
 from jaxscape.landscapes.visage import visage_per_direction
 from jaxscape.runtime.errors import UserError, as_list, reason
+from jaxscape.runtime.remote import run_directory
 from jaxscape.runtime.rundir import CONFIG
 
 NUMBERS = ("visage", "volume", "radius")
@@ -144,7 +145,7 @@ def compare(runs: Sequence[str | Path], *, seed: int = 0) -> Comparison:
     Raises:
         UserError: there are fewer than two runs, one is given twice, or a directory holds no run that can be read.
     """
-    paths = [Path(run) for run in as_list(runs, "runs")]
+    paths = [run_directory(run) for run in as_list(runs, "runs")]
     if len(paths) < 2:
         raise UserError(f"A comparison needs at least two runs, and got {len(paths)}: give their directories.")
     loaded = [_load(path, name) for path, name in zip(paths, run_names(paths), strict=True)]

@@ -17,6 +17,7 @@ from jaxscape.landscapes.numbers import landscape_numbers
 from jaxscape.landscapes.visage import visage, visage_interval
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
+from jaxscape.runtime.remote import run_directory
 
 FILE_NAME, FIGURE = "landscape.json", "landscape.png"
 
@@ -217,7 +218,7 @@ class Landscape:
         Raises:
             UserError: the file cannot be written.
         """
-        directory = Path(directory)
+        directory = run_directory(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             write_whole(directory / FILE_NAME, self.to_json())
@@ -233,7 +234,7 @@ class Landscape:
         Raises:
             UserError: the file is missing or damaged.
         """
-        path = Path(directory) / FILE_NAME
+        path = run_directory(directory) / FILE_NAME
         try:
             return cls._from_json(path.read_text(encoding="utf-8"))
         except OSError as error:

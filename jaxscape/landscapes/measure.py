@@ -39,6 +39,7 @@ from jaxscape.runtime.files import append_json_lines, checksum, cut_after, whole
 from jaxscape.runtime.preemption import postponed
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
+from jaxscape.runtime.remote import run_directory
 
 STATE, FIGURE = "measures.jsonl", "measures.png"
 MEASURE = rundir.RunKind(
@@ -104,7 +105,7 @@ def measure(
     names = as_list(measures, "measures")
     check_names(names)
     kinds = {name.partition(":")[0] for name in names}
-    scanned = None if like is None else ScanSettings.load(Path(like))
+    scanned = None if like is None else ScanSettings.load(run_directory(like))
     if scanned is not None:
         if len(as_list(directions, "directions")) or axes is not None or len(prompts):
             raise UserError(f"{like} gives the directions, the axes and the prompts: leave out your own.")
@@ -117,7 +118,7 @@ def measure(
         raise UserError("There are no prompts: give at least one.")
     if harmless is None:
         harmless = load_prompts(DEFAULT_HARMLESS, NUM_HARMLESS)
-    directory = None if out is None else Path(out)
+    directory = None if out is None else run_directory(out)
     subject = Subject(
         model,
         prompts=texts,

@@ -14,6 +14,7 @@ from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.landscape import each_array
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
+from jaxscape.runtime.remote import run_directory
 
 FILE_NAME = "measures.json"
 
@@ -90,9 +91,10 @@ class Measurement:
         Raises:
             UserError: the file cannot be written.
         """
+        directory = run_directory(directory)
         try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            write_whole(Path(directory) / FILE_NAME, self.to_json())
+            directory.mkdir(parents=True, exist_ok=True)
+            write_whole(directory / FILE_NAME, self.to_json())
         except OSError as error:
             raise UserError(
                 f"The measures cannot be written to {directory} ({reason(error)}): choose another directory."
@@ -105,7 +107,7 @@ class Measurement:
         Raises:
             UserError: the file is missing or damaged.
         """
-        path = Path(directory) / FILE_NAME
+        path = run_directory(directory) / FILE_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             axes = tuple(map(Axis.read, content["axes"]))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxscape.runtime.errors import UserError, reason
+from jaxscape.runtime.remote import fetched
 
 Coords = tuple[float, ...]
 
@@ -24,7 +25,7 @@ def load_points(path: str | Path) -> tuple[Coords, ...]:
     Raises:
         UserError: the file cannot be read, or is no list of different points with as many coordinates each.
     """
-    path = Path(path)
+    path = fetched(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from jaxscape.evaluate.statistics import Interval, clopper_pearson_bound, mean_i
 from jaxscape.landscapes.numbers import rounded
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import read_json, write_whole
+from jaxscape.runtime.remote import run_directory
 
 RADII_FILE, CERTIFICATE_FILE, FIGURE = "radius.json", "certificate.json", "radius.png"
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -161,7 +162,7 @@ class Radii:
         Raises:
             UserError: the file is missing or damaged.
         """
-        return _loaded(cls, Path(directory) / RADII_FILE, rays=lambda rays: tuple(_ray(ray) for ray in rays))
+        return _loaded(cls, run_directory(directory) / RADII_FILE, rays=lambda rays: tuple(_ray(ray) for ray in rays))
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class Certificate:
         Raises:
             UserError: the file is missing or damaged.
         """
-        return _loaded(cls, Path(directory) / CERTIFICATE_FILE, exceeded=tuple)
+        return _loaded(cls, run_directory(directory) / CERTIFICATE_FILE, exceeded=tuple)
 
 
 T = TypeVar("T")

@@ -22,6 +22,7 @@ from jaxscape.models.weights import is_norm
 from jaxscape.runtime.errors import UserError, as_list
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
+from jaxscape.runtime.remote import run_directory
 
 CHECKS_OF_COMPLIED = 9
 DEFAULT_CELLS, DEFAULT_ERROR, DEFAULT_DRAWS = 50, 0.05, 100
@@ -165,7 +166,7 @@ def radius(
     settings = SearchSettings.choose(recipes, of, threshold, radius_max, resolution, error, checks)
     sides = sides_of(recipes)
     search = {"radius_max": settings.radius_max, "cells": settings.cells, "checks": settings.num_checks}
-    directory = None if out is None else Path(out)
+    directory = None if out is None else run_directory(out)
     with open_decisions(
         settings.question,
         model,
@@ -365,7 +366,7 @@ def certify(
         UserError: an argument cannot be used, or `out` holds a run of another configuration. Nothing is written then.
     """
     check_draws(sigma, draws)
-    question, directory = Question(of, threshold), None if out is None else Path(out)
+    question, directory = Question(of, threshold), None if out is None else run_directory(out)
     noise = [Relative(first_seed + i) for i in range(draws)]
     weights = [leaf for name, leaf in named_leaves(model.params).items() if not is_norm(name)]
     with open_decisions(

@@ -15,6 +15,7 @@ from jaxscape.landscapes.radii import CERTIFICATE_FILE, RADII_FILE, Certificate,
 from jaxscape.landscapes.shards import Shard
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import is_locked, read_json, whole_lines
+from jaxscape.runtime.remote import is_remote, run_directory
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class FoundRun:
         directory: where it is.
         kind: `scan`, `radius`, `certificate`, `measures` or `finetuning`.
         model: what `--model` was; empty if that cannot be read.
-        state: `finished`, `running`, `stopped` or `damaged`.
+        state: `finished`, `running`, `stopped` or `damaged`; `unfinished` at a URL, where it cannot be told whether a
+            run is running.
         progress: how much of it is done, such as `3 of 11 points`; empty if that cannot be read.
         result: its numbers in a few words, or what is damaged; empty while there are no numbers.
         changed: when its state was last written, in seconds since 1970.
@@ -59,13 +61,14 @@ class FoundRun:
 
 
 def find_runs(directory: str | Path) -> list[FoundRun]:
-    """The runs in a directory and in the directories below it, those that changed last first. Hidden directories, those
-    inside a run, and those that cannot be read are left out.
+    """The runs in a directory, which may be a URL, and in the directories below it, those that changed last first.
+    Hidden directories, those inside a run, and those that cannot be read are left out.
 
     Raises:
         UserError: there is no such directory.
     """
-    if not Path(directory).is_dir():
+    directory = run_directory(directory, RESULTS)
+    if not directory.is_dir():
         raise UserError(f"There is no directory {directory}: give one that holds runs; jaxscape scan makes runs/.")
     runs = []
     for path, names, files in os.walk(directory):
@@ -112,7 +115,9 @@ def _state(progress: Progress | None, state_file: Path) -> str:
         return "damaged"
     if is_locked(state_file):
         return "running"
-    return "finished" if progress.is_finished else "stopped"
+    if progress.is_finished:
+        return "finished"
+    return "unfinished" if is_remote(state_file) else "stopped"
 
 
 def progress_text(progress: Progress) -> str:
@@ -212,6 +217,8 @@ class Kind:
 
 
 CONFIG, MEASURES_FILE, COHERENCE = "config.json", "measures.json", "coherence"
+RESULTS = ("*.json", "log.jsonl")
+"""Patterns of the files that are read here."""
 KINDS = {
     "scan": Kind(frozenset({"weights", "directions", "axes"}), "generations.jsonl", _scan),
     "radius": Kind(frozenset({"weights", "directions", "threshold"}), "generations.jsonl", _radius),

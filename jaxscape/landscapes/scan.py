@@ -45,6 +45,7 @@ from jaxscape.runtime.files import checksum
 from jaxscape.runtime.hardware import free_memory
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
+from jaxscape.runtime.remote import run_directory
 from jaxscape.runtime.reporting import Reporter, check_target, open_reporter
 
 
@@ -130,7 +131,7 @@ def scan(
     settings, judges = Sampling(**sampling), Judges.chosen(evaluator, shares)
     questions = Questions.of(model, prompts, system_prompt, thinking, settings.max_new_tokens)
     prepared = prepare(places.recipes, model)
-    directory, options = None if out is None else Path(out), options or EngineOptions()
+    directory, options = None if out is None else run_directory(out), options or EngineOptions()
     if not overwrite:
         options = with_recorded_form(options, directory)
     decoding = _planned(model, places, prepared, questions, settings, judges, options)

@@ -23,6 +23,7 @@ from jaxscape.runtime.hardware import free_memory, skip_absent_tpu
 from jaxscape.runtime.preemption import postponed
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.progress import progress_display
+from jaxscape.runtime.remote import run_directory
 
 
 def score(
@@ -46,7 +47,7 @@ def score(
             evaluator can judge them.
     """
     skip_absent_tpu()
-    judges, directory = find_evaluators(evaluator), Path(directory)
+    judges, directory = find_evaluators(evaluator), run_directory(directory)
     with reopen_run(directory) as (run, sent):
         openings = [opening_after(prompt, text) for prompt, text in zip(run.prompts, sent, strict=True)]
         bind = partial(

@@ -31,6 +31,7 @@ from jaxscape.models.weights import CONFIG, PICKLE_SUFFIXES, pickled_message
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.hardware import check_jax_options, free_memory, platform_jit, skip_absent_tpu
 from jaxscape.runtime.processes import from_first, gathered
+from jaxscape.runtime.remote import fetched
 from jaxscape.runtime.sharding import MeshShape, default_mesh_shape, make_mesh, on_mesh
 from jaxscape.runtime.texts import did_you_mean
 
@@ -234,7 +235,7 @@ def _open(source: str, dtype: jnp.dtype, base: str | None, adapters: tuple[Path,
         adapters: the directories of the adapters that this checkpoint is the base of. If it is one of them itself, the
             adapter is its own base, which is an error.
     """
-    path = Path(source)
+    path = fetched(source)
     if not source.strip():  # as a path, an empty name is the current directory
         raise UserError("The name of the model is empty: give a name, a model directory, a .gguf file or a hub id.")
     if source in builtin.ADAPTERS:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import check_not_pointer
+from jaxscape.runtime.remote import fetched
 from jaxscape.runtime.texts import quoted_names, shown_text
 
 ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt")
@@ -83,9 +84,9 @@ def read_records(source: str, names: Collection[str], unknown: str) -> Records:
     Raises:
         UserError: the file cannot be read, or is malformed. The message names the line.
     """
-    if "://" in source:
+    if source.startswith(("http://", "https://")):
         raise UserError(f"{source} is an address: download the file, and give its path.")
-    path = Path(source)
+    path = fetched(source)
     ending = path.suffix.lower()
     foreign = next((kind for kind in _FOREIGN if ending in kind.endings), None)
     if foreign is not None and path.is_file():
@@ -117,6 +118,7 @@ def read_text(path: Path) -> str:
     """
     if path.is_dir():
         raise UserError(f"{path} is a directory: give one of the files in it.")
+    path = fetched(path)
     try:
         check_not_pointer(path)
         content = path.read_bytes()

@@ -15,6 +15,7 @@ from jaxscape.report.markup import visible
 from jaxscape.report.tables import differences_to_csv, to_csv, to_latex, to_markdown
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
+from jaxscape.runtime.remote import run_directory
 
 FIGURE = "comparison.png"
 
@@ -71,9 +72,10 @@ def save_comparison(comparison: Comparison, directory: str | Path) -> list[Path]
         "table.tex": to_latex(comparison),
         FIGURE: image,
     }
-    paths = [Path(directory) / name for name in contents]
+    directory = run_directory(directory)
+    paths = [directory / name for name in contents]
     try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         for path, content in zip(paths, contents.values(), strict=True):
             write_whole(path, content)
     except OSError as error:

@@ -8,6 +8,7 @@ from jaxscape.landscapes.landscape import FIGURE, Landscape
 from jaxscape.report.figures import Draw, plot_landscape, save_figure
 from jaxscape.report.radius import save_radii_figure
 from jaxscape.runtime.errors import UserError, unknown_name
+from jaxscape.runtime.remote import run_directory
 
 DEFAULT_FIGURE, RADIUS = "landscape", "radius"
 FIGURES: dict[str, Draw] = {
@@ -40,6 +41,7 @@ def draw_run(directory: Path, name: str | None = None) -> Path:
         UserError: there is no figure of this name, the directory holds no run that has it, or the file cannot be
             written.
     """
+    directory = run_directory(directory)
     if name is None:
         name = RADIUS if (directory / radii.RADII_FILE).exists() else DEFAULT_FIGURE
     if name == RADIUS:

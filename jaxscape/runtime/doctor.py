@@ -26,6 +26,7 @@ EXTRAS = {
     "cuda": "NVIDIA GPUs",
     "tpu": "TPUs",
     "plan": "jaxscape plan",
+    "cloud": "runs at the URLs of object stores",
     "notebooks": "the notebooks",
 }
 """What the optional parts of jaxscape are for, by the name of the extra that installs each; others have their name

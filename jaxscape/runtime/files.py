@@ -13,6 +13,9 @@ from jaxscape.runtime.errors import UserError, reason
 
 _LFS_POINTER = b"version https://git-lfs.github.com"
 
+watchers: list[Callable[[Path], None]] = []
+"""What is called with the path of each file that was written, appended to or cut; see `jaxscape.runtime.remote`."""
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file atomically: at any moment, also after a crash, it has either the old or the new content."""
@@ -22,6 +25,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    _tell_watchers(path)
 
 
 def temporary_path(path: Path) -> Path:
@@ -70,6 +74,7 @@ def append_json_lines(file: BinaryIO, records: Iterable[Mapping[str, Any]]) -> N
     file.write(to_json_lines(records).encode())
     file.flush()
     os.fsync(file.fileno())
+    _tell_watchers(file.name)
 
 
 def whole_lines(file: BinaryIO) -> list[bytes]:
@@ -82,6 +87,12 @@ def whole_lines(file: BinaryIO) -> list[bytes]:
 def cut_after(file: BinaryIO, lines: Sequence[bytes]) -> None:
     """Truncate a file after `lines`, which are its first lines without their newlines."""
     file.truncate(sum(len(line) + 1 for line in lines))
+    _tell_watchers(file.name)
+
+
+def _tell_watchers(path: str | Path) -> None:
+    for watcher in watchers:
+        watcher(Path(path))
 
 
 def is_locked(path: Path) -> bool:

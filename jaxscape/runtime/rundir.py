@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jaxscape.runtime import remote
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import temporary_path, write_whole
 from jaxscape.runtime.processes import is_first
@@ -68,6 +69,15 @@ def open_run_directory(
         yield None
         return
     directory = Path(directory)
+    with remote.writing(directory), _opened(directory, config, kind, overwrite, advice) as file:
+        yield file
+
+
+@contextmanager
+def _opened(
+    directory: Path, config: Mapping[str, Any], kind: RunKind, overwrite: bool, advice: str
+) -> Iterator[BinaryIO]:
+    """See `open_run_directory`."""
     check_directory(directory, kind)
     finish_replacing(directory, kind)
     text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
@@ -83,6 +93,7 @@ def open_run_directory(
         if overwrite:  # the state is removed last, so that no computed file ever exists without it
             _remove_computed(directory, kind)
             shutil.rmtree(directory / EXTENSION, ignore_errors=True)
+            remote.push(directory)
             file.truncate(0)
         else:
             _check_config(directory / CONFIG, json.loads(text), kind, advice)  # again, now that the directory is locked
@@ -98,6 +109,13 @@ def reopen_run_directory(directory: Path, kind: RunKind) -> Iterator[tuple[dict[
     Raises:
         UserError: the directory holds no run of this kind, cannot be written, or is used by another process.
     """
+    with remote.writing(directory), _reopened(directory, kind) as opened:
+        yield opened
+
+
+@contextmanager
+def _reopened(directory: Path, kind: RunKind) -> Iterator[tuple[dict[str, Any], BinaryIO]]:
+    """See `reopen_run_directory`."""
     try:
         if not _is_config(directory / CONFIG, kind):
             raise UserError(f"{directory} holds something other than a {kind.name} (see its {CONFIG}).")
@@ -120,14 +138,14 @@ def replace_by_extension(directory: Path, kind: RunKind) -> None:
 
     If this is interrupted, whoever opens the directory next goes on with it.
     """
-    os.rename(directory / EXTENSION, directory / EXTENDED)
+    write_whole(directory / EXTENSION / remote.LAST, b"")  # an object store cannot rename the directory
     _move_extended(directory, kind)
 
 
 def finish_replacing(directory: Path, kind: RunKind) -> None:
     """Finish what `replace_by_extension` began in a directory, if it was interrupted."""
-    is_begun = (directory / EXTENDED).is_dir() and (directory / CONFIG).exists()
-    if is_begun and _is_config(directory / CONFIG, kind):
+    is_begun = (directory / EXTENDED).is_dir() or (directory / EXTENSION / remote.LAST).exists()
+    if is_begun and (directory / CONFIG).exists() and _is_config(directory / CONFIG, kind):
         with (directory / kind.state).open("a+b") as file:
             _lock(file, directory)
             _move_extended(directory, kind)
@@ -140,12 +158,17 @@ def _move_extended(directory: Path, kind: RunKind) -> None:
     The state is moved first. As long as it is not, no other file is moved either, and what is to be removed is known.
     """
     extended = directory / EXTENDED
+    if (directory / EXTENSION / remote.LAST).exists():
+        os.rename(directory / EXTENSION, extended)
     if (extended / kind.state).exists():
         _remove_computed(directory, kind, kept={path.name for path in extended.iterdir()})
         os.replace(extended / kind.state, directory / kind.state)
     for path in extended.iterdir():
-        os.replace(path, directory / path.name)
+        if path.name != remote.LAST:
+            os.replace(path, directory / path.name)
+    (extended / remote.LAST).unlink(missing_ok=True)
     extended.rmdir()
+    remote.push(directory)
 
 
 def _remove_computed(directory: Path, kind: RunKind, kept: Container[str] = ()) -> None:
@@ -157,12 +180,13 @@ def _remove_computed(directory: Path, kind: RunKind, kept: Container[str] = ()) 
 
 def check_directory(directory: Path, kind: RunKind) -> None:
     """Raise a `UserError` if the directory cannot hold a run of this kind: it is a file, cannot be written, holds a run
-    of another kind, or has other files in it. Nothing on disk is changed."""
+    of another kind, or has other files in it. Nothing is changed."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"{directory} cannot be a run's directory, because {existing} is a file; choose another --out.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{directory} cannot be written, because {existing} is read-only; choose another --out.")
+    remote.check_writable(directory)
     if not directory.is_dir():
         return
     if (directory / CONFIG).exists():

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from jaxscape.runtime import remote
+
 BROKEN_PIPE = 128 + signal.SIGPIPE
 """The exit code of a program that is ended because no one reads its output any more, as a shell reports it."""
 
@@ -34,7 +36,7 @@ def write_line(text: str) -> None:
     """Write a line on the standard output stream. It is dropped if no one reads the stream: it says what has been
     done, which closing the pipe does not undo."""
     with suppress(BrokenPipeError):
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(remote.shown(text) + "\n")
     flush_streams()
 
 

@@ -10,6 +10,7 @@ from jaxscape.report.exports.reference import export_reference
 from jaxscape.report.exports.table_files import export_csv, export_parquet
 from jaxscape.report.run import KeptRun, load_finished
 from jaxscape.runtime.errors import UserError, reason, unknown_name
+from jaxscape.runtime.remote import push, run_directory
 
 DEFAULT_EXPORT = "reference"
 EXPORTS: dict[str, Callable[[KeptRun, Path], list[Path]]] = {
@@ -42,11 +43,13 @@ def export_run(directory: str | Path, to: str = DEFAULT_EXPORT, out: str | Path 
     """
     if to not in EXPORTS:
         raise unknown_name("format", to, EXPORTS)
-    directory = Path(directory)
+    directory = run_directory(directory)
     run = load_finished(directory)
-    out = directory / FOLDERS.get(to, "") if out is None else Path(out)
+    out = directory / FOLDERS.get(to, "") if out is None else run_directory(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return EXPORTS[to](run, out)
+        paths = EXPORTS[to](run, out)
     except OSError as error:
         raise UserError(f"The export cannot be written to {out} ({reason(error)}): choose another --out.") from error
+    push(out)
+    return paths

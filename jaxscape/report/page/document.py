@@ -20,6 +20,7 @@ from jaxscape.report.page.content import answers_content, page_content
 from jaxscape.report.run import KeptRun, load_run
 from jaxscape.runtime.errors import UserError, as_list, reason
 from jaxscape.runtime.files import write_whole
+from jaxscape.runtime.remote import run_directory
 
 FILE_NAME = "report.html"
 STYLE, TEMPLATE = "page.css", "page.html"
@@ -41,7 +42,7 @@ def save_report(runs: str | Path | Sequence[str | Path], path: str | Path | None
     Raises:
         UserError: there are no runs, one is given twice, a directory holds no scan, or the file cannot be written.
     """
-    directories = [Path(run) for run in ([runs] if isinstance(runs, str | Path) else as_list(runs, "runs"))]
+    directories = [run_directory(run) for run in ([runs] if isinstance(runs, str | Path) else as_list(runs, "runs"))]
     if not directories:
         raise UserError("A report needs at least one run: give the directory of a scan.")
     names = run_names(directories)
