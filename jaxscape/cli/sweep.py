@@ -14,7 +14,7 @@ from jaxscape.cli.arguments import parse, parse_option, with_values
 from jaxscape.cli.main import user_message
 from jaxscape.cli.options import Group, check_texts, select_platform
 from jaxscape.cli.scan import Scan
-from jaxscape.runtime import preemption
+from jaxscape.runtime import preemption, remote
 from jaxscape.runtime.children import run_child
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.help import shown
@@ -135,23 +135,29 @@ def scan_of(cell: "Cell") -> Scan:
 
 def _list(tasks: "Sequence[Task]") -> str:
     """A line for each task."""
-    from jaxscape.sweeps.tasks import status_of
+    from jaxscape.sweeps.tasks import on_disk, status_of
 
-    return aligned([(str(task.number), status_of(task).state, str(task.directory), task.command) for task in tasks])
+    states = [status_of(task).state for task in on_disk(tasks)]
+    return aligned(
+        [
+            (str(task.number), state, remote.shown(str(task.directory)), remote.shown(task.command))
+            for task, state in zip(tasks, states, strict=True)
+        ]
+    )
 
 
 def _status(tasks: "Sequence[Task]") -> str:
     """A line for each task, and one that counts them."""
     from jaxscape.landscapes.runs import progress_text
-    from jaxscape.sweeps.tasks import status_of
+    from jaxscape.sweeps.tasks import on_disk, status_of
 
-    statuses = [status_of(task) for task in tasks]
+    statuses = [status_of(task) for task in on_disk(tasks)]
     rows = [
         (
             str(task.number),
             status.state,
             "" if status.progress is None else progress_text(status.progress),
-            str(task.directory),
+            remote.shown(str(task.directory)),
             status.reason,
         )
         for task, status in zip(tasks, statuses, strict=True)
@@ -183,16 +189,17 @@ def _run_task(task: "Task", scan: "Sequence[Task]") -> None:
     Arguments:
         scan: the tasks of its scan.
     """
-    from jaxscape.sweeps.tasks import is_done
+    from jaxscape.sweeps.tasks import is_done, notes_of
 
-    if is_done(task):
+    noted = notes_of(scan)[task.shard - 1]
+    if is_done(noted):
         write_line(f"Task {task.number} is done: {task.directory}")
-        if is_done(task.whole):
+        if is_done(noted.whole):
             return
         select_platform(["cpu"])  # merging needs no accelerator
     else:
         _scan(task, scan)
-    if _writes() and not is_done(task.whole):
+    if _writes() and task != task.whole:
         from jaxscape.sweeps.results import finish_scan
 
         finish_scan(scan)
@@ -201,12 +208,17 @@ def _run_task(task: "Task", scan: "Sequence[Task]") -> None:
 def _scan(task: "Task", scan: "Sequence[Task]") -> None:
     """Do a task, and write down how it ends."""
     from jaxscape.runtime.rundir import recorded_value
-    from jaxscape.sweeps.tasks import forget_ending, note_ending
+    from jaxscape.sweeps.tasks import forget_ending, note_ending, notes_of
 
-    forget_ending(task)
+    def note(exit_code: int, why: str = "") -> None:
+        if _writes():
+            note_ending(notes_of(scan)[task.shard - 1], exit_code, why)
+
+    forget_ending(notes_of(scan)[task.shard - 1])
     options = parse(Scan, task.arguments, SCAN, None)
     if options.engine.form == "auto":  # shards can be merged only if they have the same form
-        forms = filter(None, (recorded_value(other.directory, "form") for other in scan))
+        places = (remote.run_directory(other.directory, ("config.json",)) for other in scan)
+        forms = filter(None, (recorded_value(place, "form") for place in places))
         options = with_values(options, {"form": next(forms, "auto")})
     try:
         options.run()
@@ -214,11 +226,9 @@ def _scan(task: "Task", scan: "Sequence[Task]") -> None:
         raise
     except Exception as error:
         message = user_message(error)
-        if _writes():
-            note_ending(task, *((1, reason(error)) if message is None else (2, message)))
+        note(*((1, reason(error)) if message is None else (2, message)))
         raise
-    if _writes():
-        note_ending(task, 0)
+    note(0)
 
 
 def _writes() -> bool:
@@ -232,19 +242,20 @@ def _writes() -> bool:
 
 def _run_all(tasks: "Sequence[Task]", file: Path) -> None:
     """Do all tasks that are not done, each in a process of its own, so that none can stop the others."""
-    from jaxscape.sweeps.tasks import is_done, note_ending, status_of
+    from jaxscape.sweeps.tasks import is_done, note_ending, on_disk, status_of
 
-    waiting = [task for task in tasks if not is_done(task)]
+    waiting = [task for task, here in zip(tasks, on_disk(tasks), strict=True) if not is_done(here)]
     for task in waiting:
         write_line(f"Task {task.number} of {len(tasks)}: {task.command}")
         arguments = [str(file), "--out", str(task.out), "--run", str(task.number)]
         code = run_child([sys.executable, "-m", "jaxscape", "sweep", *arguments])
         if code in NOT_FAILED:
             sys.exit(code)
-        if code and status_of(task).state != "failed":  # it had no time to say so
+        (here,) = on_disk([task])
+        if code and status_of(here).state != "failed":  # it had no time to say so
             by_signal = f"Its process was ended by a signal ({signal.strsignal(-code)}); is the memory full?"
-            note_ending(task, abs(code), by_signal if code < 0 else f"Its process ended with exit code {code}.")
-    failed = [task for task in waiting if not is_done(task)]
+            note_ending(here, abs(code), by_signal if code < 0 else f"Its process ended with exit code {code}.")
+    failed = [here for here in on_disk(waiting) if not is_done(here)] if waiting else []
     for task in failed:
         write_line(printable(f"Task {task.number} failed: {status_of(task).reason}"))
     write_line(

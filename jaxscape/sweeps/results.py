@@ -16,8 +16,9 @@ from jaxscape.report.page.document import save_report
 from jaxscape.report.tables import landscape_cells, landscape_estimates
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.files import write_whole
+from jaxscape.runtime.remote import run_directory
 from jaxscape.sweeps.cells import Cell
-from jaxscape.sweeps.tasks import Task, is_done, note_ending, status_of
+from jaxscape.sweeps.tasks import Task, is_done, note_ending, notes_of, on_disk, status_of
 
 MARKDOWN, CSV, REPORT = "table.md", "table.csv", "report.html"
 
@@ -48,11 +49,13 @@ def results_of(tasks: Sequence[Task]) -> list[Result]:
 
 def _result(scan: Sequence[Task]) -> Result:
     """What there is of a scan, from its tasks."""
-    states = {status_of(task).state for task in scan}
+    states = {status_of(task).state for task in on_disk(scan)}
     if states == {"done"}:
         finish_scan(scan)
         return Result(scan[0].cell, "done", Landscape.load(scan[0].whole.directory))
-    worst = next(state for state in ("failed", "running", "stopped", "done", "waiting") if state in states)
+    worst = next(
+        state for state in ("failed", "running", "stopped", "unfinished", "done", "waiting") if state in states
+    )
     return Result(scan[0].cell, "stopped" if worst == "done" else worst, None)
 
 
@@ -64,19 +67,19 @@ def finish_scan(scan: Sequence[Task]) -> None:
     Arguments:
         scan: its tasks.
     """
-    whole = scan[0].whole
-    if is_done(whole) or not all(map(is_done, scan)):
+    noted = notes_of(scan)
+    if is_done(noted[0].whole) or not all(map(is_done, noted)):
         return
     try:
-        _merge(scan, whole)
+        _merge(scan)
     except UserError:
-        _merge(scan, whole)  # another process may have put the run there in the meantime, which is seen now
-    note_ending(whole, 0)
+        _merge(scan)  # another process may have put the run there in the meantime, which is seen now
+    note_ending(notes_of(scan)[0].whole, 0)
 
 
-def _merge(scan: Sequence[Task], whole: Task) -> None:
+def _merge(scan: Sequence[Task]) -> None:
     """Merge shards, and draw the figure of the run."""
-    with merging([task.directory for task in scan], whole.directory) as (landscape, place):
+    with merging([task.directory for task in scan], scan[0].whole.directory) as (landscape, place):
         if not (place / FIGURE).exists():
             save_figure(landscape, place / FIGURE, trajectories=load_trajectories(place))
 
@@ -90,11 +93,12 @@ def save_results(results: Sequence[Result], out: Path) -> list[Path]:
     Returns:
         The files written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / MARKDOWN, to_markdown(results))
-    write_whole(out / CSV, csv_text(_aligned(map(_numbers, results))))
     done = [out / result.cell.name for result in results if result.landscape is not None]
-    return [out / MARKDOWN, out / CSV, *([save_report(done, out / REPORT)] if done else [])]
+    place = run_directory(out, (MARKDOWN, CSV, REPORT))
+    place.mkdir(parents=True, exist_ok=True)
+    write_whole(place / MARKDOWN, to_markdown(results))
+    write_whole(place / CSV, csv_text(_aligned(map(_numbers, results))))
+    return [place / MARKDOWN, place / CSV, *([save_report(done, place / REPORT)] if done else [])]
 
 
 def to_markdown(results: Sequence[Result]) -> str:

@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from jaxscape.landscapes.runs import CONFIG, KINDS, Progress
+from jaxscape.landscapes.runs import CONFIG, KINDS, RESULTS, Progress
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import is_locked, read_json, write_whole
+from jaxscape.runtime.remote import is_remote, run_directory
 from jaxscape.sweeps.cells import Cell
 
 SHARDS, NOTES = "shards", "notes"
 """Folders of a sweep's directory: the runs of shards, and for each task a file that says how it ended."""
 
-State = Literal["waiting", "running", "stopped", "failed", "done"]
+State = Literal["waiting", "running", "stopped", "unfinished", "failed", "done"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Status:
 
     Attributes:
         state: `waiting` until it begins; `running`; `stopped` before its end, so that the next run of the task goes on;
-            `failed`; or `done`.
+            `unfinished` at a URL, where it cannot be told which of the two it is; `failed`; or `done`.
         reason: why it failed.
         progress: how many of its points are done; None before it has begun.
     """
@@ -101,6 +102,23 @@ def make_tasks(cells: Sequence[Cell], shards: int, out: Path) -> list[Task]:
     """The tasks of a sweep, cell by cell."""
     parts = [(cell, shard) for cell in cells for shard in range(1, shards + 1)]
     return [Task(number, out, cell, shard, shards) for number, (cell, shard) in enumerate(parts, 1)]
+
+
+def on_disk(tasks: Sequence[Task], only: Sequence[str] = RESULTS) -> list[Task]:
+    """The tasks of a sweep whose directory is a URL, in a copy on this machine; those of any other as they are. What
+    the functions below write into a copy is pushed to the store.
+
+    Arguments:
+        tasks: tasks of one sweep.
+        only: patterns of the names of files whose content is wanted.
+    """
+    place = run_directory(tasks[0].out, only)
+    return [replace(task, out=place) for task in tasks]
+
+
+def notes_of(scan: Sequence[Task]) -> list[Task]:
+    """The tasks of a scan, as `on_disk` gives them, with nothing but their notes."""
+    return on_disk(scan, [f"{scan[0].cell.name}*.json"])
 
 
 def note_ending(task: Task, exit_code: int, why: str = "") -> None:
@@ -141,7 +159,9 @@ def status_of(task: Task) -> Status:
         return Status("done", progress=progress)
     if ending is not None and ending.exit_code:
         return Status("failed", ending.reason, progress)
-    return Status("waiting" if progress is None and not problem else "stopped", problem, progress)
+    if progress is None and not problem:
+        return Status("waiting")
+    return Status("unfinished" if is_remote(task.directory) else "stopped", problem, progress)
 
 
 def _progress(directory: Path) -> Progress | None:

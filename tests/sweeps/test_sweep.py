@@ -40,7 +40,7 @@ def states(path: Path) -> list[str]:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def test_a_task_runs_once_and_the_table_has_its_numbers(
@@ -201,3 +201,21 @@ def test_a_sweep_that_gets_sigterm_is_to_be_run_again(tiny_dir: Path, tmp_path: 
     assert status.progress is not None
     assert 0 < status.progress.done < 401
     assert status_of(other) == Status("waiting")
+
+
+def test_a_sweep_at_a_url_is_that_on_a_disk(tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path, url = sweep_file(tmp_path, tiny_dir, "seed: [0, 1]", shards=2), f"file://{tmp_path}/store"
+    for number in ("1", "2", "2"):
+        for out in ([], ["--out", url]):
+            main(["sweep", str(path), "--run", number, *out])
+    capfd.readouterr()
+    main(["sweep", str(path), "--out", url, "--status"])
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:-1]] == ["done", "done", "waiting", "waiting"]
+    assert f"{url}/shards/seed-0-1-of-2" in lines[0]
+    assert contents(tmp_path / "store" / "seed-0") == contents(tmp_path / "out" / "seed-0")
+    main(["sweep", str(path), "--out", url, "--table"])
+    main(["sweep", str(path), "--table"])
+    assert f"\n{url}/table.md\n" in capfd.readouterr().out
+    for name in ("table.md", "table.csv", "report.html"):
+        assert (tmp_path / "store" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
