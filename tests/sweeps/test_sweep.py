@@ -179,8 +179,10 @@ def test_states_are_read_from_the_disk(tmp_path: Path) -> None:
 
 def wait_for(task: Task, process: subprocess.Popen[str]) -> None:
     """Wait until a point of a task is done."""
-    for _ in range(600):
-        if process.poll() is not None or (task.directory / "landscape.json").exists():
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        progress = status_of(task).progress
+        if progress is not None and progress.done:
             return
         time.sleep(0.1)
 
