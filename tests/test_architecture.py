@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxscape"
 # From the top down. The folders of one row do not import from each other.
 ROWS = (
     ("cli",),
+    ("sweeps",),
     ("report",),
     ("landscapes",),
     ("evaluate",),

@@ -1,9 +1,11 @@
 """From arguments to the options of a program: tyro does it, with help texts and errors that are easy to read."""
 
+import contextlib
 import dataclasses
+import io
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import Field, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import Field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -42,7 +44,8 @@ def parse(program: Any, arguments: Sequence[str], name: str, description: str | 
 def check_arguments(program: Any, arguments: Sequence[str], name: str) -> None:
     """Raise a `UserError` if an argument is no option of the program, or gives an option a value that is none of its
     choices. The error names what is near. Like tyro, it takes every argument that begins with `--` for an option."""
-    options: dict[str, tuple[str, ...]] = {"help": (), **dict(_choices_of_options(program))}
+    options: dict[str, tuple[str, ...]] = {"help": ()}
+    options |= {field.name.replace("_", "-"): _choices(kind) for field, kind in _options(program)}
     for argument, following in itertools.pairwise([*arguments, "--"]):
         if not argument.startswith("--"):
             continue
@@ -56,16 +59,57 @@ def check_arguments(program: Any, arguments: Sequence[str], name: str) -> None:
             raise unknown_name(f"value of --{option}", value, options[option])
 
 
-def _choices_of_options(program: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The options of a dataclass and of the dataclasses in it, without their dashes, each with its choices."""
+def parse_option(program: Any, option: str, arguments: Sequence[str], name: str) -> Any:
+    """The value that a program would have for one of its options.
+
+    Arguments:
+        program: the dataclass of the options.
+        option: the name of its field.
+        arguments: what the command line has for the option.
+        name: what the program is called in its help.
+
+    Raises:
+        UserError: there is no such option, or it does not take these arguments.
+    """
+    options = {field.name: (field, kind) for field, kind in _options(program)}
+    if option not in options:
+        raise UserError(f"Unknown option {option}{did_you_mean(option, options)}: see {name} --help.")
+    field, kind = options[option]
+    alone = dataclasses.make_dataclass("Alone", [(option, kind, dataclasses.field(default=field.default))])
+    check_arguments(alone, arguments, name)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # where tyro explains errors, on several lines
+            return getattr(tyro.cli(alone, args=arguments, config=CONFIG, registry=REGISTRY), option)
+    except SystemExit as stop:
+        raise UserError(f"{name} does not take {' '.join(arguments)}: see {name} --help.") from stop
+
+
+def with_values(options: Any, values: Mapping[str, Any]) -> Any:
+    """An instance of a dataclass of options in which options have other values, also in the dataclasses in it.
+
+    Arguments:
+        values: by the names of the options' fields.
+    """
+    old = {field.name: getattr(options, field.name) for field in fields(options)}
+    return replace(
+        options,
+        **{
+            name: with_values(value, values) if is_dataclass(value) else values.get(name, value)
+            for name, value in old.items()
+        },
+    )
+
+
+def _options(program: Any) -> Iterator[tuple["Field[Any]", Any]]:
+    """The options of a dataclass and of the dataclasses in it: their fields, with their annotated types."""
     hints = get_type_hints(program, include_extras=True)
     for field in fields(program):
         hint = hints[field.name]
         kind, *marks = get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
         if is_dataclass(kind):
-            yield from _choices_of_options(kind)
+            yield from _options(kind)
         elif tyro.conf.Positional not in marks:
-            yield field.name.replace("_", "-"), _choices(kind)
+            yield field, hint
 
 
 def _choices(kind: Any) -> tuple[str, ...]:

@@ -42,6 +42,9 @@ VERBS = {
     "radius": Verb(
         "radius", "Radius", "Measure how far the weights can move in many directions, with a confidence.", MEASURE
     ),
+    "sweep": Verb(
+        "sweep", "Sweep", "Run the scans of a matrix of models, directions and other options of scan.", MEASURE
+    ),
     "merge": Verb("merge", "Merge", "Make the whole run of the shards of a scan.", MEASURE),
     "finetune": Verb("finetune", "Finetune", "Finetune a chat model, and keep the result in a directory.", CHANGE),
     "check": Verb(
@@ -138,8 +141,6 @@ def _run(program: Any, arguments: Sequence[str] | None, name: str | None) -> Non
             command.run()
     except BrokenPipeError:  # no one reads the progress any more
         _exit(BROKEN_PIPE)
-    except (UserError, OSError) as error:
-        _fail(str(error))
     except KeyboardInterrupt:
         sys.stderr.write("jaxscape: interrupted; the same command, without --overwrite, resumes the run.\n")
         _exit(130)
@@ -152,19 +153,32 @@ def _run(program: Any, arguments: Sequence[str] | None, name: str | None) -> Non
             sys.exit(preemption.EXIT_CODE)
         _exit(preemption.EXIT_CODE)
     except Exception as error:
+        message = user_message(error)
+        if message is not None:
+            _fail(message)
+
         import jax
 
         if isinstance(error, jax.errors.JaxRuntimeError):
-            if "RESOURCE_EXHAUSTED" in str(error):
-                _fail(
-                    "The device's memory is full: lower --slots or --batch-size, choose a --dtype of 16 bits, or a "
-                    "--mesh that shards the weights over more devices."
-                )
             raise  # perhaps another process has died: JAX then ends this one, and its supervisor says so
         if jax.distributed.is_initialized():  # Python would wait for the other processes, and they for this one
             traceback.print_exc()
             _exit(1)
         raise
+
+
+def user_message(error: Exception) -> str | None:
+    """What is to be said to the user about an error; None if it is one of jaxscape."""
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    import jax
+
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "The device's memory is full: lower --slots or --batch-size, choose a --dtype of 16 bits, or a --mesh that "
+            "shards the weights over more devices."
+        )
+    return None
 
 
 def _fail(message: str) -> NoReturn:

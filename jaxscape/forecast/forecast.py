@@ -81,8 +81,7 @@ def make_workload(
 
     Arguments:
         rank: the rank of the directions; None for directions of full rank.
-        prompt_tokens: number of tokens of each prompt.
-        shared_tokens: number of tokens that all prompts begin with.
+        num_prompts, prompt_tokens, shared_tokens: see `made_up_prompts`.
         grid: number of points along each axis.
 
     Raises:
@@ -95,16 +94,29 @@ def make_workload(
         )
     if rank is not None and rank < 1:
         raise UserError(f"The rank of the directions must be at least 1, not {rank}.")
+    prompts = made_up_prompts(num_prompts, prompt_tokens, shared_tokens)
+    ndim = len(grid)
+    num_random = ndim if rank is None else 0
+    return Workload(prompts, Sampling(max_new_tokens), math.prod(grid), grid[-1], ndim, num_random, rank=rank)
+
+
+def made_up_prompts(num_prompts: int, prompt_tokens: int, shared_tokens: int) -> list[list[int]]:
+    """The token ids of prompts that stand for those of a scan.
+
+    Arguments:
+        prompt_tokens: number of tokens of each prompt.
+        shared_tokens: number of tokens that all prompts begin with.
+
+    Raises:
+        UserError: the prompts share all of their tokens, or less than none.
+    """
     if not 0 <= shared_tokens < prompt_tokens:
         raise UserError(
             f"A prompt of {prompt_tokens} tokens cannot share {shared_tokens} of them: --shared-tokens must be at "
             f"least 0 and less than --prompt-tokens."
         )
     own = prompt_tokens - shared_tokens
-    prompts = [[1] * shared_tokens + [2 + i % 2] * own for i in range(num_prompts)]
-    ndim = len(grid)
-    num_random = ndim if rank is None else 0
-    return Workload(prompts, Sampling(max_new_tokens), math.prod(grid), grid[-1], ndim, num_random, rank=rank)
+    return [[1] * shared_tokens + [2 + i % 2] * own for i in range(num_prompts)]
 
 
 def forecast(

@@ -24,7 +24,7 @@ from jaxscape.landscapes.store import (
     points_of,
     reopen_run,
 )
-from jaxscape.runtime import rundir
+from jaxscape.runtime import remote, rundir
 from jaxscape.runtime.errors import UserError, as_list, reason
 from jaxscape.runtime.files import is_locked, read_json, whole_lines, write_whole
 
@@ -55,8 +55,10 @@ def merge(directories: Sequence[str | Path], out: str | Path) -> Landscape:
 def merging(directories: Sequence[str | Path], out: str | Path) -> Iterator[tuple[Landscape, Path]]:
     """A context in which shards are merged; see `merge`. It yields the landscape and the directory that holds the
     merged run, to which files may be added. At the end of the context, that directory becomes `out`."""
-    out = Path(out)
-    shards = _in_order([_KeptShard.read(Path(directory)) for directory in as_list(directories, "directories")])
+    out = remote.run_directory(out)
+    shards = _in_order(
+        [_KeptShard.read(remote.run_directory(directory)) for directory in as_list(directories, "directories")]
+    )
     config = shards[0].merged_config
     if _is_merged(out, config):
         yield Landscape.load(out), out
@@ -72,6 +74,7 @@ def merging(directories: Sequence[str | Path], out: str | Path) -> Iterator[tupl
             run.save()
             yield run.landscape(), place
         os.rename(place, out)
+        remote.push(out)
     except OSError as error:
         raise UserError(f"The run cannot be written to {out} ({reason(error)}); choose another --out.") from error
     finally:

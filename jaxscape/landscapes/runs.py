@@ -104,7 +104,7 @@ def _run_in(directory: Path) -> FoundRun | None:
         kind="certificate" if "sigma" in config else kind,
         model=str(config.get("model", "")),
         state=_state(progress, state_file),
-        progress="" if progress is None else _progress_text(progress),
+        progress="" if progress is None else progress_text(progress),
         result=problem if progress is None else progress.numbers,
         changed=changed,
     )
@@ -120,7 +120,8 @@ def _state(progress: Progress | None, state_file: Path) -> str:
     return "unfinished" if is_remote(state_file) else "stopped"
 
 
-def _progress_text(progress: Progress) -> str:
+def progress_text(progress: Progress) -> str:
+    """How far a run is, such as `3 of 11 points`."""
     return f"{progress.done} {'' if progress.total is None else f'of {progress.total} '}{progress.unit}"
 
 

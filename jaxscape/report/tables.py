@@ -19,6 +19,8 @@ TITLES = {
     "complied_volume": "safety volume of complied alone (%)",
     "complied_radius": "radius of complied alone",
 }
+COLUMNS = TITLES | {"asr": "ASR of the model (%)", "visage_code": "VISAGE (code)"}
+"""The titles of the numbers of landscapes."""
 FORMATS = {"visage": ".2f", "volume": ".2f", "radius": ".3g", "complied_volume": ".2f", "complied_radius": ".3g"}
 
 
@@ -71,35 +73,58 @@ def landscape_table(landscapes: Mapping[str, Landscape]) -> str:
 
 def landscape_cells(land: Landscape) -> dict[str, str]:
     """The numbers of a landscape as texts, by the titles of their columns."""
+    return _cells(landscape_estimates(land))
+
+
+def landscape_estimates(land: Landscape) -> dict[str, Mapping[str, Any] | None]:
+    """The numbers of a landscape by their names: `asr` of the model itself, `visage` by the paper's definition and
+    `visage_code` by its code's, `volume` and `radius`, and those of complied alone, `complied_volume` and
+    `complied_radius`. Those that it does not have are left out.
+
+    Each has its `value` and `interval`, and a radius has what `numbers` in `landscape.json` says of its bounds. It is
+    None if the axes do not contain the model.
+    """
     nearest = tuple(int(np.argmin(np.abs(axis.values))) for axis in land.axes)
     place = land.origin if land.points else nearest
-    cells = {}
+    estimates: dict[str, Mapping[str, Any] | None] = {}
     if place is not None and np.isfinite(land.asr[(0, *place)]):
         asr, *ends = (float(rates[(0, *place)]) for rates in (land.asr, land.asr_low, land.asr_high))
-        cells["ASR of the model (%)"] = estimate_text({"value": asr, "interval": ends}, ".1f")
+        estimates["asr"] = {"value": asr, "interval": ends}
     if land.asr[0].size > 1 and land.visage_values is not None and land.numbers is not None:
-        cells |= visage_cells(land.visage_values) | number_cells(land.numbers)
-    return cells
+        estimates |= _visage_estimates(land.visage_values) | _number_estimates(land.numbers)
+    return estimates
 
 
 def visage_cells(visage: Mapping[str, Any]) -> dict[str, str]:
     """VISAGE by both definitions, as `visage` in `landscape.json` has it, by the titles of its columns."""
-    kinds = (("VISAGE", "paper", "interval"), ("VISAGE (code)", "reference", "reference_interval"))
-    return {
-        title: estimate_text({"value": visage[kind], "interval": visage[interval]}, ".1f")
-        for title, kind, interval in kinds
-    }
+    return _cells(_visage_estimates(visage))
 
 
 def number_cells(numbers: Mapping[str, Any]) -> dict[str, str]:
     """Safety volume and radius, as `numbers` in `landscape.json` has them, by the titles of their columns."""
-    cells = {}
-    for rate, what in (("asr", ""), ("complied", " of complied alone")):
-        if rate in numbers:
-            volume, radius = (numbers[rate][name] for name in ("volume", "radius"))
-            cells[f"safety volume{what} (%)"] = estimate_text(volume, ".1f")
-            cells[f"radius{what}"] = "none" if radius is None else estimate_text(radius, ".3f")
-    return cells
+    return _cells(_number_estimates(numbers))
+
+
+def _visage_estimates(visage: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
+    kinds = {"visage": ("paper", "interval"), "visage_code": ("reference", "reference_interval")}
+    return {name: {"value": visage[kind], "interval": visage[interval]} for name, (kind, interval) in kinds.items()}
+
+
+def _number_estimates(numbers: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
+    return {
+        f"{prefix}{name}": numbers[rate][name]
+        for rate, prefix in (("asr", ""), ("complied", "complied_"))
+        for name in ("volume", "radius")
+        if rate in numbers
+    }
+
+
+def _cells(estimates: Mapping[str, Mapping[str, Any] | None]) -> dict[str, str]:
+    """Estimates as texts, by the titles of their columns."""
+    return {
+        COLUMNS[name]: "none" if estimate is None else estimate_text(estimate, ".3f" if "radius" in name else ".1f")
+        for name, estimate in estimates.items()
+    }
 
 
 def to_latex(comparison: Comparison) -> str:

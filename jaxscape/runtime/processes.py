@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxscape.runtime.children import run_child
 from jaxscape.runtime.errors import UserError, reason
-from jaxscape.runtime.preemption import SUPERVISED, Requests
+from jaxscape.runtime.preemption import SUPERVISED
 from jaxscape.runtime.streams import flush_streams
 
 HEARTBEAT_SECONDS = 20  # a process that is silent for this long is taken for dead by the others
@@ -170,20 +170,9 @@ def exit_if_joined(code: int) -> None:
 def _supervise() -> int:
     """Run this program again in a child process and return its exit code.
 
-    If another process of the run dies, JAX's runtime aborts the child; the supervisor then says why. It passes signals
-    on, and kills the child upon a second SIGTERM.
+    If another process of the run dies, JAX's runtime aborts the child; the supervisor then says why.
     """
-    child = subprocess.Popen(
-        [sys.executable, *sys.orig_argv[1:]], env=os.environ | {SUPERVISED: str(os.getpid())}, process_group=0
-    )
-    requests = Requests()
-
-    def pass_on(number: int, _: object) -> None:
-        child.send_signal(signal.SIGKILL if number == signal.SIGTERM and requests.is_second() else number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
-    code = child.wait()
+    code = run_child([sys.executable, *sys.orig_argv[1:]], {SUPERVISED: str(os.getpid())})
     if code == -signal.SIGABRT:
         sys.stderr.write(
             "jaxscape: another process of this run has ended, so this one had to end too. Finished work is kept: run "
