@@ -2,8 +2,8 @@
 
     ray job submit --working-dir . -- python launch/ray_sweep.py FILE.yaml --out DIRECTORY_OR_URL --num-gpus 1
 
-A task that was told to stop (exit code 75), or whose node was lost, is started again and goes on where it was. A task that
-fails is not, and does not stop the others.
+A task that was told to stop (exit code 75), or whose node was lost, is started again and goes on where it was. A task
+that fails is not, and does not stop the others.
 """
 
 import argparse
@@ -32,20 +32,23 @@ def run_task(command: list[str]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="the sweep's YAML file, in the working directory")
-    parser.add_argument("--out", required=True, help="the sweep's directory: a URL, or an absolute path that all nodes share")
+    parser.add_argument(
+        "--out", required=True, help="the sweep's directory: a URL, or an absolute path that all nodes share"
+    )
     parser.add_argument("--num-cpus", type=float, default=1, help="CPUs of each task")
     parser.add_argument("--num-gpus", type=float, default=0, help="GPUs of each task")
     parser.add_argument("--num-tpus", type=float, default=0, help="TPU chips of each task")
     options = parser.parse_args()
     if "://" not in options.out and not options.out.startswith("/"):
-        parser.error(f"--out {options.out} is relative to a node's own copy of the files: give a URL or an absolute path")
+        parser.error(
+            f"--out {options.out} is relative to a node's own copy of the files: give a URL or an absolute path"
+        )
 
     sweep = [sys.executable, "-m", "jaxscape", "sweep", options.file, "--out", options.out]
     count = len(subprocess.run([*sweep, "--list"], check=True, stdout=subprocess.PIPE).stdout.splitlines())
     ray.init()
-    task = run_task.options(
-        num_cpus=options.num_cpus, num_gpus=options.num_gpus, resources={"TPU": options.num_tpus} if options.num_tpus else None
-    )
+    chips = {"TPU": options.num_tpus} if options.num_tpus else None
+    task = run_task.options(num_cpus=options.num_cpus, num_gpus=options.num_gpus, resources=chips)
     codes = ray.get([task.remote([*sweep, "--run", str(number)]) for number in range(1, count + 1)])
     subprocess.run([*sweep, "--status"], check=True)
     sys.exit(any(codes))
