@@ -4,10 +4,10 @@
     python benchmarks/engines.py ray FILE.yaml --out runs/engines            # needs pip install "ray[default]"
 
 The cluster is made for this run, without any setting of the system, and removed at the end. The sweep is submitted with
-the file of `launch/`, two tasks at a time. Then tasks are interrupted at random moments, each time in a random one of the
-ways that the engine has: a task gets SIGTERM; SLURM takes its place away (`scontrol requeue`), or Ray's worker is killed;
-a node is lost with all that runs there. At the end `--table` merges the shards, the same scans run without shards and
-without interruption, and the files of each scan are compared byte by byte.
+the file of `launch/`, two tasks at a time. Then tasks are interrupted at random moments, each time in a random way: a
+task gets SIGTERM; SLURM takes its place away (`scontrol requeue`), or Ray's worker is killed; a node is lost with all
+that runs there. At the end `--table` merges the shards, the same scans run without shards and without
+interruption, and the files of each scan are compared byte by byte.
 
 For equal bytes, the sweep's file must name the form of the weights, such as `form: materialised`.
 """
@@ -98,10 +98,10 @@ class EnginesBenchmark:
     """Seed of what is interrupted, when and how."""
 
     def run(self) -> None:
-        out = self.out.resolve() / self.engine
+        file, out = self.file.resolve(), self.out.resolve() / self.engine
         start, done = {"slurm": on_slurm, "ray": on_ray}[self.engine], Counter[str]()
         began = time.monotonic()
-        with start(self.file, out) as engine:
+        with start(file, out) as engine:
             choose = random.Random(self.seed)
             while engine.is_running():
                 time.sleep(choose.uniform(0, 2 * self.seconds) if done.total() < self.interruptions else 5)
@@ -185,9 +185,7 @@ def local_slurm() -> Iterator[Callable[..., str]]:
             host=socket.gethostname().split(".")[0],
             controller_port=free_port(),
             node_port=free_port(),
-            user=subprocess.run(
-                ["id", "--user", "--name"], check=True, stdout=subprocess.PIPE, text=True
-            ).stdout.strip(),
+            user=getpass.getuser(),
             directory=directory,
         )
         (directory / "slurm.conf").write_text(configuration)
@@ -201,20 +199,18 @@ def local_slurm() -> Iterator[Callable[..., str]]:
         own += [f"--{key}={directory}/munged.{key}" for key in ("pid-file", "log-file", "seed-file")]
 
         def client(*command: object, check: bool = True) -> str:
-            result = subprocess.run(
-                [str(part) for part in command],
-                env=environment,
-                cwd=directory,
-                stdout=subprocess.PIPE,
-                text=True,
-                check=check,
-            )
+            text = list(map(str, command))
+            result = subprocess.run(text, env=environment, stdout=subprocess.PIPE, text=True, check=check)
             return result.stdout.strip()
 
-        processes = [subprocess.Popen([munged, "--foreground", "--force", *own])]
+        def start(*command: str) -> subprocess.Popen[bytes]:
+            # They write log files.
+            return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        processes = [start(munged, "--foreground", "--force", *own)]
         try:
             wait_for(lambda: (directory / "munge.socket").exists())
-            processes += [subprocess.Popen([daemon, "-D"], env=environment) for daemon in (slurmctld, slurmd)]
+            processes += [start(daemon, "-D") for daemon in (slurmctld, slurmd)]
             wait_for(lambda: client("sinfo", "--noheader", "--states=idle", "--format=%D", check=False) == "1")
             yield client
             client("scancel", "--user", str(os.getuid()), check=False)
