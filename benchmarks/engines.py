@@ -165,10 +165,13 @@ def on_slurm(file: Path, out: Path) -> Iterator[Engine]:
 
 
 @contextmanager
-def local_slurm() -> Iterator[Callable[..., str]]:
+def local_slurm(programs: Path = Path(sys.executable).parent) -> Iterator[Callable[..., str]]:
     """A SLURM with one node of two CPUs, which is this machine. Yields a function that runs a command of SLURM's
     clients and returns what it prints. No file outside a temporary directory is read or written, and any user may
     start it.
+
+    Arguments:
+        programs: the directory in which jobs find `jaxscape`.
 
     Raises:
         UserError: SLURM is not installed.
@@ -193,7 +196,7 @@ def local_slurm() -> Iterator[Callable[..., str]]:
         (directory / "munge.key").write_bytes(os.urandom(1024))
         environment = os.environ | {
             "SLURM_CONF": str(directory / "slurm.conf"),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # where the jobs find `jaxscape`
+            "PATH": f"{programs}:{os.environ['PATH']}",
         }
         own = [f"--{key}={directory}/munge.{end}" for key, end in (("socket", "socket"), ("key-file", "key"))]
         own += [f"--{key}={directory}/munged.{key}" for key in ("pid-file", "log-file", "seed-file")]
