@@ -65,21 +65,14 @@ def submit(slurm: tuple[Slurm, Path], folder: Path, what_to_do: str, *options: s
 
 
 def wait(slurm: tuple[Slurm, Path]) -> None:
-    """Wait until all jobs have ended. Those that are to start again start at once, and not after SLURM's pause."""
-    run, _ = slurm
-
-    def is_over() -> bool:
-        for job in run("squeue", "--noheader", "--states=PENDING", "--format=%i").split():
-            run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
-        return not run("squeue", "--noheader")
-
-    engines.wait_for(is_over, 120)
+    """Wait until all jobs have ended."""
+    engines.wait_for(lambda: not slurm[0]("squeue", "--noheader"), 180)
 
 
 def test_slurm_starts_a_task_again_on_exit_code_75_and_on_no_other(slurm: tuple[Slurm, Path], tmp_path: Path) -> None:
-    submit(slurm, tmp_path, "sys.exit({'1': 75 if attempt < 2 else 0, '2': 2, '3': 0}[number])", "--array=1-3")
+    submit(slurm, tmp_path, "sys.exit({'1': 75 if attempt == 0 else 0, '2': 2, '3': 0}[number])", "--array=1-3")
     wait(slurm)
-    assert attempts(tmp_path) == {1: 3, 2: 1, 3: 1}
+    assert attempts(tmp_path) == {1: 2, 2: 1, 3: 1}
 
 
 def test_slurm_starts_a_task_again_that_it_has_displaced(slurm: tuple[Slurm, Path], tmp_path: Path) -> None:
