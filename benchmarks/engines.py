@@ -216,9 +216,11 @@ def local_slurm(programs: Path = Path(sys.executable).parent) -> Iterator[Callab
             wait_for(lambda: (directory / "munge.socket").exists())
             processes += [start(daemon, "-D") for daemon in (slurmctld, slurmd)]
             wait_for(lambda: client("sinfo", "--noheader", "--states=idle", "--format=%D", check=False) == "1")
-            yield client
-            client("scancel", "--user", str(os.getuid()), check=False)
-            wait_for(lambda: not client("squeue", "--noheader", check=False))
+            try:
+                yield client
+            finally:
+                client("scancel", "--user", str(os.getuid()), check=False)
+                wait_for(lambda: not client("squeue", "--noheader", check=False))
         finally:
             for process in reversed(processes):
                 process.terminate()

@@ -61,6 +61,16 @@ OTHER_COMMANDS = {
     "gcloud": "starts jaxscape on a TPU pod; the command that it starts is read",
     "srun": "starts jaxscape on a cluster; the command that it starts is read",
     "mpirun": "starts jaxscape on a cluster; the command that it starts is read",
+    "sbatch": "submits to SLURM; tests/launch runs its script on a real one",
+    "ray": "submits to Ray; tests/launch runs its script on a real one",
+    "cp": "copies that script",
+    "sky": "starts instances in a cloud; tests/launch has SkyPilot read the file",
+    "docker": "builds an image from one of a registry; tests/launch has a linter read the file",
+    "kubectl": "starts pods on a cluster; tests/launch has their definitions read the file",
+    "for": "submits each task; tests/launch runs the command in the loop",
+    "sed": "is that command",
+    "done": "ends the loop",
+    "xpk": "starts jaxscape on a cluster; the command that it starts is read",
 }
 """Programs in shell blocks that are not jaxscape's, and why they are not run."""
 

@@ -76,7 +76,7 @@ def test_a_pod_that_was_told_to_stop_starts_again_and_no_other_failure_does() ->
         "action": "Ignore",
         "onExitCodes": {"containerName": container()["name"], "operator": "In", "values": [75]},
     }
-    assert lost == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}
+    assert lost == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     assert job()["spec"]["backoffLimit"] == 0
 
 
