@@ -107,7 +107,14 @@ class EnginesBenchmark:
         write_yaml(whole_file, settings | {"shards": 1})
         start, done = {"slurm": on_slurm, "ray": on_ray}[self.engine], Counter[str]()
         began = time.monotonic()
+
+        def say(text: str) -> None:
+            write_line(f"{time.monotonic() - began:5.0f} s: {text}")
+
         with start(file, out) as engine:
+            say("the cluster is set up, and the sweep is submitted")
+            wait_for(lambda: bool(running_tasks(out)) or not engine.is_running())
+            say("the first task runs")
             choose = random.Random(self.seed)
             while engine.is_running():
                 time.sleep(choose.uniform(0, 2 * self.seconds) if done.total() < self.interruptions else 5)
@@ -116,8 +123,8 @@ class EnginesBenchmark:
                     task, name = choose.choice(tasks), choose.choice(sorted(engine.interruptions))
                     engine.interruptions[name](task)
                     done[name] += 1
-                    write_line(f"{time.monotonic() - began:5.0f} s: task {task}: {name}")
-        write_line(f"The sweep took {time.monotonic() - began:.0f} s. Interruptions: {dict(done)}")
+                    say(f"task {task}: {name}")
+        say(f"the sweep is done; interruptions: {dict(done)}")
         subprocess.run([*SWEEP, file, "--out", out, "--table"], check=True)
         subprocess.run([*SWEEP, whole_file, "--out", whole], check=True)
         compare(out, whole)
