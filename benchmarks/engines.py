@@ -271,6 +271,7 @@ def local_ray() -> Iterator[tuple[Callable[..., str], Callable[[], None]]]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # where the job finds `python`
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_memory_monitor_refresh_ms": "0",  # it would kill tasks when other programs fill the memory
     }
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as directory:
 
