@@ -1,9 +1,10 @@
 """`launch/slurm.sbatch` on a real SLURM, and `launch/ray_sweep.py` on a real Ray, each set up for these tests only.
 
-A small program stands in for `jaxscape sweep`, and ends in the ways in which that ends. They are skipped where SLURM or
-Ray is missing: `.ci/engines` installs both. `benchmarks/engines.py` runs the real program on them.
+A small program stands in for `jaxscape sweep`, and ends in the ways in which that ends. `benchmarks/engines.py` runs the
+real program on them.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 from helpers import load_script
+
+pytestmark = pytest.mark.skipif(
+    "JAXSCAPE_TEST_ENGINES" not in os.environ, reason="waits for minutes, and needs SLURM and Ray: .ci/engines runs it"
+)
 
 ROOT = Path(__file__).parents[2]
 engines = load_script(ROOT / "benchmarks" / "engines.py")
