@@ -299,8 +299,10 @@ class Landscape:
 
 
 def _check_visage(values: Mapping[str, Any]) -> None:
-    """Raise one of several exceptions if `visage`, which a file holds, is not what `_numbers` gives. The interval of the
-    reference code's definition may be missing, because the first runs had none."""
+    """Raise one of several exceptions if `visage`, which a file holds, is not what `_numbers` gives.
+
+    The interval of the reference code's definition may be missing, because the first runs had none.
+    """
     check_estimate({"value": values["paper"], "interval": values["interval"]})
     check_estimate({"value": values["reference"], "interval": values.get("reference_interval", values["interval"])})
 
