@@ -19,9 +19,11 @@ class Merge:
     Nothing is generated, and no model is loaded. The shards stay as they are.
 
     Examples:
-      # A scan in two parts, which may run on different machines at the same time
+      # The first of the two parts of a scan
       jaxscape scan --shard 1/2 --out runs/first
+      # The second one, which may run on another machine at the same time
       jaxscape scan --shard 2/2 --out runs/second
+      # The run of both
       jaxscape merge runs/first runs/second --out runs/whole
     """
 
