@@ -19,12 +19,12 @@ class Merge:
     Nothing is generated, and no model is loaded. The shards stay as they are.
 
     Examples:
-      # The first of the two parts of a scan
-      jaxscape scan --shard 1/2 --out runs/first
-      # The second one, which may run on another machine at the same time
-      jaxscape scan --shard 2/2 --out runs/second
-      # The run of both
+      # The run of a scan in two parts, which `jaxscape scan --shard 1/2` and `--shard 2/2` have made
       jaxscape merge runs/first runs/second --out runs/whole
+      # The shards of a scan with the default names of their directories
+      jaxscape merge runs/smollm2-135m-safe-1d-shard-1-of-2 runs/smollm2-135m-safe-1d-shard-2-of-2 --out runs/scan
+      # Shards and a run in an object store
+      jaxscape merge s3://bucket/first s3://bucket/second --out s3://bucket/whole
     """
 
     shards: Annotated[
