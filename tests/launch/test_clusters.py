@@ -1,7 +1,7 @@
 """`launch/slurm.sbatch` on a real SLURM, and `launch/ray_sweep.py` on a real Ray, each set up for these tests only.
 
-A small program stands in for `jaxscape sweep`, and ends in the ways in which that ends. `benchmarks/engines.py` runs the
-real program on them.
+A small program stands in for `jaxscape sweep`, and ends in the ways in which that ends. `benchmarks/engines.py` runs
+the real program on them.
 """
 
 import os
