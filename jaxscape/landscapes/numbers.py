@@ -74,7 +74,7 @@ def check_numbers(numbers: Mapping[str, Any], num_directions: int) -> None:
                     check_estimate(estimate)
 
 
-def check_estimate(number: Mapping[str, Any]) -> None:
+def check_estimate(number: Any) -> None:
     """Raise one of several exceptions if a number has no value or no interval, or something else in their places."""
     low, high = number["interval"]
     low_is_bound, high_is_bound = number.get("interval_at_least", (False, False))

@@ -78,7 +78,7 @@ def load_run(directory: Path) -> KeptRun:
         )
     landscape = Landscape.load(directory)
     try:
-        _check_config(config)
+        _check_config(config, len(landscape.asr))
         lines = (directory / PROMPTS).read_text(encoding="utf-8").split("\n")[:-1]
         prompts = [_text(json.loads(line)["prompt"]) for line in lines]
         if len(prompts) != landscape.num_prompts:
@@ -121,14 +121,17 @@ def load_finished(directory: Path) -> KeptRun:
     return replace(run, labels=labels)
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
-    """Raise a `TypeError` if a value of `config.json` that is read here has another type than a scan writes."""
+def _check_config(config: Mapping[str, Any], num_sets: int) -> None:
+    """Raise a `TypeError` if a value of `config.json` that is read here has another type than a scan writes, and a
+    `ValueError` if there are names, but not of as many direction sets."""
     for key, types in CONFIG_TYPES.items():
         if not isinstance(config.get(key), (*types, type(None))):
             raise TypeError(f"{key} in {CONFIG} is {config[key]!r:.60}")
-    for names in config.get("direction_names", []):
+    for names in config.get("direction_names") or []:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"direction_names in {CONFIG} has {names!r:.60}")
+    if (count := len(config.get("direction_names") or [])) not in (0, num_sets):
+        raise ValueError(f"direction_names in {CONFIG} are of {count} direction sets, and not of {num_sets}")
 
 
 def _verdicts(records: Sequence[Record]) -> list[Label | None]:

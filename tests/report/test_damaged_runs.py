@@ -112,6 +112,7 @@ def test_a_damaged_run_is_read_or_is_one_sentence(file: str, data: st.DataObject
     [
         (CONFIG, ("direction_names",), 3, "direction_names in config.json is 3"),
         (CONFIG, ("direction_names", 0), None, "direction_names in config.json has None"),
+        (CONFIG, ("direction_names", 0), ..., "direction_names in config.json are of 1 direction sets, and not of 2"),
         (CONFIG, ("seed",), "x", "seed in config.json is 'x'"),
         (FILE_NAME, ("control", "numbers"), ..., "is not a landscape file (KeyError: 'numbers')"),
         (FILE_NAME, ("control", "visage", "paper"), None, "is no number with an interval"),

@@ -46,7 +46,7 @@ def test_scans_of_one_shape_share_a_forecast(
     assert results[0]["hours"] == pytest.approx(alone.landscape_seconds / 3600)
     assert results[0]["device_hours"] == pytest.approx(3 * 4 * alone.landscape_seconds / 3600)
     main(command)
-    head, scans, *problems, total, note = capsys.readouterr().out.splitlines()
+    head, scans, *problems, total, _, note = capsys.readouterr().out.splitlines()
     assert head.split() == ["slice", "scans", "form", "hours", "of", "one", "device", "hours", "which"]
     assert scans.split()[:5] == [
         "v5e:2x2",
