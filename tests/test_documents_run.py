@@ -43,7 +43,7 @@ from helpers import (
 
 import jaxscape as js
 from jaxscape.cli.main import VERBS, main, run_program
-from jaxscape.directions import examples, objective, refusal
+from jaxscape.directions import examples
 from jaxscape.evaluate import coherence, llm_judge, measure
 from jaxscape.landscapes.axes import symmetric_axes
 from jaxscape.models import builtin
@@ -79,6 +79,7 @@ WITH = {
     "--extra-steps": "--extra-steps 1",
     "--certify": "--draws 2",
     "--validation": "--validation 0.5",
+    "--shard": "--steps 4",
 }
 """What is added where a page gives an option."""
 
@@ -90,6 +91,7 @@ INSTEAD = {
     "wandb": "tensorboard",
     "layer:15": "layer:1",
     "layer:29": "",
+    "FILE.yaml": "experiments/sweep.yaml",
     "...": "",
 }
 """What commands have in place of a word of the page: words with which little is compiled, or none."""
@@ -112,17 +114,23 @@ NOT_RUN = {
     "mpirun": "starts jaxscape on a cluster",
     "sbatch": "submits to SLURM; tests/launch runs its script on a real one",
     "ray": "submits to Ray; tests/launch runs its script on a real one",
-    "cp launch/": "copies that script",
+    "cp jaxscape/launch/": "copies that script",
     "sky": "starts instances in a cloud; tests/launch has SkyPilot read the file",
     "docker": "builds an image from one of a registry; tests/launch has a linter read the file",
     "kubectl": "starts pods on a cluster; tests/launch has their definitions read the file",
+    "for task in": "gives each task to kubectl; tests/launch runs the command in the loop",
+    "sed": "is that command",
+    "done": "ends the loop",
     "xpk": "starts jaxscape on a cluster",
+    "jaxscape sweep experiments/sweep.yaml\n": "runs 48 tasks; tests/sweeps/ runs smaller sweeps",
+    "jaxscape sweep experiments/sweep.yaml --run": "runs one of them",
     "jaxscape plan": "takes a compiler for TPUs minutes; tests/forecast/ plans for smaller models",
     "jaxscape scan ... --coordinator": "needs a second machine; tests/runtime/test_processes.py has two processes",
     "python experiments/": "tests/experiments/ runs them",
     "python benchmarks/": "measures a machine for minutes",
 }
-"""How the lines of shell blocks that are not run begin, and why they are not."""
+"""How the lines of shell blocks that are not run begin, with their end where only the whole line is meant, and why they
+are not."""
 
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(rf"{FENCED.pattern}|`((?:jaxscape \w+|make scan) [^`]+)`", FENCED.flags)
@@ -199,12 +207,12 @@ def shell_lines(block: Block) -> Iterator[str]:
 
 
 def is_run(line: str) -> bool:
-    return not line.startswith(tuple(NOT_RUN))
+    return not f"{line}\n".startswith(tuple(NOT_RUN))
 
 
 def run_line(line: str) -> None:
     """Run a line of a shell block. Its exit code must be 0."""
-    line = re.sub(r'^make scan( ARGS="(.*)")?$', r"jaxscape scan \2", line)
+    line = re.sub(r'^make scan( ARGS="(.*)")?$', r"jaxscape scan \2", line).replace("s3://", "memory://")
     if not line.startswith("jaxscape "):
         subprocess.run(["bash", "-ec", line], check=True)
         return
@@ -284,6 +292,8 @@ def readers_files(tiny_dir: Path, judge_dir: Path, make_model: MakeModel, tmp_pa
             (cache / folder).mkdir(parents=True)
         (cache / "refs" / (revision or "main")).write_text("a" * 40)
         (cache / "snapshots" / ("a" * 40)).symlink_to(root / model)
+    (root / "experiments").mkdir()
+    shutil.copy(ROOT / "experiments" / "sweep.yaml", root / "experiments")
     (root / "judge").mkdir()
     for file in llm_judge.SHIPPED_FILE.parent.glob("judge.*"):
         text = file.read_text().replace('base = "smollm2-135m"', "").replace('model = "."', f'model = "{judge_dir}"')
@@ -328,7 +338,7 @@ def reader(readers_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(PublicFile, "path", lambda self: readers_files / self.name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(readers_files / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for module in (measure, examples, objective, refusal):  # the random model refuses nothing
+    for module in (measure, examples):  # the random model refuses nothing
         monkeypatch.setattr(module, "is_refusal", lambda text: len(text) % 5 > 0)
     prompts = ["Compose a letter", "Write a poem"]
     for run_name in ("smollm2-135m-safe-1d", "first", "safety", "over-refusal"):
@@ -439,7 +449,7 @@ def test_a_guide_for_contributors_can_be_followed(
 
 
 def test_what_is_not_run_stands_in_the_documents() -> None:
-    lines = [line for page in PAGES for block in blocks(page) for line in shell_lines(block)]
+    lines = [f"{line}\n" for page in PAGES for block in blocks(page) for line in shell_lines(block)]
     assert [begin for begin in NOT_RUN if not any(line.startswith(begin) for line in lines)] == []
 
 
