@@ -157,7 +157,7 @@ def blocks(page: Path) -> Iterator[Block]:
         line = text.count("\n", 0, match.start()) + 1
         if command is None:
             before = text[: match.start()].rstrip().rpartition("\n\n")[2]
-            names = FILE_NAME.findall(before) if before.endswith(":") else []
+            names = FILE_NAME.findall(before) if before.endswith(":") and language != "bash" else []
             code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
             yield Block(language, names[-1] if names else "", code, line)
         elif page.name not in RECORDS and not UNFINISHED.search(command):
