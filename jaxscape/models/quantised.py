@@ -6,7 +6,7 @@ model's dtype here.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -212,8 +212,9 @@ def _scheme_grid(name: str, shape: tuple[int, ...], scheme: Settings) -> tuple[i
     return None
 
 
-def _grid(name: str, shape: tuple[int, ...], block: Sequence[int]) -> tuple[int, int]:
-    """The number of blocks along both axes of a weight."""
+def _grid(name: str, shape: tuple[int, ...], block: Any) -> tuple[int, int]:
+    """The number of blocks along both axes of a weight, whose configuration says how large a block is. Raises a
+    `TypeError` or a `ValueError` if that is no pair of numbers."""
     (rows, columns), (height, width) = shape, block
     if rows % height or columns % width:
         raise UserError(

@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -185,7 +186,8 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(tiny_dir: Path, tmp
         [sys.executable, "-c", program, *command], env=env, capture_output=True, text=True, check=False
     )
     assert failed.returncode == 2, failed.stderr
-    assert "checkpoint of epoch 1 cannot be written" in failed.stderr
+    # The checkpoint is written in the background, beside the model: either may be the first that finds no room.
+    assert re.search("jaxscape: The (checkpoint of epoch 1|model) cannot be written", failed.stderr), failed.stderr
     main(command)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 

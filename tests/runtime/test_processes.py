@@ -93,6 +93,8 @@ def test_two_processes_are_one_run_and_survive_one_of_them(tiny_dir: Path, tmp_p
 COUNTING = """
 import time
 from dataclasses import dataclass
+from pathlib import Path
+import jax
 from jaxscape.cli.main import run_program
 from jaxscape.cli.options import Group, RunOptions
 from jaxscape.runtime.preemption import postponed
@@ -103,9 +105,9 @@ class Count:
 
     def run(self) -> None:
         self.devices.start(keep_compiled=False)
-        with postponed() as stop_if_asked:
+        with Path(f"DIRECTORY/{jax.process_index()}").open("w") as file, postponed() as stop_if_asked:
             for number in range(10**6):
-                print(number, flush=True)
+                print(number, file=file, flush=True)
                 time.sleep(0.05)
                 stop_if_asked()
 
@@ -113,17 +115,19 @@ run_program(Count)
 """
 
 
-def test_sigterm_to_one_process_ends_all_at_the_same_point() -> None:
-    first, second = processes([], program=COUNTING)
-    assert first.stdout is not None
-    lines = [first.stdout.readline() for _ in range(4)]
+def test_sigterm_to_one_process_ends_all_at_the_same_point(tmp_path: Path) -> None:
+    first, second = processes([], program=COUNTING.replace("DIRECTORY", str(tmp_path)))
+    for _ in range(2400):
+        if (tmp_path / "0").exists() and (tmp_path / "0").read_bytes().count(b"\n") >= 3:
+            break
+        time.sleep(0.05)
+        assert first.poll() is None, first.communicate()
     second.terminate()
-    lines += first.stdout.readlines()
-    others, error = second.communicate(timeout=60)
+    _, error = second.communicate(timeout=60)
     first.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (75, 75), error
-    counts = [[line for line in text if line.strip().isdecimal()] for text in (lines, others.splitlines(keepends=True))]
-    assert counts[0] == counts[1] == [f"{number}\n" for number in range(len(counts[0]))]
+    counts = [(tmp_path / name).read_text().split() for name in ("0", "1")]
+    assert counts[0] == counts[1] == [str(number) for number in range(len(counts[0]))]
     assert "jaxscape: ended by SIGTERM" in error
 
 
