@@ -1,4 +1,5 @@
-"""A real S3 server in a process of its own, and a TCP proxy before it that harms connections."""
+"""What tests of runs in object stores share: a real S3 server in a process of its own, a TCP proxy before it that harms
+connections, and what lies in a store."""
 
 import re
 import select
@@ -12,10 +13,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import fsspec
+
+from jaxscape.runtime import remote
+
 ANSWER = b"HTTP/1.1 %d Refused\r\nContent-Type: application/xml\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"
 ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>The server says %s</Message></Error>"
 REQUEST = re.compile(rb"(GET|PUT|POST|DELETE|HEAD) (\S+) HTTP")
 ANSWERS = {"deny": (403, b"AccessDenied"), "full": (507, b"XMinioStorageFull")}
+
+
+def contents(directory: str | Path) -> dict[str, bytes]:
+    """The files below a URL or a directory, as they lie there."""
+    filesystem, root = fsspec.url_to_fs(str(directory))
+    filesystem.invalidate_cache()
+    return {name[len(root) + 1 :]: filesystem.cat_file(name) for name in filesystem.find(root)}
+
+
+def new_process() -> None:
+    """Forget the copies of runs, as the end of a process does."""
+    remote._MIRRORS.clear()
+    remote._temporary = None
 
 
 class Proxy:

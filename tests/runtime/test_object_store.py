@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import pytest
 import s3fs
-from object_store import Proxy, s3_server
+from object_store import Proxy, contents, new_process, s3_server
 
 import jaxscape as js
 from jaxscape.cli.main import main
@@ -67,19 +67,6 @@ def unbroken(tiny: js.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def contents(directory: str | Path) -> dict[str, bytes]:
-    """The files below a URL or a directory, as they lie there."""
-    filesystem, root = fsspec.url_to_fs(str(directory))
-    filesystem.invalidate_cache()
-    return {name[len(root) + 1 :]: filesystem.cat_file(name) for name in filesystem.find(root)}
-
-
-def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget the copies of runs, as the end of a process does."""
-    monkeypatch.setattr(remote, "_MIRRORS", {})
-    monkeypatch.setattr(remote, "_temporary", None)
-
-
 def test_a_scan_over_bad_connections_ends_with_the_bytes_of_one_on_disk(
     tiny: js.Model, unbroken: Path, bucket: str, proxy: Proxy
 ) -> None:
@@ -98,19 +85,19 @@ def test_a_scan_that_ends_at_any_request_goes_on_and_loses_no_point(
     monkeypatch.setattr(remote, "PATIENCE", 0.0)
     generator, whole = random.Random(1), (unbroken / "generations.jsonl").read_bytes()
     for fault in ("reset", "lose", "cut", "deny", "reset", "lose"):
-        new_process(monkeypatch)
+        new_process()
         last = proxy.count + generator.randrange(4, 14)
         proxy.fault = lambda number, line, last=last, fault=fault: fault if number >= last else ""  # type: ignore[misc]
         with pytest.raises(js.UserError, match=f"^{bucket}/run cannot be used"):
             js.scan(tiny, [0, 1], out=f"{bucket}/run", **OPTIONS | {"progress": True})
         proxy.fault = lambda number, line: ""
         num_reported = max([0, *map(int, re.findall(r"\b(\d+)/10\b", capfd.readouterr().err))])
-        new_process(monkeypatch)
+        new_process()
         state = remote.run_directory(f"{bucket}/run") / "generations.jsonl"
         kept = state.read_bytes() if state.exists() else b""
         assert whole.startswith(kept)
         assert kept.count(b"\n") >= 3 * num_reported
-    new_process(monkeypatch)
+    new_process()
     js.scan(tiny, [0, 1], out=f"{bucket}/run", **OPTIONS)
     assert contents(f"{bucket}/run") == contents(unbroken)
 

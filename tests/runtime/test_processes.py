@@ -58,6 +58,15 @@ def processes(
     return found
 
 
+def wait_for_lines(file: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a running process has written so many lines to a file."""
+    for _ in range(2400):
+        if file.exists() and file.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.1)
+        assert process.poll() is None, process.communicate()
+
+
 def scan_command(model: Path, out: Path, steps: int = 4) -> list[str]:
     command = ["scan", "--model", str(model), "--num-prompts", "6", "--max-new-tokens", "6", "--steps", str(steps)]
     return [*command, "--form", "materialised", "--out", str(out)]
@@ -72,11 +81,7 @@ def test_two_processes_are_one_run_and_survive_one_of_them(tiny_dir: Path, tmp_p
     command = [*scan_command(tiny_dir, tmp_path / "two", steps=60), "--no-shares"]
     first, second = processes([*command, *TWO])
     generations = tmp_path / "two" / "generations.jsonl"
-    for _ in range(2400):
-        if generations.exists() and generations.read_bytes().count(b"\n") >= 12:
-            break
-        time.sleep(0.1)
-        assert first.poll() is None, first.communicate()
+    wait_for_lines(generations, 12, first)
     second.send_signal(signal.SIGKILL)
     second.communicate()
     _, error = first.communicate(timeout=60)
@@ -117,11 +122,7 @@ run_program(Count)
 
 def test_sigterm_to_one_process_ends_all_at_the_same_point(tmp_path: Path) -> None:
     first, second = processes([], program=COUNTING.replace("DIRECTORY", str(tmp_path)))
-    for _ in range(2400):
-        if (tmp_path / "0").exists() and (tmp_path / "0").read_bytes().count(b"\n") >= 3:
-            break
-        time.sleep(0.05)
-        assert first.poll() is None, first.communicate()
+    wait_for_lines(tmp_path / "0", 3, first)
     second.terminate()
     _, error = second.communicate(timeout=60)
     first.communicate(timeout=60)
@@ -139,11 +140,7 @@ def test_two_processes_finetune_and_end_when_told(tiny_dir: Path, tmp_path: Path
     command += ["--learning-rate", "1e-3", "--out"]
     first, second = processes([*command, str(tmp_path / "two"), *TWO])
     log = tmp_path / "two" / "log.jsonl"
-    for _ in range(2400):
-        if log.exists() and log.read_bytes().count(b"\n") >= 7:  # in the second epoch
-            break
-        time.sleep(0.05)
-        assert first.poll() is None, first.communicate()
+    wait_for_lines(log, 7, first)  # in the second epoch
     second.terminate()
     _, error = second.communicate(timeout=60)
     assert second.returncode == 75, error

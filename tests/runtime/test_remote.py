@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from object_store import contents, new_process
 
 import jaxscape as js
 from jaxscape.cli.main import main
@@ -42,18 +43,6 @@ def store() -> Iterator[Any]:
     filesystem.store.clear()
     filesystem.pseudo_dirs[:] = [""]
     new_process()
-
-
-def new_process() -> None:
-    """Forget the copies of runs, as the end of a process does."""
-    remote._MIRRORS.clear()
-    remote._temporary = None
-
-
-def contents(directory: str | Path) -> dict[str, bytes]:
-    """The files below a URL or a directory, as they lie there."""
-    filesystem, root = fsspec.url_to_fs(str(directory))
-    return {name[len(root) + 1 :]: filesystem.cat_file(name) for name in filesystem.find(root)}
 
 
 def dying(patch: pytest.MonkeyPatch, after: int, late: bool) -> None:
