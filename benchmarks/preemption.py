@@ -1,4 +1,4 @@
-"""Preempt a scan in shards at random moments, and compare what it ends with with an unbroken run.
+"""Preempt a scan in shards at random moments, and compare its result with that of an unbroken run.
 
     python benchmarks/preemption.py --out runs/preemption         # 20 preemptions
 
@@ -34,7 +34,7 @@ REPORTED = re.compile(r"^ *(\d+)/\d+  (?:(\w+): )?direction ", re.MULTILINE)
 
 @dataclass(frozen=True)
 class PreemptionBenchmark:
-    """Preempt a scan in shards at random moments, and compare what it ends with with an unbroken run."""
+    """Preempt a scan in shards at random moments, and compare its result with that of an unbroken run."""
 
     out: Path
     """An empty directory for the runs."""
@@ -81,7 +81,8 @@ class PreemptionBenchmark:
         return ends
 
     def _tell(self, ends: Counter[str], shards: Sequence["_Shard"], differing: Sequence[str]) -> None:
-        """Write the result, and end with exit code 1 if anything is not as it should be."""
+        """Print the counts. The exit code is 1 if a point was lost or repeated, a file differs, or a process ended with
+        an unusual code."""
         lost, repeated = sum(shard.lost for shard in shards), sum(shard.repeated for shard in shards)
         for end, count in sorted(ends.items()):
             write_line(f"{end}: {count}")

@@ -39,14 +39,8 @@ class Merge:
     def run(self) -> None:
         check_texts(*self.shards, self.out)
 
-        from jaxscape.finetuning.trajectory import load_trajectories
         from jaxscape.landscapes.landscape import FIGURE
-        from jaxscape.landscapes.merge import merging
+        from jaxscape.report.merged import merge_and_draw
 
         select_platform(["cpu"])  # merging needs no accelerator, whose memory JAX would take
-        with merging(self.shards, self.out) as (landscape, place):
-            from jaxscape.report.figures import save_figure
-
-            if not (place / FIGURE).exists():
-                save_figure(landscape, place / FIGURE, trajectories=load_trajectories(place))
-        write_line(summary(landscape, self.out / FIGURE))
+        write_line(summary(merge_and_draw(self.shards, self.out), self.out / FIGURE))

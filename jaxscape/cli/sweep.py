@@ -29,7 +29,7 @@ SCAN = "jaxscape scan"
 OWN = ("out", "overwrite", "dry_run", "shard")
 """Options of `jaxscape scan` that a sweep's file cannot give: the sweep sets them, or they make no sense there."""
 NOT_FAILED = (130, BROKEN_PIPE, preemption.EXIT_CODE)
-"""Exit codes of a task that someone has ended, and whose command goes on with it."""
+"""Exit codes of a task that someone has ended. Its command, given again, goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Sweep:
     file says: these are the tasks. They run one after the other; on a cluster, each runs by itself with --run.
 
     Examples:
-      # Run all tasks on this machine; those that are done are passed by
+      # Run all tasks on this machine; those that are done are skipped
       jaxscape sweep experiments/sweep.yaml
       # Run one of them, as an array job of a cluster does
       jaxscape sweep experiments/sweep.yaml --run 3
@@ -232,7 +232,7 @@ def _scan(task: "Task", scan: "Sequence[Task]") -> None:
 
 
 def _writes() -> bool:
-    """Whether this process writes files: of several that do a task together, the first one does."""
+    """Whether this process writes files. If several processes do a task together, only the first one writes."""
     import jax
 
     from jaxscape.runtime.processes import is_first

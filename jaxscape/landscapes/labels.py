@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from jaxscape.evaluate.base import LABELS, REFUSALS, Evaluator, Label, checksum_of
 from jaxscape.evaluate.coherence import COHERENCE
 from jaxscape.evaluate.statistics import wilson_interval
+from jaxscape.landscapes.landscape import SHARES
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import append_json_lines, cut_after, to_json_lines, whole_lines, write_whole
 
@@ -135,7 +136,7 @@ class LabelBook:
         rows = self.rows.get(COHERENCE, [])
         shares: Rates = {}
         sizes = np.full(len(rows), self._num_prompts)
-        for kind in ("refused", "complied", "incoherent") if rows else ():
+        for kind in SHARES if rows else ():
             shares |= _rates(kind, np.array([row.count(kind) for row in rows]), sizes)
         return shares
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxscape.directions.names import is_control_name
+from jaxscape.evaluate.base import Label
 from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.numbers import check_estimate, check_numbers, landscape_numbers
@@ -20,7 +21,7 @@ from jaxscape.runtime.files import write_whole
 from jaxscape.runtime.remote import run_directory
 
 FILE_NAME, FIGURE = "landscape.json", "landscape.png"
-SHARES = {"refused", "complied", "incoherent"}
+SHARES: tuple[Label, ...] = ("refused", "complied", "incoherent")
 
 Measure = Mapping[str, Float[np.ndarray, " directions *grid"]]
 """What an evaluator gave at each point: the share of each label in percent, by the label's name. Beside each label,
@@ -272,19 +273,16 @@ class Landscape:
         """Raise one of several exceptions if the parts do not fit one another, as those of a damaged file may."""
         grid = (len(self.points),) if self.points else tuple(len(axis.values) for axis in self.axes)
         measures = (*self.measures.values(), *self.disagreement.values(), self.shares)
-        arrays = [self.asr, self.asr_low, self.asr_high, self.nonfinite, self.unanswered]
-        arrays += [
-            *([] if self.filled is None else [self.filled]),
-            *(rate for item in measures for rate in item.values()),
-        ]
-        shapes = {array.shape for array in arrays}
+        rates = [rate for measure in measures for rate in measure.values()]
+        arrays = (self.asr, self.asr_low, self.asr_high, self.nonfinite, self.unanswered, self.filled, *rates)
+        shapes = {array.shape for array in arrays if array is not None}
         if len(grid) not in (1, 2) or shapes != {(len(self.asr), *grid)}:
             raise ValueError(f"arrays of shapes {sorted(shapes)} over {len(grid)} axes")
         for measure in measures:
             kinds = {key.removesuffix("_low").removesuffix("_high") for key in measure}
             if measure.keys() != {f"{kind}{end}" for kind in kinds for end in ("", "_low", "_high")}:
                 raise ValueError("a share lacks an end of its interval")
-        if self.shares and not self.shares.keys() >= SHARES:
+        if self.shares and not self.shares.keys() >= {*SHARES}:
             raise ValueError("one of the three shares is missing")
         if len(self.directions) not in (0, len(self.asr)) or self.num_prompts < 1:
             raise ValueError(f"names of {len(self.directions)} direction sets, and {self.num_prompts} prompts")

@@ -22,6 +22,7 @@ from jaxscape.landscapes.store import (
     SCAN,
     answers_by_point,
     points_of,
+    read_prompts,
     reopen_run,
 )
 from jaxscape.runtime import remote, rundir
@@ -117,7 +118,7 @@ class _KeptShard:
             shard = Shard.read(config)
             assert shard is not None
             points = points_of(config)[shard.start : shard.stop]
-            prompts = [json.loads(line)["prompt"] for line in (directory / PROMPTS).read_bytes().split(b"\n")[:-1]]
+            prompts = [line["prompt"] for line in read_prompts(directory)]
             with (directory / GENERATIONS).open("rb") as file:
                 lines = whole_lines(file)
             done = list(answers_by_point(lines, prompts))
@@ -140,7 +141,7 @@ class _KeptShard:
 
     def check_finished(self) -> None:
         """Raise a `UserError` if the scan of this shard is to go on."""
-        num_points = self.shard.stop - self.shard.start
+        num_points = self.shard.num_points
         if self.num_done < num_points:
             raise UserError(
                 f"{self.directory}, {self.shard}, is not finished ({self.num_done} of {num_points} points): run its "
@@ -154,7 +155,7 @@ class _KeptShard:
                 )
 
     def lines(self, name: str) -> bytes:
-        """The lines of the labels of the evaluator of this name, one for each point."""
+        """The lines of an evaluator's label file, one for each point."""
         with (self.directory / label_file(name)).open("rb") as file:
             return b"".join(line + b"\n" for line in whole_lines(file)[: self.num_done])
 

@@ -63,7 +63,7 @@ def landscape_numbers(
 
 
 def check_numbers(numbers: Mapping[str, Any], num_directions: int) -> None:
-    """Raise one of several exceptions if `numbers`, as `landscape.json` holds them, have another form than that of as
+    """Raise one of several exceptions if `numbers` of `landscape.json` do not have their form, or are not those of so
     many directions."""
     for entry in {"asr": numbers["asr"], **numbers}.values():
         for number in [entry["volume"], *([] if entry["radius"] is None else [entry["radius"]])]:

@@ -147,7 +147,7 @@ def _scan(directory: Path, config: Mapping[str, Any]) -> Progress:
 
 def _shard(land: Landscape, shard: Shard) -> Progress:
     """How far a part of a scan is."""
-    done, total = int((~np.isnan(land.asr)).sum()), shard.stop - shard.start
+    done, total = int((~np.isnan(land.asr)).sum()), shard.num_points
     judged = [land.shares if name == COHERENCE else land.measures.get(name, {}) for name in shard.labels]
     is_judged = all((~np.isnan(measure.get("complied", np.nan))).sum() == total for measure in judged)
     return Progress(done, total, "points", done == total and is_judged, str(shard))
@@ -156,7 +156,7 @@ def _shard(land: Landscape, shard: Shard) -> Progress:
 def _num_points(config: Mapping[str, Any]) -> int:
     """The number of points of a grid or a list, or of a part of it, from a run's configuration."""
     if (shard := Shard.read(config)) is not None:
-        return shard.stop - shard.start
+        return shard.num_points
     points = config.get("points")
     grid = math.prod(len(axis["values"]) for axis in config["axes"]) if points is None else len(points)
     return len(config["directions"]) * grid

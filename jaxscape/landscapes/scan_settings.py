@@ -1,6 +1,5 @@
 """What a scan that is there was made with, so that something else can be measured at the same points."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from jaxscape.directions.base import Recipe
 from jaxscape.directions.kinds import Prepared, parse_direction
 from jaxscape.landscapes.axes import Axis
-from jaxscape.landscapes.store import PROMPTS, SCAN
+from jaxscape.landscapes.store import SCAN, read_prompts
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model
 from jaxscape.runtime import rundir
@@ -53,7 +52,7 @@ class ScanSettings:
         if not config.keys() >= SCAN.marks:
             raise UserError(f"{directory} holds something other than a scan (see its {rundir.CONFIG}).")
         try:
-            lines = (directory / PROMPTS).read_text(encoding="utf-8").split("\n")[:-1]
+            lines = read_prompts(directory)
             names = [tuple(map(str, item)) for item in config["direction_names"]]
             if any(name == "given" for item in names for name in item):
                 raise UserError(
@@ -71,7 +70,7 @@ class ScanSettings:
                 dtype=str(config["dtype"]),
                 directions=tuple(tuple(map(parse_direction, item)) for item in names),
                 axes=tuple(map(Axis.read, config["axes"])),
-                prompts=tuple(str(json.loads(line)["prompt"]) for line in lines),
+                prompts=tuple(str(line["prompt"]) for line in lines),
                 prompt_source=config.get("prompt_source"),
                 system_prompt=str(config["system_prompt"]),
                 thinking=str(config.get("thinking", "default")),

@@ -73,17 +73,22 @@ class Shard:
             raise ValueError(f"{entry} is no shard")
         return shard
 
+    @property
+    def num_points(self) -> int:
+        """The number of its points."""
+        return self.stop - self.start
+
     def described(self) -> dict[str, Any]:
         """The entry of `config.json`."""
         return asdict(self)
 
-    def summary(self, num_points: int) -> str:
+    def summary(self, total: int) -> str:
         """A line for the user.
 
         Arguments:
-            num_points: the number of points of the whole scan.
+            total: the number of points of the whole scan.
         """
-        return f"{self}: {self.stop - self.start} of {num_points} points"
+        return f"{self}: {self.num_points} of {total} points"
 
     def __str__(self) -> str:
         return f"shard {self.number} of {self.count}"

@@ -451,7 +451,7 @@ def reopen_run(directory: Path) -> Iterator[tuple[Run, list[str]]]:
     """
     with rundir.reopen_run_directory(directory, SCAN) as (config, file):
         try:
-            pairs = [json.loads(line) for line in (directory / PROMPTS).read_bytes().split(b"\n")[:-1]]
+            pairs = read_prompts(directory)
             prompts, sent = ([pair[key] for pair in pairs] for key in ("prompt", "sent"))
             axes = list(map(Axis.read, config["axes"]))
             coords = [tuple(point) for point in config.get("points", ())]
@@ -467,6 +467,11 @@ def reopen_run(directory: Path) -> Iterator[tuple[Run, list[str]]]:
         if run.extend():
             raise UserError(f"The run in {directory} is not finished; run its command again to finish it first.")
         yield run, sent
+
+
+def read_prompts(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `prompts.jsonl`. Raises an `OSError` or a `ValueError` if it cannot be read."""
+    return [json.loads(line) for line in (directory / PROMPTS).read_bytes().split(b"\n")[:-1]]
 
 
 def _shown_names(config: Mapping[str, Any]) -> list[list[str]]:

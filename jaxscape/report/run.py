@@ -4,7 +4,6 @@ Files of a run are only read, so a run that is still going on can be read too. W
 """
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +15,7 @@ from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
 from jaxscape.finetuning.trajectory import Trajectory, load_trajectories
 from jaxscape.landscapes.labels import LabelBook
 from jaxscape.landscapes.landscape import Landscape
-from jaxscape.landscapes.store import GENERATIONS, PROMPTS, SCAN, Point, Record, answers_by_point
+from jaxscape.landscapes.store import GENERATIONS, PROMPTS, SCAN, Point, Record, answers_by_point, read_prompts
 from jaxscape.runtime.errors import UserError, is_utf8, reason
 from jaxscape.runtime.files import read_json, whole_lines
 from jaxscape.runtime.rundir import CONFIG
@@ -54,6 +53,11 @@ class KeptRun:
     labels: Mapping[str, Sequence[Sequence[Label | None]]]
     trajectories: Sequence[Trajectory]
 
+    @property
+    def direction_names(self) -> list[list[str]]:
+        """The names of the directions of each set; empty if `config.json` has none."""
+        return self.config.get("direction_names") or []
+
     @cached_property
     def numbers(self) -> dict[Point, int]:
         """The number of each point of the landscape in its grid, the last axis varying fastest, or in the list of
@@ -79,8 +83,7 @@ def load_run(directory: Path) -> KeptRun:
     landscape = Landscape.load(directory)
     try:
         _check_config(config, len(landscape.asr))
-        lines = (directory / PROMPTS).read_text(encoding="utf-8").split("\n")[:-1]
-        prompts = [_text(json.loads(line)["prompt"]) for line in lines]
+        prompts = [_text(line["prompt"]) for line in read_prompts(directory)]
         if len(prompts) != landscape.num_prompts:
             raise ValueError(f"{PROMPTS} has {len(prompts)} prompts, and the landscape is of {landscape.num_prompts}")
         with (directory / GENERATIONS).open("rb") as file:

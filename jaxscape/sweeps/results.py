@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxscape.finetuning.trajectory import load_trajectories
-from jaxscape.landscapes.landscape import FIGURE, Landscape
-from jaxscape.landscapes.merge import merging
+from jaxscape.landscapes.landscape import Landscape
 from jaxscape.report.csv_text import csv_text
-from jaxscape.report.figures import save_figure
 from jaxscape.report.markup import markdown_table
+from jaxscape.report.merged import merge_and_draw
 from jaxscape.report.page.document import save_report
 from jaxscape.report.tables import landscape_cells, landscape_estimates
 from jaxscape.runtime.errors import UserError
@@ -70,18 +68,12 @@ def finish_scan(scan: Sequence[Task]) -> None:
     noted = notes_of(scan)
     if is_done(noted[0].whole) or not all(map(is_done, noted)):
         return
+    shards, whole = [task.directory for task in scan], scan[0].whole.directory
     try:
-        _merge(scan)
+        merge_and_draw(shards, whole)
     except UserError:
-        _merge(scan)  # another process may have put the run there in the meantime, which is seen now
+        merge_and_draw(shards, whole)  # another process may have put the run there in the meantime, which is seen now
     note_ending(notes_of(scan)[0].whole, 0)
-
-
-def _merge(scan: Sequence[Task]) -> None:
-    """Merge shards, and draw the figure of the run."""
-    with merging([task.directory for task in scan], scan[0].whole.directory) as (landscape, place):
-        if not (place / FIGURE).exists():
-            save_figure(landscape, place / FIGURE, trajectories=load_trajectories(place))
 
 
 def save_results(results: Sequence[Result], out: Path) -> list[Path]:

@@ -83,7 +83,7 @@ def card(run: KeptRun) -> str:
         ],
     )
     facts = [["fact", "value"], *([key, str(run.config[key])] for key in FACTS if key in run.config)]
-    directions = ", ".join(" and ".join(names) for names in (run.config.get("direction_names") or []))
+    directions = ", ".join(" and ".join(names) for names in run.direction_names)
     return f"---\n{data.to_yaml()}\n---\n" + TEXT.format(
         title="Safety landscape",
         numbers=landscape_table({name: run.landscape}) if run.landscape.axes else "",

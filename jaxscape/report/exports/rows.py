@@ -20,7 +20,7 @@ def point_rows(run: KeptRun) -> list[Row]:
     its interval, such as `coherence_refused`, `coherence_refused_low` and `coherence_refused_high`.
     """
     land = run.landscape
-    names = run.config.get("direction_names") or []
+    names = run.direction_names
     measures = {"coherence": land.shares} if land.shares else {}
     columns = {
         "asr": land.asr,

@@ -152,7 +152,7 @@ def _counted(count: int, what: str) -> str:
 
 def set_names(run: KeptRun) -> list[str]:
     """What each direction set is called: by the names of its directions, or by its number where a program gave them."""
-    names = run.landscape.directions or [list(map(str, item)) for item in run.config.get("direction_names") or ()]
+    names = run.landscape.directions or run.direction_names
     if len(names) == len(run.landscape.asr) and not any(Given.name in item for item in names):
         return [" and ".join(item) for item in names]
     return [f"direction set {index}" for index in range(len(run.landscape.asr))]
