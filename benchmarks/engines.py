@@ -159,6 +159,8 @@ def on_slurm(file: Path, out: Path) -> Iterator[Engine]:
 
         def lose_node(_: int) -> None:
             slurm("scontrol", "update", f"nodename={host}", "state=down", "reason=lost")
+            # A node that comes back has no processes. SLURM takes it away if it still runs a job that starts again.
+            wait_for(lambda: not subprocess.run(["pgrep", "--full", "^slurmstepd: "], stdout=subprocess.PIPE).stdout)
             slurm("scontrol", "update", f"nodename={host}", "state=resume")
 
         yield Engine(

@@ -1,7 +1,7 @@
 """The axes of a landscape: symmetric around the model, or from the model to another."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ class Axis:
     unit: str | None = None
 
     @classmethod
-    def read(cls, entry: Mapping[str, Any]) -> "Axis":
+    def read(cls, entry: Any) -> "Axis":
         """The axis that an entry of a run's file describes. Raises one of several exceptions if it describes none."""
         unit = entry.get("unit")
         return cls(str(entry["name"]), tuple(map(float, entry["values"])), None if unit is None else str(unit))

@@ -296,7 +296,7 @@ class Landscape:
             check_numbers(self.control["numbers"], num_controls)
 
 
-def _check_visage(values: Mapping[str, Any]) -> None:
+def _check_visage(values: Any) -> None:
     """Raise one of several exceptions if `visage`, which a file holds, is not what `_numbers` gives.
 
     The interval of the reference code's definition may be missing, because the first runs had none.

@@ -4,7 +4,7 @@ All functions take rates in percent, or outcomes, of anything that is unsafe whe
 or an answer that complies.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ def landscape_numbers(
     }
 
 
-def check_numbers(numbers: Mapping[str, Any], num_directions: int) -> None:
+def check_numbers(numbers: Any, num_directions: int) -> None:
     """Raise one of several exceptions if `numbers` of `landscape.json` do not have their form, or are not those of so
     many directions."""
     for entry in {"asr": numbers["asr"], **numbers}.values():
@@ -71,17 +71,23 @@ def check_numbers(numbers: Mapping[str, Any], num_directions: int) -> None:
                 raise ValueError(f"numbers of {len(number['directions'])} directions, and not of {num_directions}")
             for part in (number, *number["directions"]):
                 for estimate in (part, *(part[side] for side in SIDES if side in part)):
-                    check_estimate(estimate)
+                    check_estimate(estimate, may_be_bound=number is entry["radius"])
 
 
-def check_estimate(number: Any) -> None:
-    """Raise one of several exceptions if a number has no value or no interval, or something else in their places."""
+def check_estimate(number: Any, may_be_bound: bool = False) -> None:
+    """Raise one of several exceptions if a number has no value or no interval, or something else in their places.
+
+    Arguments:
+        may_be_bound: whether the number must say if it, and each end of its interval, is only a lower bound.
+    """
     low, high = number["interval"]
-    low_is_bound, high_is_bound = number.get("interval_at_least", (False, False))
-    if not all(isinstance(value, int | float) for value in (number["value"], low, high)):
+    values = (number["value"], low, high)
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         raise TypeError(f"{number!r:.60} is no number with an interval")
-    if not all(isinstance(flag, bool) for flag in (number.get("at_least", False), low_is_bound, high_is_bound)):
-        raise TypeError(f"{number!r:.60} does not say whether it is a bound")
+    if may_be_bound:
+        low_is_bound, high_is_bound = number["interval_at_least"]
+        if not all(isinstance(flag, bool) for flag in (number["at_least"], low_is_bound, high_is_bound)):
+            raise TypeError(f"{number!r:.60} does not say whether it is a bound")
 
 
 def safety_volume(rates: Float[np.ndarray, " *shape"], axes: Sequence[Axis]) -> Float[np.ndarray, " *batch"]:

@@ -200,9 +200,9 @@ def radius_marks(landscape: Landscape) -> list[list[float]]:
     model."""
     numbers = (landscape.numbers, landscape.control.get("numbers"))
     radii = [((of or {}).get("asr", {}).get("radius") or {}).get("directions", []) for of in numbers]
-    sides = {"negative": -1, "positive": 1}
+    signs = {"negative": -1.0, "positive": 1.0}
     return [
-        [sign * entry[side]["value"] for side, sign in sides.items() if side in entry and not entry[side]["at_least"]]
+        [sign * entry[side]["value"] for side, sign in signs.items() if side in entry and not entry[side]["at_least"]]
         for entry in (found or {} for found in by_set(landscape, *radii))
     ]
 

@@ -107,7 +107,10 @@ def number_cells(numbers: Mapping[str, Any]) -> dict[str, str]:
 
 def _visage_estimates(visage: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
     kinds = {"visage": ("paper", "interval"), "visage_code": ("reference", "reference_interval")}
-    return {name: {"value": visage[kind], "interval": visage[interval]} for name, (kind, interval) in kinds.items()}
+    return {  # the first runs had no interval of the reference code's definition
+        name: {"value": visage[kind], "interval": visage[interval]} if interval in visage else None
+        for name, (kind, interval) in kinds.items()
+    }
 
 
 def _number_estimates(numbers: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
