@@ -158,9 +158,10 @@ def on_slurm(file: Path, out: Path) -> Iterator[Engine]:
         )
 
         def lose_node(_: int) -> None:
+            # A node that comes back has no processes: SLURM takes it away if it still runs a job that starts again.
+            for processes in ("^slurmstepd: ", f"{out} --run "):
+                subprocess.run(["pkill", "--signal", "KILL", "--full", processes])
             slurm("scontrol", "update", f"nodename={host}", "state=down", "reason=lost")
-            # A node that comes back has no processes. SLURM takes it away if it still runs a job that starts again.
-            wait_for(lambda: not subprocess.run(["pgrep", "--full", "^slurmstepd: "], stdout=subprocess.PIPE).stdout)
             slurm("scontrol", "update", f"nodename={host}", "state=resume")
 
         yield Engine(
