@@ -162,7 +162,7 @@ def on_slurm(file: Path, out: Path) -> Iterator[Engine]:
             for processes in ("^slurmstepd: ", f"{out} --run "):
                 subprocess.run(["pkill", "--signal", "KILL", "--full", processes])
             slurm("scontrol", "update", f"nodename={host}", "state=down", "reason=lost")
-            slurm("scontrol", "update", f"nodename={host}", "state=resume")
+            slurm("scontrol", "update", f"nodename={host}", "state=resume", check=False)  # it may be back already
 
         yield Engine(
             lambda: bool(slurm("squeue", "--noheader")),
@@ -248,7 +248,7 @@ def on_ray(file: Path, out: Path) -> Iterator[Engine]:
         write_line(job)
 
         yield Engine(
-            lambda: not re.search(r"SUCCEEDED|FAILED|STOPPED", ray("job", "status", "sweep")),
+            lambda: bool(re.search("PENDING|RUNNING", ray("job", "status", "sweep"))),
             {
                 "SIGTERM": lambda task: signal_task(out, task),
                 "worker killed": lambda task: kill_parent(out, task),
