@@ -158,7 +158,7 @@ def on_slurm(file: Path, out: Path) -> Iterator[Engine]:
         )
 
         def lose_node(_: int) -> None:
-            # A node that comes back has no processes: SLURM takes it away if it still runs a job that starts again.
+            # A node that comes back runs nothing. SLURM drains a node that still runs a job which starts there again.
             for processes in ("^slurmstepd: ", f"{out} --run "):
                 subprocess.run(["pkill", "--signal", "KILL", "--full", processes])
             slurm("scontrol", "update", f"nodename={host}", "state=down", "reason=lost")

@@ -50,7 +50,7 @@ def main() -> None:
     chips = {"TPU": options.num_tpus} if options.num_tpus else None
     task = run_task.options(num_cpus=options.num_cpus, num_gpus=options.num_gpus, resources=chips)
     codes = ray.get([task.remote([*sweep, "--run", str(number)]) for number in range(1, count + 1)])
-    # The job may no longer have its working directory here, after its nodes were lost: `--status` could fail.
+    # `--status` could fail here: Ray may delete the job's working directory after a node was lost.
     sys.stdout.write(f"{count} tasks: {codes.count(0)} done, {count - codes.count(0)} failed\n")
     sys.exit(any(codes))
 

@@ -1,5 +1,5 @@
-"""What tests of runs in object stores share: a real S3 server in a process of its own, a TCP proxy before it that harms
-connections, and what lies in a store."""
+"""Helpers for tests of runs in object stores: a real S3 server in a process of its own, a TCP proxy in front of it that
+injects faults, and a function that reads all files of a store."""
 
 import re
 import select

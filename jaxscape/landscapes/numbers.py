@@ -78,13 +78,14 @@ def check_estimate(number: Any, may_be_bound: bool = False) -> None:
     """Raise one of several exceptions if a number has no value or no interval, or something else in their places.
 
     Arguments:
-        may_be_bound: whether the number must say if it, and each end of its interval, is only a lower bound.
+        may_be_bound: whether the number needs `at_least` and `interval_at_least`, which say if it and each end of its
+            interval are only lower bounds. Where they stand beside any other number, they are checked too.
     """
     low, high = number["interval"]
     values = (number["value"], low, high)
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         raise TypeError(f"{number!r:.60} is no number with an interval")
-    if may_be_bound:
+    if may_be_bound or "at_least" in number or "interval_at_least" in number:
         low_is_bound, high_is_bound = number["interval_at_least"]
         if not all(isinstance(flag, bool) for flag in (number["at_least"], low_is_bound, high_is_bound)):
             raise TypeError(f"{number!r:.60} does not say whether it is a bound")

@@ -1,4 +1,4 @@
-"""The shards of a scan, merged into one run that has its figure too."""
+"""Merge the shards of a scan into one run, and draw the figure of this run."""
 
 from collections.abc import Sequence
 from pathlib import Path

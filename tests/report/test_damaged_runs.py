@@ -117,6 +117,7 @@ def test_a_damaged_run_is_read_or_is_one_sentence(file: str, data: st.DataObject
         (FILE_NAME, ("control", "numbers"), ..., "is not a landscape file (KeyError: 'numbers')"),
         (FILE_NAME, ("control", "visage", "paper"), None, "is no number with an interval"),
         (FILE_NAME, ("numbers", "asr", "volume", "value"), True, "is no number with an interval"),
+        (FILE_NAME, ("numbers", "asr", "radius", "directions", 0, "positive", "at_least"), ..., "KeyError: 'at_least'"),
         (FILE_NAME, ("directions",), [["gradient"]], "names of 1 direction sets"),
         (FILE_NAME, ("shares", "complied_low"), ..., "a share lacks an end of its interval"),
         (FILE_NAME, ("numbers", "asr", "radius", "directions"), [], "numbers of 0 directions, and not of 1"),

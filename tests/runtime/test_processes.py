@@ -59,7 +59,7 @@ def processes(
 
 
 def wait_for_lines(file: Path, count: int, process: subprocess.Popen[str]) -> None:
-    """Wait until a running process has written so many lines to a file."""
+    """Wait until a running process has written at least `count` lines to a file."""
     for _ in range(2400):
         if file.exists() and file.read_bytes().count(b"\n") >= count:
             return
