@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import os
 
+# The platform that the tests run on: `cpu`, which appears as eight devices, or `cuda` with the devices that there are.
+PLATFORM = os.environ.get("JAXSCAPE_TEST_PLATFORM", "cpu")
+
 # JAX reads these when it is imported, and the processes that tests start inherit them.
-os.environ["JAX_PLATFORMS"] = "cpu"  # the tests expect a CPU's results
+os.environ["JAX_PLATFORMS"] = PLATFORM if PLATFORM == "cpu" else f"{PLATFORM},cpu"
 os.environ["NPROC"] = "32"  # threads of XLA: each device may block several, and with too few all would wait
-# Most of the time goes into compiling programs for tiny models, so they are compiled quickly and not optimised.
-# Models of one device live on the first of the eight.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the workers share a GPU
+if PLATFORM == "cpu":
+    # Most of the time goes into compiling programs for tiny models, so they are compiled quickly and not optimised.
+    # Models of one device live on the first of the eight.
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
 
 import gc
 import importlib
 import json
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -112,9 +118,24 @@ SLOW_FILES = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the tests by file, the slow files first."""
+    """Sort the tests by file, the slow files first, and skip on other platforms what expects a CPU."""
     places = {name: place for place, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    if PLATFORM != "cpu":
+        for item in items:
+            if item.get_closest_marker("cpu") is not None:
+                item.add_marker(pytest.mark.skip(reason=f"expects a CPU, and this is {PLATFORM}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skip, on other platforms than the CPU with its eight devices, a test that needs more devices than there are."""
+    try:
+        return (yield)
+    except js.UserError as error:
+        if PLATFORM == "cpu" or not re.search(r"The mesh .* does not fit \d+ devices", str(error)):
+            raise
+        pytest.skip(str(error))
 
 
 class FilesScheduling(LoadFileScheduling):
