@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import os
 
-# The platform that the tests run on: `cpu`, which appears as eight devices, or `cuda` with the devices that there are.
-PLATFORM = os.environ.get("JAXSCAPE_TEST_PLATFORM", "cpu")
-
-# JAX reads these when it is imported, and the processes that tests start inherit them.
-os.environ["JAX_PLATFORMS"] = PLATFORM if PLATFORM == "cpu" else f"{PLATFORM},cpu"
+# JAX reads these when it is imported, and the processes that tests start inherit them. The tests run on a CPU, which
+# appears as eight devices, or on the platforms in JAXSCAPE_TEST_PLATFORM, with the devices that there are: `cuda,cpu`.
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAXSCAPE_TEST_PLATFORM", "cpu")
 os.environ["NPROC"] = "32"  # threads of XLA: each device may block several, and with too few all would wait
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the workers share a GPU
-if PLATFORM == "cpu":
-    # Most of the time goes into compiling programs for tiny models, so they are compiled quickly and not optimised.
-    # Models of one device live on the first of the eight.
-    os.environ["XLA_FLAGS"] = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    )
+# Most of the time goes into compiling programs for tiny models, so they are compiled quickly and not optimised.
+# Models of one device live on the first of the eight.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    if os.environ["JAX_PLATFORMS"] == "cpu"
+    else os.environ.get("XLA_FLAGS", "")
+)
 
 import gc
 import importlib
@@ -44,6 +43,8 @@ if TYPE_CHECKING:
 
     from jaxscape.models.transformers_reference import Reference
 
+
+IS_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 
 # Modules of jaxscape import these. Python compiles anew what is first imported while jaxtyping's hook imports another.
 LIBRARIES = (
@@ -121,21 +122,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the tests by file, the slow files first, and skip on other platforms what expects a CPU."""
     places = {name: place for place, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
-    if PLATFORM != "cpu":
+    if not IS_CPU:
         for item in items:
             if item.get_closest_marker("cpu") is not None:
-                item.add_marker(pytest.mark.skip(reason=f"expects a CPU, and this is {PLATFORM}"))
+                item.add_marker(pytest.mark.skip(reason=f"expects a CPU, and this is {os.environ['JAX_PLATFORMS']}"))
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+def skipped_without_devices() -> Iterator[None]:
     """Skip, on other platforms than the CPU with its eight devices, a test that needs more devices than there are."""
     try:
         return (yield)
     except js.UserError as error:
-        if PLATFORM == "cpu" or not re.search(r"The mesh .* does not fit \d+ devices", str(error)):
+        if IS_CPU or not re.search(r"The mesh .* does not fit \d+ devices", str(error)):
             raise
         pytest.skip(str(error))
+
+
+pytest_runtest_setup = pytest_runtest_call = skipped_without_devices
 
 
 class FilesScheduling(LoadFileScheduling):

@@ -78,9 +78,9 @@ def zero_tensor(shape: tuple[int, ...], sharding: NamedSharding) -> Factored:
 
 
 def concatenated(tensors: Sequence[Any]) -> Any:
-    """Tensors with the same last dimension, one below the other. Of factored ones, the result is factored too."""
+    """Tensors with the same last dimension, one below the other: factored if all of them are, else an array."""
     if not all(isinstance(tensor, Factored) for tensor in tensors):
-        return jnp.concatenate([t.dense() if isinstance(t, Factored) else t for t in tensors])
+        return jnp.concatenate([t if isinstance(t, jax.Array | np.ndarray) else dense(t) for t in tensors])
     right = jnp.concatenate([tensor.right for tensor in tensors])
     starts = np.cumsum([0, *(tensor.rank for tensor in tensors)])
     lefts = [

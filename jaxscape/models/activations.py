@@ -77,15 +77,18 @@ def inputs_of(
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        _final_states(config, params, rows)
+        _final_states(config, params, rows, shares_trace=False)
     return inputs
 
 
-def _final_states(config: ModelConfig, params: Params, rows: Rows) -> Float[Array, "batch time dim"]:
-    """The final hidden states."""
+def _final_states(
+    config: ModelConfig, params: Params, rows: Rows, *, shares_trace: bool = True
+) -> Float[Array, "batch time dim"]:
+    """The final hidden states; see `hidden_states`."""
     time = jnp.arange(rows.tokens.shape[1])
     positions = jnp.where(time < rows.lengths[:, None], time, -1)
-    return hidden_states(config, params, jnp.asarray(rows.tokens), positions, Context(), CPU_ORDER)[0]
+    tokens = jnp.asarray(rows.tokens)
+    return hidden_states(config, params, tokens, positions, Context(), CPU_ORDER, shares_trace=shares_trace)[0]
 
 
 def residual_stream(

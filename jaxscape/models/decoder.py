@@ -430,12 +430,13 @@ class Layer(nn.Module):
 
 class Layers(nn.Module):
     """The layers, in a Python loop instead of `jax.lax.scan`, so that each layer's cache is a buffer of its own, which
-    XLA can update in place."""
+    XLA can update in place. Layers of equal shapes are traced and lowered once."""
 
     config: ModelConfig
     remat: bool
     order: CacheOrder
     kernel: bool
+    shares_trace: bool
 
     @nn.compact
     def __call__(
@@ -457,6 +458,8 @@ class Layers(nn.Module):
         }
         keys, values = [], []
         layer = nn.remat(Layer) if self.remat else Layer
+        if self.shares_trace:
+            layer = nn.jit(layer)
         for i, kind in enumerate(kinds):
             layer_context = LayerContext(
                 cache=None if cache is None else (cache.keys[i], cache.values[i]),
@@ -514,10 +517,11 @@ class Backbone(nn.Module):
     remat: bool
     order: CacheOrder
     kernel: bool
+    shares_trace: bool
 
     def setup(self) -> None:
         self.embed_tokens = Embedding(self.config)
-        self.layers = Layers(self.config, self.remat, self.order, self.kernel)
+        self.layers = Layers(self.config, self.remat, self.order, self.kernel, self.shares_trace)
         self.norm = RMSNorm(self.config)
 
     def __call__(
@@ -538,9 +542,10 @@ class Decoder(nn.Module):
     remat: bool = False
     order: CacheOrder = CPU_ORDER
     kernel: bool = False
+    shares_trace: bool = True
 
     def setup(self) -> None:
-        self.model = Backbone(self.config, self.remat, self.order, self.kernel)
+        self.model = Backbone(self.config, self.remat, self.order, self.kernel, self.shares_trace)
         if not self.config.tie_word_embeddings:
             self.lm_head = Linear(self.config.vocab_size, ("vocab", "embed"))
 
@@ -597,10 +602,16 @@ def hidden_states(
     positions: Int[Array, "batch time"],
     context: Context,
     order: CacheOrder,
+    *,
+    shares_trace: bool = True,
 ) -> tuple[Float[Array, "batch time dim"], KVCache]:
     """The final hidden states [B, T, D] and the cache: `forward` without the output head, for callers that need the
-    logits of few tokens."""
-    decoder = Decoder(config, order=order)
+    logits of few tokens.
+
+    Arguments:
+        shares_trace: whether layers of equal shapes are traced once. Set it to False to intercept each module's call.
+    """
+    decoder = Decoder(config, order=order, shares_trace=shares_trace)
     output: Any = decoder.apply({"params": params}, tokens, positions, context, method="states")
     return output
 

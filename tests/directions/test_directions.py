@@ -66,6 +66,7 @@ def test_the_noise_is_that_of_the_first_release(tiny: js.Model) -> None:
     np.testing.assert_allclose(unit[0, :3], [0.49255350, 1.36545502, -0.76969722], rtol=1e-4)
 
 
+@pytest.mark.cpu
 def test_noise_is_bit_identical_on_many_devices() -> None:
     """Drawn on one device, and sharded over eight."""
     script = """

@@ -111,6 +111,7 @@ def test_a_gradient_on_a_mesh_is_sharded_as_the_weights(pair: tuple[Path, Any]) 
         assert tensor.sharding.is_equivalent_to(named_leaves(many.shardings)[name], tensor.ndim)
 
 
+@pytest.mark.cpu
 def test_weights_in_16_bits_have_a_gradient_in_float32(pair: tuple[Path, Any], small: js.Model) -> None:
     rounded = js.load_model(pair[0], "bfloat16")
     widened = js.Model(**{**vars(small), "params": jax.tree.map(lambda x: x.astype(jnp.float32), rounded.params)})
@@ -280,6 +281,7 @@ def test_a_scan_along_the_gradient_is_resumed(
     assert (run / "config.json").read_text() == (scanned / "config.json").read_text()
 
 
+@pytest.mark.cpu
 def test_a_run_that_recorded_checksums_of_its_tensors_is_resumed(
     small: js.Model, scanned: Path, tmp_path: Path
 ) -> None:

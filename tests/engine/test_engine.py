@@ -210,6 +210,7 @@ class Counted:
         return self.program(weights, slots, *arguments, **options)
 
 
+@pytest.mark.cpu
 def test_rows_that_are_decided_cost_no_more_steps(
     model: js.Model, direction: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,7 @@ def planned(model: js.Model, num_sets: int, rank: int | None, flops: float, prom
     return make_plan(model, workload, EngineOptions(), Hardware(Roofline(flops, 1e9), None, is_host=True))
 
 
+@pytest.mark.cpu
 def test_the_planner_lets_sets_share_a_batch_where_that_is_faster(make_model: MakeModel) -> None:
     model = js.load_model(make_model(hidden_size=256, intermediate_size=512)[0], "float32")
     low_rank = planned(model, 4, 1, flops=1e10)

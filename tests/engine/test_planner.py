@@ -32,6 +32,7 @@ def at_speed(monkeypatch: pytest.MonkeyPatch, flops: float, bandwidth: float, fr
     monkeypatch.setattr(planner, "free_memory", lambda: free)
 
 
+@pytest.mark.cpu
 def test_the_plan_follows_the_roofline(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     at_speed(monkeypatch, flops=4e11, bandwidth=2e10)  # a CPU: a balance of some 20 rows a weight
     assert planned(tiny, prompts=80, line=21).form == "materialised"
@@ -45,6 +46,7 @@ def test_the_plan_follows_the_roofline(tiny: js.Model, monkeypatch: pytest.Monke
     assert planned(tiny, prompts=80, line=21, chunk=3).chunk == 3
 
 
+@pytest.mark.cpu
 def test_the_plan_keeps_within_the_memory(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.params))
     seen = []
@@ -89,6 +91,7 @@ def test_unknown_names_are_user_errors(name: str) -> None:
         options.check()
 
 
+@pytest.mark.cpu
 def test_the_plan_says_what_and_why(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     at_speed(monkeypatch, 4e11, 2e10)
     assert "factorised: 21 points at a time, 4 slots each; 0.0" in str(planned(tiny, prompts=4, line=21))

@@ -59,6 +59,7 @@ def test_the_tokens_are_those_of_transformers(family: str, make_model: Any, as_o
     assert [list(map(int, text.split())) for text in texts] == torch_tokens(torch_model, model, PROMPTS, new=12)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("ndim", "form", "storage", "fuses"),
     [
@@ -99,6 +100,7 @@ def test_a_fused_model_has_the_same_logits(make_model: Any) -> None:
     np.testing.assert_allclose(fused(tokens), model(tokens), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.cpu
 def test_a_fused_copy_counts_as_memory_and_is_not_made_where_there_is_no_room(
     tiny: js.Model, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,3 +129,20 @@ def test_a_fused_copy_counts_as_memory_and_is_not_made_where_there_is_no_room(
 def test_there_are_choices_for_every_platform_that_jax_may_name() -> None:
     assert {"cpu", "gpu", "tpu"} <= platforms.PLATFORMS.keys()
     assert jax.devices()[0].platform in platforms.PLATFORMS
+
+
+@pytest.mark.parametrize("storage", ["seed", "bfloat16", "int8"])
+def test_a_direction_that_is_stored_in_fewer_bits_can_be_fused(
+    storage: Any, tiny: js.Model, as_on_a_gpu: None
+) -> None:
+    """A direction may be given in another storage than the one that the plan was made for."""
+    rows = tokenize(tiny, PROMPTS, "default", 12)
+    (direction,) = js.make_directions([0], tiny, storage)
+    texts = []
+    for form in ("materialised", "factorised"):
+        workload = Workload(rows, Sampling(12), len(POINTS[1]), len(POINTS[1]), 1)
+        plan = make_plan(tiny, workload, js.EngineOptions(form=form))  # type: ignore[arg-type]
+        assert plan.is_fused
+        completed = Engine(tiny, workload, plan).complete([direction], POINTS[1])
+        texts.append([[completion.text for completion in point] for point in completed])
+    assert texts[0] == texts[1]

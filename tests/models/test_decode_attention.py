@@ -95,6 +95,7 @@ def test_it_is_lowered_for_a_gpu(dtype: str) -> None:
     assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.cpu
 def test_it_is_not_used_elsewhere_or_where_it_is_wrong_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     device = jax.devices()[0]
     assert not decode_attention.matches_reference(make_mesh(MeshShape(), 1), "float32", 64), "it is a CPU"

@@ -114,6 +114,7 @@ def hub(tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         server.shutdown()
 
 
+@pytest.mark.cpu
 def test_only_what_a_model_consists_of_is_fetched(hub: Hub, tiny: js.Model) -> None:
     model = js.load_model("someone/tiny")
     fetched = {path for path, _ in hub.fetched}
@@ -135,6 +136,7 @@ def test_a_revision_is_pinned_and_kept_for_later(hub: Hub, monkeypatch: pytest.M
     assert js.load_model(f"someone/tiny@{COMMITS['main']}").eos_token_ids == (2,)
 
 
+@pytest.mark.cpu
 def test_a_broken_download_goes_on_where_it_broke_off(
     hub: Hub, tiny: js.Model, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ def test_outputs_and_gradients_are_those_of_attention(emulated: None) -> None:
     assert kernels.relative_error(jax.devices()[0]) < kernels.TOLERANCE / 2
 
 
+@pytest.mark.cpu
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_device_attention", lambda q, k, v, is_token: q)
     with pytest.warns(UserWarning, match=r"plain attention by [\d.]+ on a cpu, more than 0\.02; it is not used"):

@@ -39,6 +39,7 @@ def test_a_sharded_checkpoint_is_the_same_model(make_model: Any, tiny: js.Model)
     assert_same_tree(js.load_model(directory, "float32").params, tiny.params)
 
 
+@pytest.mark.cpu
 def test_other_safetensors_in_the_directory_are_not_the_model(copy: Path, tiny: js.Model) -> None:
     js.save_direction(js.random_direction(tiny, 0), copy / "my_direction.safetensors", tiny)
     assert_same_tree(js.load_model(copy).params, tiny.params)
@@ -89,6 +90,7 @@ def test_end_tokens_that_are_none(copy: Path, value: Any) -> None:
         js.load_model(copy)
 
 
+@pytest.mark.cpu
 def test_default_dtype_on_a_cpu_is_float32(tiny_dir: Path) -> None:
     assert js.load_model(str(tiny_dir)).params["model"]["norm"]["weight"].dtype == jnp.float32
 
