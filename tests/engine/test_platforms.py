@@ -132,9 +132,7 @@ def test_there_are_choices_for_every_platform_that_jax_may_name() -> None:
 
 
 @pytest.mark.parametrize("storage", ["seed", "bfloat16", "int8"])
-def test_a_direction_that_is_stored_in_fewer_bits_can_be_fused(
-    storage: Any, tiny: js.Model, as_on_a_gpu: None
-) -> None:
+def test_a_direction_that_is_stored_in_fewer_bits_can_be_fused(storage: Any, tiny: js.Model, as_on_a_gpu: None) -> None:
     """A direction may be given in another storage than the one that the plan was made for."""
     rows = tokenize(tiny, PROMPTS, "default", 12)
     (direction,) = js.make_directions([0], tiny, storage)
