@@ -13,7 +13,7 @@ from jaxscape.engine.batching import Workload
 from jaxscape.engine.forms import Form
 from jaxscape.engine.layout import BatchLayout
 from jaxscape.engine.options import EngineOptions
-from jaxscape.engine.platforms import fuses_projections
+from jaxscape.engine.platforms import PLATFORMS, fuses_projections
 from jaxscape.models.checkpoint import named_leaves, parameter_shardings
 from jaxscape.models.fusion import is_part
 from jaxscape.models.model import Model
@@ -97,8 +97,10 @@ class Hardware:
 
 
 def this_hardware(dtype: str, keep: bool = True) -> Hardware:
-    """The devices of this process, with their speed for this dtype, see `jaxscape.runtime.hardware.roofline`."""
-    return Hardware(roofline(dtype, keep), free_memory(), jax.default_backend() == "cpu")
+    """The devices of this process, with the speed that decoding in this dtype reaches on them."""
+    measured, platform = roofline(dtype, keep), jax.default_backend()
+    speed = PLATFORMS[platform].reached(measured)
+    return Hardware(speed, free_memory(), is_host=platform == "cpu")
 
 
 def make_plan(

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from jaxscape.models import decode_attention
 from jaxscape.models.cache import CPU_ORDER, GPU_ORDER, GPU_ORDER_WITHOUT_KERNEL, TPU_ORDER, CacheOrder
 from jaxscape.models.config import ModelConfig
+from jaxscape.runtime.hardware import Roofline
 from jaxscape.runtime.sharding import mesh_shape_of
 
 
@@ -22,17 +23,26 @@ class Platform:
             parts would be exchanged.
         prefill_tokens: number of tokens in a full batch of `jaxscape.engine.prefill`, for each device along the mesh
             axis `points`: enough for large products to reach their full speed.
+        flops_share, bandwidth_share: the speeds that decoding reaches, as shares of those in the measured roofline. On
+            a GPU, a share of the bandwidth above 1 says that the few rows with which the roofline is measured read
+            the weights more slowly than the rows of a batch do.
     """
 
     order: CacheOrder
     order_without_kernel: CacheOrder
     fuses_projections: bool = False
     prefill_tokens: int = 8192
+    flops_share: float = 1.0
+    bandwidth_share: float = 1.0
+
+    def reached(self, measured: Roofline) -> Roofline:
+        """The speeds that decoding reaches where this roofline was measured."""
+        return Roofline(self.flops_share * measured.flops, self.bandwidth_share * measured.bandwidth)
 
 
 PLATFORMS = {
     "cpu": Platform(CPU_ORDER, CPU_ORDER, prefill_tokens=1024),
-    "gpu": Platform(GPU_ORDER, GPU_ORDER_WITHOUT_KERNEL, fuses_projections=True),
+    "gpu": Platform(GPU_ORDER, GPU_ORDER_WITHOUT_KERNEL, fuses_projections=True, flops_share=0.75, bandwidth_share=1.5),
     "tpu": Platform(TPU_ORDER, TPU_ORDER),
 }
 """The choices by the name that JAX gives to a device's platform."""

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 import jaxscape as js
-from jaxscape.engine import planner
+from jaxscape.engine import planner, platforms
 from jaxscape.engine.batching import Workload, tokenize
 from jaxscape.engine.options import EngineOptions
-from jaxscape.engine.planner import Plan, make_plan
+from jaxscape.engine.planner import Hardware, Plan, Planner, make_plan
 from jaxscape.engine.sampling import Sampling
 from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.config import LayerKind, ModelConfig
 from jaxscape.models.decoder import parameter_shapes
+from jaxscape.models.shape import model_shape
 from jaxscape.runtime.hardware import Roofline
 
 NEW = 12
@@ -98,3 +99,35 @@ def test_the_plan_says_what_and_why(tiny: js.Model, monkeypatch: pytest.MonkeyPa
     line = str(planned(tiny, prompts=4, line=21, form="materialised", direction_storage="int8"))
     assert "materialised: 4 slots, directions in int8; 0.0" in line
     assert "a step reads weights for" in line
+
+
+# Seconds of scans on an H100 along one direction, 32 new tokens, a quarter of the layers of Llama-3-8B in bfloat16: for
+# each number of points and prompts, those of the materialised and of the factorised form (docs/measurements.md).
+ON_AN_H100 = {
+    (1, 4): (0.068, 0.154),
+    (1, 40): (0.078, 0.181),
+    (1, 80): (0.095, 0.208),
+    (4, 4): (0.271, 0.175),
+    (4, 40): (0.312, 0.274),
+    (4, 80): (0.369, 0.442),
+    (21, 4): (1.447, 0.241),
+    (21, 40): (1.674, 1.044),
+    (21, 80): (1.958, 2.184),
+}
+
+
+@pytest.mark.parametrize(("points", "prompts"), ON_AN_H100)
+def test_estimates_are_near_what_an_h100_takes(points: int, prompts: int, tiny: js.Model) -> None:
+    config = ModelConfig(128256, 4096, 14336, 8, 32, 8, 128, 8192, 1e-5, (LayerKind(None),))
+    large = model_shape(config, tiny.mesh, "bfloat16")
+    texts = [[*range(44), *range(100 * i, 100 * i + 39)] for i in range(1, prompts + 1)]  # 44 tokens are shared
+    workload = Workload(texts, Sampling(32), points, points, 1, num_random=1)
+    hardware = Hardware(platforms.PLATFORMS["gpu"].reached(Roofline(8.0e14, 1.98e12)), None, is_host=False)
+    seconds = {}
+    for form, measured in zip(("materialised", "factorised"), ON_AN_H100[points, prompts], strict=True):
+        options = EngineOptions(form=form)  # type: ignore[arg-type]
+        plan = make_plan(large, workload, options, hardware)
+        seconds[form] = measured
+        assert Planner(large, workload, options, hardware).seconds(plan) == pytest.approx(measured, rel=0.25)
+    chosen = make_plan(large, workload, EngineOptions(), hardware).form
+    assert seconds[chosen] <= 1.12 * min(seconds.values())
