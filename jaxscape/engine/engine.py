@@ -53,6 +53,7 @@ class Engine:
     Attributes:
         stop_when: called with the text of an unfinished answer; True ends the answer at the first token with which
             that holds. None generates every answer to its end.
+        on_finished: called with the number of answers that have just been finished, at whichever points.
         seconds: a dictionary in which the seconds spent in the phases `weights`, `prefill` and `decode` are added up.
             The host then waits for each program to end; with None, it does not and nothing is measured.
     """
@@ -61,6 +62,7 @@ class Engine:
     workload: Workload
     plan: Plan
     stop_when: StopWhen | None = None
+    on_finished: Callable[[int], None] | None = None
     seconds: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
@@ -160,7 +162,10 @@ class Engine:
             slots, generated = run("decode", decode_chunk, weights, slots, *chunk)
             reports.append((generated, scheduler.jobs.copy()))
             if len(reports) > self.plan.chunks_in_flight:
-                scheduler.free(results.record(*reports.popleft()))
+                finished = results.record(*reports.popleft())
+                scheduler.free(finished)
+                if finished and self.on_finished is not None:
+                    self.on_finished(len(finished))
             yield from results.ready()
         self._slots = slots if whole is None else whole
 

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from jaxscape.directions.base import Recipe
 from jaxscape.directions.kinds import make_directions
@@ -16,6 +16,7 @@ from jaxscape.engine.scheduler import Coords, StopWhen
 from jaxscape.evaluate.base import Evaluator, Label, labels_of
 from jaxscape.landscapes.answers import Answers, answers_at
 from jaxscape.landscapes.labels import Point
+from jaxscape.landscapes.progress import ScanProgress
 from jaxscape.landscapes.store import Record, Run, records_of
 from jaxscape.models.model import Model
 from jaxscape.prompts.thinking import answer_of
@@ -45,23 +46,20 @@ class Decoding:
     opening: str
     keep_labels: bool
 
-    def engine(self, start: int) -> Engine:
+    def engine(self, start: int, on_finished: Callable[[int], None]) -> Engine:
         """The engine that answers the prompts from the number `start` on."""
         workload, plan = self.workload, self.plan
         if start:
             workload = workload.after(start)
             plan = make_plan(self.model, workload, self.options)  # they name the form of the run that is extended
-        return Engine(self.model, workload, plan, self.stop_when)
+        return Engine(self.model, workload, plan, self.stop_when, on_finished)
 
 
-def decode_rest(run: Run, decoding: Decoding, report_point: Callable[[], None]) -> None:
+def decode_rest(run: Run, decoding: Decoding, reports: ScanProgress) -> None:
     """Decode and judge the points of a run that are left. Answers that are known already are taken over. SIGTERM ends
-    this after a point.
-
-    Arguments:
-        report_point: called after each point.
-    """
-    engine = lru_cache(maxsize=1)(decoding.engine)  # one engine at a time, because each has caches of its own
+    this after a point."""
+    # One engine at a time, because each has caches of its own.
+    engine = lru_cache(maxsize=1)(partial(decoding.engine, on_finished=reports.answers))
     for start, group in itertools.groupby(run.points[run.num_done :], key=lambda point: len(run.known(point))):
         points, prompts = list(group), run.prompts[start:]
         if prompts:
@@ -71,7 +69,7 @@ def decode_rest(run: Run, decoding: Decoding, report_point: Callable[[], None]) 
         with postponed() as stop_if_asked:
             for answers in given:
                 _append(run, answers, decoding)
-                report_point()
+                reports.point()
                 stop_if_asked()
 
 

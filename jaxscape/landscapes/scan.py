@@ -2,11 +2,9 @@
 
 import itertools
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -24,14 +22,14 @@ from jaxscape.engine.sampling import Sampling, SamplingOptions
 from jaxscape.evaluate.base import Evaluator, checksum_of
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
 from jaxscape.landscapes.adaptive import check_ascending, first_round
-from jaxscape.landscapes.axes import Axis, point_text
+from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.choice import choose_grid, choose_sets, count_directions
 from jaxscape.landscapes.decoding import Decoding, decode_rest
 from jaxscape.landscapes.extension import open_scan
 from jaxscape.landscapes.judges import Judges, free_beside
-from jaxscape.landscapes.labels import Point
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.points import as_points, check_coordinates
+from jaxscape.landscapes.progress import ScanProgress, scan_progress
 from jaxscape.landscapes.questions import Questions
 from jaxscape.landscapes.score import label_rest
 from jaxscape.landscapes.shards import Shard, parse
@@ -44,9 +42,8 @@ from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.files import checksum
 from jaxscape.runtime.hardware import free_memory
 from jaxscape.runtime.processes import from_first
-from jaxscape.runtime.progress import progress_display
 from jaxscape.runtime.remote import run_directory
-from jaxscape.runtime.reporting import Reporter, check_target, open_reporter
+from jaxscape.runtime.reporting import check_target, open_reporter
 
 
 def scan(
@@ -157,11 +154,11 @@ def scan(
     with (
         _opened(directory, config, places, questions, decides, overwrite, extend) as run,
         open_reporter(report_to, directory, config) as reporter,
-        _progress(run, summary, model.dtype, reporter, progress) as report_point,
+        scan_progress(run, summary, model.dtype, reporter, progress) as reports,
     ):
         bound = partial(judges.bound, run=run, model=model, questions=questions, weights=config["weights"])
         decoding = replace(decoding, judges=bound(judges.at_once))
-        _evaluate(run, decoding, partial(bound, judges.coherences), questions.openings, report_point, progress)
+        _evaluate(run, decoding, partial(bound, judges.coherences), questions.openings, reports, progress)
         if judges.others:
             if free_model:
                 _delete_arrays(model)
@@ -311,7 +308,7 @@ def _evaluate(
     decoding: Decoding,
     coherences: Callable[[], list[Evaluator]],
     openings: Sequence[str],
-    report_point: Callable[[], None],
+    reports: ScanProgress,
     progress: bool,
 ) -> None:
     """Decode the points of a run that are left and judge them, round by round if the scan is adaptive.
@@ -325,7 +322,7 @@ def _evaluate(
         label_rest(run, decoding.judges, openings)
     own: list[Evaluator] = []
     while True:
-        decode_rest(run, decoding, report_point)
+        decode_rest(run, decoding, reports)
         if own := own or coherences():
             label_rest(run, own, openings, None, progress)
         if not run.extend():
@@ -409,58 +406,3 @@ def workload_of(
         num_sets=len(recipes),
         rank=largest_rank(itertools.chain.from_iterable(recipes)),
     )
-
-
-@contextmanager
-def _progress(
-    run: Run, lines: Sequence[str], dtype: str, reporter: Reporter, enabled: bool
-) -> Iterator[Callable[[], None]]:
-    """A context with a progress bar. It yields a function that reports the point that was finished last.
-
-    A report has the point's coordinates, its ASR and the time left.
-
-    Arguments:
-        lines: what is shown first, if points are left.
-        dtype: that of the model.
-        reporter: is given the numbers of each point too. A step is the number of points that are evaluated.
-    """
-    resumed, started = run.num_done, time.monotonic()
-
-    def num_missing(points: Sequence[Point]) -> int:
-        """The number of answers at points that must be generated."""
-        return sum(len(run.prompts) - len(run.known(point)) for point in points)
-
-    with progress_display(enabled) as bar:
-        task = bar.add_task("scan", total=len(run.points) or None, completed=resumed)
-        if resumed < len(run.points) or not run.is_whole:
-            for line in lines:
-                bar.print(line)
-        if resumed:
-            bar.print(f"resuming after {resumed} {f'of {len(run.points)} ' if run.is_whole else ''}points")
-        if run.num_known:
-            # Float32 leaves few ties that the rounding of another batch could decide.
-            doubt = "" if dtype == "float32" else f" (in {dtype}, a single run may give some other texts)"
-            bar.print(f"{run.num_known} answers are taken over from the run that this one extends{doubt}")
-
-        def report_point() -> None:
-            done, total = run.num_done, len(run.points)
-            index, coords = run.points[done - 1]
-            position, asr = point_text(run.axes, coords), 100 * (1 - run.refused[done - 1].mean())
-            line = f"{done:>{len(str(total))}}/{total}  direction {index}  {position}  ASR {asr:5.1f} %"
-            if generated := num_missing(run.points[resumed:done]):
-                seconds = (time.monotonic() - started) / generated * num_missing(run.points[done:])
-                line += f"  {timedelta(seconds=round(seconds))} left{'' if run.is_whole else ' in this round'}"
-            nonfinite, unanswered = int((~run.finite[done - 1]).sum()), int(run.unanswered[done - 1].sum())
-            if nonfinite:
-                line += f"  ({nonfinite} of {len(run.prompts)} prompts met NaN or infinite logits)"
-            if unanswered:
-                line += f"  ({unanswered} of {len(run.prompts)} texts have thinking and no answer)"
-            for name, rows in run.labels.rows.items():
-                if unjudged := rows[done - 1].count(None) if len(rows) == done else 0:
-                    line += f"  ({name} could not judge {unjudged} of {len(run.prompts)} answers)"
-            bar.update(task, completed=done, total=total)
-            bar.print(line)
-            place = {"direction": index, **{f"coord_{axis}": value for axis, value in enumerate(coords)}}
-            reporter.log(done, {"asr": asr, "nonfinite": nonfinite, "unanswered": unanswered, **place})
-
-        yield report_point
