@@ -7,8 +7,8 @@ Run it from the repository's root; it takes some twenty minutes with all parts:
     python benchmarks/gpu.py --reference             # beside Hugging Face generate, which needs PyTorch with CUDA
     python benchmarks/gpu.py --profile               # also which kernels a decode step runs
     python benchmarks/gpu.py --loading               # also how long loading takes; writes up to 16 GB to a local disk
-    python benchmarks/gpu.py --cases --forms 8b      # every form at 1, 4 and 21 points, and what the planner chooses
-    python benchmarks/gpu.py --cases --finetuning 1b # full finetuning
+    python benchmarks/gpu.py --cases --forms 8b-quarter   # the forms at 1 to 21 points, and the planner's choice
+    python benchmarks/gpu.py --cases --finetuning 1b      # full finetuning
 
 A case is a number of points of a line, the same prompts at each, and a number of new tokens, in bfloat16. The floor of
 a decode step is the time to read the weights and the filled cache slots once at the card's datasheet bandwidth. Each

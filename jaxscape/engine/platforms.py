@@ -23,6 +23,8 @@ class Platform:
             parts would be exchanged.
         prefill_tokens: number of tokens in a full batch of `jaxscape.engine.prefill`, for each device along the mesh
             axis `points`: enough for large products to reach their full speed.
+        prefill_sizes: number of sizes that such a batch has. A program is compiled for each, which takes an accelerator
+            longer than computing some padding.
         flops_share, bandwidth_share: the speeds that decoding reaches, as shares of those in the measured roofline. On
             a GPU, a share of the bandwidth above 1 says that the few rows with which the roofline is measured read
             the weights more slowly than the rows of a batch do.
@@ -32,6 +34,7 @@ class Platform:
     order_without_kernel: CacheOrder
     fuses_projections: bool = False
     prefill_tokens: int = 8192
+    prefill_sizes: int = 2
     flops_share: float = 1.0
     bandwidth_share: float = 1.0
 
@@ -41,7 +44,7 @@ class Platform:
 
 
 PLATFORMS = {
-    "cpu": Platform(CPU_ORDER, CPU_ORDER, prefill_tokens=1024),
+    "cpu": Platform(CPU_ORDER, CPU_ORDER, prefill_tokens=1024, prefill_sizes=8),
     "gpu": Platform(GPU_ORDER, GPU_ORDER_WITHOUT_KERNEL, fuses_projections=True, flops_share=0.75, bandwidth_share=1.5),
     "tpu": Platform(TPU_ORDER, TPU_ORDER),
 }

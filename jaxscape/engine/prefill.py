@@ -32,7 +32,6 @@ Tokens = Sequence[int]
 LINE_WIDTH = 128  # tokens in a line; a longer text gets a line of the next power of two
 HEAD_TOKENS = 128  # tokens that the output head is applied to at a time
 MIN_PREFIX = 16  # a shorter common beginning is computed with each text, because its own program would save little
-BATCH_SIZES = 8  # a batch has a multiple of 1/8 of the largest number of lines, so there are as many shapes of it
 
 
 class Batch(NamedTuple):
@@ -130,8 +129,8 @@ class _Run:
     def batches(self) -> Iterator[tuple[Batch, Float[Array, "tokens dim"]]]:
         """The batches, each with the hidden states of its tokens, counted through all lines."""
         cache = self._prefix_cache() if self.prefix else None
-        lines = platform_of(self._mesh).prefill_tokens
-        for batch in _pack(self._texts, self.prefix, lines, mesh_shape_of(self._mesh).points):
+        platform, devices = platform_of(self._mesh), mesh_shape_of(self._mesh).points
+        for batch in _pack(self._texts, self.prefix, platform.prefill_tokens, platform.prefill_sizes, devices):
             arrays = self._put((batch.tokens, batch.positions, batch.segments))
             yield batch, _states(self._params, cache, arrays, config=self._config, mesh=self._mesh)
 
@@ -171,11 +170,12 @@ def _check(model: Model, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -
             )
 
 
-def _pack(texts: Sequence[Tokens], prefix: int, max_tokens: int, devices: int) -> Iterator[Batch]:
+def _pack(texts: Sequence[Tokens], prefix: int, max_tokens: int, sizes: int, devices: int) -> Iterator[Batch]:
     """The texts without their prefix in batches, those with the widest lines first.
 
     Arguments:
         max_tokens: number of tokens in a full batch for each of the devices that its lines are shared by.
+        sizes: a batch has a multiple of 1 / `sizes` of the lines of a full one, so there are as many shapes of it.
     """
     lengths = [len(text) - prefix for text in texts]
     lines: list[list[int]] = []
@@ -188,7 +188,7 @@ def _pack(texts: Sequence[Tokens], prefix: int, max_tokens: int, devices: int) -
         by_width.setdefault(width, []).append(line_texts)
     for width, same in by_width.items():
         largest = devices * max(1, max_tokens // width)
-        step = devices * max(1, max_tokens // (width * BATCH_SIZES))
+        step = devices * max(1, max_tokens // (width * sizes))
         for start in range(0, len(same), largest):
             chosen = same[start : start + largest]
             yield _batch(texts, prefix, chosen, (-(-len(chosen) // step) * step, width))

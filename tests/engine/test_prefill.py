@@ -139,25 +139,27 @@ def test_other_texts_and_points_rarely_compile(pair: tuple[js.Model, Any]) -> No
     run(48, 105)
     run(40, 97, materialise(model.params, [js.random_direction(model, 0)], jnp.array([0.1])))
     assert compiled() == before
-    shapes = {
-        batch.tokens.shape
-        for count in range(1, 200)
-        for batch in prefill._pack([[1] * (1 + i % 100) for i in range(count)], 0, 1024, 1)
-    }
-    assert len(shapes) == prefill.BATCH_SIZES
+    for sizes in (2, 8):
+        shapes = {
+            batch.tokens.shape
+            for count in range(1, 200)
+            for batch in prefill._pack([[1] * (1 + i % 100) for i in range(count)], 0, 1024, sizes, 1)
+        }
+        assert len(shapes) == sizes
 
 
 @given(
     lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=60),
     prefix=st.integers(0, 40),
+    sizes=st.sampled_from([2, 8]),
     devices=st.integers(1, 8),
 )
-def test_every_token_is_packed_once(lengths: list[int], prefix: int, devices: int) -> None:
+def test_every_token_is_packed_once(lengths: list[int], prefix: int, sizes: int, devices: int) -> None:
     texts = [
         [*range(prefix), *np.random.default_rng(i).integers(0, 9, size).tolist()] for i, size in enumerate(lengths)
     ]
     packed = set()
-    for batch in prefill._pack(texts, prefix, 1024, devices):
+    for batch in prefill._pack(texts, prefix, 1024, sizes, devices):
         lines, width = batch.tokens.shape
         assert lines % devices == 0
         assert lines * width <= max(2 * 1024, width) * devices
