@@ -118,6 +118,7 @@ def test_ray_starts_a_task_again_on_exit_code_75_and_if_its_worker_is_lost(
     """
     package = tmp_path / "packages" / "jaxscape"
     package.mkdir(parents=True)
+    (package / "__init__.py").touch()  # without it, an installed jaxscape would be found first
     (package / "__main__.py").write_text(STAND_IN.replace("WHAT_TO_DO", what_to_do.strip()))
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
     folder = tmp_path / "out"
