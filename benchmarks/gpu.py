@@ -92,7 +92,7 @@ class Benchmark:
         arguments = [json.dumps(asdict(case)), self.dtype, "1" if self.profile else ""]
         process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
         last = ""
-        for line in process.stdout or ():  # as it comes, because a case takes minutes
+        for line in process.stdout or ():  # each line is written when it comes, because a case takes minutes
             if last:
                 write_line(last)
             last = line.rstrip("\n")

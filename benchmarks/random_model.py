@@ -54,7 +54,7 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 OPENING = " ".join(f"w{i}" for i in range(5, 29))
-"""What the chat template begins each prompt with."""
+"""The words with which the chat template begins each prompt."""
 
 
 def random_model(shape: str, dtype: str) -> Any:

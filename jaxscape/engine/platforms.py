@@ -23,11 +23,11 @@ class Platform:
             parts would be exchanged.
         prefill_tokens: number of tokens in a full batch of `jaxscape.engine.prefill`, for each device along the mesh
             axis `points`: enough for large products to reach their full speed.
-        prefill_sizes: number of sizes that such a batch has. A program is compiled for each, which takes an accelerator
-            longer than computing some padding.
-        flops_share, bandwidth_share: the speeds that decoding reaches, as shares of those in the measured roofline. On
-            a GPU, a share of the bandwidth above 1 says that the few rows with which the roofline is measured read
-            the weights more slowly than the rows of a batch do.
+        prefill_sizes: number of sizes that such a batch may have. A program is compiled for each, which takes longer on
+            an accelerator than computing some padding.
+        flops_share, bandwidth_share: the FLOP/s and the bandwidth that decoding reaches, divided by those of the
+            measured roofline. On a GPU the bandwidth is measured with two rows, which read weights more slowly than a
+            batch does, so its share is above 1.
     """
 
     order: CacheOrder
@@ -39,7 +39,7 @@ class Platform:
     bandwidth_share: float = 1.0
 
     def reached(self, measured: Roofline) -> Roofline:
-        """The speeds that decoding reaches where this roofline was measured."""
+        """The roofline that decoding reaches on a device with this measured one."""
         return Roofline(self.flops_share * measured.flops, self.bandwidth_share * measured.bandwidth)
 
 

@@ -8,7 +8,6 @@ from datetime import timedelta
 from rich.progress import Progress
 
 from jaxscape.landscapes.axes import point_text
-from jaxscape.landscapes.labels import Point
 from jaxscape.landscapes.store import Run
 from jaxscape.runtime.progress import progress_display
 from jaxscape.runtime.reporting import Reporter
@@ -24,16 +23,17 @@ class ScanProgress:
     def __init__(self, run: Run, bar: Progress, reporter: Reporter) -> None:
         self._run, self._bar, self._reporter = run, bar, reporter
         self._resumed, self._started, self._finished = run.num_done, time.monotonic(), 0
+        self._num_points, self._num_missing = 0, 0  # of the run, when they were last counted
         self._task = bar.add_task("scan", total=None)
         self._show()
 
     def answers(self, count: int) -> None:
-        """So many more answers are finished, whether their points are or not."""
+        """Show that `count` more answers are finished, at whichever points."""
         self._finished += count
         self._show()
 
     def point(self) -> None:
-        """The next point of the run is finished: a line with its coordinates, its ASR and the time left."""
+        """Write a line for the point that was finished last: its coordinates, its ASR and the time left."""
         run, done, total = self._run, self._run.num_done, len(self._run.points)
         index, coords = run.points[done - 1]
         position, asr = point_text(run.axes, coords), 100 * (1 - run.refused[done - 1].mean())
@@ -55,12 +55,13 @@ class ScanProgress:
         self._reporter.log(done, {"asr": asr, "nonfinite": nonfinite, "unanswered": unanswered, **place})
 
     def _num_left(self) -> int:
-        """The number of answers that must still be generated."""
-        return self._num_missing(self._run.points[self._resumed :]) - self._finished
-
-    def _num_missing(self, points: Sequence[Point]) -> int:
-        """The number of answers at points that the run does not know from one that it extends."""
-        return sum(len(self._run.prompts) - len(self._run.known(point)) for point in points)
+        """The number of answers that must still be generated: those that the run does not know from one that it
+        extends."""
+        run = self._run
+        if len(run.points) > self._num_points:  # at first, and when an adaptive scan has chosen its next points
+            self._num_points = len(run.points)
+            self._num_missing = sum(len(run.prompts) - len(run.known(point)) for point in run.points[self._resumed :])
+        return self._num_missing - self._finished
 
     def _show(self) -> None:
         total = len(self._run.points) * len(self._run.prompts)

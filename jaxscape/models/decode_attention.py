@@ -53,7 +53,7 @@ def attention(
     return map_shards(run, axes, *arrays)
 
 
-# Jitted, so that the layers of a decoder, which call it with the same shapes, share one trace and one lowered kernel.
+# The layers of a decoder call this function with the same shapes. Because it is jitted, they share one lowered kernel.
 @partial(jax.jit, static_argnames=("scale", "softcap", "interpret"))
 def _device_attention(
     q: Queries, visible: Array, *keys_values: Array, scale: float, softcap: float | None, interpret: bool
@@ -151,13 +151,13 @@ def _is_accurate(device: jax.Device, dtype: str, head_dim: int) -> bool:
 
 
 def relative_error(device: jax.Device, dtype: str, head_dim: int, interpret: bool = False) -> float:
-    """The kernel's largest difference from plain attention, divided by the largest number of the latter.
+    """The kernel's largest absolute error against plain attention, divided by the latter's largest absolute value.
 
     The inputs are random numbers of this dtype: two sources, of which one is shared by two rows, and random masks.
     """
     rng, scale = np.random.default_rng(0), head_dim**-0.5
     shapes = [(4, 2, 3, head_dim), *[(2, 2, 21, head_dim)] * 2, *[(4, 2, 100, head_dim)] * 2]
-    # On the host, because there is nothing to compile for it.
+    # The inputs are drawn on the host, where nothing has to be compiled.
     q, *arrays = (rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes)
     visible = rng.random((4, 121)) < 0.5
     inputs = jax.device_put((q, visible.astype(np.int8), *arrays), device)

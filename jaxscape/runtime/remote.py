@@ -487,7 +487,7 @@ def _beginning(protocol: str) -> str:
 
 
 def _names(text: bytes) -> list[str]:
-    """Read the list of the files that a process uploads together. Returns no names if the list is damaged."""
+    """The names in the list of files that a process uploads together; none if the list is damaged."""
     try:
         return [str(name) for name in json.loads(text)]
     except (ValueError, TypeError, RecursionError):

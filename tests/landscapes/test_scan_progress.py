@@ -1,4 +1,4 @@
-"""The progress of a scan counts answers: where many points decode together, they are finished before their points."""
+"""The progress of a scan counts answers: answers are finished before their points are."""
 
 from pathlib import Path
 from typing import Any

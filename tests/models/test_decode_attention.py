@@ -28,7 +28,7 @@ def arrays(seed: int, batch: int, heads: int, group: int, dim: int, sizes: list[
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("head_dim", [64, 96])
-def test_it_is_within_its_tolerance_ofplain_attention(dtype: str, head_dim: int) -> None:
+def test_it_is_within_its_tolerance_of_plain_attention(dtype: str, head_dim: int) -> None:
     assert 0 < relative_error(jax.devices()[0], dtype, head_dim, interpret=True) < TOLERANCES[dtype] / 2
 
 
