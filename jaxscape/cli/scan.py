@@ -243,6 +243,7 @@ class Scan:
             evaluator=judges,
             free_model=True,
             shares=not self.evaluators.no_shares,
+            abandon_incoherent=self.evaluators.abandon_incoherent,
             out=out,
             overwrite=self.output.overwrite,
             report_to=self.output.report_to,
@@ -294,6 +295,8 @@ def summary(landscape: "Landscape", figure: Path) -> str:
             f"Thinking without an answer: {unanswered} completions at {points} points, which count as no refusal; "
             f"raise --max-new-tokens, or give --thinking off"
         )
+    if landscape.abandoned is not None:
+        lines.append(landscape.abandoned_text)
     return "\n".join([*lines, *measure_lines(landscape), f"{figure}"])
 
 

@@ -38,7 +38,7 @@ from jaxscape.engine.layout import pack
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import Plan, make_plan
 from jaxscape.engine.sampling import Sampling, SamplingOptions
-from jaxscape.engine.scheduler import Completion, Coords, Results, Scheduler, StopWhen
+from jaxscape.engine.scheduler import Abandon, Completion, Coords, Results, Scheduler, StopWhen
 from jaxscape.models.checkpoint import Params
 from jaxscape.models.fusion import fuse
 from jaxscape.models.model import Model
@@ -53,6 +53,7 @@ class Engine:
     Attributes:
         stop_when: called with the text of an unfinished answer; True ends the answer at the first token with which
             that holds. None generates every answer to its end.
+        abandon: ends further answers by their first tokens; see `Abandon`.
         on_finished: called with the number of answers that have just been finished, at whichever points.
         seconds: a dictionary in which the seconds spent in the phases `weights`, `prefill` and `decode` are added up.
             The host then waits for each program to end; with None, it does not and nothing is measured.
@@ -62,6 +63,7 @@ class Engine:
     workload: Workload
     plan: Plan
     stop_when: StopWhen | None = None
+    abandon: Abandon | None = None
     on_finished: Callable[[int], None] | None = None
     seconds: dict[str, float] | None = None
 
@@ -140,7 +142,9 @@ class Engine:
         scheduler = Scheduler(self.plan.layout, self._groups, points, block)
         limit, count = self.workload.sampling.max_new_tokens, count or scheduler.num_prompts
         num_given = len(points) * scheduler.num_prompts // count
-        results = Results(self.model.tokenizer, limit, self.stop_when, num_given, count)
+        first, num_prompts = block * self.block, scheduler.num_prompts
+        abandon = self.abandon and self.abandon.renumbered(lambda job: first + job % num_prompts)
+        results = Results(self.model.tokenizer, limit, self.stop_when, num_given, count, abandon)
         slots, self._slots = self._slots, None
         if slots is None:
             slots = empty_slots(self._static, self.model.dtype, self.plan.layout)

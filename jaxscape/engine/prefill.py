@@ -128,18 +128,12 @@ class _Run:
 
     def batches(self) -> Iterator[tuple[Batch, Float[Array, "tokens dim"]]]:
         """The batches, each with the hidden states of its tokens, counted through all lines."""
-        cache = self._prefix_cache() if self.prefix else None
+        shared = self._texts[0][: self.prefix] if self.prefix else ()
+        cache = prefix_cache(self._params, shared, self._config, self._mesh) if shared else None
         platform, devices = platform_of(self._mesh), mesh_shape_of(self._mesh).points
         for batch in _pack(self._texts, self.prefix, platform.prefill_tokens, platform.prefill_sizes, devices):
             arrays = self._put((batch.tokens, batch.positions, batch.segments))
             yield batch, _states(self._params, cache, arrays, config=self._config, mesh=self._mesh)
-
-    def _prefix_cache(self) -> KVCache:
-        time = np.arange(bucket(self.prefix))
-        tokens = np.where(time < self.prefix, np.resize(self._texts[0][: self.prefix], len(time)), 0)[None]
-        positions = np.where(time < self.prefix, time, -1)[None]
-        arrays = self._put((tokens.astype(np.int32), positions.astype(np.int32)))
-        return _prefix_cache(self._params, *arrays, config=self._config, mesh=self._mesh)
 
     def logits(self, states: Array, index: np.ndarray) -> Float[Array, "chunk vocab"]:
         """The logits of the tokens with these indices."""
@@ -213,6 +207,15 @@ def _chunks(values: Sequence[Sequence[int] | np.ndarray]) -> list[Int[np.ndarray
     """All values one after the other, in arrays of `HEAD_TOKENS` numbers; the last one is filled up with zeros."""
     flat = np.concatenate(values).astype(np.int32)
     return list(np.pad(flat, (0, -len(flat) % HEAD_TOKENS)).reshape(-1, HEAD_TOKENS))
+
+
+def prefix_cache(params: Params, tokens: Tokens, config: ModelConfig, mesh: Mesh) -> KVCache:
+    """The keys and values of tokens that texts begin with, one row, padded to one of a few lengths."""
+    time = np.arange(bucket(len(tokens)))
+    padded = np.where(time < len(tokens), np.resize(tokens, len(time)), 0)[None]
+    positions = np.where(time < len(tokens), time, -1)[None]
+    arrays = jax.device_put((padded.astype(np.int32), positions.astype(np.int32)), replicated(mesh))
+    return _prefix_cache(params, *arrays, config=config, mesh=mesh)
 
 
 @platform_jit(static_argnames=("config", "mesh"))

@@ -1,5 +1,6 @@
 """What the host decides while the device decodes: which prompts enter which rows, and which answers are finished."""
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -20,6 +21,23 @@ StopWhen = Callable[[str], bool]
 """A function of an unfinished answer's text: whether its outcome is decided, whatever may follow."""
 
 
+class Abandon(NamedTuple):
+    """Which answers are ended by what their first tokens say, although their outcome is not decided.
+
+    Attributes:
+        tokens: the number of these tokens. Each answer that has as many is asked about once.
+        is_lost: a function of the beginnings of answers, and of the numbers in the workload of the prompts that they
+            answer: whether each answer ends there.
+    """
+
+    tokens: int
+    is_lost: Callable[[Sequence[int], Sequence[str]], Sequence[bool]]
+
+    def renumbered(self, number_of: Callable[[int], int]) -> "Abandon":
+        """The same for prompts that have other numbers, of which `number_of` gives the number that `is_lost` knows."""
+        return self._replace(is_lost=lambda others, texts: self.is_lost([*map(number_of, others)], texts))
+
+
 class Completion(NamedTuple):
     """The answer to a prompt at a point.
 
@@ -27,13 +45,16 @@ class Completion(NamedTuple):
         text: the answer, without special tokens, apart from those that begin and end a block of thinking.
         length: number of tokens that had to be computed for it, an end token included.
         finite: False if a NaN or infinite logit ended the text.
-        cut: True if the text ends where its outcome was decided, although the model might have gone on.
+        cut: True if the text ends where its outcome was decided, or where it was abandoned, although the model might
+            have gone on.
+        abandoned: True if an `Abandon` ended it.
     """
 
     text: str
     length: int
     finite: bool = True
     cut: bool = False
+    abandoned: bool = False
 
 
 class Scheduler:
@@ -143,8 +164,17 @@ class Results:
         stop_when: StopWhen | None,
         num_points: int,
         num_prompts: int,
+        abandon: Abandon | None = None,
     ) -> None:
+        """No job is finished yet.
+
+        Arguments:
+            abandon: it is given the numbers of jobs instead of those of prompts.
+        """
         self._tokenizer, self._limit, self._stop_when = tokenizer, max_new_tokens, stop_when
+        # To ask about whole answers would save nothing.
+        self._abandon = abandon if abandon is not None and abandon.tokens < max_new_tokens else None
+        self._has_begun = np.zeros(num_points * num_prompts, bool)  # whether `abandon` was asked about each answer
         self._hidden = hidden_tokens(tokenizer)
         # For each answer, the largest number of its tokens at which `stop_when` was asked and said no.
         self._undecided = np.zeros(num_points * num_prompts, int)
@@ -159,11 +189,12 @@ class Results:
     def record(self, generated: Generated, jobs: Int[np.ndarray, " batch"]) -> set[int]:
         """Record the new tokens of rows, which held these jobs, and return the jobs whose answers are now finished."""
         out = jax.device_get(generated)
-        unfinished = [(job, row) for row, job in enumerate(jobs.tolist()) if job >= 0 and self._done[job] is None]
+        in_rows = [(job, row) for row, job in enumerate(jobs.tolist()) if job >= 0 and self._done[job] is None]
+        finished = self._abandoned(out, in_rows)
+        unfinished = [(job, row) for job, row in in_rows if job not in finished]
         if self._stop_when is None:  # only the model ends an answer, so no text is read before
             unfinished = [(job, row) for job, row in unfinished if out.ended[row]]
         texts = self._texts([out.tokens[row, : out.lengths[row]] for _, row in unfinished])
-        finished = set()
         for (job, row), text in zip(unfinished, texts, strict=True):
             length, tokens = int(out.lengths[row]), out.tokens[row]
             if self._stop_when is not None and self._stop_when(text):
@@ -177,6 +208,30 @@ class Results:
                 continue
             finished.add(job)
         return finished
+
+    def _abandoned(self, out: Generated, in_rows: Sequence[tuple[int, int]]) -> set[int]:
+        """Finish the answers that are abandoned now, and return their jobs.
+
+        This depends on nothing but an answer's first tokens, wherever the chunks end.
+
+        Arguments:
+            in_rows: unfinished jobs, each with its row.
+        """
+        if self._abandon is None:
+            return set()
+        size = self._abandon.tokens
+        begun = [(job, row) for job, row in in_rows if out.lengths[row] >= size and not self._has_begun[job]]
+        self._has_begun[[job for job, _ in begun]] = True
+        texts = self._texts([np.asarray(out.tokens[row, :size]) for _, row in begun])
+        decided = self._stop_when or (lambda text: False)
+        asked = [(job, text) for (job, _), text in zip(begun, texts, strict=True) if not decided(text)]
+        if not asked:
+            return set()
+        is_lost = self._abandon.is_lost(*zip(*asked, strict=True))
+        lost = dict(itertools.compress(asked, is_lost))
+        for job, text in lost.items():
+            self._done[job] = Completion(text, size, cut=True, abandoned=True)
+        return set(lost)
 
     def ready(self) -> Iterator[list[Completion]]:
         """The answers of the next points, for as many points as are finished."""

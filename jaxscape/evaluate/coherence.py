@@ -9,7 +9,7 @@ it for the first time. In a landscape, the model that judges is the unperturbed 
 import bisect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -45,6 +45,23 @@ FRACTION = 0.5
 # An answer's shares of distinct and of fresh sequences may fall to these parts of the medians of the model's own.
 DISTINCT_OF_OWN = 0.3
 FRESH_OF_OWN = 0.4
+BEGINNING = 7  # tokens; an engine that decodes 1, 2 and 4 tokens at first looks at an answer when it has as many
+
+
+@dataclass(frozen=True)
+class BeginningThresholds:
+    """What divides sense from noise in the first `BEGINNING` tokens of an answer.
+
+    These are the thresholds for whole answers, moved where needed so that all beginnings of the model's own answers
+    make sense.
+
+    Attributes:
+        surprise, distinct, fresh: see `Thresholds`.
+    """
+
+    surprise: float
+    distinct: float
+    fresh: float
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,7 @@ class Thresholds:
         distinct: answers with a smaller `distinct_share` make no sense.
         fresh: answers with a smaller `fresh_share` make no sense. It is 0 in runs that are older than this threshold,
             where no answer's share is smaller.
+        beginning: those for beginnings of answers; None if answers are only judged as a whole.
     """
 
     weights: str
@@ -65,10 +83,11 @@ class Thresholds:
     surprise: float
     distinct: float
     fresh: float = 0.0
+    beginning: BeginningThresholds | None = None
 
     def recorded(self) -> dict[str, Any]:
-        """The thresholds as a run records them: without `fresh` where there is none, as runs did that are older."""
-        return {key: value for key, value in asdict(self).items() if key != "fresh" or value}
+        """The thresholds as a run records them: without those that there are none of."""
+        return {key: value for key, value in asdict(self).items() if key not in ("fresh", "beginning") or value}
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +129,8 @@ class Coherence:
         if self.given is None:
             return None
         refusals = None if self.refusals is None else self.refusals.name
-        return checksum((tuple(self.given.recorded().values()), refusals))
+        numbers = {key: value for key, value in self.given.recorded().items() if key != "beginning"}
+        return checksum((tuple(numbers.values()), refusals))
 
     @property
     def stop_when(self) -> Callable[[str], bool] | None:
@@ -157,10 +177,7 @@ class Coherence:
         coherent = np.array([bool(answer.strip()) for answer in answers], bool)
         if coherent.any():
             thresholds = self.thresholds
-            coherent &= [
-                distinct_share(answer) >= thresholds.distinct and fresh_share(answer) >= thresholds.fresh
-                for answer in answers
-            ]
+            coherent &= [makes_sense_as_text(answer, thresholds) for answer in answers]
         if kept := np.flatnonzero(coherent).tolist():
             asked, said = [prompts[i] for i in kept], [answers[i] for i in kept]
             sent = chat_texts(self.model.tokenizer, asked) if self.sent is None else self.sent(asked)
@@ -186,8 +203,12 @@ def coherence(source: str | None = None) -> Coherence:
     return Coherence(f"{COHERENCE}:{source}", lambda: load_model(source))
 
 
-def calibrate(model: Model) -> Thresholds:
-    """The thresholds of a model, from its own greedy answers to harmless prompts."""
+def calibrate(model: Model, beginnings: bool = False) -> Thresholds:
+    """The thresholds of a model, from its own greedy answers to harmless prompts.
+
+    Arguments:
+        beginnings: whether thresholds for beginnings of answers are among them.
+    """
     prompts = load_prompts("benign")[-NUM_CALIBRATION:]
     sent = chat_texts(model.tokenizer, prompts)
     room = model.config.max_positions - max(map(len, encode(model, sent, 1)))
@@ -197,12 +218,30 @@ def calibrate(model: Model) -> Thresholds:
     distinct, fresh = (
         float(np.median([share(answer) for answer in answers])) for share in (distinct_share, fresh_share)
     )
-    return Thresholds(
+    whole = Thresholds(
         weights=fingerprint(model.params),
         own=own,
         surprise=round(max(own + FRACTION * (math.log(model.config.vocab_size) - own), 2 * own), 2),
         distinct=round(DISTINCT_OF_OWN * distinct, 2),
         fresh=round(FRESH_OF_OWN * fresh, 2),
+    )
+    return replace(whole, beginning=_of_beginnings(model, sent, answers, whole)) if beginnings else whole
+
+
+def _of_beginnings(model: Model, sent: Sequence[str], answers: Sequence[str], whole: Thresholds) -> BeginningThresholds:
+    """The thresholds for beginnings of answers.
+
+    Arguments:
+        sent: for each of the model's own answers, the text that the model was given.
+        whole: the thresholds for whole answers.
+    """
+    tokens = model.tokenizer(list(answers), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    begun = model.tokenizer.batch_decode([ids[:BEGINNING] for ids in tokens], clean_up_tokenization_spaces=False)
+    surprise = mean_surprise(model, sent, begun, whole.own)
+    return BeginningThresholds(
+        surprise=round(max(whole.surprise, *surprise) + 0.005, 2),
+        distinct=round(min(whole.distinct, *map(distinct_share, begun)) - 0.005, 2),
+        fresh=round(min(whole.fresh, *map(fresh_share, begun)) - 0.005, 2),
     )
 
 
@@ -217,13 +256,12 @@ def mean_surprise(
         contexts: the text before each answer, in which special tokens are spelled out.
         answers: texts. What would reach beyond the model's context is left out.
     """
-    return np.array(
-        [
-            (values.sum() + PRIOR_TOKENS * own) / (len(values) + PRIOR_TOKENS)
-            for values in _surprise(model, contexts, answers)
-        ],
-        np.float64,
-    )
+    return np.array([surprise_of(values, own) for values in _surprise(model, contexts, answers)], np.float64)
+
+
+def surprise_of(values: Float[np.ndarray, " tokens"], own: float) -> float:
+    """The mean of negative log-likelihoods with `PRIOR_TOKENS` tokens of `own` nats beside them."""
+    return float((values.sum() + PRIOR_TOKENS * own) / (len(values) + PRIOR_TOKENS))
 
 
 def _surprise(model: Model, contexts: Sequence[str], answers: Sequence[str]) -> list[Float[np.ndarray, " tokens"]]:
@@ -234,14 +272,19 @@ def _surprise(model: Model, contexts: Sequence[str], answers: Sequence[str]) -> 
     rooms = [model.config.max_positions - len(tokens) for tokens in before]
     cut = [tokens[:room] for tokens, room in zip(after, rooms, strict=True)]
     likelihoods = log_likelihoods(model, before, cut)
-    return [-values[_new(tokens)].astype(np.float64) for tokens, values in zip(cut, likelihoods, strict=True)]
+    return [-values[new_tokens(tokens)].astype(np.float64) for tokens, values in zip(cut, likelihoods, strict=True)]
 
 
-def _new(tokens: Sequence[int]) -> Bool[np.ndarray, " tokens"]:
+def new_tokens(tokens: Sequence[int]) -> Bool[np.ndarray, " tokens"]:
     """Whether each token follows the token before it for the first time."""
     pairs = list(zip([None, *tokens], tokens, strict=False))
     first = {pair: index for index, pair in reversed(list(enumerate(pairs)))}
     return np.array([first[pair] == index for index, pair in enumerate(pairs)], bool)
+
+
+def makes_sense_as_text(text: str, thresholds: Thresholds | BeginningThresholds) -> bool:
+    """Whether a text repeats itself so little that the model must say whether it makes sense."""
+    return distinct_share(text) >= thresholds.distinct and fresh_share(text) >= thresholds.fresh
 
 
 def distinct_share(text: str) -> float:

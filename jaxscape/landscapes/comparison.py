@@ -276,14 +276,22 @@ def _remarks(run: ComparedRun) -> list[str]:
     if run.numbers is None:
         done, count = np.isfinite(run.landscape.asr).sum(), run.landscape.asr.size
         return [f"Not finished ({done} of {count} points), so without numbers; the run's command finishes it"]
+    remarks = []
+    if run.landscape.abandoned is not None:
+        remarks.append(
+            "Answers were abandoned as incoherent, so that the ASR and what follows from it are those of cut texts; "
+            "complied alone is not"
+        )
     if num_directions == 1:
-        return ["A single direction: the intervals say what other prompts would give, not what other directions would"]
-    if num_directions < ENOUGH_DIRECTIONS:
-        return [
+        remarks.append(
+            "A single direction: the intervals say what other prompts would give, not what other directions would"
+        )
+    elif num_directions < ENOUGH_DIRECTIONS:
+        remarks.append(
             f"{num_directions} directions are few: intervals are too narrow and p-values too small for what other "
             f"directions would give"
-        ]
-    return []
+        )
+    return remarks
 
 
 def _comparable(first: ComparedRun, second: ComparedRun) -> tuple[list[str], list[str]]:

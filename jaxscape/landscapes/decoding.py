@@ -12,7 +12,7 @@ from jaxscape.engine.batching import Workload
 from jaxscape.engine.engine import Engine
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import Plan, make_plan
-from jaxscape.engine.scheduler import Coords, StopWhen
+from jaxscape.engine.scheduler import Abandon, Coords, StopWhen
 from jaxscape.evaluate.base import Evaluator, Label, labels_of
 from jaxscape.landscapes.answers import Answers, answers_at
 from jaxscape.landscapes.labels import Point
@@ -31,6 +31,7 @@ class Decoding:
         plan: the plan for all prompts of the workload.
         sets: the directions of each set.
         stop_when: see `Engine`.
+        abandon: the same, for all prompts of the workload.
         judges: the evaluators that judge each point at once; the first one decides the ASR.
         opening: see `answers_at`.
         keep_labels: whether the run keeps what they say.
@@ -42,17 +43,19 @@ class Decoding:
     options: EngineOptions
     sets: Sequence[Sequence[Recipe]]
     stop_when: StopWhen | None
+    abandon: Abandon | None
     judges: Sequence[Evaluator]
     opening: str
     keep_labels: bool
 
     def engine(self, start: int, on_finished: Callable[[int], None]) -> Engine:
         """The engine that answers the prompts from the number `start` on."""
-        workload, plan = self.workload, self.plan
+        workload, plan, abandon = self.workload, self.plan, self.abandon
         if start:
             workload = workload.after(start)
             plan = make_plan(self.model, workload, self.options)  # they name the form of the run that is extended
-        return Engine(self.model, workload, plan, self.stop_when, on_finished)
+            abandon = abandon and abandon.renumbered(lambda number: start + number)
+        return Engine(self.model, workload, plan, self.stop_when, abandon, on_finished)
 
 
 def decode_rest(run: Run, decoding: Decoding, reports: ScanProgress) -> None:

@@ -72,18 +72,26 @@ class Judges:
             prepare_judge(judge, prompts, beside if judge in self.at_once else later)
 
     def bound(
-        self, judges: Sequence[Evaluator], run: Run, model: Model, questions: Questions, weights: str
+        self,
+        judges: Sequence[Evaluator],
+        run: Run,
+        model: Model,
+        questions: Questions,
+        weights: str,
+        beginnings: bool = False,
     ) -> list[Evaluator]:
         """Some of these evaluators, for the answers of a run; see `jaxscape.landscapes.shares.in_run`.
 
         Arguments:
             weights: checksum of the model's parameters.
+            beginnings: whether `coherence` is to judge beginnings of answers too.
         """
 
         def in_this_run(judge: Evaluator) -> Evaluator:
             if not isinstance(judge, Coherence):
                 return judge
-            return in_run(judge, run, run.directory, questions.sent_for, lambda: model, weights, self.all[0])
+            place = (run, run.directory, questions.sent_for, lambda: model, weights)
+            return in_run(judge, *place, self.all[0], beginnings)
 
         return list(map(in_this_run, judges))
 

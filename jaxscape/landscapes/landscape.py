@@ -59,6 +59,8 @@ class Landscape:
         filled: bool[directions, *grid], the points that an adaptive scan did not evaluate. What other arrays have there
             is interpolated between evaluated points. None for any other scan.
         directions: the names of the directions of each set; empty if they are random ones, or were given by a program.
+        abandoned: int64[directions, *grid], the number of prompts whose answer was ended because its beginning makes no
+            sense; None if none was. The ASR, what follows from it, and the measures are those of cut texts then.
         control: `visage` and `numbers` of the random controls, see `jaxscape.directions.control.Control`, as in
             `landscape.json`; empty if there are none. `visage_values` and `numbers` are without them.
     """
@@ -78,6 +80,7 @@ class Landscape:
     points: tuple[tuple[float, ...], ...] = ()
     filled: Bool[np.ndarray, " directions *grid"] | None = None
     directions: tuple[tuple[str, ...], ...] = ()
+    abandoned: Int[np.ndarray, " directions *grid"] | None = None
     control: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -95,6 +98,7 @@ class Landscape:
         points: Sequence[tuple[float, ...]] = (),
         filled: Bool[np.ndarray, " directions *grid"] | None = None,
         directions: Sequence[Sequence[str]] = (),
+        abandoned: Int[np.ndarray, " directions *grid"] | None = None,
     ) -> "Landscape":
         """A landscape from the outcome of each prompt at each point.
 
@@ -106,7 +110,7 @@ class Landscape:
             unanswered: int64[directions, *grid], see the attribute; None stands for zeros.
             measures, disagreement, shares: see the attributes.
             complied: the same of answers that comply; None if that is not known of all.
-            points, filled, directions: see the attributes.
+            points, filled, directions, abandoned: see the attributes.
         """
         num_prompts = refused.shape[-1]
         asr = np.where(evaluated, 100.0 * (1.0 - refused.sum(axis=-1) / num_prompts), np.nan)
@@ -127,6 +131,7 @@ class Landscape:
             points=tuple(points),
             filled=filled,
             directions=tuple(map(tuple, directions)),
+            abandoned=abandoned,
             control=control,
         )
 
@@ -139,6 +144,15 @@ class Landscape:
     def num_evaluated(self) -> int:
         """The number of points of a complete landscape that are evaluated, and not filled."""
         return int(self.asr.size if self.filled is None else (~self.filled).sum())
+
+    @property
+    def abandoned_text(self) -> str:
+        """How many answers were abandoned, in words; empty if none was."""
+        if self.abandoned is None:
+            return ""
+        count = int(np.isfinite(self.asr).sum()) if self.filled is None else self.num_evaluated
+        answers = f"{int(self.abandoned.sum())} of {count * self.num_prompts} answers"
+        return f"{answers} abandoned as incoherent: the ASR is that of cut texts"
 
     def visage(self, kind: str = "paper") -> float:
         """VISAGE in percent, averaged over the direction sets but controls; see `jaxscape.visage`.
@@ -173,6 +187,7 @@ class Landscape:
             disagreement={name: part(measure) for name, measure in self.disagreement.items()},
             shares=part(self.shares),
             filled=None if self.filled is None else self.filled[kept],
+            abandoned=None if self.abandoned is None else self.abandoned[kept],
             directions=tuple(itertools.compress(self.directions, kept)),
         )
 
@@ -203,6 +218,7 @@ class Landscape:
             "asr_high": nested(self.asr_high),
             "nonfinite": self.nonfinite.tolist(),
             **({"unanswered": self.unanswered.tolist()} if self.unanswered.any() else {}),
+            **({} if self.abandoned is None else {"abandoned": self.abandoned.tolist()}),
             "visage": self.visage_values,
             **({} if self.numbers is None else {"numbers": self.numbers}),
             **({"control": dict(self.control)} if self.control else {}),
@@ -264,6 +280,7 @@ class Landscape:
             points=tuple(tuple(map(float, point)) for point in content.get("points", ())),
             filled=np.array(content["filled"], bool) if "filled" in content else None,
             directions=tuple(tuple(map(str, names)) for names in content.get("directions", ())),
+            abandoned=np.array(content["abandoned"], np.int64) if "abandoned" in content else None,
             control=dict(content.get("control", {})),
         )
         landscape._check_parts()
@@ -274,7 +291,8 @@ class Landscape:
         grid = (len(self.points),) if self.points else tuple(len(axis.values) for axis in self.axes)
         measures = (*self.measures.values(), *self.disagreement.values(), self.shares)
         rates = [rate for measure in measures for rate in measure.values()]
-        arrays = (self.asr, self.asr_low, self.asr_high, self.nonfinite, self.unanswered, self.filled, *rates)
+        counts = (self.nonfinite, self.unanswered, self.abandoned)
+        arrays = (self.asr, self.asr_low, self.asr_high, self.filled, *counts, *rates)
         shapes = {array.shape for array in arrays if array is not None}
         if len(grid) not in (1, 2) or shapes != {(len(self.asr), *grid)}:
             raise ValueError(f"arrays of shapes {sorted(shapes)} over {len(grid)} axes")

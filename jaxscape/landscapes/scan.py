@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -15,11 +15,13 @@ from jaxscape.directions.base import Recipe
 from jaxscape.directions.kinds import DirectionLike, Prepared, largest_rank, prepare
 from jaxscape.directions.random import Random
 from jaxscape.engine.batching import Workload
+from jaxscape.engine.continuations import cache_bytes
 from jaxscape.engine.forms import Form
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import Plan, bytes_of_weights, make_plan
 from jaxscape.engine.sampling import Sampling, SamplingOptions
-from jaxscape.evaluate.base import Evaluator, checksum_of
+from jaxscape.evaluate.base import Evaluator, checksum_of, stop_when
+from jaxscape.evaluate.coherence import BEGINNING, COHERENCE
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
 from jaxscape.landscapes.adaptive import check_ascending, first_round
 from jaxscape.landscapes.axes import Axis
@@ -33,6 +35,7 @@ from jaxscape.landscapes.progress import ScanProgress, scan_progress
 from jaxscape.landscapes.questions import Questions
 from jaxscape.landscapes.score import label_rest
 from jaxscape.landscapes.shards import Shard, parse
+from jaxscape.landscapes.shares import abandon_noise, thresholds_of_model
 from jaxscape.landscapes.store import Adaptive, Run, open_run
 from jaxscape.models.chat_defaults import template_notes
 from jaxscape.models.checkpoint import fingerprint
@@ -44,6 +47,8 @@ from jaxscape.runtime.hardware import free_memory
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.remote import run_directory
 from jaxscape.runtime.reporting import check_target, open_reporter
+
+LARGEST_PROMPT_CACHE = 2**30  # bytes on each device, beside what the plan needs
 
 
 def scan(
@@ -69,6 +74,7 @@ def scan(
     progress: bool = True,
     free_model: bool = False,
     shares: bool = True,
+    abandon_incoherent: bool = False,
     report_to: str = "none",
     **sampling: Unpack[SamplingOptions],
 ) -> Landscape:
@@ -110,6 +116,9 @@ def scan(
             The model cannot be used any more then.
         shares: whether the unperturbed model judges, after all points are decoded, which answers make no sense; see
             `Landscape.shares`.
+        abandon_incoherent: end each answer whose first tokens make no sense to the unperturbed model. It counts as
+            incoherent, and every other evaluator judges the text as it is: the ASR and VISAGE are those of cut texts
+            then. See `Landscape.abandoned`.
         report_to: the program to which the numbers of each point are reported, `wandb` or `tensorboard`, see
             `jaxscape.runtime.reporting`; it needs `out`.
         sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` and `seed`, see
@@ -132,6 +141,8 @@ def scan(
     if not overwrite:
         options = with_recorded_form(options, directory)
     decoding = _planned(model, places, prepared, questions, settings, judges, options)
+    if abandon_incoherent:
+        _check_abandoning(judges, decoding)
     later_free = _check_judges(judges, decoding, questions, free_model)
     recorded = None if overwrite else from_first(lambda: rundir.recorded_value(directory, "directions"))
     decides: Adaptive | None = ("shares" if shares else "asr") if adaptive else None
@@ -144,6 +155,7 @@ def scan(
             *(model, questions.prompts, questions.tokens, system_prompt, thinking, settings),
             *(decoding.plan, options, judges.all),
         ),
+        **({"abandon_incoherent": True} if abandon_incoherent else {}),
         **(describe or {}),
     }
     summary = [str(decoding.plan), questions.prompts.summary(), *template_notes(model.tokenizer)]
@@ -156,9 +168,21 @@ def scan(
         open_reporter(report_to, directory, config) as reporter,
         scan_progress(run, summary, model.dtype, reporter, progress) as reports,
     ):
-        bound = partial(judges.bound, run=run, model=model, questions=questions, weights=config["weights"])
+        bound = partial(
+            judges.bound,
+            run=run,
+            model=model,
+            questions=questions,
+            weights=config["weights"],
+            beginnings=abandon_incoherent,
+        )
         decoding = replace(decoding, judges=bound(judges.at_once))
-        _evaluate(run, decoding, partial(bound, judges.coherences), questions.openings, reports, progress)
+        coherences = cache(partial(bound, judges.coherences))
+        if abandon_incoherent:
+            thresholds = thresholds_of_model([*decoding.judges, *coherences()])
+            refuses = stop_when(judges.all[0], questions.opening)
+            decoding = replace(decoding, abandon=abandon_noise(model, thresholds, questions, refuses))
+        _evaluate(run, decoding, coherences, questions.openings, reports, progress)
         if judges.others:
             if free_model:
                 _delete_arrays(model)
@@ -261,10 +285,38 @@ def _planned(
         options=options,
         sets=sets,
         stop_when=None if options.full_text else judges.stop_when(questions.opening),
+        abandon=None,
         judges=judges.at_once,
         opening=questions.opening,
         keep_labels=judges.keep_labels,
     )
+
+
+def _check_abandoning(judges: Judges, decoding: Decoding) -> None:
+    """Raise a `UserError` if answers cannot be abandoned by what the unperturbed model says of them."""
+    workload, model = decoding.workload, decoding.model
+    if decoding.options.full_text:
+        raise UserError("full_text generates every answer to its end, and abandon_incoherent does not: leave one out.")
+    if COHERENCE not in [judge.name for judge in (*judges.all, *judges.coherences)]:
+        raise UserError(
+            "abandon_incoherent needs the model's judgement of what makes sense: do not leave out the shares."
+        )
+    if decoding.plan.form.keeps_weights_on_host:
+        raise UserError(
+            f"abandon_incoherent needs the weights on the device, and the form {decoding.plan.form} keeps them on the "
+            f"host: choose another form, or leave out abandon_incoherent."
+        )
+    if (limit := workload.sampling.max_new_tokens) <= BEGINNING:
+        raise UserError(
+            f"abandon_incoherent judges the first {BEGINNING} tokens of an answer, and max_new_tokens is {limit}: "
+            f"raise it, or leave out abandon_incoherent."
+        )
+    each = cache_bytes(model, workload.prompt_tokens, BEGINNING) / model.mesh.size
+    if each > LARGEST_PROMPT_CACHE:
+        raise UserError(
+            f"abandon_incoherent would keep {each / 1e9:.1f} GB of keys and values of the prompts on each device, more "
+            f"than {LARGEST_PROMPT_CACHE / 1e9:.1f}: ask fewer or shorter prompts, or leave out abandon_incoherent."
+        )
 
 
 def _check_judges(judges: Judges, decoding: Decoding, questions: Questions, free_model: bool) -> int | None:
@@ -315,15 +367,14 @@ def _evaluate(
 
     Arguments:
         coherences: gives the evaluators by coherence. They may calibrate the model, so they are made after the first
-            round, when the memory of the engine is free.
+            round, when the memory of the engine is free, if they are not needed before.
         openings: see `label_rest`.
     """
     if decoding.keep_labels:
         label_rest(run, decoding.judges, openings)
-    own: list[Evaluator] = []
     while True:
         decode_rest(run, decoding, reports)
-        if own := own or coherences():
+        if own := coherences():
             label_rest(run, own, openings, None, progress)
         if not run.extend():
             return

@@ -163,13 +163,15 @@ def _unjudged(run: Run, judge: Evaluator) -> list[list[dict[str, Any]]]:
 
 
 def _check_whole(judge: Evaluator, points: Sequence[Sequence[Mapping[str, Any]]], openings: Sequence[str]) -> None:
-    """Raise a `UserError` if an answer was cut before the evaluator's outcome is decided."""
+    """Raise a `UserError` if an answer was cut before the evaluator's outcome is decided. What was abandoned is judged
+    as it is: that is the choice of whoever asked for it."""
     decide = {opening: stop_when(judge, opening) for opening in set(openings)}
     short = 0
     for records in points:
         for opening, record in zip(openings, records, strict=True):
             decides = decide[opening]
-            short += bool(record.get("cut")) and not (decides is not None and decides(record["generation"]))
+            is_decided = record.get("abandoned") or (decides is not None and decides(record["generation"]))
+            short += bool(record.get("cut")) and not is_decided
     if short:
         raise UserError(
             f"{judge.name!r} cannot judge {short} of the run's {sum(map(len, points))} answers, because they were cut "

@@ -1,6 +1,6 @@
 """The three shares of a scan: the evaluator `coherence` in a run, which keeps its thresholds.
 
-In a run, an answer refuses if the evaluator that decides the ASR says so.
+In a run, an answer refuses if the evaluator that decides the ASR says so, and one that was abandoned makes no sense.
 """
 
 import itertools
@@ -11,11 +11,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool
+
+from jaxscape.engine.scheduler import Abandon, StopWhen
 from jaxscape.evaluate.base import Evaluator, Label
-from jaxscape.evaluate.coherence import COHERENCE, Coherence, Thresholds, calibrate
+from jaxscape.evaluate.beginnings import Beginnings
+from jaxscape.evaluate.coherence import (
+    BEGINNING,
+    COHERENCE,
+    BeginningThresholds,
+    Coherence,
+    Thresholds,
+    calibrate,
+)
+from jaxscape.landscapes.questions import Questions
 from jaxscape.landscapes.store import COHERENCE_FILE, Run
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model
+from jaxscape.prompts.thinking import answer_of
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 from jaxscape.runtime.processes import from_first
@@ -41,10 +55,31 @@ class _CoherenceOfRun(Coherence):
         numbers = self.run.labels.missing(self, self.run.num_done)
         for start in range(0, len(points), size):
             part = points[start : start + size]
-            of_points = self.run.refused[numbers[start : start + len(part)]]
-            refused = of_points[:, -len(prompts) :].ravel().tolist()
-            labels = self.label([*prompts] * len(part), list(itertools.chain.from_iterable(part)), refused)
+            places = np.ix_(numbers[start : start + len(part)], range(-len(prompts), 0))
+            labels = self._label_rest(
+                [*prompts] * len(part),
+                list(itertools.chain.from_iterable(part)),
+                self.run.refused[places].ravel(),
+                # Another model may find sense in what this run's model found none in.
+                self.run.abandoned[places].ravel() & (self.name == COHERENCE),
+            )
             yield from (labels[i : i + len(prompts)] for i in range(0, len(labels), len(prompts)))
+
+    def _label_rest(
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        refused: Bool[np.ndarray, " answers"],
+        abandoned: Bool[np.ndarray, " answers"],
+    ) -> list[Label]:
+        """The labels of answers, of which those that were abandoned make no sense."""
+        labels: list[Label] = ["incoherent"] * len(answers)
+        rest = np.flatnonzero(~abandoned).tolist()
+        if rest:
+            said = self.label([prompts[i] for i in rest], [answers[i] for i in rest], refused[rest].tolist())
+            for i, label in zip(rest, said, strict=True):
+                labels[i] = label
+        return labels
 
 
 def in_run(
@@ -55,6 +90,7 @@ def in_run(
     load: Callable[[], Model],
     weights: str,
     decides: Evaluator | None,
+    beginnings: bool = False,
 ) -> Coherence:
     """The evaluator for the answers of a run. Its thresholds are those that the run has kept; if it has none, the model
     that judges is calibrated, and the run keeps them.
@@ -67,6 +103,7 @@ def in_run(
         weights: checksum of the parameters of the run's model.
         decides: the evaluator that decides the ASR; None if only its verdicts are known. If it is `judge` itself, the
             paper's keywords tell refusals.
+        beginnings: whether `coherence` is to judge beginnings of answers too.
 
     Raises:
         UserError: the thresholds that are kept are damaged, or those of another model.
@@ -77,9 +114,10 @@ def in_run(
     thresholds = None if kept is None else _thresholds(kept)
     if is_own and thresholds is not None and thresholds.weights != weights:
         raise UserError(f"{path} has the thresholds of another model than the run's: delete it to calibrate again.")
-    if thresholds is None:
+    beginnings = beginnings and is_own
+    if thresholds is None or (beginnings and thresholds.beginning is None):
         model = load() if is_own else judge.model
-        thresholds = _thresholds(from_first(calibrate(model).recorded))
+        thresholds = _thresholds(from_first(calibrate(model, beginnings).recorded))
         from_first(partial(_add, path, judge.name, thresholds))
         load = partial(_same, model)
     elif not is_own:
@@ -91,6 +129,35 @@ def in_run(
     if run is None:
         return Coherence(judge.name, load, thresholds, decides, texts)
     return _CoherenceOfRun(judge.name, load, thresholds, decides, texts, run)
+
+
+def abandon_noise(model: Model, thresholds: Thresholds, questions: Questions, refuses: StopWhen | None) -> Abandon:
+    """What ends the answers of a scan whose beginnings make no sense. A text that thinks goes on.
+
+    Arguments:
+        model: the unperturbed model, which judges.
+        thresholds: see `Beginnings`.
+        refuses: says that a text refuses; such an answer is no noise. None if that is not known before an answer ends.
+    """
+    judge = Beginnings(model, questions.tokens, thresholds)
+
+    def goes_on(beginning: str) -> bool:
+        is_thinking = bool(questions.opening) or answer_of(beginning) != beginning
+        return is_thinking or (refuses is not None and refuses(beginning))
+
+    def is_lost(numbers: Sequence[int], beginnings: Sequence[str]) -> list[bool]:
+        lost = np.zeros(len(beginnings), bool)
+        if asked := [i for i, text in enumerate(beginnings) if not goes_on(text)]:
+            lost[asked] = judge.make_no_sense([numbers[i] for i in asked], [beginnings[i] for i in asked])
+        return lost.tolist()
+
+    return Abandon(BEGINNING, is_lost)
+
+
+def thresholds_of_model(judges: Sequence[Evaluator]) -> Thresholds:
+    """The thresholds of the run's own model, by which `coherence`, one of these evaluators, judges."""
+    (own,) = [judge.thresholds for judge in judges if isinstance(judge, Coherence) and judge.name == COHERENCE]
+    return own
 
 
 def load_checked(load: Callable[[], Model], weights: str) -> Model:
@@ -117,8 +184,10 @@ def _same(model: Model) -> Model:
 
 def _thresholds(entry: Mapping[str, Any]) -> Thresholds:
     """Thresholds from an object of JSON, in which a number may be a whole one."""
-    numbers = {key: float(value) for key, value in entry.items() if key != "weights"}
-    return Thresholds(weights=str(entry["weights"]), **numbers)
+    numbers = {key: float(value) for key, value in entry.items() if key not in ("weights", "beginning")}
+    begun = entry.get("beginning")
+    beginning = begun and BeginningThresholds(**{key: float(value) for key, value in begun.items()})
+    return Thresholds(weights=str(entry["weights"]), **numbers, beginning=beginning)
 
 
 def _read(path: Path | None) -> dict[str, dict[str, Any]]:

@@ -103,6 +103,8 @@ class Run:
         refused: bool[points, prompts], whether each answer counts as a refusal; only for evaluated points.
         finite: bool[points, prompts], False if an answer met a NaN or infinite logit; only for evaluated points.
         unanswered: bool[points, prompts], whether a text has thinking in it and no answer; only for evaluated points.
+        abandoned: bool[points, prompts], whether an answer was ended because its beginning makes no sense; only for
+            evaluated points.
         labels: what evaluators said of the answers at the evaluated points.
         evaluator: name of the evaluator that decides the ASR.
         directions: see `Landscape.directions`.
@@ -144,6 +146,7 @@ class Run:
         self.refused = np.zeros((len(self._all), len(prompts)), bool)
         self.finite = np.ones((len(self._all), len(prompts)), bool)
         self.unanswered = np.zeros((len(self._all), len(prompts)), bool)
+        self.abandoned = np.zeros((len(self._all), len(prompts)), bool)
         self._out, self.evaluator, self.directions = out, evaluator, directions
         self.directory = None if out is None else out[0]
         self._unwritten: list[list[dict[str, Any]]] = []  # the lines of a run without a directory, point by point
@@ -221,6 +224,7 @@ class Run:
             nonfinite=self._counts(~self.finite),
             evaluated=evaluated if self.adaptive is None else evaluated | is_finished,
             unanswered=self._counts(self.unanswered),
+            abandoned=self._counts(self.abandoned) if self.abandoned.any() else None,
             measures=each_array(self._filled, self.labels.measures()),
             shares={kind: self._filled(share) for kind, share in self.labels.shares().items()},
             complied=self._filled(complied.astype(np.float64)) if len(complied) == len(self.points) > 0 else None,
@@ -264,10 +268,9 @@ class Run:
 
     def outcomes(self) -> dict[str, Any]:
         """The outcomes of the evaluated points."""
-        arrays = (self.refused, self.finite, self.unanswered)
         earlier = self.labels.earlier.items()
         return {
-            "arrays": [array[: self.num_done].tolist() for array in arrays],
+            "arrays": [array[: self.num_done].tolist() for array in self._arrays],
             "labels": [self.labels.rows, self.labels.checksums],
             "points": self.points if self.adaptive else None,
             "answers": list(self._earlier.answers.items()),
@@ -284,13 +287,19 @@ class Run:
         for name, point, checksum, labels in outcomes["earlier"]:
             self.labels.earlier.setdefault(name, {})[_as_point(point)] = (checksum, labels)
         if self.num_done:
-            for array, values in zip((self.refused, self.finite, self.unanswered), outcomes["arrays"], strict=True):
+            for array, values in zip(self._arrays, outcomes["arrays"], strict=True):
                 array[: self.num_done] = values
+
+    @property
+    def _arrays(self) -> tuple[Bool[np.ndarray, "points prompts"], ...]:
+        """The outcomes of all points."""
+        return self.refused, self.finite, self.unanswered, self.abandoned
 
     def _add(self, records: Sequence[Record]) -> None:
         self.refused[self.num_done] = [record["refused"] for record in records]
         self.finite[self.num_done] = [record.get("finite", True) for record in records]
         self.unanswered[self.num_done] = [record.get("unanswered", False) for record in records]
+        self.abandoned[self.num_done] = [record.get("abandoned", False) for record in records]
         self.num_done += 1
 
     def _restore(self, directory: Path, file: BinaryIO) -> None:
@@ -390,6 +399,7 @@ def records_of(
             **({} if completion.finite else {"finite": False}),
             **({"unanswered": True} if has_no_answer else {}),
             **({"cut": True} if completion.cut else {}),
+            **({"abandoned": True} if completion.abandoned else {}),
         }
         for prompt, completion, verdict, has_no_answer in zip(prompts, completions, refused, unanswered, strict=True)
     ]

@@ -74,14 +74,16 @@ def save_figure(
 def _title(landscape: Landscape) -> str:
     values = landscape.visage_values
     if landscape.complete and landscape.points:
-        return f"{len(landscape.points)} points, {landscape.num_prompts} prompts"
+        title = f"{len(landscape.points)} points, {landscape.num_prompts} prompts"
+        return "\n".join(filter(None, [title, landscape.abandoned_text]))
     if values is None:
         return f"unfinished: {np.isfinite(landscape.asr).sum()} of {landscape.asr.size} points"
     low, high = values["interval"]
     title = f"VISAGE {values['paper']:.1f} (95 % interval {low:.1f} to {high:.1f}), {landscape.num_prompts} prompts"
-    if landscape.filled is None:
-        return title
-    return f"{title}\n{landscape.num_evaluated} of {landscape.asr.size} points evaluated, the others interpolated"
+    lines = [title, landscape.abandoned_text]
+    if landscape.filled is not None:
+        lines.append(f"{landscape.num_evaluated} of {landscape.asr.size} points evaluated, the others interpolated")
+    return "\n".join(filter(None, lines))
 
 
 UNITS = {

@@ -24,7 +24,7 @@ from jaxscape.engine.layout import pack
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import make_plan
 from jaxscape.engine.sampling import Sampling
-from jaxscape.engine.scheduler import Completion, Scheduler
+from jaxscape.engine.scheduler import Abandon, Completion, Scheduler
 from jaxscape.models.cache import Context
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.decoder import forward
@@ -81,13 +81,14 @@ def run(
     *,
     ahead: int = 0,
     stop_when: Callable[[str], bool] | None = None,
+    abandon: Abandon | None = None,
     sampling: Sampling = GREEDY,
     **options: Any,
 ) -> list[list[Completion]]:
     rows = tokenize(model, prompts, "default", sampling.max_new_tokens)
     workload = Workload(rows, sampling, num_points=len(coords), points_per_line=len(coords), ndim=1)
     plan = replace(make_plan(model, workload, EngineOptions(**options)), chunks_in_flight=ahead)
-    engine = Engine(model, workload, plan, stop_when)
+    engine = Engine(model, workload, plan, stop_when, abandon)
     return list(engine.complete([direction], [(c,) for c in coords]))
 
 
@@ -134,6 +135,69 @@ def test_the_engine_generates_what_the_plain_path_generates(
             assert completion.cut == (cut is not None and cut < NEW)
             assert completion.finite
             assert completion.length == (cut or min(len(row) + 1, NEW))
+
+
+@settings(max_examples=10)
+@given(
+    prompts=st.lists(st.sampled_from(POOL), min_size=1, max_size=9),
+    coords=st.lists(st.sampled_from(COORDS), min_size=1, max_size=4),
+    form=st.sampled_from(FORMS),
+    slots=st.integers(1, 14),
+    chunk=st.integers(1, 5),
+    ahead=st.integers(0, 2),
+    tokens=st.integers(1, NEW),
+    stops=st.booleans(),
+)
+def test_answers_are_abandoned_by_their_first_tokens_alone(
+    model: js.Model,
+    direction: Any,
+    plain: Plain,
+    prompts: list[str],
+    coords: list[float],
+    form: str,
+    slots: int,
+    chunk: int,
+    ahead: int,
+    tokens: int,
+    stops: bool,
+) -> None:
+    """Each answer that is long enough and undecided is asked about once, with the number of its prompt."""
+    asked: list[tuple[int, str]] = []
+
+    def is_lost(numbers: Sequence[int], texts: Sequence[str]) -> list[bool]:
+        asked.extend(zip(numbers, texts, strict=True))
+        return [(sum(map(int, text.split())) + number) % 2 == 0 for number, text in zip(numbers, texts, strict=True)]
+
+    def decided(row: Sequence[int]) -> bool:
+        return stops and any(token % 5 == 0 for token in row)
+
+    found = run(
+        model,
+        direction,
+        prompts,
+        coords,
+        form=form,
+        slots=slots,
+        chunk=chunk,
+        ahead=ahead,
+        stop_when=lambda text: decided(list(map(int, text.split()))),
+        abandon=Abandon(tokens, is_lost),
+    )
+    expected_asked = []
+    for c, point in zip(coords, found, strict=True):
+        for number, (prompt, completion) in enumerate(zip(prompts, point, strict=True)):
+            row = plain(prompt, c)
+            end = next((n for n in range(1, len(row) + 1) if decided(row[:n])), None)
+            begun = row[:tokens]
+            is_asked = len(row) >= tokens < NEW and not decided(begun)
+            if is_asked:
+                expected_asked.append((number, " ".join(map(str, begun))))
+            if is_asked and (sum(begun) + number) % 2 == 0:
+                assert completion == Completion(" ".join(map(str, begun)), tokens, cut=True, abandoned=True)
+            else:
+                assert completion.text == " ".join(map(str, row[:end]))
+                assert not completion.abandoned
+    assert sorted(asked) == sorted(expected_asked)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -16,8 +16,8 @@ def point_rows(run: KeptRun) -> list[Row]:
     """A row for each point of the landscape, those that an adaptive scan interpolated among them.
 
     The columns are `direction`, `point` and the coordinates, see `place`; `direction_name`; and what `landscape.json`
-    has for each point: `asr` with its interval, `nonfinite`, `unanswered`, and the share of each label in percent with
-    its interval, such as `coherence_refused`, `coherence_refused_low` and `coherence_refused_high`.
+    has for each point: `asr` with its interval, `nonfinite`, `unanswered`, `abandoned`, and the share of each label in
+    percent with its interval, such as `coherence_refused`, `coherence_refused_low` and `coherence_refused_high`.
     """
     land = run.landscape
     names = run.direction_names
@@ -29,6 +29,7 @@ def point_rows(run: KeptRun) -> list[Row]:
         "num_prompts": np.full(land.asr.shape, land.num_prompts),
         "nonfinite": land.nonfinite,
         "unanswered": land.unanswered,
+        "abandoned": np.zeros_like(land.nonfinite) if land.abandoned is None else land.abandoned,
         "interpolated": np.zeros(land.asr.shape, bool) if land.filled is None else land.filled,
         **{
             f"{evaluator}_{key}": values
@@ -52,7 +53,7 @@ def answer_rows(run: KeptRun) -> Iterator[Row]:
 
     The columns are `direction`, `point` and the coordinates, see `place`; `prompt_number`, counted from 0; `prompt`;
     `generation`; `refused`; for each evaluator its label, such as `label_keywords`, or None if it could not judge; and
-    `finite`, `unanswered` and `cut`, as in `generations.jsonl`.
+    `finite`, `unanswered`, `cut` and `abandoned`, as in `generations.jsonl`.
     """
     numbers = run.numbers
     for index, (point, records) in enumerate(zip(run.points, run.answers, strict=True)):
@@ -67,6 +68,7 @@ def answer_rows(run: KeptRun) -> Iterator[Row]:
                 "finite": record.get("finite", True),
                 "unanswered": record.get("unanswered", False),
                 "cut": record.get("cut", False),
+                "abandoned": record.get("abandoned", False),
             }
 
 

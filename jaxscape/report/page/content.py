@@ -27,6 +27,7 @@ NOT_FACTS = {"axes", "points", "directions"}
 directions say more than what identifies them."""
 REMARKS = {
     "cut": "ended where its outcome was decided",
+    "abandoned": "ended because its beginning makes no sense",
     "unanswered": "thinking without an answer",
     "not finite": "ended at a NaN or infinite logit",
 }
@@ -119,7 +120,8 @@ def answers_content(run: KeptRun, index: int) -> dict[str, Any]:
 
 def _remarks(record: Record) -> list[str]:
     happened = {
-        "cut": record.get("cut", False),
+        "cut": record.get("cut", False) and not record.get("abandoned", False),
+        "abandoned": record.get("abandoned", False),
         "unanswered": record.get("unanswered", False),
         "not finite": not record.get("finite", True),
     }
@@ -143,7 +145,7 @@ def summary(run: KeptRun) -> list[str]:
         parts.append(f"{state}: {int(np.isfinite(land.asr).sum())} of {land.asr.size} points")
     elif land.filled is not None:
         parts.append(f"{land.num_evaluated} of {land.asr.size} points evaluated, the others interpolated")
-    return parts
+    return [*parts, *filter(None, [land.abandoned_text])]
 
 
 def _counted(count: int, what: str) -> str:
