@@ -1,8 +1,9 @@
 """Measure the speed and memory of the engine on a landscape along one random direction.
 
-Run one of the three comparisons from the repository's root:
+Run one of the four comparisons from the repository's root:
 
     python benchmarks/benchmark.py                      # with Hugging Face generate; an hour on two CPU cores
+    python benchmarks/benchmark.py --compare fast       # whole scans, exact and fast; 15 minutes a round
     python benchmarks/benchmark.py --compare forms      # between forms of the weights; some minutes
     python benchmarks/benchmark.py --compare memory     # peak memory of a scan's process; a minute or two
 
@@ -37,7 +38,9 @@ from jaxscape.engine.planner import make_plan
 from jaxscape.engine.sampling import Sampling
 from jaxscape.engine.scheduler import Completion
 from jaxscape.landscapes.axes import symmetric_axes
+from jaxscape.landscapes.landscape import SHARES
 from jaxscape.models.checkpoint import named_leaves
+from jaxscape.report.tables import landscape_cells
 from jaxscape.runtime.hardware import measure_roofline
 from jaxscape.runtime.streams import write_line
 
@@ -56,10 +59,11 @@ class Answer(NamedTuple):
 class Benchmark:
     """Measure the speed and memory of the engine on a landscape along one random direction."""
 
-    compare: Literal["reference", "forms", "memory"] = "reference"
-    """reference compares the engine with Hugging Face generate; forms compares the factorised with the materialised
-    form of the weights, and a 2D with a 1D landscape; memory compares the peak memory of a scan's process with that of
-    a process that only starts."""
+    compare: Literal["reference", "fast", "forms", "memory"] = "reference"
+    """reference compares the engine with Hugging Face generate; fast compares a scan that evaluates all points and
+    decodes all answers with one that is adaptive and abandons incoherent answers, and with generate; forms compares the
+    factorised with the materialised form of the weights, and a 2D with a 1D landscape; memory compares the peak memory
+    of a scan's process with that of a process that only starts."""
     model: str = DEFAULT_MODEL
     """A model, as in `jaxscape scan`."""
     prompts: str = "advbench"
@@ -88,7 +92,9 @@ class Benchmark:
         model = js.load_model(self.model, "float32")
         (axis,) = symmetric_axes(1, self.steps, self.radius)
         task = Task(model, prompts, Sampling(self.max_new_tokens), axis.values)
-        if self.compare == "forms":
+        if self.compare == "fast":
+            compare_fast(task, self.rounds, self.batch_sizes, self.steps, self.radius)
+        elif self.compare == "forms":
             compare_forms(task, self.rounds)
         else:
             compare_reference(task, self.rounds, self.batch_sizes, compile_seconds)
@@ -211,6 +217,46 @@ def compare_reference(task: Task, rounds: int, batch_sizes: Sequence[int], compi
         write_ratios(f"{name} / engine", round_seconds[name], round_seconds["engine"])
     report_utilisation(engine, completions, statistics.median(round_seconds["engine"]), rounds)
     report_answers(task, reference, engine, completions, answers)
+
+
+def compare_fast(task: Task, rounds: int, batch_sizes: Sequence[int], steps: int, radius: float) -> None:
+    """Compare the seconds and the numbers of an exact scan and a fast one, both with shares and without the compilation
+    of programs, and the seconds that generate takes for the same points."""
+    options: dict[str, Any] = {"prompts": task.prompts, "steps": steps, "radius": radius, "progress": False}
+    options |= {"max_new_tokens": task.sampling.max_new_tokens}
+    modes: dict[str, dict[str, Any]] = {"exact": {}, "fast": {"adaptive": True, "abandon_incoherent": True}}
+    (direction,) = js.make_directions([0], task.model)
+    reference = Reference(task, direction)
+    trial = {size: reference.timed(task.alphas[0], size)[0] for size in batch_sizes}
+    sizes = {f"batch {size}": size for size in (4, min(trial, key=lambda size: trial[size]))}
+    times: dict[str, list[float]] = {name: [] for name in (*modes, *sizes)}
+    landscapes = {}
+    for round_number in range(-1, rounds):
+        for name, mode in modes.items():
+            started = time.perf_counter()
+            landscapes[name] = js.scan(task.model, [0], **options, **mode)
+            times[name].append(time.perf_counter() - started)
+        if round_number < 0:  # compiles, and does not count
+            for name in modes:
+                times[name].clear()
+            continue
+        for name, size in sizes.items():
+            # Of many small batches, every tenth one stands for all.
+            times[name].append(sum(reference.timed(alpha, size, round_number, 10)[0] for alpha in task.alphas))
+        write_line(", ".join(f"{name} {seconds[-1]:.1f} s" for name, seconds in times.items()))
+    for name, seconds in times.items():
+        write_ratios(f"{name} / fast", seconds, times["fast"])
+    write_line(f"fast: {landscapes['fast'].num_evaluated} points, {landscapes['fast'].abandoned_text}")
+    exact = landscapes["exact"]
+    for name, landscape in landscapes.items():
+        write_line(f"{name}: " + ", ".join(f"{title} {cell}" for title, cell in landscape_cells(landscape).items()))
+    for kind in SHARES:
+        low, high, share = exact.shares[f"{kind}_low"], exact.shares[f"{kind}_high"], landscapes["fast"].shares[kind]
+        outside = int(((share < low) | (share > high)).sum())
+        write_line(
+            f"{kind}: {outside} of {share.size} points of the fast scan outside the intervals of the exact one; they "
+            f"differ by at most {np.abs(share - exact.shares[kind]).max():.1f} points of a hundred"
+        )
 
 
 def write_ratios(name: str, numerators: Sequence[float], denominators: Sequence[float]) -> None:

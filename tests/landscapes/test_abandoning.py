@@ -14,6 +14,7 @@ import jaxscape as js
 from jaxscape.cli.main import main
 from jaxscape.cli.scan import summary
 from jaxscape.evaluate.coherence import BEGINNING, BeginningThresholds, calibrate
+from jaxscape.report.exports.registry import export_run
 from jaxscape.report.figures import plot_landscape
 from jaxscape.report.page.content import answers_content
 from jaxscape.report.page.content import summary as page_summary
@@ -129,6 +130,12 @@ def test_other_evaluators_judge_what_is_there(tiny: js.Model, run: Path, tmp_pat
     land = js.score(copy, "xstest")
     assert not np.isnan(land.measures["xstest"]["complied"]).any()
     assert land.abandoned is not None
+
+
+def test_the_papers_export_needs_the_ends_of_the_answers(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(js.UserError, match="abandoned answers that make no sense, so their ends are missing"):
+        export_run(run, "reference", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_coherence_may_decide_the_asr(tiny: js.Model, run: Path, tmp_path: Path) -> None:

@@ -21,11 +21,16 @@ def export_reference(run: KeptRun, out: Path) -> list[Path]:
         The files written.
 
     Raises:
-        UserError: the run has no answers at some points.
+        UserError: the run has no answers at some points, or abandoned some.
     """
     if run.landscape.filled is not None:
         raise UserError(
             f"The adaptive scan in {run.directory} has no answers at some points: export a scan of all points."
+        )
+    if run.landscape.abandoned is not None:
+        raise UserError(
+            f"The scan in {run.directory} abandoned answers that make no sense, so their ends are missing: export a "
+            f"scan without --abandon-incoherent."
         )
     by_set = itertools.groupby(zip(run.points, run.answers, strict=True), key=lambda pair: pair[0][0])
     sets = [_steps([answers for _, answers in pairs]) for _, pairs in by_set]
