@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Key
 from jaxscape.directions.base import Recipe, check_parts, default_radius
 from jaxscape.directions.low_rank import gaussian_factors
 from jaxscape.directions.names import CONTROL
+from jaxscape.directions.noise import standard_normal
 from jaxscape.directions.norms import tensor_norms
 from jaxscape.directions.random import scaled_to_norm, seed_of, tensor_key
-from jaxscape.directions.storage import Direction, Factored, factored, standard_normal
+from jaxscape.directions.storage import Direction, Factored, factored
 from jaxscape.directions.sums import tensor_norm
 from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.model import Model

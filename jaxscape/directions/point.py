@@ -127,7 +127,7 @@ def materialise(
     return fuse(moved) if is_fused else moved
 
 
-def materialise_streamed(
+def materialise_by_tensor(
     params: Params,
     directions: Sequence[Direction],
     coords: Float[Array | np.ndarray, " ndim"],
@@ -135,10 +135,11 @@ def materialise_streamed(
     *,
     shardings: Params,
 ) -> Params:
-    """θ(c) as `materialise` computes it, from parameters in host memory.
+    """θ(c) as `materialise` computes it, tensor by tensor, from parameters in host memory or on the devices.
 
-    Tensors are sent one by one, so the devices hold the parameters at the point, one tensor of θ₀ at a time, and the
-    directions as they are stored.
+    Parameters in host memory are sent one by one, so the devices hold the parameters at the point, one tensor of θ₀ at
+    a time, and the directions as they are stored. Tensors of equal shapes share a compiled program: one that draws all
+    tensors of a direction from its seed would take long to compile.
 
     Arguments:
         shardings: a tree like `params`, the sharding of each parameter.

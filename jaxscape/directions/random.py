@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key
 
 from jaxscape.directions.base import needs_option
-from jaxscape.directions.storage import Direction, Seeded, dense, rounded, standard_normal
+from jaxscape.directions.noise import standard_normal
+from jaxscape.directions.storage import Direction, Seeded, dense, rounded
 from jaxscape.directions.sums import order_free_sum, tensor_norm
 from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.model import Model

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key
 
+from jaxscape.directions.noise import standard_normal
 from jaxscape.directions.random import Noise, noise_direction
-from jaxscape.directions.storage import Direction, standard_normal
+from jaxscape.directions.storage import Direction
 from jaxscape.directions.sums import tensor_norm
 from jaxscape.models.model import Model
 

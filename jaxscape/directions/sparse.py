@@ -10,8 +10,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key
 
 from jaxscape.directions.base import needs_option
+from jaxscape.directions.noise import standard_normal
 from jaxscape.directions.random import noise_direction, scaled_to_norm, seed_of
-from jaxscape.directions.storage import Direction, standard_normal
+from jaxscape.directions.storage import Direction
 from jaxscape.directions.sums import tensor_norm
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError, check_seed

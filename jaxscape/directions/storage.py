@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, Shaped
 
+from jaxscape.directions.noise import standard_normal
 from jaxscape.directions.sums import tensor_norm
 from jaxscape.models.checkpoint import Params, named_leaves, tree_of
 from jaxscape.models.model import Model
@@ -158,11 +159,6 @@ def dense_tree(direction: Direction) -> Params:
 def is_zero(tensor: Any) -> bool:
     """Whether a direction's tensor is known to be zero because its rank is."""
     return isinstance(tensor, Factored) and tensor.rank == 0
-
-
-def standard_normal(key: Key[Array, ""], shape: tuple[int, ...], sharding: NamedSharding) -> Float[Array, "*shape"]:
-    """Standard normal noise in float32, with the same values under every sharding."""
-    return jax.lax.with_sharding_constraint(jax.random.normal(key, shape, jnp.float32), sharding)
 
 
 def stored(direction: Direction, storage: str) -> Direction:

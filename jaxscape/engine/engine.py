@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxscape.directions.point import materialise, materialise_streamed
+from jaxscape.directions.point import materialise, materialise_by_tensor
 from jaxscape.directions.stacked import Stacked, stack
 from jaxscape.directions.storage import Direction, concatenated
 from jaxscape.engine.batching import Workload, tokenize
@@ -37,6 +37,7 @@ from jaxscape.engine.decode import (
 from jaxscape.engine.layout import pack
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import Plan, make_plan
+from jaxscape.engine.platforms import platform_of
 from jaxscape.engine.sampling import Sampling, SamplingOptions
 from jaxscape.engine.scheduler import Abandon, Completion, Coords, Results, Scheduler, StopWhen
 from jaxscape.models.checkpoint import Params
@@ -131,8 +132,9 @@ class Engine:
                 self._unperturbed = fuse(self.model.params) if self.plan.is_fused else self.model.params
             return self._unperturbed
         at: Callable[..., Params] = partial(materialise, is_fused=self.plan.is_fused)
-        if form.keeps_weights_on_host:
-            at = partial(materialise_streamed, shardings=self.model.shardings)
+        draws = self.plan.storage == "seed" and platform_of(self.model.mesh).draws_by_tensor
+        if form.keeps_weights_on_host or draws:
+            at = partial(materialise_by_tensor, shardings=self.model.shardings)
         return self._timed("weights", at, self.model.params, directions, np.asarray(coords, np.float32), previous)
 
     def _decode(

@@ -25,6 +25,8 @@ class Platform:
             axis `points`: enough for large products to reach their full speed.
         prefill_sizes: number of sizes that such a batch may have. A program is compiled for each, which takes longer on
             an accelerator than computing some padding.
+        draws_by_tensor: whether θ(c) is formed tensor by tensor where directions are drawn from their seeds. XLA for
+            CPUs takes long to compile a program that draws all tensors, and such a program needs their memory at once.
         flops_share, bandwidth_share: the FLOP/s and the bandwidth that decoding reaches, divided by those of the
             measured roofline. On a GPU the bandwidth is measured with two rows, which read weights more slowly than a
             batch does, so its share is above 1.
@@ -35,6 +37,7 @@ class Platform:
     fuses_projections: bool = False
     prefill_tokens: int = 8192
     prefill_sizes: int = 2
+    draws_by_tensor: bool = False
     flops_share: float = 1.0
     bandwidth_share: float = 1.0
 
@@ -44,7 +47,7 @@ class Platform:
 
 
 PLATFORMS = {
-    "cpu": Platform(CPU_ORDER, CPU_ORDER, prefill_tokens=1024, prefill_sizes=8),
+    "cpu": Platform(CPU_ORDER, CPU_ORDER, prefill_tokens=1024, prefill_sizes=8, draws_by_tensor=True),
     "gpu": Platform(GPU_ORDER, GPU_ORDER_WITHOUT_KERNEL, fuses_projections=True, flops_share=0.75, bandwidth_share=1.5),
     "tpu": Platform(TPU_ORDER, TPU_ORDER),
 }

@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from jaxscape.directions.base import Recipe
 from jaxscape.directions.kinds import DirectionLike, make_directions, prepare
-from jaxscape.directions.point import materialise, materialise_streamed
+from jaxscape.directions.point import materialise, materialise_by_tensor
 from jaxscape.directions.storage import Direction
 from jaxscape.evaluate.measure import Subject, WeightMeasure
 from jaxscape.evaluate.measures import check_names, make_measures
@@ -186,7 +186,7 @@ def _params_at(
 ) -> Params:
     """The parameters at a point on the devices, in the buffers of the previous point's parameters."""
     is_on_host = isinstance(jax.tree.leaves(model.params)[0], np.ndarray)
-    form = partial(materialise_streamed, shardings=model.shardings) if is_on_host else materialise
+    form = partial(materialise_by_tensor, shardings=model.shardings) if is_on_host else materialise
     moved: Params = form(model.params, directions, np.asarray(coords, np.float32), previous)
     return moved
 

@@ -68,6 +68,26 @@ def test_the_plan_keeps_within_the_memory(tiny: js.Model, monkeypatch: pytest.Mo
         planned(tiny, prompts=64, line=5)
 
 
+@pytest.mark.cpu
+def test_a_cpu_stores_no_direction_where_points_take_long(tiny: js.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_speed(monkeypatch, flops=4e11, bandwidth=2e10)
+    assert planned(tiny, prompts=40, line=21).storage == "exact", "a point takes little longer than drawing"
+    monkeypatch.setitem(globals(), "NEW", 64)
+    plan, stored = planned(tiny, 40, 21), planned(tiny, 40, 21, direction_storage="exact")
+    assert (plan.form, plan.layout, plan.storage) == ("materialised", stored.layout, "seed")
+    sizes = [leaf.size for leaf in jax.tree.leaves(tiny.params)]
+    assert stored.memory_bytes - plan.memory_bytes == 4 * (sum(sizes) - max(sizes))
+    assert planned(tiny, prompts=40, line=3, ndim=2, form="materialised").storage == "exact", "not the same bits"
+
+
+@pytest.mark.cpu
+def test_an_accelerator_stores_directions_that_fit(tiny: js.Model) -> None:
+    rows = [[1, 2, 3, index] for index in range(40)]
+    workload = Workload(rows, Sampling(64), 21, 21, 1, num_random=1)
+    card = Hardware(Roofline(4e11, 2e10), None, is_host=False)
+    assert make_plan(tiny, workload, EngineOptions(form="materialised"), card).storage == "exact"
+
+
 def test_seven_billion_parameters_in_16_bits_fit_a_card_of_24_gb(
     tiny: js.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
