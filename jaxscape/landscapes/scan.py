@@ -43,7 +43,7 @@ from jaxscape.models.model import Model
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.files import checksum
-from jaxscape.runtime.hardware import free_memory
+from jaxscape.runtime.hardware import free_memory, return_free_memory
 from jaxscape.runtime.processes import from_first
 from jaxscape.runtime.remote import run_directory
 from jaxscape.runtime.reporting import check_target, open_reporter
@@ -374,6 +374,7 @@ def _evaluate(
         label_rest(run, decoding.judges, openings)
     while True:
         decode_rest(run, decoding, reports)
+        return_free_memory()
         if own := coherences():
             label_rest(run, own, openings, None, progress)
         if not run.extend():

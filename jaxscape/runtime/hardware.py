@@ -1,5 +1,7 @@
 """The devices: free memory and measured roofline, and the options and the cache with which JAX compiles for them."""
 
+import ctypes
+import gc
 import json
 import math
 import os
@@ -192,6 +194,17 @@ def _free_host_memory() -> int | None:
     except (OSError, ValueError, LookupError):
         pass  # this is not Linux, or the container has no limit
     return min(free, default=None)
+
+
+def return_free_memory() -> None:
+    """Give memory that is free in this process back to the machine, where the C library is glibc.
+
+    Tensors of a few megabytes lie in glibc's heap, which keeps what is freed between parts that are still used.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def roofline(dtype: str, keep: bool = True) -> Roofline:

@@ -1,5 +1,9 @@
 """The compiler options of the package's programs."""
 
+import platform
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -57,3 +61,23 @@ def test_without_options_the_program_is_a_plain_one() -> None:
     double = platform_jit()(lambda x: 2 * x)
     assert float(double(2.0)) == 4
     assert double._jitted is double._plain
+
+
+HEAP_WITH_GAPS = """
+from pathlib import Path
+from jaxscape.runtime.hardware import return_free_memory
+
+def resident() -> int:
+    return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+parts = [bytes(60_000) for _ in range(4000)]
+del parts[:-1]
+before = resident()
+return_free_memory()
+assert before - resident() > 200e6, (before, resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to give memory back")
+def test_free_memory_between_parts_that_are_used_is_given_back() -> None:
+    subprocess.run([sys.executable, "-c", HEAP_WITH_GAPS], check=True)
