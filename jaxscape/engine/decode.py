@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from jaxscape.directions.point import at_point
 from jaxscape.directions.stacked import Stacked
@@ -32,7 +32,7 @@ from jaxscape.models.fusion import fused_config
 from jaxscape.models.model import Model
 from jaxscape.models.shape import ModelShape
 from jaxscape.runtime.hardware import platform_jit
-from jaxscape.runtime.sharding import Axes, constrain, on_mesh, sharding
+from jaxscape.runtime.sharding import Axes, constrain, map_shards, on_mesh, sharding
 
 
 class Generated(NamedTuple):
@@ -76,12 +76,15 @@ class Slots(NamedTuple):
 class Insertion(NamedTuple):
     """M groups of prompts to insert, and where they go in a batch of B rows at N points.
 
+    Each array has the same number of entries for each shard of the batch, one shard after the other, and an index into
+    groups, rows or points counts from the first one of the shard.
+
     Attributes:
-        groups: int32[M], indices into `Groups`. If fewer than M groups are left, the last one is repeated, and no row
-            takes the copies.
+        groups: int32[M], indices into `Groups`. If fewer groups go to a shard than it prefills, the last one is
+            repeated, and no row takes the copies.
         coords: float32[M, n], the coordinates of each group's point.
-        new_coords: float32[K, n], the coordinates of the points whose prefix is not cached yet, filled up to K with the
-            last group's point.
+        new_coords: float32[K, n], the coordinates of the points whose prefix is not cached in the shard yet, filled up
+            with the last group's point.
         prefix_source: int32[M], where the prefix of each group comes from: the index, among the batch's N points, of
             the point that has it cached; or -1 - k for point k of `new_coords`.
         row_source: int32[B], the inserted prompt that each row of the batch takes, counted through the M groups; -1 for
@@ -176,7 +179,8 @@ def _blank_slots(static: StaticArguments, dtype: str, layout: BatchLayout) -> Sl
 
 def _slot_axes(slots: Slots, order: CacheOrder) -> Any:
     """The logical axes of each array of `Slots`."""
-    axes: Any = jax.tree.map(lambda x: ("rows", None)[: x.ndim], slots)
+    # XLA replicates arrays without elements, such as coordinates along no directions.
+    axes: Any = jax.tree.map(lambda x: ("rows" if x.size else None, None)[: x.ndim], slots)
     keys, values = order.axes
 
     def cache_axes(cache: Any) -> Any:
@@ -210,6 +214,7 @@ def insert(
         stream: the key that random draws are derived from.
     """
     config, order, count = static.config, static.order, len(insertion.groups)
+    group_in_shard = np.arange(count) % (count // static.mesh.shape["points"])
     with on_mesh(static.mesh):
         # 1. The prefix, computed once for each point and copied for each of its groups.
         prefixes = _prefix_caches(weights, slots, prefix, insertion, static)
@@ -223,11 +228,11 @@ def insert(
         hidden, cache = hidden_states(config, params, tokens, positions, context, order)
 
         # 3. The first new token, from the hidden state of each prompt's last token.
-        first = (group.first_token + jnp.arange(count)[:, None] * lines * width).reshape(-1)
+        first = (group.first_token + group_in_shard[:, None] * lines * width).reshape(-1)
         prompt_lengths, ids, lengths = (
             x.reshape(-1) for x in (group.prompt_lengths, group.prompt_ids, group.own_lengths)
         )
-        last = hidden.reshape(-1, hidden.shape[-1])[first + jnp.maximum(lengths, 1) - 1]
+        last = _tokens_in_shard(hidden, first + jnp.maximum(lengths, 1) - 1)
         nothing = Generated(
             tokens=jnp.zeros((len(ids), static.sampling.max_new_tokens), jnp.int32),
             lengths=jnp.zeros_like(ids),
@@ -291,19 +296,27 @@ def _filled_rings(
 
     Arguments:
         positions, cache: the position, and the keys and values, of each token in the packed lines.
-        first, lengths: for each inserted prompt, the index of its first token, counted through all lines, and the
-            number of its tokens there.
+        first, lengths: for each inserted prompt, the index of its first token, counted through the lines of its shard,
+            and the number of its tokens there.
     """
-    order, heads = static.order, (static.config.num_kv_heads, static.config.head_dim)
+    order = static.order
     # Slot s of row b's ring takes token number `token[b, s]` of the row's prompt, if the prompt has that many tokens.
-    takes, row = insertion.row_source >= 0, jnp.maximum(insertion.row_source, 0)
+    source = jnp.asarray(insertion.row_source)
+    takes, row = source >= 0, jnp.maximum(source, 0)
+    first, lengths = (x[:, None] for x in _gather_rows((first, lengths), row, order))
     ring = slots.cache.positions.shape[1]
-    token = (jnp.arange(ring) - (slots.clock - lengths[row][:, None])) % ring
-    is_filled = token < lengths[row][:, None]
-    index = jnp.where(is_filled, first[row][:, None] + token, 0)
+    token = (jnp.arange(ring) - (slots.clock - lengths)) % ring
+    is_filled = token < lengths
+    index = jnp.where(is_filled, first + token, 0)
 
-    def in_rings(dimensions: str, old: Array, new: Array) -> Array:
+    def in_rings(dimensions: str, axes: Axes, old: Array, new: Array) -> Array:
         """The rings of one layer's keys or values, whose dimensions have the order `dimensions`."""
+        by_row = (takes, is_filled, index)
+        return map_shards(partial(fill, dimensions), (axes, axes, *[("rows",)] * len(by_row)), old, new, *by_row)
+
+    def fill(dimensions: str, old: Array, new: Array, takes: Array, is_filled: Array, index: Array) -> Array:
+        """The rings in one shard."""
+        heads = [new.shape[dimensions.index(dimension)] for dimension in "kh"]
         by_token = new.transpose(*map(dimensions.index, "bskh")).reshape(-1, *heads)
         filled = jnp.where(is_filled[..., None, None], by_token[index], 0)
         filled = filled.transpose(*map("bskh".index, dimensions))
@@ -312,46 +325,59 @@ def _filled_rings(
         filled = with_layout_constraint(filled, Layout(tuple(range(4))))
         return jnp.where(jnp.expand_dims(takes, [axis for axis in range(4) if dimensions[axis] != "b"]), filled, old)
 
-    done: list[tuple[Array, Array]] = []
+    done: list[tuple[Array, ...]] = []
     for old, new in zip(zip(*slots.cache[:2], strict=True), zip(*cache[:2], strict=True), strict=True):
         if done:  # one layer after the other: gathering all layers at once would take the memory of a second cache
             new, done[-1] = jax.lax.optimization_barrier((new, done[-1]))
-        done.append((in_rings(order.keys, old[0], new[0]), in_rings(order.values, old[1], new[1])))
+        done.append(tuple(map(in_rings, order.keys_and_values, order.axes, old, new)))
     keys, values = zip(*done, strict=True)
-    filled_positions = jnp.where(is_filled, positions.reshape(-1)[index], -1)
+    filled_positions = jnp.where(is_filled, _tokens_in_shard(positions, index), -1)
     return KVCache(keys, values, jnp.where(takes[:, None], filled_positions, slots.cache.positions))
 
 
+def _tokens_in_shard(x: Shaped[Array, "lines width ..."], index: Int[Array, "rows ..."]) -> Array:
+    """`x` at the tokens with these numbers, counted through the lines of the shard that the row is in."""
+    take = lambda x, index: x.reshape(-1, *x.shape[2:])[index]  # noqa: E731
+    return map_shards(take, (("rows",), ("rows",)), x, index)
+
+
 def _take_rows(index: Int[Array | np.ndarray, " rows"], old: Any, new: Any, order: CacheOrder) -> Any:
-    """Two trees merged array by array: row i is row `index[i]` of the new array, or the old row if that is negative."""
-    numbers = jnp.asarray(index)
+    """Two trees merged array by array: row i is row `index[i]` of the new array, counted from the first row of the
+    shard that row i is in; or the old row if that is negative."""
 
-    def merge(old: Array, new: Array, row_axis: int) -> Array:
-        is_kept = jnp.expand_dims(numbers < 0, [axis for axis in range(old.ndim) if axis != row_axis])
-        return jnp.where(is_kept, old, jnp.take(new, jnp.maximum(numbers, 0), axis=row_axis))
+    def merge(row_axis: int, old: Array, new: Array, index: Array) -> Array:
+        is_kept = jnp.expand_dims(index < 0, [axis for axis in range(old.ndim) if axis != row_axis])
+        return jnp.where(is_kept, old, jnp.take(new, jnp.maximum(index, 0), axis=row_axis))
 
-    return _map_rows(merge, order, old, new)
+    return _map_rows(merge, index, order, old, new)
 
 
 def _gather_rows(tree: Any, index: Int[Array | np.ndarray, " rows"], order: CacheOrder) -> Any:
-    """The tree with row `index[i]` of each array as its row i."""
-    return _map_rows(lambda x, row_axis: jnp.take(x, jnp.asarray(index), axis=row_axis), order, tree)
+    """The tree with row `index[i]` of each array as its row i, counted from the first row of the shard of row i."""
+    return _map_rows(lambda row_axis, x, index: jnp.take(x, index, axis=row_axis), index, order, tree)
 
 
-def _map_rows(function: Callable[..., Array], order: CacheOrder, *trees: Any) -> Any:
-    """A tree of `function(*arrays, row_axis)` for the corresponding arrays of trees. `row_axis` is 0; only for keys and
-    values it is the one that `order` says."""
+def _map_rows(
+    function: Callable[..., Array], index: Int[Array | np.ndarray, " rows"], order: CacheOrder, *trees: Any
+) -> Any:
+    """A tree of `function(row_axis, *arrays, index)` for the corresponding arrays of trees, computed shard by shard, so
+    that no rows are sent. `row_axis` is 0; only for keys and values it is the one that `order` says."""
+
+    def mapped(axes: Axes, *arrays: Array) -> Array:
+        in_shard = partial(function, axes.index("rows"))
+        return map_shards(in_shard, (*[axes] * len(arrays), ("rows",)), *arrays, jnp.asarray(index))
 
     def map_cache(*caches: KVCache) -> KVCache:
         keys, values, positions = zip(*caches, strict=True)
+        key_axes, value_axes = order.axes
         return KVCache(
-            tuple(function(*layer, order.keys.index("b")) for layer in zip(*keys, strict=True)),
-            tuple(function(*layer, order.values.index("b")) for layer in zip(*values, strict=True)),
-            function(*positions, 0),
+            tuple(mapped(key_axes, *layer) for layer in zip(*keys, strict=True)),
+            tuple(mapped(value_axes, *layer) for layer in zip(*values, strict=True)),
+            mapped(("rows",), *positions),
         )
 
     def map_leaf(*leaves: Any) -> Any:
-        return map_cache(*leaves) if isinstance(leaves[0], KVCache) else function(*leaves, 0)
+        return map_cache(*leaves) if isinstance(leaves[0], KVCache) else mapped(("rows",), *leaves)
 
     return jax.tree.map(map_leaf, *trees, is_leaf=lambda x: isinstance(x, KVCache))
 
@@ -409,11 +435,15 @@ def compact(
     *,
     static: StaticArguments,
 ) -> Slots:
-    """A smaller batch with the given rows and points of `slots`, whose buffers are not donated."""
+    """A smaller batch with the given rows and points of `slots`, whose buffers are not donated.
+
+    Arguments:
+        rows, points: the same number for each shard of the batch, counted from its first row and point.
+    """
     moved = (slots.generated, slots.prompt_lengths, slots.prompt_ids, slots.cache)
-    by_row = _gather_rows(moved, rows, static.order)
-    by_point = _gather_rows((slots.prefix, slots.coords), points, static.order)
     with on_mesh(static.mesh):
+        by_row = _gather_rows(moved, rows, static.order)
+        by_point = _gather_rows((slots.prefix, slots.coords), points, static.order)
         return _constrained(Slots(*by_row, *by_point, slots.clock), static.order)  # type: ignore[call-arg]
 
 

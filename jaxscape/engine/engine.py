@@ -44,7 +44,7 @@ from jaxscape.models.checkpoint import Params
 from jaxscape.models.fusion import fuse
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import as_texts
-from jaxscape.runtime.sharding import mesh_shape_of, replicated
+from jaxscape.runtime.sharding import replicated
 
 
 @dataclass
@@ -69,8 +69,8 @@ class Engine:
     seconds: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
-        layout, devices = self.plan.layout, mesh_shape_of(self.model.mesh).points
-        prefix, self._groups = pack(self.workload, layout.prompts_per_group, layout.groups_per_insert, devices)
+        layout = self.plan.layout
+        prefix, self._groups = pack(self.workload, layout.prompts_per_group, layout.rows_per_group)
         # The prompts stay on the devices for the whole run.
         self._prompts_on_device = jax.device_put((prefix, self._groups), replicated(self.model.mesh))
         self._stream = jax.random.key(self.workload.sampling.seed, impl="threefry2x32")

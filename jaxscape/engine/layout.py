@@ -7,9 +7,11 @@ slots that each row has to itself.
 
 Prompts enter the batch in groups. So that prefill computes hardly any padding, the prompts of a group are packed into
 few lines, and a token attends to its own prompt only.
+
+Each of D devices along the mesh axis `points` holds a shard of the batch: B / D consecutive rows, which are those of
+N / D whole points. A device prefills the groups that its own rows take, so that no keys and values are sent to another.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,21 +27,25 @@ class BatchLayout:
     """The sizes of a batch. The planner chooses them, and the engine and the forecast use them.
 
     Attributes:
-        points_in_flight: N, the number of points that decode together.
+        points_in_flight: N, the number of points that decode together. A form that decodes one point at a time counts
+            it once for each shard.
         rows_per_point: B / N, the number of rows of each of these points.
-        prompts_per_group: number of prompts that enter the batch together; divides `rows_per_point`.
-        groups_per_insert: number of groups that one call of `decode.insert` prefills.
+        rows_per_group: number of rows that a group of prompts takes; divides `rows_per_point`.
+        prompts_per_group: number of prompts that enter the batch together; at most `rows_per_group`.
+        groups_per_insert: number of groups that one call of `decode.insert` prefills, the same number in each shard.
         compact_slots: number of rows of the smaller batch that the last unfinished rows move to; 0 if they do not move.
-            With several points in flight it is a multiple of `rows_per_point`.
+            With several points in a shard it is a multiple of `rows_per_point`.
         num_groups: number of groups that are answered together at one point: those of all prompts, or of a block.
         prefix_slots: number of cache slots for the common prefix of each point.
         ring_slots: number of cache slots in the ring of each row.
         num_factored: number of directions that are multiplied separately; those of all direction sets of a batch.
         num_sets: number of direction sets whose points decode together.
+        shards: D, the number of devices that share the rows; divides N and `groups_per_insert`.
     """
 
     points_in_flight: int
     rows_per_point: int
+    rows_per_group: int
     prompts_per_group: int
     groups_per_insert: int
     compact_slots: int
@@ -48,6 +54,7 @@ class BatchLayout:
     ring_slots: int
     num_factored: int
     num_sets: int = 1
+    shards: int = 1
 
     @property
     def batch(self) -> int:
@@ -56,16 +63,17 @@ class BatchLayout:
 
     @property
     def max_new_points(self) -> int:
-        """The largest number of points that the groups of one insertion belong to.
+        """The largest number of points that the groups of one insertion into a shard belong to.
 
         The groups come in the points' order, so only the first and the last point may have groups in other insertions
         too.
         """
-        return min(self.groups_per_insert, (self.groups_per_insert - 2) // self.num_groups + 2)
+        groups = self.groups_per_insert // self.shards
+        return min(groups, (groups - 2) // self.num_groups + 2)
 
 
 class Groups(NamedTuple):
-    """The prompts without their common prefix: G groups of R prompts, each packed into L lines of T tokens.
+    """The prompts without their common prefix: G groups of up to R prompts, each packed into L lines of T tokens.
 
     Attributes:
         tokens: int32[G, L, T].
@@ -87,29 +95,27 @@ class Groups(NamedTuple):
 
 
 def pack(
-    workload: Workload, prompts_per_group: int, groups_per_insert: int = 1, point_devices: int = 1
+    workload: Workload, prompts_per_group: int, rows_per_group: int | None = None
 ) -> tuple[Int[np.ndarray, " prefix"], Groups]:
     """The token ids of the common prefix, and the rest of the prompts packed into groups.
 
     Arguments:
-        point_devices: number of devices that share the rows of a batch. The number of lines in an insertion is a
-            multiple of it.
+        rows_per_group: R; by default the number of prompts.
     """
     prefix = workload.prefix_length
     texts = [tokens[prefix:] for tokens in workload.prompt_tokens]
     starts = range(0, len(texts), prompts_per_group)
     groups = [range(i, min(i + prompts_per_group, len(texts))) for i in starts]
     own_lengths = [[len(texts[prompt]) for prompt in group] for group in groups]
-    multiple = point_devices // math.gcd(point_devices, groups_per_insert)
     # Of several line widths, take the one with the least padding.
     narrowest = padded_length(max(map(len, texts)))
     widths = range(narrowest, narrowest + 8 * LENGTH_MULTIPLE, LENGTH_MULTIPLE)
     counts = [max(max(assign_lines(own, width)) + 1 for own in own_lengths) for width in widths]
-    shapes = [(-(-count // multiple) * multiple, width) for count, width in zip(counts, widths, strict=True)]
-    num_lines, width = min(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
+    num_lines, width = min(zip(counts, widths, strict=True), key=lambda shape: (shape[0] * shape[1], shape[1]))
     tokens, segments = (np.zeros((len(groups), num_lines, width), np.int32) for _ in range(2))
     positions = np.full_like(tokens, -1)
-    first, lengths, prompt_lengths, ids = (np.zeros((len(groups), prompts_per_group), np.int32) for _ in range(4))
+    shape = (len(groups), rows_per_group or prompts_per_group)
+    first, lengths, prompt_lengths, ids = (np.zeros(shape, np.int32) for _ in range(4))
     for g, group in enumerate(groups):
         filled = np.zeros(num_lines, int)
         for r, (prompt, line) in enumerate(zip(group, assign_lines(own_lengths[g], width), strict=True)):

@@ -73,8 +73,8 @@ class Plan:
 
     def __str__(self) -> str:
         layout = self.layout
-        batch = f"{self.form}: {layout.rows_per_point} slots"
-        if layout.points_in_flight > 1:
+        batch = f"{self.form}: {layout.batch} slots"
+        if self.form.batches_points and layout.points_in_flight > 1:
             points = f"{layout.points_in_flight} points"
             points += f" of {layout.num_sets} direction sets" if layout.num_sets > 1 else ""
             batch = f"{self.form}: {points} at a time, {layout.rows_per_point} slots each"
@@ -319,7 +319,7 @@ class Planner:
         layout = plan.layout
         together, lines = self._points_together(plan.form, layout.num_sets)
         groups = together * layout.num_groups
-        batches = lines * -(-groups // (layout.batch // layout.prompts_per_group))
+        batches = lines * -(-groups // (layout.batch // layout.rows_per_group))
         return RunCounts(batches, lines * -(-groups // layout.groups_per_insert), lines)
 
     def _points_together(self, form: Form, num_sets: int) -> tuple[int, int]:
@@ -371,31 +371,37 @@ class Planner:
     def _layout(self, form: Form, slots: int, num_sets: int) -> BatchLayout:
         """The batch layout with at most `slots` rows, before rounding up to whole tiles on each device."""
         workload, prompts = self._workload, self._workload.block or self._workload.num_prompts
-        points, inserts = 1, 1
+        devices = self._mesh_shape.points
         if form.batches_points:
             rows = group = min(ROWS_PER_POINT, prompts, slots)
             blocks = self._points_together(form, num_sets)[0] * -(-prompts // group)
             points = self._rounded(max(1, min(slots // rows, blocks)), rows)
-            inserts = min(max(1, points // 4), MAX_GROUPS_PER_INSERT * self._mesh_shape.points)
+            inserts = devices * min(max(1, points // devices // 4), MAX_GROUPS_PER_INSERT)
             compact = self._rounded(points // 4, rows) * rows
         else:
+            points = inserts = devices
             if prompts <= slots:
-                rows = group = self._rounded(prompts)
+                rows = group = self._rounded(prompts) // devices
             else:
-                group = self._rounded(max(1, slots // 4))
-                rows = max(1, slots // group) * group
-            compact = self._rounded(rows // 4)
+                group = self._rounded(max(1, slots // 4)) // devices
+                rows = max(1, slots // (devices * group)) * group
+            compact = self._rounded(points * rows // 4)
+        in_group = group
+        if not form.batches_points and devices > 1:  # the devices get equal numbers of prompts
+            in_group = -(-min(devices * group, workload.num_prompts) // devices)
         return BatchLayout(
             points_in_flight=points,
             rows_per_point=rows,
-            prompts_per_group=group,
+            rows_per_group=group,
+            prompts_per_group=in_group,
             groups_per_insert=inserts,
             compact_slots=compact if compact < points * rows else 0,
-            num_groups=-(-prompts // group),
+            num_groups=-(-prompts // in_group),
             prefix_slots=workload.prefix_length,
             ring_slots=workload.ring_slots,
             num_factored=num_sets * self._num_factored(form),
             num_sets=num_sets,
+            shards=devices,
         )
 
     def _plan(self, form: Form, storage: str, is_fused: bool, slots: int, num_sets: int) -> Plan:
@@ -424,7 +430,7 @@ class Planner:
         """Bytes of the rings and prefixes on each device, with the smaller batch that the last rows move to."""
         devices = self._mesh_shape.points
         rows = layout.batch // devices + layout.compact_slots // devices
-        prefixes = 2  # one point's prefix is replicated: one copy for the batch, one for the smaller batch
+        prefixes = 2  # each device has that of one point: one copy for the batch, one for the smaller batch
         if form.batches_points:
             prefixes = -(-(layout.points_in_flight + layout.compact_slots // layout.rows_per_point) // devices)
         return (rows * layout.ring_slots + prefixes * layout.prefix_slots) * self._bytes_per_cache_slot
@@ -466,11 +472,11 @@ class Planner:
         """Estimated bytes of temporary arrays on each device: a prefill's largest layer, its keys and values, and the
         logits."""
         c, (points, model) = self._config, self._mesh_shape
-        inserts, group, prefix = layout.groups_per_insert, layout.prompts_per_group, layout.prefix_slots
+        inserts, prefix = layout.groups_per_insert // points, layout.prefix_slots  # on each device
         longest = layout.ring_slots - self._workload.sampling.max_new_tokens
-        tokens = inserts * max(-(-group * longest // points), prefix)
+        tokens = inserts * max(layout.rows_per_group * longest, prefix)
         attention = c.num_heads * (prefix + longest)
         layer = tokens * (6 * c.hidden_size + (3 * c.intermediate_size + 2 * attention) / model) * 4
         keys_and_values = self._bytes_per_cache_slot * (tokens + 3 * inserts * prefix)
-        logits = 3 * 4 * c.vocab_size / model * max(layout.batch // points, inserts * group)
+        logits = 3 * 4 * c.vocab_size / model * max(layout.batch // points, inserts * layout.rows_per_group)
         return round(layer + keys_and_values + logits)

@@ -88,39 +88,77 @@ class Scheduler:
     def insertions(self) -> Iterator[Insertion]:
         """The insertions to run now.
 
-        An insertion waits until there are free rows for all its groups: as many as one call of `insert` takes, or those
-        that are left.
+        An insertion waits until there are free blocks of rows, in any shards, for as many groups as one call of
+        `insert` takes, or for those that are left. A shard in which fewer blocks are free than it prefills groups takes
+        fewer: waiting for it would leave the free rows of all other shards idle.
         """
-        layout, size = self._layout, self._layout.groups_per_insert
+        layout = self._layout
         while self._queue:
-            blocks = self.jobs.reshape(-1, layout.prompts_per_group)
+            blocks = self.jobs.reshape(-1, layout.rows_per_group)
             free = np.flatnonzero((blocks < 0).all(-1))
-            count = min(size, len(self._queue))
+            count = min(layout.groups_per_insert, len(self._queue))
             if len(free) < count:
                 return
-            yield self._insert([self._queue.popleft() for _ in range(count)], blocks, free)
+            yield self._insert(blocks, self._blocks_to_fill(free, count))
 
-    def _insert(
-        self, chosen: list[tuple[int, int]], blocks: Int[np.ndarray, "blocks group"], free: Int[np.ndarray, " free"]
-    ) -> Insertion:
-        """Assign chosen (point, group) pairs to free blocks of rows, and return the insertion that does so."""
+    def _blocks_to_fill(self, free: Int[np.ndarray, " free"], count: int) -> Int[np.ndarray, " filled"]:
+        """Up to `count` of the free blocks of rows, in their order: in no shard more than it prefills groups, and the
+        more the more of its blocks are free."""
         layout = self._layout
+        shard = free * layout.shards // (layout.batch // layout.rows_per_group)
+        rank = np.arange(len(free)) - np.searchsorted(shard, shard)
+        num_left = np.bincount(shard)[shard] - rank
+        order = np.argsort(-num_left, stable=True)
+        usable = order[rank[order] < layout.groups_per_insert // layout.shards]
+        return np.sort(free[usable[:count]])
+
+    def _insert(self, blocks: Int[np.ndarray, "blocks group"], filled: Int[np.ndarray, " filled"]) -> Insertion:
+        """Take (point, group) pairs from the queue, assign them to free blocks of rows, and return the insertion that
+        does so."""
+        shards, last = self._layout.shards, self._queue[0]
+        parts = []
+        for shard, (own_blocks, in_flight) in enumerate(
+            zip(np.split(blocks, shards), np.split(self._in_flight, shards), strict=True)
+        ):
+            own = filled[filled // len(own_blocks) == shard] % len(own_blocks)
+            chosen = [self._queue.popleft() for _ in own]
+            last = chosen[-1] if chosen else last
+            parts.append(self._insert_into_shard(own_blocks, in_flight, own, chosen, last))
+        return Insertion(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def _insert_into_shard(
+        self,
+        blocks: Int[np.ndarray, "blocks group"],
+        in_flight: Int[np.ndarray, " points"],
+        filled: Int[np.ndarray, " filled"],
+        chosen: list[tuple[int, int]],
+        last: tuple[int, int],
+    ) -> Insertion:
+        """Assign chosen (point, group) pairs to free blocks of a shard's rows, and return the shard's part of the
+        insertion.
+
+        Arguments:
+            blocks, in_flight: the shard's parts of `jobs` and of the points whose prefix is cached; they are changed.
+            last: the pair with which the shard's part is filled up.
+        """
+        layout = self._layout
+        # Repeating the last pair keeps the shapes, so that `insert` is compiled once. No row takes the copies.
+        num_groups = layout.groups_per_insert // layout.shards
+        inserted = chosen + [last] * (num_groups - len(chosen))
         # For each point, where its prefix comes from, as `Insertion.prefix_source` says it.
-        source = {int(point): index for index, point in enumerate(self._in_flight) if point >= 0}
-        new = list(dict.fromkeys(point for point, _ in chosen if point not in source))
+        source = {int(point): index for index, point in enumerate(in_flight) if point >= 0}
+        new = list(dict.fromkeys(point for point, _ in inserted if point not in source))
         source |= {point: -1 - k for k, point in enumerate(new)}
         row_source = np.full(blocks.shape, -1, np.int32)
-        point_source = np.full(self._in_flight.shape, -1, np.int32)
-        for i, (block, (point, group)) in enumerate(zip(free, chosen, strict=False)):
-            index = block * layout.prompts_per_group // layout.rows_per_point
-            row_source[block] = i * layout.prompts_per_group + np.arange(layout.prompts_per_group)
+        point_source = np.full(in_flight.shape, -1, np.int32)
+        for i, (block, (point, group)) in enumerate(zip(filled, chosen, strict=True)):
+            index = block * layout.rows_per_group // layout.rows_per_point
+            row_source[block] = i * layout.rows_per_group + np.arange(layout.rows_per_group)
             point_source[index] = i
             ids = self._prompt_ids[group]
             blocks[block] = np.where(ids < 0, -1, point * self.num_prompts + ids)
-            self._in_flight[index] = point
-        # Repeating the last entries keeps the shapes, so that `insert` is compiled once. No row takes the copies.
-        inserted = [chosen[min(i, len(chosen) - 1)] for i in range(layout.groups_per_insert)]
-        begun = (new + [chosen[-1][0]] * layout.max_new_points)[: layout.max_new_points]
+            in_flight[index] = point
+        begun = (new + [last[0]] * layout.max_new_points)[: layout.max_new_points]
         return Insertion(
             groups=np.array([group for _, group in inserted], np.int32),
             coords=self._coords([point for point, _ in inserted]),
@@ -135,23 +173,28 @@ class Scheduler:
         return np.array(coords, np.float32).reshape(len(points), self._layout.num_factored)
 
     def compacted(self) -> tuple[Int[np.ndarray, " fewer"], Int[np.ndarray, " fewer_points"]] | None:
-        """The indices of the rows and points that make the smaller batch, which `jobs` then describes; None as long as
-        groups wait or the unfinished rows do not fit into it."""
+        """The indices of the rows and points that make the smaller batch, which `jobs` then describes, as
+        `decode.compact` takes them; None as long as groups wait or the unfinished rows of a shard do not fit into its
+        part of the smaller batch."""
         layout = self._layout
         if self._queue:
             return None
-        # With one point in flight, rows move one by one; with several, all rows of a point move together.
-        is_one_point = layout.points_in_flight == 1
+        # With one point in a shard, rows move one by one; with several, all rows of a point move together.
+        is_one_point = layout.points_in_flight == layout.shards
         size = 1 if is_one_point else layout.rows_per_point
-        room = layout.compact_slots // size
-        unfinished = np.flatnonzero(self.is_alive.reshape(-1, size).any(axis=1))
-        if not 0 < len(unfinished) <= room:
+        room = layout.compact_slots // layout.shards // size
+        alive = self.is_alive.reshape(layout.shards, -1, size)
+        unfinished = [np.flatnonzero(own.any(axis=1)) for own in alive]
+        most = max(map(len, unfinished))
+        if not 0 < most <= room:
             return None
-        kept = np.resize(unfinished, room)
-        rows = (kept[:, None] * size + np.arange(size)).reshape(-1)
-        self.jobs = np.where(np.arange(room * size) < len(unfinished) * size, self.jobs[rows], -1)
-        points = np.zeros(1, np.int32) if is_one_point else kept.astype(np.int32)
-        return rows.astype(np.int32), points
+        kept = np.stack([np.resize(own, room) for own in unfinished])
+        rows = (kept[..., None] * size + np.arange(size)).reshape(layout.shards, -1)
+        moves = np.arange(room * size) < size * np.array([[len(own)] for own in unfinished])
+        jobs = np.take_along_axis(self.jobs.reshape(layout.shards, -1), rows, axis=1)
+        self.jobs = np.where(moves, jobs, -1).reshape(-1)
+        points = np.zeros(layout.shards, np.int32) if is_one_point else kept.reshape(-1).astype(np.int32)
+        return rows.reshape(-1).astype(np.int32), points
 
 
 class Results:

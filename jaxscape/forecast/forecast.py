@@ -308,8 +308,7 @@ def _programs(shape: ModelShape, workload: Workload, plan: Plan) -> Programs:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
 
     slots = slot_shapes(static, shape.dtype, layout)
-    devices = mesh_shape_of(shape.mesh).points
-    prefix, groups = on_every_chip(pack(workload, layout.prompts_per_group, layout.groups_per_insert, devices))
+    prefix, groups = on_every_chip(pack(workload, layout.prompts_per_group, layout.rows_per_group))
     direction, ndim = _direction_shapes(shape, workload, plan), layout.num_factored
     weights = Weights(shape.params, _factored_shapes(shape, workload, plan))
     stream = on_every_chip(jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")))
@@ -318,7 +317,7 @@ def _programs(shape: ModelShape, workload: Workload, plan: Plan) -> Programs:
         Insertion(
             groups=numbers,
             coords=np.zeros((layout.groups_per_insert, ndim), np.float32),
-            new_coords=np.zeros((layout.max_new_points, ndim), np.float32),
+            new_coords=np.zeros((layout.shards * layout.max_new_points, ndim), np.float32),
             prefix_source=numbers,
             row_source=np.zeros(layout.batch, np.int32),
             point_source=np.zeros(layout.points_in_flight, np.int32),

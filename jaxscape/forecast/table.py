@@ -118,7 +118,7 @@ def _summary(forecast: Forecast) -> str:
         )
     layout = forecast.plan.layout
     rows = f"{layout.batch} rows"
-    if layout.points_in_flight > 1:
+    if forecast.plan.form.batches_points and layout.points_in_flight > 1:
         rows = f"{layout.points_in_flight} points x {layout.rows_per_point} rows"
     option = "" if forecast.slots is None else f" with --slots {forecast.slots}"
     return (

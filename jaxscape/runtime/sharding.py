@@ -176,11 +176,11 @@ def constrain(x: Array, *axes: str | None) -> Array:
 def map_shards(function: Callable[..., Array], axes: Sequence[Axes], *arrays: Array) -> Array:
     """`function(*arrays)`, computed by each device of the mesh for its shards of the arrays.
 
-    XLA cannot split a kernel by itself, so a kernel is called through this function. Outside `on_mesh`, and on one
-    device, the function is called as it is.
+    XLA cannot split a kernel by itself, nor does it know which gathers stay within a shard, so these are called through
+    this function. Outside `on_mesh`, and on one device, the function is called as it is.
 
     Arguments:
-        function: its result has the shape and the logical axes of the first array.
+        function: its result has the logical axes of the first array.
         axes: the logical axes of each array; those of the last dimensions may be left out if they are None.
     """
     mesh = jax.sharding.get_abstract_mesh()

@@ -111,6 +111,16 @@ def test_both_forms_are_forecast(eight: Slice, one_layer: ModelConfig) -> None:
     assert json.loads(json.dumps(as_json(found)))[0]["programs"]["insert"]["flops"] > 0
 
 
+@pytest.mark.parametrize("form", ["materialised", "factorised"])
+def test_rows_are_inserted_where_they_are_computed(eight: Slice, form: Any) -> None:
+    """No chip sends another one keys and values, or anything else."""
+    config, work = replace(small_config(), num_layers=1), make_workload(80, 30, 20, 32, (21,))
+    options = EngineOptions(form=form, slots=128)
+    (found,) = forecast(config, work, eight, mesh_shape=MeshShape(8, 1), options=options)
+    inserted = found.programs["insert"]
+    assert (inserted.collectives, inserted.sent_bytes) == (0, 0.0)
+
+
 def test_low_rank_directions_of_all_sets_share_a_batch_and_one_copy_of_the_weights(eight: Slice) -> None:
     config, options = replace(small_config(), num_layers=1), EngineOptions(form="factorised")
     work = make_workload(4, 30, 20, 32, (5,), rank=2)

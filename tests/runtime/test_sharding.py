@@ -18,7 +18,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxscape as js
 import jaxscape.engine.engine as engine
 from jaxscape.directions.sums import order_free_sum
+from jaxscape.engine.batching import Workload, tokenize
 from jaxscape.engine.decode import compact, decode_chunk, insert
+from jaxscape.engine.planner import make_plan
+from jaxscape.engine.sampling import Sampling
+from jaxscape.forecast.hlo import program_traffic
 from jaxscape.models import model as models
 from jaxscape.models.cache import GPU_ORDER, TPU_ORDER, CacheOrder
 from jaxscape.models.checkpoint import fingerprint, named_leaves
@@ -87,6 +91,36 @@ def test_a_scan_gives_the_same_on_every_mesh(
     assert len(set(texts)) > 10
     found = (texts, land.asr.tolist())
     assert scans.setdefault(form, found) == found
+
+
+@pytest.mark.parametrize("form", ["materialised", "factorised"])
+def test_rows_are_inserted_and_moved_where_they_are(tiny_dir: Path, form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one, two, four and eight devices along `points` the same texts, which end at different lengths; and programs
+    that send no keys and values, although rows are refilled and the last ones move to fewer."""
+    found, sent = [], dict[tuple[str, int], float]()
+    for devices in (1, 2, 4, 8):
+        model = spelled(js.load_model(tiny_dir, "float32", mesh_shape=MeshShape(devices, 1)))
+        model = js.Model(**{**vars(model), "eos_token_ids": (2, 14, 77)})
+        for name, program in {"insert": insert, "compact": compact}.items():
+
+            def traced(*arguments: Any, key: Any = (name, devices), program: Any = program, **static: Any) -> Any:
+                if key not in sent:
+                    text = program.lower(*arguments, **static).compile().as_text()
+                    sent[key] = program_traffic(text).sent_bytes
+                return program(*arguments, **static)
+
+            monkeypatch.setattr(engine, name, traced)
+        points = [(c,) for c in np.linspace(-0.4, 0.4, 12)]
+        workload = Workload(tokenize(model, PROMPTS, "default", 24), Sampling(24), 12, 12, 1)
+        # So few rows that they are refilled on any number of devices.
+        options = js.EngineOptions(form=form, slots=8 if form == "materialised" else 64)
+        answers = engine.Engine(model, workload, make_plan(model, workload, options))
+        completions = list(answers.complete([js.random_direction(model, 0)], points))
+        found.append([[completion.text for completion in point] for point in completions])
+    assert len({len(text.split()) for point in found[0] for text in point}) > 5
+    assert all(texts == found[0] for texts in found)
+    assert {name for name, devices in sent if devices > 1} == {"insert", "compact"}
+    assert max(sent.values()) < 10, "at most a flag"
 
 
 def test_odd_sizes_are_copied_where_they_do_not_divide(make_model: MakeModel) -> None:
