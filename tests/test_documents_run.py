@@ -56,14 +56,14 @@ GUIDES = sorted(ROOT.glob("docs/how-to/add-*.md"))
 
 CHANGED: dict[str, dict[str, Any]] = {
     "load_prompts": {"num_prompts": 2},
-    "scan": {"steps": 2, "max_new_tokens": 8, "progress": False},
+    "scan": {"steps": 2, "max_new_tokens": 4, "progress": False},
     "measure": {"steps": 2, "progress": False},
     "radius": {"max_new_tokens": 4, "progress": False},
 }
 """The arguments of jaxscape's functions that are not those of the page."""
 
 SMALL = {
-    "scan": "--num-prompts 2 --steps 2 --max-new-tokens 8 --overwrite",
+    "scan": "--num-prompts 2 --steps 2 --max-new-tokens 4 --overwrite",
     "radius": "--num-prompts 2 --max-new-tokens 4 --overwrite",
     "measure": "--num-prompts 2 --steps 2 --overwrite",
     "finetune": "--epochs 2 --overwrite",
@@ -71,7 +71,12 @@ SMALL = {
 }
 """The options that each verb is given, after those of the page; the last value of an option counts."""
 
-NOT_WITH = {"--extend": ("--overwrite",), "--like": ("--num-prompts 2", "--steps 2"), "--points": ("--steps 2",)}
+NOT_WITH = {
+    "--abandon-incoherent": ("--max-new-tokens 4",),
+    "--extend": ("--overwrite",),
+    "--like": ("--num-prompts 2", "--steps 2"),
+    "--points": ("--steps 2",),
+}
 """What of `SMALL` an option of the page does not go with."""
 
 WITH = {
