@@ -245,8 +245,8 @@ def compare_fast(task: Task, rounds: int, batch_sizes: Sequence[int], steps: int
             # Of many small batches, every tenth one stands for all.
             times[name].append(sum(reference.timed(alpha, size, round_number, 10)[0] for alpha in task.alphas))
         write_line(", ".join(f"{name} {seconds[-1]:.1f} s" for name, seconds in times.items()))
-    for name, seconds in times.items():
-        write_ratios(f"{name} / fast", seconds, times["fast"])
+    for name in ("exact", *sizes):
+        write_ratios(f"{name} / fast", times[name], times["fast"])
     write_line(f"fast: {landscapes['fast'].num_evaluated} points, {landscapes['fast'].abandoned_text}")
     exact = landscapes["exact"]
     for name, landscape in landscapes.items():

@@ -109,6 +109,14 @@ def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
         return model(torch.tensor(tokens)).logits.float().numpy()
 
 
+def torch_log_likelihoods(torch_model: Any, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+    """The log-likelihood of each token of an answer, which is computed alone and without padding."""
+    if not answer:
+        return np.zeros(0, np.float32)
+    logits = torch.tensor(torch_logits(torch_model, np.array([[*prompt, *answer]])))[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].numpy()
+
+
 def assert_same_tree(a: Any, b: Any) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)

@@ -28,7 +28,7 @@ ROWS = 16  # answers of a call of the program; fewer are filled up
 
 
 class Continuations:
-    """The first tokens of answers to prompts, as a model finds them likely."""
+    """Computes how likely a model finds the first tokens of answers to given prompts."""
 
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], num_tokens: int) -> None:
         """Compute the keys and values of the prompts.

@@ -102,8 +102,8 @@ class Scheduler:
             yield self._insert(blocks, self._blocks_to_fill(free, count))
 
     def _blocks_to_fill(self, free: Int[np.ndarray, " free"], count: int) -> Int[np.ndarray, " filled"]:
-        """Up to `count` of the free blocks of rows, in their order: in no shard more than it prefills groups, and the
-        more the more of its blocks are free."""
+        """Up to `count` of the free blocks of rows, in their order. No shard gets more groups than it prefills in an
+        insertion, and a shard with more free blocks gets more of them."""
         layout = self._layout
         shard = free * layout.shards // (layout.batch // layout.rows_per_group)
         rank = np.arange(len(free)) - np.searchsorted(shard, shard)

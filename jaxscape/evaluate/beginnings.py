@@ -34,9 +34,9 @@ class Beginnings:
         Arguments:
             numbers: for each answer, the number of its prompt.
         """
-        is_noise = np.array([not makes_sense_as_text(text, self._thresholds) for text in beginnings], bool)
-        is_noise &= [bool(text.strip()) for text in beginnings]
-        if asked := [i for i, text in enumerate(beginnings) if text.strip() and not is_noise[i]]:
+        is_blank = np.array([not text.strip() for text in beginnings], bool)
+        is_noise = ~is_blank & [not makes_sense_as_text(text, self._thresholds) for text in beginnings]
+        if asked := np.flatnonzero(~is_blank & ~is_noise).tolist():
             texts = [beginnings[i] for i in asked]
             ids = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             answers = [tokens[:BEGINNING] for tokens in ids]

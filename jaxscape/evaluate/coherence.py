@@ -129,8 +129,8 @@ class Coherence:
         if self.given is None:
             return None
         refusals = None if self.refusals is None else self.refusals.name
-        numbers = {key: value for key, value in self.given.recorded().items() if key != "beginning"}
-        return checksum((tuple(numbers.values()), refusals))
+        of_whole = replace(self.given, beginning=None)
+        return checksum((tuple(of_whole.recorded().values()), refusals))
 
     @property
     def stop_when(self) -> Callable[[str], bool] | None:

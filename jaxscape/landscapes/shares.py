@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def abandon_noise(model: Model, thresholds: Thresholds, questions: Questions, re
         thresholds: see `Beginnings`.
         refuses: says that a text refuses; such an answer is no noise. None if that is not known before an answer ends.
     """
-    judge = Beginnings(model, questions.tokens, thresholds)
+    judge = cache(partial(Beginnings, model, questions.tokens, thresholds))  # nothing is computed before it is asked
 
     def goes_on(beginning: str) -> bool:
         is_thinking = bool(questions.opening) or answer_of(beginning) != beginning
@@ -148,7 +148,7 @@ def abandon_noise(model: Model, thresholds: Thresholds, questions: Questions, re
     def is_lost(numbers: Sequence[int], beginnings: Sequence[str]) -> list[bool]:
         lost = np.zeros(len(beginnings), bool)
         if asked := [i for i, text in enumerate(beginnings) if not goes_on(text)]:
-            lost[asked] = judge.make_no_sense([numbers[i] for i in asked], [beginnings[i] for i in asked])
+            lost[asked] = judge().make_no_sense([numbers[i] for i in asked], [beginnings[i] for i in asked])
         return lost.tolist()
 
     return Abandon(BEGINNING, is_lost)

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from helpers import torch_logits
+from helpers import torch_log_likelihoods
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -22,13 +21,6 @@ VOCAB, ROOM = 300, 5
 def pair(make_model: Any) -> tuple[js.Model, Any]:
     directory, torch_model = make_model(seed=3, tie_word_embeddings=True)
     return js.load_model(directory, "float32"), torch_model
-
-
-def by_torch(torch_model: Any, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
-    if not answer:
-        return np.zeros(0, np.float32)
-    logits = torch.tensor(torch_logits(torch_model, np.array([[*prompt, *answer]])))[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].numpy()
 
 
 def draw(lengths: Sequence[int], seed: int, shared: int = 0) -> list[list[int]]:
@@ -55,7 +47,7 @@ def test_likelihoods_are_those_of_transformers(
     answers = draw([length for _, length in asked], seed + 1)
     found = Continuations(model, prompts, ROOM).log_likelihoods(numbers, answers)
     for number, answer, values in zip(numbers, answers, found, strict=True):
-        np.testing.assert_allclose(values, by_torch(torch_model, prompts[number], answer), atol=2e-4)
+        np.testing.assert_allclose(values, torch_log_likelihoods(torch_model, prompts[number], answer), atol=2e-4)
 
 
 def test_a_question_compiles_nothing_new(pair: tuple[js.Model, Any]) -> None:

@@ -92,14 +92,21 @@ def run(
     return list(engine.complete([direction], [(c,) for c in coords]))
 
 
+RUN_OPTIONS = st.fixed_dictionaries(
+    {
+        "form": st.sampled_from(FORMS),
+        "slots": st.integers(1, 14),
+        "chunk": st.integers(1, 5),
+        "ahead": st.integers(0, 2),
+    }
+)
+
+
 @settings(max_examples=10)
 @given(
     prompts=st.lists(st.sampled_from(POOL), min_size=1, max_size=9),
     coords=st.lists(st.sampled_from(COORDS), min_size=1, max_size=4),
-    form=st.sampled_from(FORMS),
-    slots=st.integers(1, 14),
-    chunk=st.integers(1, 5),
-    ahead=st.integers(0, 2),
+    options=RUN_OPTIONS,
     keyword=st.sampled_from([None, 0, 1, 2]),
 )
 def test_the_engine_generates_what_the_plain_path_generates(
@@ -108,10 +115,7 @@ def test_the_engine_generates_what_the_plain_path_generates(
     plain: Plain,
     prompts: list[str],
     coords: list[float],
-    form: str,
-    slots: int,
-    chunk: int,
-    ahead: int,
+    options: dict[str, Any],
     keyword: int | None,
 ) -> None:
     """Whatever the form, the slots, the order and the chunks. The keyword is two tokens that stand side by side in one
@@ -122,9 +126,7 @@ def test_the_engine_generates_what_the_plain_path_generates(
         text = max((row for point in expected for row in point), key=len)[keyword : keyword + 2]
         word = " ".join(map(str, text)) if len(text) == 2 else "none"
         stop_when = lambda text: f" {word} " in f" {text} "  # noqa: E731
-    found = run(
-        model, direction, prompts, coords, form=form, slots=slots, chunk=chunk, ahead=ahead, stop_when=stop_when
-    )
+    found = run(model, direction, prompts, coords, stop_when=stop_when, **options)
     assert len(found) == len(coords)
     for point, rows in zip(found, expected, strict=True):
         for completion, row in zip(point, rows, strict=True):
@@ -141,10 +143,7 @@ def test_the_engine_generates_what_the_plain_path_generates(
 @given(
     prompts=st.lists(st.sampled_from(POOL), min_size=1, max_size=9),
     coords=st.lists(st.sampled_from(COORDS), min_size=1, max_size=4),
-    form=st.sampled_from(FORMS),
-    slots=st.integers(1, 14),
-    chunk=st.integers(1, 5),
-    ahead=st.integers(0, 2),
+    options=RUN_OPTIONS,
     tokens=st.integers(1, NEW),
     stops=st.booleans(),
 )
@@ -154,10 +153,7 @@ def test_answers_are_abandoned_by_their_first_tokens_alone(
     plain: Plain,
     prompts: list[str],
     coords: list[float],
-    form: str,
-    slots: int,
-    chunk: int,
-    ahead: int,
+    options: dict[str, Any],
     tokens: int,
     stops: bool,
 ) -> None:
@@ -176,12 +172,9 @@ def test_answers_are_abandoned_by_their_first_tokens_alone(
         direction,
         prompts,
         coords,
-        form=form,
-        slots=slots,
-        chunk=chunk,
-        ahead=ahead,
         stop_when=lambda text: decided(list(map(int, text.split()))),
         abandon=Abandon(tokens, is_lost),
+        **options,
     )
     expected_asked = []
     for c, point in zip(coords, found, strict=True):

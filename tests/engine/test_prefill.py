@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import torch_logits
+from helpers import torch_log_likelihoods, torch_logits
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -26,14 +26,6 @@ def pair(make_model: Any) -> tuple[js.Model, Any]:
     """A tiny model, and transformers' own."""
     directory, torch_model = make_model(seed=3, tie_word_embeddings=True)
     return js.load_model(directory, "float32"), torch_model
-
-
-def torch_log_likelihoods(torch_model: Any, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
-    """Each text alone and without padding."""
-    if not answer:
-        return np.zeros(0, np.float32)
-    logits = torch.tensor(torch_logits(torch_model, np.array([[*prompt, *answer]])))[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].numpy()
 
 
 def random_texts(lengths: Sequence[int], seed: int = 0, shared: int = 0) -> list[list[int]]:

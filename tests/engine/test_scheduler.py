@@ -17,7 +17,7 @@ from jaxscape.engine.scheduler import Scheduler
 def layout_of(
     shards: int, points: int, blocks: int, rows_per_group: int, prompts_per_group: int, groups: int, num_prompts: int
 ) -> BatchLayout:
-    """A layout of which each shard has `points` points with `blocks` blocks of rows, and inserts `groups` groups."""
+    """A layout whose shards have `points` points each, of `blocks` blocks of rows, and insert `groups` groups each."""
     rows_per_point = blocks * rows_per_group
     size = 1 if points == 1 else rows_per_point
     return BatchLayout(
