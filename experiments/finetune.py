@@ -4,4 +4,5 @@ import sys
 
 from jaxscape.cli.main import main
 
-main(["finetune", *sys.argv[1:]])
+if __name__ == "__main__":
+    main(["finetune", *sys.argv[1:]])

@@ -458,8 +458,9 @@ def test_what_is_not_run_stands_in_the_documents() -> None:
     assert [begin for begin in NOT_RUN if not any(line.startswith(begin) for line in lines)] == []
 
 
-COMMAND = re.compile(rf"jaxscape ({'|'.join(VERBS)})\b([^\n\"]*(?:\"[^\"\n]*\"[^\n\"]*)*)")
-EXPERIMENT = re.compile(r"python experiments/(\w+)\.py\b([^\n]*)")
+VERB = "|".join(VERBS)  # experiments/scan.py and experiments/finetune.py are the verbs of their names
+COMMAND = re.compile(rf"(?:jaxscape |python experiments/)({VERB})(?:\.py)?\b([^\n\"]*(?:\"[^\"\n]*\"[^\n\"]*)*)")
+EXPERIMENT = re.compile(rf"python experiments/(?!(?:{VERB})\.py)(\w+)\.py\b([^\n]*)")
 IN_SENTENCES = re.compile(r"`([^`…]+ --[^`…]+ [^`…]+)`")  # an option with a value: without one, it is the option's name
 
 
