@@ -2,7 +2,7 @@
 
 Pairs of a point and a group of prompts wait in a queue. The loop repeats four steps until all answers are finished:
   1. Insert waiting groups into free rows.
-  2. When no group waits and few rows are unfinished, move these to a smaller batch.
+  2. When no group waits and the unfinished rows fit into a smaller batch, move them there.
   3. Decode a few tokens in all rows.
   4. Read the tokens, end the rows whose outcome is decided, and free them.
 The tokens of an answer do not depend on when it is inserted, moved or read.
@@ -152,7 +152,7 @@ class Engine:
             slots = empty_slots(self._static, self.model.dtype, self.plan.layout)
         # Where in its ring a row begins decides the order of attention's sums. It must not depend on earlier points.
         slots = slots._replace(clock=jax.device_put(np.int32(0), slots.clock.sharding))
-        whole = None  # the whole batch, after the last rows moved to a smaller one
+        is_whole = True  # until the last rows move to a smaller batch
         reports: deque[tuple[Generated, Int[np.ndarray, " batch"]]] = deque()
         run = partial(self._timed, static=self._static)
         steps = 1
@@ -160,8 +160,8 @@ class Engine:
             for insertion in scheduler.insertions():
                 steps = 1
                 slots = run("prefill", insert, weights, slots, *self._prompts_on_device, insertion, self._stream)
-            if whole is None and (smaller := scheduler.compacted()) is not None:
-                whole, slots = slots, run("decode", compact, slots, *smaller)
+            if (smaller := scheduler.compacted()) is not None:
+                slots, is_whole = run("decode", compact, slots, *smaller), False
             # A refusal shows in the first tokens, so the first chunks are short.
             steps = min(2 * steps, self.plan.chunk)
             chunk = (scheduler.is_alive, self._stream, np.asarray(steps, np.int32))
@@ -173,7 +173,7 @@ class Engine:
                 if finished and self.on_finished is not None:
                     self.on_finished(len(finished))
             yield from results.ready()
-        self._slots = slots if whole is None else whole
+        self._slots = slots if is_whole else None
 
     def _timed(self, phase: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         started = time.perf_counter()

@@ -33,8 +33,8 @@ class BatchLayout:
         rows_per_group: number of rows that a group of prompts takes; divides `rows_per_point`.
         prompts_per_group: number of prompts that enter the batch together; at most `rows_per_group`.
         groups_per_insert: number of groups that one call of `decode.insert` prefills, the same number in each shard.
-        compact_slots: number of rows of the smaller batch that the last unfinished rows move to; 0 if they do not move.
-            With several points in a shard it is a multiple of `rows_per_point`.
+        compact_slots: numbers of rows of the smaller and smaller batches that the last unfinished rows move to. With
+            several points in a shard they are multiples of `rows_per_point`.
         num_groups: number of groups that are answered together at one point: those of all prompts, or of a block.
         prefix_slots: number of cache slots for the common prefix of each point.
         ring_slots: number of cache slots in the ring of each row.
@@ -48,7 +48,7 @@ class BatchLayout:
     rows_per_group: int
     prompts_per_group: int
     groups_per_insert: int
-    compact_slots: int
+    compact_slots: tuple[int, ...]
     num_groups: int
     prefix_slots: int
     ring_slots: int
@@ -60,6 +60,11 @@ class BatchLayout:
     def batch(self) -> int:
         """B, the number of rows."""
         return self.points_in_flight * self.rows_per_point
+
+    @property
+    def first_compact_slots(self) -> int:
+        """The number of rows of the first smaller batch; 0 if there is none."""
+        return max(self.compact_slots, default=0)
 
     @property
     def max_new_points(self) -> int:

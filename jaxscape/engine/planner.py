@@ -69,7 +69,7 @@ class Plan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
         """The inverse of `dataclasses.asdict`."""
-        return cls(**values | {"form": Form(values["form"]), "layout": BatchLayout(**values["layout"])})
+        return cls(**values | {"form": Form(values["form"]), "layout": _layout_from(values["layout"])})
 
     def __str__(self) -> str:
         layout = self.layout
@@ -377,7 +377,7 @@ class Planner:
             blocks = self._points_together(form, num_sets)[0] * -(-prompts // group)
             points = self._rounded(max(1, min(slots // rows, blocks)), rows)
             inserts = devices * min(max(1, points // devices // 4), MAX_GROUPS_PER_INSERT)
-            compact = self._rounded(points // 4, rows) * rows
+            compact = [self._rounded(points // 4, rows) * rows]
         else:
             points = inserts = devices
             if prompts <= slots:
@@ -385,7 +385,9 @@ class Planner:
             else:
                 group = self._rounded(max(1, slots // 4)) // devices
                 rows = max(1, slots // (devices * group)) * group
-            compact = self._rounded(points * rows // 4)
+            # A CPU computes for each row; the time of other devices hardly depends on the number of rows.
+            quarters = (3, 2, 1) if self._hardware.is_host else (1,)
+            compact = [self._rounded(points * rows * count // 4) for count in quarters]
         in_group = group
         if not form.batches_points and devices > 1:  # the devices get equal numbers of prompts
             in_group = -(-min(devices * group, workload.num_prompts) // devices)
@@ -395,7 +397,7 @@ class Planner:
             rows_per_group=group,
             prompts_per_group=in_group,
             groups_per_insert=inserts,
-            compact_slots=compact if compact < points * rows else 0,
+            compact_slots=tuple(sorted({slots for slots in compact if 0 < slots < points * rows}, reverse=True)),
             num_groups=-(-prompts // in_group),
             prefix_slots=workload.prefix_length,
             ring_slots=workload.ring_slots,
@@ -427,12 +429,13 @@ class Planner:
         return replace(plan, reason=f"a step reads weights for {read:.1f} ms and computes for {compute:.1f} ms")
 
     def _cache_bytes(self, form: Form, layout: BatchLayout) -> int:
-        """Bytes of the rings and prefixes on each device, with the smaller batch that the last rows move to."""
-        devices = self._mesh_shape.points
-        rows = layout.batch // devices + layout.compact_slots // devices
+        """Bytes of the rings and prefixes on each device, with the first smaller batch that the last rows move to; when
+        they move to the next one, the whole batch is gone."""
+        devices, fewer = self._mesh_shape.points, layout.first_compact_slots
+        rows = layout.batch // devices + fewer // devices
         prefixes = 2  # each device has that of one point: one copy for the batch, one for the smaller batch
         if form.batches_points:
-            prefixes = -(-(layout.points_in_flight + layout.compact_slots // layout.rows_per_point) // devices)
+            prefixes = -(-(layout.points_in_flight + fewer // layout.rows_per_point) // devices)
         return (rows * layout.ring_slots + prefixes * layout.prefix_slots) * self._bytes_per_cache_slot
 
     def _direction_and_weight_bytes(self, form: Form, storage: str, layout: BatchLayout) -> int:
@@ -480,3 +483,8 @@ class Planner:
         keys_and_values = self._bytes_per_cache_slot * (tokens + 3 * inserts * prefix)
         logits = 3 * 4 * c.vocab_size / model * max(layout.batch // points, inserts * layout.rows_per_group)
         return round(layer + keys_and_values + logits)
+
+
+def _layout_from(values: dict[str, Any]) -> BatchLayout:
+    """The inverse of `dataclasses.asdict`, also for a layout that was written as JSON."""
+    return BatchLayout(**values | {"compact_slots": tuple(values["compact_slots"])})

@@ -173,20 +173,21 @@ class Scheduler:
         return np.array(coords, np.float32).reshape(len(points), self._layout.num_factored)
 
     def compacted(self) -> tuple[Int[np.ndarray, " fewer"], Int[np.ndarray, " fewer_points"]] | None:
-        """The indices of the rows and points that make the smaller batch, which `jobs` then describes, as
-        `decode.compact` takes them; None as long as groups wait or the unfinished rows of a shard do not fit into its
-        part of the smaller batch."""
+        """The indices of the rows and points that make a smaller batch, which `jobs` then describes, as
+        `decode.compact` takes them. It is the smallest batch in which each shard's unfinished rows fit into the shard's
+        part. None as long as groups wait, or if there is no such batch."""
         layout = self._layout
         if self._queue:
             return None
         # With one point in a shard, rows move one by one; with several, all rows of a point move together.
         is_one_point = layout.points_in_flight == layout.shards
         size = 1 if is_one_point else layout.rows_per_point
-        room = layout.compact_slots // layout.shards // size
         alive = self.is_alive.reshape(layout.shards, -1, size)
         unfinished = [np.flatnonzero(own.any(axis=1)) for own in alive]
         most = max(map(len, unfinished))
-        if not 0 < most <= room:
+        rooms = [slots // layout.shards // size for slots in layout.compact_slots if slots < len(self.jobs)]
+        room = min((room for room in rooms if room >= most), default=0)
+        if not most or not room:
             return None
         kept = np.stack([np.resize(own, room) for own in unfinished])
         rows = (kept[..., None] * size + np.arange(size)).reshape(layout.shards, -1)

@@ -234,7 +234,7 @@ def _resident_bytes(shape: ModelShape, workload: Workload, plan: Plan, program: 
     if program == "materialise":
         return cache + factored
     # The smaller batch, which the last rows move to, exists only while nothing waits to be inserted.
-    compact = cache * plan.layout.compact_slots // plan.layout.batch if program == "decode" else 0
+    compact = cache * plan.layout.first_compact_slots // plan.layout.batch if program == "decode" else 0
     added = workload.ndim - plan.layout.num_factored // plan.layout.num_sets
     return compact + (weights + added * bytes_per_chip(_direction_shapes(shape, workload, plan)) if added else 0)
 
@@ -355,6 +355,6 @@ def _most_rows(plan: Plan, programs: dict[str, ProgramCost], chip: Chip, cache: 
     if len(used) < len(programs):
         return 0
     batch = plan.layout.batch
-    caches = cache + cache * plan.layout.compact_slots // batch
+    caches = cache + cache * plan.layout.first_compact_slots // batch
     per_row = (caches + max(programs[name].temporary_bytes for name in ("insert", "decode"))) / batch
     return max(0, int(batch + (chip.memory - max(used)) / per_row))

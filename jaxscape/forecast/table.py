@@ -52,7 +52,8 @@ def _with_plan_keys(result: dict[str, Any]) -> dict[str, Any]:
     """A forecast's dictionary with the plan under its JSON keys; a program's has no plan and is returned as it is."""
     if "plan" not in result:
         return result
-    fields = result["plan"] | result["plan"]["layout"]
+    layout = result["plan"]["layout"]
+    fields = result["plan"] | layout | {"compact_slots": max(layout["compact_slots"], default=0)}
     return result | {"plan": {key: fields[name] for name, key in PLAN_KEYS.items()}}
 
 

@@ -26,7 +26,7 @@ def layout_of(
         rows_per_group=rows_per_group,
         prompts_per_group=prompts_per_group,
         groups_per_insert=shards * groups,
-        compact_slots=shards * size * (points * rows_per_point // size // 2),
+        compact_slots=tuple(shards * size * (points * rows_per_point // size * count // 4) for count in (3, 2, 1)),
         num_groups=-(-num_prompts // prompts_per_group),
         prefix_slots=0,
         ring_slots=1,
@@ -109,7 +109,7 @@ def test_every_job_is_answered_once_in_the_shard_that_prefills_it(
     workload = Workload([[i] for i in range(num_prompts)], Sampling(1))
     _, packed = pack(workload, prompts_per_group, rows_per_group)
     scheduler = Scheduler(layout, packed, [(float(i),) for i in range(num_points)])
-    batch, answered, is_compact = Batch(layout, packed, num_prompts), Counter[int](), False
+    batch, answered = Batch(layout, packed, num_prompts), Counter[int]()
     remaining = num_points * layout.num_groups  # groups that wait
     while sum(answered.values()) < num_points * num_prompts:
         for insertion in scheduler.insertions():
@@ -120,10 +120,12 @@ def test_every_job_is_answered_once_in_the_shard_that_prefills_it(
         if remaining:
             is_free = (scheduler.jobs.reshape(-1, rows_per_group) < 0).all(-1)
             assert is_free.sum() < min(layout.groups_per_insert, remaining), "no rows stay free without need"
-        if not is_compact and (smaller := scheduler.compacted()) is not None:
+        if (smaller := scheduler.compacted()) is not None:
             assert remaining == 0
+            before = batch.jobs.size
             batch.compact(*smaller)
-            is_compact = True
+            assert batch.jobs.size in layout.compact_slots
+            assert batch.jobs.size < before
             batch.check(scheduler)
         alive = np.unique(scheduler.jobs[scheduler.is_alive]).tolist()
         assert len(alive) == scheduler.is_alive.sum() > 0, "no job has two rows, and the batch is not empty"
