@@ -25,17 +25,17 @@ class Abandon(NamedTuple):
     """Which answers are ended by what their first tokens say, although their outcome is not decided.
 
     Attributes:
-        tokens: the number of these tokens. Each answer that has as many is asked about once.
-        is_lost: a function of the beginnings of answers, and of the numbers in the workload of the prompts that they
-            answer: whether each answer ends there.
+        sizes: numbers of first tokens, in ascending order. Each answer that has as many is asked about once for each.
+        is_lost: a function of one of these numbers, of the numbers in the workload of prompts, and of the beginnings of
+            as many tokens of their answers: whether each answer ends there.
     """
 
-    tokens: int
-    is_lost: Callable[[Sequence[int], Sequence[str]], Sequence[bool]]
+    sizes: Sequence[int]
+    is_lost: Callable[[int, Sequence[int], Sequence[str]], Sequence[bool]]
 
     def renumbered(self, number_of: Callable[[int], int]) -> "Abandon":
         """The same for prompts that have other numbers, of which `number_of` gives the number that `is_lost` knows."""
-        return self._replace(is_lost=lambda others, texts: self.is_lost([*map(number_of, others)], texts))
+        return self._replace(is_lost=lambda size, others, texts: self.is_lost(size, [*map(number_of, others)], texts))
 
 
 class Completion(NamedTuple):
@@ -216,9 +216,10 @@ class Results:
             abandon: it is given the numbers of jobs instead of those of prompts.
         """
         self._tokenizer, self._limit, self._stop_when = tokenizer, max_new_tokens, stop_when
+        self._abandon = abandon
         # To ask about whole answers would save nothing.
-        self._abandon = abandon if abandon is not None and abandon.tokens < max_new_tokens else None
-        self._has_begun = np.zeros(num_points * num_prompts, bool)  # whether `abandon` was asked about each answer
+        self._sizes = [] if abandon is None else [size for size in abandon.sizes if size < max_new_tokens]
+        self._num_asked = np.zeros(num_points * num_prompts, int)  # how many sizes `abandon` was asked about
         self._hidden = hidden_tokens(tokenizer)
         # For each answer, the largest number of its tokens at which `stop_when` was asked and said no.
         self._undecided = np.zeros(num_points * num_prompts, int)
@@ -241,7 +242,7 @@ class Results:
         texts = self._texts([out.tokens[row, : out.lengths[row]] for _, row in unfinished])
         for (job, row), text in zip(unfinished, texts, strict=True):
             length, tokens = int(out.lengths[row]), out.tokens[row]
-            if self._stop_when is not None and self._stop_when(text):
+            if self._stops(text):
                 # The answer ends at the first token with which `stop_when` is true, wherever the chunks end.
                 length = next(n for n in range(self._undecided[job], length + 1) if self._is_decided(tokens[:n]))
                 self._done[job] = Completion(self._texts([tokens[:length]])[0], length, cut=length < self._limit)
@@ -263,19 +264,18 @@ class Results:
         """
         if self._abandon is None:
             return set()
-        size = self._abandon.tokens
-        begun = [(job, row) for job, row in in_rows if out.lengths[row] >= size and not self._has_begun[job]]
-        self._has_begun[[job for job, _ in begun]] = True
-        texts = self._texts([np.asarray(out.tokens[row, :size]) for _, row in begun])
-        decided = self._stop_when or (lambda text: False)
-        asked = [(job, text) for (job, _), text in zip(begun, texts, strict=True) if not decided(text)]
-        if not asked:
-            return set()
-        is_lost = self._abandon.is_lost(*zip(*asked, strict=True))
-        lost = dict(itertools.compress(asked, is_lost))
-        for job, text in lost.items():
-            self._done[job] = Completion(text, size, cut=True, abandoned=True)
-        return set(lost)
+        lost: set[int] = set()
+        for number, size in enumerate(self._sizes):
+            goes_on = [(job, row) for job, row in in_rows if self._num_asked[job] == number and job not in lost]
+            begun = [(job, row) for job, row in goes_on if out.lengths[row] >= size]
+            self._num_asked[[job for job, _ in begun]] += 1
+            texts = self._texts([np.asarray(out.tokens[row, :size]) for _, row in begun])
+            asked = [(job, text) for (job, _), text in zip(begun, texts, strict=True) if not self._stops(text)]
+            is_lost = self._abandon.is_lost(size, *zip(*asked, strict=True)) if asked else []
+            for job, text in itertools.compress(asked, is_lost):
+                self._done[job] = Completion(text, size, cut=True, abandoned=True)
+                lost.add(job)
+        return lost
 
     def ready(self) -> Iterator[list[Completion]]:
         """The answers of the next points, for as many points as are finished."""
@@ -288,7 +288,10 @@ class Results:
             yield [completion for completion in point if completion is not None]
 
     def _is_decided(self, tokens: Int[np.ndarray, " _"]) -> bool:
-        return self._stop_when is not None and self._stop_when(self._texts([tokens])[0])
+        return self._stops(self._texts([tokens])[0])
+
+    def _stops(self, text: str) -> bool:
+        return self._stop_when is not None and self._stop_when(text)
 
     def _texts(self, rows: Sequence[Int[np.ndarray, " _"]]) -> list[str]:
         if not rows:  # transformers decodes an empty batch to one empty text

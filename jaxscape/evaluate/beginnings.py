@@ -1,6 +1,7 @@
-"""Which answers make no sense by their first tokens, asked while they are generated.
+"""Which answers make no sense by their beginnings, asked while they are generated.
 
-The rule is that of `coherence`, with thresholds for beginnings.
+The rule is that of `coherence`, with thresholds for beginnings. The model judges the first tokens. That an answer
+repeats itself later on shows in its text.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from jaxscape.models.model import Model
 
 
 class Beginnings:
-    """Judges the first `BEGINNING` tokens of answers to prompts."""
+    """Judges the beginnings of answers to prompts."""
 
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], thresholds: Thresholds) -> None:
         """Compute what the judge needs of the prompts.
@@ -28,14 +29,21 @@ class Beginnings:
         self._tokenizer, self._own, self._thresholds = model.tokenizer, thresholds.own, thresholds.beginning
         self._continuations = Continuations(model, prompts, BEGINNING)
 
+    def repeat_themselves(self, beginnings: Sequence[str]) -> Bool[np.ndarray, " answers"]:
+        """Whether each beginning, of any number of tokens, is noise by its text alone. An empty one may still become an
+        answer."""
+        repeats = [bool(text.strip()) and not makes_sense_as_text(text, self._thresholds) for text in beginnings]
+        return np.array(repeats, bool)
+
     def make_no_sense(self, numbers: Sequence[int], beginnings: Sequence[str]) -> Bool[np.ndarray, " answers"]:
-        """Whether each answer makes no sense by its beginning. An empty beginning may still become an answer.
+        """Whether each answer makes no sense by its first `BEGINNING` tokens. An empty beginning may still become an
+        answer.
 
         Arguments:
             numbers: for each answer, the number of its prompt.
         """
         is_blank = np.array([not text.strip() for text in beginnings], bool)
-        is_noise = ~is_blank & [not makes_sense_as_text(text, self._thresholds) for text in beginnings]
+        is_noise = self.repeat_themselves(beginnings)
         if asked := np.flatnonzero(~is_blank & ~is_noise).tolist():
             texts = [beginnings[i] for i in asked]
             ids = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]

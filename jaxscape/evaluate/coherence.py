@@ -45,18 +45,22 @@ FRACTION = 0.5
 # An answer's shares of distinct and of fresh sequences may fall to these parts of the medians of the model's own.
 DISTINCT_OF_OWN = 0.3
 FRESH_OF_OWN = 0.4
-BEGINNING = 7  # tokens; an engine that decodes 1, 2 and 4 tokens at first looks at an answer when it has as many
+# An engine that decodes 1, 2, 4 and then 8 tokens at a time looks at an answer when it has as many tokens: first the
+# model judges its beginning, and later on its text alone is judged.
+BEGINNING = 7
+LATER_BEGINNINGS = range(15, 1024, 8)
 
 
 @dataclass(frozen=True)
 class BeginningThresholds:
-    """What divides sense from noise in the first `BEGINNING` tokens of an answer.
+    """What divides sense from noise in the beginning of an answer.
 
     These are the thresholds for whole answers, moved where needed so that all beginnings of the model's own answers
     make sense.
 
     Attributes:
-        surprise, distinct, fresh: see `Thresholds`.
+        surprise: see `Thresholds`; for the first `BEGINNING` tokens.
+        distinct, fresh: see `Thresholds`; for these and for `LATER_BEGINNINGS`.
     """
 
     surprise: float
@@ -236,8 +240,10 @@ def _of_beginnings(model: Model, sent: Sequence[str], answers: Sequence[str], wh
         whole: the thresholds for whole answers.
     """
     tokens = model.tokenizer(list(answers), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    begun = model.tokenizer.batch_decode([ids[:BEGINNING] for ids in tokens], clean_up_tokenization_spaces=False)
-    surprise = mean_surprise(model, sent, begun, whole.own)
+    sizes = [BEGINNING, *(size for size in LATER_BEGINNINGS if size < CALIBRATION_TOKENS)]
+    cut = [ids[:size] for size in sizes for ids in tokens]
+    begun = model.tokenizer.batch_decode(cut, clean_up_tokenization_spaces=False)
+    surprise = mean_surprise(model, sent, begun[: len(answers)], whole.own)
     return BeginningThresholds(
         surprise=round(max(whole.surprise, *surprise) + 0.005, 2),
         distinct=round(min(whole.distinct, *map(distinct_share, begun)) - 0.005, 2),

@@ -116,7 +116,7 @@ def scan(
             The model cannot be used any more then.
         shares: whether the unperturbed model judges, after all points are decoded, which answers make no sense; see
             `Landscape.shares`.
-        abandon_incoherent: end each answer whose first tokens make no sense to the unperturbed model. It counts as
+        abandon_incoherent: end each answer whose beginning makes no sense to the unperturbed model. It counts as
             incoherent, and every other evaluator judges the text as it is: the ASR and VISAGE are those of cut texts
             then. See `Landscape.abandoned`.
         report_to: the program to which the numbers of each point are reported, `wandb` or `tensorboard`, see
@@ -180,8 +180,8 @@ def scan(
         coherences = cache(partial(bound, judges.coherences))
         if abandon_incoherent:
             thresholds = thresholds_of_model([*decoding.judges, *coherences()])
-            refuses = stop_when(judges.all[0], questions.opening)
-            decoding = replace(decoding, abandon=abandon_noise(model, thresholds, questions, refuses))
+            refuses, limit = stop_when(judges.all[0], questions.opening), settings.max_new_tokens
+            decoding = replace(decoding, abandon=abandon_noise(model, thresholds, questions, refuses, limit))
         _evaluate(run, decoding, coherences, questions.openings, reports, progress)
         if judges.others:
             if free_model:

@@ -20,6 +20,7 @@ from jaxscape.evaluate.beginnings import Beginnings
 from jaxscape.evaluate.coherence import (
     BEGINNING,
     COHERENCE,
+    LATER_BEGINNINGS,
     BeginningThresholds,
     Coherence,
     Thresholds,
@@ -131,13 +132,16 @@ def in_run(
     return _CoherenceOfRun(judge.name, load, thresholds, decides, texts, run)
 
 
-def abandon_noise(model: Model, thresholds: Thresholds, questions: Questions, refuses: StopWhen | None) -> Abandon:
+def abandon_noise(
+    model: Model, thresholds: Thresholds, questions: Questions, refuses: StopWhen | None, limit: int
+) -> Abandon:
     """What ends the answers of a scan whose beginnings make no sense. A text that thinks goes on.
 
     Arguments:
         model: the unperturbed model, which judges.
         thresholds: see `Beginnings`.
         refuses: says that a text refuses; such an answer is no noise. None if that is not known before an answer ends.
+        limit: the largest number of tokens of an answer. To end an answer just before would save nothing.
     """
     judge = cache(partial(Beginnings, model, questions.tokens, thresholds))  # nothing is computed before it is asked
 
@@ -145,13 +149,18 @@ def abandon_noise(model: Model, thresholds: Thresholds, questions: Questions, re
         is_thinking = bool(questions.opening) or answer_of(beginning) != beginning
         return is_thinking or (refuses is not None and refuses(beginning))
 
-    def is_lost(numbers: Sequence[int], beginnings: Sequence[str]) -> list[bool]:
+    def is_lost(size: int, numbers: Sequence[int], beginnings: Sequence[str]) -> list[bool]:
         lost = np.zeros(len(beginnings), bool)
         if asked := [i for i, text in enumerate(beginnings) if not goes_on(text)]:
-            lost[asked] = judge().make_no_sense([numbers[i] for i in asked], [beginnings[i] for i in asked])
+            texts = [beginnings[i] for i in asked]
+            if size == BEGINNING:
+                lost[asked] = judge().make_no_sense([numbers[i] for i in asked], texts)
+            else:
+                lost[asked] = judge().repeat_themselves(texts)
         return lost.tolist()
 
-    return Abandon(BEGINNING, is_lost)
+    later = [size for size in LATER_BEGINNINGS if size + LATER_BEGINNINGS.step <= limit]
+    return Abandon([BEGINNING, *later], is_lost)
 
 
 def thresholds_of_model(judges: Sequence[Evaluator]) -> Thresholds:

@@ -144,7 +144,7 @@ def test_the_engine_generates_what_the_plain_path_generates(
     prompts=st.lists(st.sampled_from(POOL), min_size=1, max_size=9),
     coords=st.lists(st.sampled_from(COORDS), min_size=1, max_size=4),
     options=RUN_OPTIONS,
-    tokens=st.integers(1, NEW),
+    sizes=st.sets(st.integers(1, NEW), min_size=1, max_size=3).map(sorted),
     stops=st.booleans(),
 )
 def test_answers_are_abandoned_by_their_first_tokens_alone(
@@ -154,14 +154,14 @@ def test_answers_are_abandoned_by_their_first_tokens_alone(
     prompts: list[str],
     coords: list[float],
     options: dict[str, Any],
-    tokens: int,
+    sizes: list[int],
     stops: bool,
 ) -> None:
-    """Each answer that is long enough and undecided is asked about once, with the number of its prompt."""
-    asked: list[tuple[int, str]] = []
+    """Each answer that is long enough and undecided is asked about once at each size, with the number of its prompt."""
+    asked: list[tuple[int, int, str]] = []
 
-    def is_lost(numbers: Sequence[int], texts: Sequence[str]) -> list[bool]:
-        asked.extend(zip(numbers, texts, strict=True))
+    def is_lost(size: int, numbers: Sequence[int], texts: Sequence[str]) -> list[bool]:
+        asked.extend((size, number, text) for number, text in zip(numbers, texts, strict=True))
         return [(sum(map(int, text.split())) + number) % 2 == 0 for number, text in zip(numbers, texts, strict=True)]
 
     def decided(row: Sequence[int]) -> bool:
@@ -173,7 +173,7 @@ def test_answers_are_abandoned_by_their_first_tokens_alone(
         prompts,
         coords,
         stop_when=lambda text: decided(list(map(int, text.split()))),
-        abandon=Abandon(tokens, is_lost),
+        abandon=Abandon(sizes, is_lost),
         **options,
     )
     expected_asked = []
@@ -181,12 +181,13 @@ def test_answers_are_abandoned_by_their_first_tokens_alone(
         for number, (prompt, completion) in enumerate(zip(prompts, point, strict=True)):
             row = plain(prompt, c)
             end = next((n for n in range(1, len(row) + 1) if decided(row[:n])), None)
-            begun = row[:tokens]
-            is_asked = len(row) >= tokens < NEW and not decided(begun)
-            if is_asked:
-                expected_asked.append((number, " ".join(map(str, begun))))
-            if is_asked and (sum(begun) + number) % 2 == 0:
-                assert completion == Completion(" ".join(map(str, begun)), tokens, cut=True, abandoned=True)
+            lost = None  # the number of tokens at which the answer is abandoned
+            for size in sizes:
+                if lost is None and len(row) >= size < NEW and not decided(row[:size]):
+                    expected_asked.append((size, number, " ".join(map(str, row[:size]))))
+                    lost = size if (sum(row[:size]) + number) % 2 == 0 else None
+            if lost is not None:
+                assert completion == Completion(" ".join(map(str, row[:lost])), lost, cut=True, abandoned=True)
             else:
                 assert completion.text == " ".join(map(str, row[:end]))
                 assert not completion.abandoned

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 import jaxscape as js
 from jaxscape.evaluate.beginnings import Beginnings
-from jaxscape.evaluate.coherence import BEGINNING, BeginningThresholds, Coherence, Thresholds, calibrate, mean_surprise
+from jaxscape.evaluate.coherence import (
+    BEGINNING,
+    LATER_BEGINNINGS,
+    BeginningThresholds,
+    Coherence,
+    Thresholds,
+    calibrate,
+    mean_surprise,
+)
 from jaxscape.models.encoding import encode
 from jaxscape.prompts.chat_format import chat_texts
 from jaxscape.prompts.sets import load_prompts
@@ -31,9 +39,25 @@ def test_own_beginnings_make_sense(tiny: js.Model, own: Thresholds) -> None:
     assert own.beginning.distinct <= own.distinct
     assert own.beginning.fresh <= own.fresh
     prompts = load_prompts("benign")[-20:]
-    begun = js.generate(tiny, prompts, max_new_tokens=BEGINNING)
     judge = Beginnings(tiny, encode(tiny, chat_texts(tiny.tokenizer, prompts), BEGINNING), own)
-    assert not judge.make_no_sense(range(20), begun).any()
+    assert not judge.make_no_sense(range(20), js.generate(tiny, prompts, max_new_tokens=BEGINNING)).any()
+    later = LATER_BEGINNINGS[1]
+    assert not judge.repeat_themselves(js.generate(tiny, prompts, max_new_tokens=later)).any()
+
+
+def test_later_beginnings_are_judged_by_their_text(tiny: js.Model, own: Thresholds) -> None:
+    assert own.beginning is not None
+    own = replace(own, beginning=replace(own.beginning, distinct=0.3, fresh=0.4))
+    judge = Beginnings(tiny, encode(tiny, chat_texts(tiny.tokenizer, PROMPTS), BEGINNING), own)
+    texts = [
+        "",
+        " \n",
+        "A map shows where things are",
+        "map map map map map",
+        "!!!!!!!!!!",
+        "the map of the the the map",
+    ]
+    assert judge.repeat_themselves(texts).tolist() == [False, False, False, True, True, False]
 
 
 @settings(max_examples=15)

@@ -14,6 +14,8 @@ import jaxscape as js
 from jaxscape.cli.main import main
 from jaxscape.cli.scan import summary
 from jaxscape.evaluate.coherence import BEGINNING, BeginningThresholds, calibrate
+from jaxscape.landscapes.questions import Questions
+from jaxscape.landscapes.shares import abandon_noise
 from jaxscape.report.exports.registry import export_run
 from jaxscape.report.figures import plot_landscape
 from jaxscape.report.page.content import answers_content
@@ -142,6 +144,17 @@ def test_coherence_may_decide_the_asr(tiny: js.Model, run: Path, tmp_path: Path)
     js.scan(tiny, [0], out=tmp_path / "run", evaluator="coherence", **ABANDON)
     lost = [line.get("abandoned", False) for line in lines(tmp_path / "run")]
     assert lost == [line.get("abandoned", False) for line in lines(run)]
+
+
+def test_what_repeats_itself_later_on_is_abandoned_too(tiny: js.Model) -> None:
+    """But no refusal, and nothing while the model thinks; and no answer that is nearly whole."""
+    limits = BeginningThresholds(surprise=20.0, distinct=0.3, fresh=0.4)
+    thresholds = replace(calibrate(tiny), beginning=limits)
+    questions = Questions.of(tiny, OPTIONS["prompts"], "default", "default", 32)
+    abandon = abandon_noise(tiny, thresholds, questions, js.is_refusal, limit=30)
+    assert abandon.sizes == [BEGINNING, 15]
+    texts = ["map map map map map map", "I cannot map map map map", "<think>map map map map", "A map shows where it is"]
+    assert abandon.is_lost(15, [0, 1, 2, 3], texts) == [True, False, False, False]
 
 
 def test_a_run_cannot_change_its_mind(tiny: js.Model, run: Path, tmp_path: Path) -> None:
