@@ -38,6 +38,9 @@ MAX_DRAWING_SHARE = 0.15
 MAX_GROUPS_PER_INSERT = 16  # for each device along the mesh axis `points`
 TILE = 8  # rows of an accelerator's memory tile; XLA copies caches that are not sharded by whole tiles
 DEFAULT_CHUNK = 8
+# From this number of rows on, each row makes a CPU's decode step longer, so the last rows of a point move to smaller and
+# smaller batches. Otherwise a step mostly reads weights, and a program for each batch is not worth its compilation.
+SHRINKING_BATCH = 32
 
 _STORED = {"seed": "drawn from their seeds", "bfloat16": "in bfloat16", "int8": "in int8"}
 
@@ -385,8 +388,7 @@ class Planner:
             else:
                 group = self._rounded(max(1, slots // 4)) // devices
                 rows = max(1, slots // (devices * group)) * group
-            # A CPU computes for each row; the time of other devices hardly depends on the number of rows.
-            quarters = (3, 2, 1) if self._hardware.is_host else (1,)
+            quarters = (3, 2, 1) if self._hardware.is_host and points * rows >= SHRINKING_BATCH else (1,)
             compact = [self._rounded(points * rows * count // 4) for count in quarters]
         in_group = group
         if not form.batches_points and devices > 1:  # the devices get equal numbers of prompts

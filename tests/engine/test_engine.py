@@ -227,10 +227,10 @@ def test_directions_in_every_storage_are_the_same_in_every_form(model: js.Model,
 def test_nothing_is_compiled_from_point_to_point_and_one_decode_program_for_each_batch(model: js.Model) -> None:
     """Also while the slots are refilled, and when the last rows move to smaller batches."""
     programs = insert, decode_chunk, compact
-    for form in FORMS[:2]:
-        rows, sampling = tokenize(model, POOL, "default", NEW), Sampling(NEW)
+    for form, slots in (("materialised", 16), ("factorised", 16), ("materialised", 40)):
+        rows, sampling = tokenize(model, POOL * (slots // len(POOL)), "default", NEW), Sampling(NEW)
         workload = Workload(rows, sampling, 5, 5, 1)
-        plan = make_plan(model, workload, EngineOptions(form=form, slots=16))
+        plan = make_plan(model, workload, EngineOptions(form=form, slots=slots))
         assert plan.layout.compact_slots
         # Rows end at all lengths, so that the last ones are sure to move.
         engine = Engine(model, workload, plan, stop_when=lambda text: sum(map(int, text.split())) % 4 == 0)

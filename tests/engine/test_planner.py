@@ -42,9 +42,19 @@ def test_the_plan_follows_the_roofline(tiny: js.Model, monkeypatch: pytest.Monke
     assert planned(tiny, prompts=1, line=1).form == "materialised"
     assert planned(tiny, prompts=80, line=21, slots=20).layout.rows_per_point == 20
     assert planned(tiny, prompts=80, line=21, form="factorised").form == "factorised"
+    sizes = {prompts: planned(tiny, prompts, line=21, form="materialised").layout for prompts in (80, 40, 16, 1)}
+    smaller = {layout.batch: layout.compact_slots for layout in sizes.values()}
+    assert smaller == {80: (60, 40, 20), 40: (30, 20, 10), 16: (4,), 1: ()}
     at_speed(monkeypatch, flops=8e14, bandwidth=3e12)  # an accelerator: some hundred rows
     assert planned(tiny, prompts=20, line=21, ndim=2).form == "factorised"
     assert planned(tiny, prompts=80, line=21, chunk=3).chunk == 3
+
+
+def test_an_accelerators_batch_shrinks_once(tiny: js.Model) -> None:
+    hardware = Hardware(Roofline(8e14, 3e12), None, is_host=False)
+    workload = Workload(tokenize(tiny, ["Say it"] * 80, "default", NEW), Sampling(NEW), 21, 21, 1, num_random=1)
+    plans = Planner(tiny, workload, EngineOptions(form="materialised", slots=80), hardware).all_plans()
+    assert {plan.layout.compact_slots for plan in plans} == {(24,)}, "whole tiles of 8 rows"
 
 
 @pytest.mark.cpu
