@@ -38,8 +38,8 @@ MAX_DRAWING_SHARE = 0.15
 MAX_GROUPS_PER_INSERT = 16  # for each device along the mesh axis `points`
 TILE = 8  # rows of an accelerator's memory tile; XLA copies caches that are not sharded by whole tiles
 DEFAULT_CHUNK = 8
-# From this number of rows on, each row makes a CPU's decode step longer, so the last rows of a point move to smaller and
-# smaller batches. Otherwise a step mostly reads weights, and a program for each batch is not worth its compilation.
+# From this number of rows on, each row makes a CPU's decode step longer, so the last rows of a point move to smaller
+# and smaller batches. Otherwise a step mostly reads weights, and a program for each batch is not worth compiling.
 SHRINKING_BATCH = 32
 
 _STORED = {"seed": "drawn from their seeds", "bfloat16": "in bfloat16", "int8": "in int8"}
