@@ -3,7 +3,7 @@
 Run one of the four comparisons from the repository's root:
 
     python benchmarks/benchmark.py                      # with Hugging Face generate; an hour on two CPU cores
-    python benchmarks/benchmark.py --compare fast       # whole scans, exact and fast; 15 minutes a round
+    python benchmarks/benchmark.py --compare fast       # whole scans, exact and fast; half an hour a round
     python benchmarks/benchmark.py --compare forms      # between forms of the weights; some minutes
     python benchmarks/benchmark.py --compare memory     # peak memory of a scan's process; a minute or two
 

@@ -110,7 +110,7 @@ def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def torch_log_likelihoods(torch_model: Any, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
-    """The log-likelihood of each token of an answer, which is computed alone and without padding."""
+    """The log-likelihood of each token of an answer. The text is computed alone, without padding."""
     if not answer:
         return np.zeros(0, np.float32)
     logits = torch.tensor(torch_logits(torch_model, np.array([[*prompt, *answer]])))[0, len(prompt) - 1 : -1]

@@ -102,8 +102,8 @@ class ScanEvaluatorOptions(EvaluatorOptions):
     """Leave out the shares of answers that refuse, comply and make no sense, which the model that is measured judges
     after all points are decoded. `jaxscape score RUN --evaluator coherence` adds them later."""
     abandon_incoherent: bool = False
-    """End each answer that makes no sense to the model that is measured, by its beginning. This is faster where answers
-    are noise. The shares stay what they are; the ASR and VISAGE are those of cut texts."""
+    """End each answer whose beginning makes no sense to the model that is measured. This is faster where answers are
+    noise. The shares stay what they are; the ASR and VISAGE are those of cut texts."""
 
 
 @dataclass(frozen=True)

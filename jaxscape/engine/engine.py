@@ -152,7 +152,6 @@ class Engine:
             slots = empty_slots(self._static, self.model.dtype, self.plan.layout)
         # Where in its ring a row begins decides the order of attention's sums. It must not depend on earlier points.
         slots = slots._replace(clock=jax.device_put(np.int32(0), slots.clock.sharding))
-        is_whole = True  # until the last rows move to a smaller batch
         reports: deque[tuple[Generated, Int[np.ndarray, " batch"]]] = deque()
         run = partial(self._timed, static=self._static)
         steps = 1
@@ -161,7 +160,7 @@ class Engine:
                 steps = 1
                 slots = run("prefill", insert, weights, slots, *self._prompts_on_device, insertion, self._stream)
             if (smaller := scheduler.compacted()) is not None:
-                slots, is_whole = run("decode", compact, slots, *smaller), False
+                slots = run("decode", compact, slots, *smaller)
             # A refusal shows in the first tokens, so the first chunks are short.
             steps = min(2 * steps, self.plan.chunk)
             chunk = (scheduler.is_alive, self._stream, np.asarray(steps, np.int32))
@@ -173,6 +172,7 @@ class Engine:
                 if finished and self.on_finished is not None:
                     self.on_finished(len(finished))
             yield from results.ready()
+        is_whole = len(slots.prompt_ids) == self.plan.layout.batch
         self._slots = slots if is_whole else None
 
     def _timed(self, phase: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -33,8 +33,9 @@ class BatchLayout:
         rows_per_group: number of rows that a group of prompts takes; divides `rows_per_point`.
         prompts_per_group: number of prompts that enter the batch together; at most `rows_per_group`.
         groups_per_insert: number of groups that one call of `decode.insert` prefills, the same number in each shard.
-        compact_slots: numbers of rows of the smaller and smaller batches that the last unfinished rows move to. With
-            several points in a shard they are multiples of `rows_per_point`.
+        compact_slots: the number of rows of each smaller batch, the largest first; empty if there is none. The last
+            unfinished rows move to the smallest one that holds them. With several points in a shard, each number is a
+            multiple of `rows_per_point`.
         num_groups: number of groups that are answered together at one point: those of all prompts, or of a block.
         prefix_slots: number of cache slots for the common prefix of each point.
         ring_slots: number of cache slots in the ring of each row.

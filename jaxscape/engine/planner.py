@@ -72,7 +72,9 @@ class Plan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
         """The inverse of `dataclasses.asdict`."""
-        return cls(**values | {"form": Form(values["form"]), "layout": _layout_from(values["layout"])})
+        slots = tuple(values["layout"]["compact_slots"])  # JSON has made a list of it
+        layout = BatchLayout(**values["layout"] | {"compact_slots": slots})
+        return cls(**values | {"form": Form(values["form"]), "layout": layout})
 
     def __str__(self) -> str:
         layout = self.layout
@@ -399,7 +401,7 @@ class Planner:
             rows_per_group=group,
             prompts_per_group=in_group,
             groups_per_insert=inserts,
-            compact_slots=tuple(sorted({slots for slots in compact if 0 < slots < points * rows}, reverse=True)),
+            compact_slots=tuple(dict.fromkeys(slots for slots in compact if 0 < slots < points * rows)),
             num_groups=-(-prompts // in_group),
             prefix_slots=workload.prefix_length,
             ring_slots=workload.ring_slots,
@@ -431,8 +433,8 @@ class Planner:
         return replace(plan, reason=f"a step reads weights for {read:.1f} ms and computes for {compute:.1f} ms")
 
     def _cache_bytes(self, form: Form, layout: BatchLayout) -> int:
-        """Bytes of the rings and prefixes on each device, with the first smaller batch that the last rows move to; when
-        they move to the next one, the whole batch is gone."""
+        """Bytes of the rings and prefixes on each device: those of the whole batch and of the first smaller one, which
+        exist together while rows move. The whole batch is freed before rows move to a second one."""
         devices, fewer = self._mesh_shape.points, layout.first_compact_slots
         rows = layout.batch // devices + fewer // devices
         prefixes = 2  # each device has that of one point: one copy for the batch, one for the smaller batch
@@ -485,8 +487,3 @@ class Planner:
         keys_and_values = self._bytes_per_cache_slot * (tokens + 3 * inserts * prefix)
         logits = 3 * 4 * c.vocab_size / model * max(layout.batch // points, inserts * layout.rows_per_group)
         return round(layer + keys_and_values + logits)
-
-
-def _layout_from(values: dict[str, Any]) -> BatchLayout:
-    """The inverse of `dataclasses.asdict`, also for a layout that was written as JSON."""
-    return BatchLayout(**values | {"compact_slots": tuple(values["compact_slots"])})

@@ -26,8 +26,8 @@ class Abandon(NamedTuple):
 
     Attributes:
         sizes: numbers of first tokens, in ascending order. Each answer that has as many is asked about once for each.
-        is_lost: a function of one of these numbers, of the numbers in the workload of prompts, and of the beginnings of
-            as many tokens of their answers: whether each answer ends there.
+        is_lost: a function of one of the sizes, the prompts' numbers in the workload, and the beginnings of their
+            answers, which have that size. It says whether each answer ends there.
     """
 
     sizes: Sequence[int]
@@ -173,9 +173,9 @@ class Scheduler:
         return np.array(coords, np.float32).reshape(len(points), self._layout.num_factored)
 
     def compacted(self) -> tuple[Int[np.ndarray, " fewer"], Int[np.ndarray, " fewer_points"]] | None:
-        """The indices of the rows and points that make a smaller batch, which `jobs` then describes, as
-        `decode.compact` takes them. It is the smallest batch in which each shard's unfinished rows fit into the shard's
-        part. None as long as groups wait, or if there is no such batch."""
+        """The indices of the rows and points that make a smaller batch, as `decode.compact` takes them. It is the
+        smallest batch in which each shard's unfinished rows fit into the shard's part, and `jobs` describes it then.
+        The result is None while groups wait, and if there is no such batch."""
         layout = self._layout
         if self._queue:
             return None
@@ -266,8 +266,8 @@ class Results:
             return set()
         lost: set[int] = set()
         for number, size in enumerate(self._sizes):
-            goes_on = [(job, row) for job, row in in_rows if self._num_asked[job] == number and job not in lost]
-            begun = [(job, row) for job, row in goes_on if out.lengths[row] >= size]
+            rest = [(job, row) for job, row in in_rows if job not in lost and self._num_asked[job] == number]
+            begun = [(job, row) for job, row in rest if out.lengths[row] >= size]
             self._num_asked[[job for job, _ in begun]] += 1
             texts = self._texts([np.asarray(out.tokens[row, :size]) for _, row in begun])
             asked = [(job, text) for (job, _), text in zip(begun, texts, strict=True) if not self._stops(text)]

@@ -1,7 +1,7 @@
 """Which answers make no sense by their beginnings, asked while they are generated.
 
-The rule is that of `coherence`, with thresholds for beginnings. The model judges the first tokens. That an answer
-repeats itself later on shows in its text.
+The rule is that of `coherence`, with thresholds for beginnings. The model judges the first tokens. Later on, only the
+text is judged, which shows whether an answer repeats itself.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ class Beginnings:
         self._continuations = Continuations(model, prompts, BEGINNING)
 
     def repeat_themselves(self, beginnings: Sequence[str]) -> Bool[np.ndarray, " answers"]:
-        """Whether each beginning, of any number of tokens, is noise by its text alone. An empty one may still become an
-        answer."""
+        """Whether each beginning repeats itself so much that it makes no sense. A beginning may have any number of
+        tokens. An empty one may still become an answer."""
         repeats = [bool(text.strip()) and not makes_sense_as_text(text, self._thresholds) for text in beginnings]
         return np.array(repeats, bool)
 

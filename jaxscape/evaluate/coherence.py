@@ -45,22 +45,22 @@ FRACTION = 0.5
 # An answer's shares of distinct and of fresh sequences may fall to these parts of the medians of the model's own.
 DISTINCT_OF_OWN = 0.3
 FRESH_OF_OWN = 0.4
-# An engine that decodes 1, 2, 4 and then 8 tokens at a time looks at an answer when it has as many tokens: first the
-# model judges its beginning, and later on its text alone is judged.
+# The engine decodes 1, 2, 4 and then 8 tokens at a time, so it sees an answer when it has 7, 15, 23 … tokens. The model
+# judges the first 7. Every 8 tokens after these, only the text so far is judged.
 BEGINNING = 7
-LATER_BEGINNINGS = range(15, 1024, 8)
+LATER_EVERY = 8
 
 
 @dataclass(frozen=True)
 class BeginningThresholds:
-    """What divides sense from noise in the beginning of an answer.
+    """What divides sense from noise in the beginnings of answers.
 
     These are the thresholds for whole answers, moved where needed so that all beginnings of the model's own answers
     make sense.
 
     Attributes:
-        surprise: see `Thresholds`; for the first `BEGINNING` tokens.
-        distinct, fresh: see `Thresholds`; for these and for `LATER_BEGINNINGS`.
+        surprise: see `Thresholds`. It is compared with the first `BEGINNING` tokens.
+        distinct, fresh: see `Thresholds`. They are compared with these tokens and with longer beginnings.
     """
 
     surprise: float
@@ -240,8 +240,7 @@ def _of_beginnings(model: Model, sent: Sequence[str], answers: Sequence[str], wh
         whole: the thresholds for whole answers.
     """
     tokens = model.tokenizer(list(answers), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    sizes = [BEGINNING, *(size for size in LATER_BEGINNINGS if size < CALIBRATION_TOKENS)]
-    cut = [ids[:size] for size in sizes for ids in tokens]
+    cut = [ids[:size] for size in range(BEGINNING, CALIBRATION_TOKENS, LATER_EVERY) for ids in tokens]
     begun = model.tokenizer.batch_decode(cut, clean_up_tokenization_spaces=False)
     surprise = mean_surprise(model, sent, begun[: len(answers)], whole.own)
     return BeginningThresholds(

@@ -32,7 +32,7 @@ PLAN_KEYS = {
     "num_sets": "num_sets",
     "chunk": "chunk",
     "chunks_in_flight": "ahead",
-    "compact_slots": "few",
+    "first_compact_slots": "few",
     "storage": "storage",
     "cache_bytes": "cache",
     "memory_bytes": "memory",
@@ -45,16 +45,15 @@ COLUMNS = ("form", "program", "arguments GB", "temporaries GB", "TFLOP", "HBM GB
 
 def as_json(results: Sequence[Forecast | ProgramCost]) -> list[dict[str, Any]]:
     """A dictionary that JSON can hold for each forecast or program; numbers that are not finite become None."""
-    return [_to_json(_with_plan_keys(asdict(result))) for result in results]
+    return [_to_json(asdict(result) | _plan_under_keys(result)) for result in results]
 
 
-def _with_plan_keys(result: dict[str, Any]) -> dict[str, Any]:
-    """A forecast's dictionary with the plan under its JSON keys; a program's has no plan and is returned as it is."""
-    if "plan" not in result:
-        return result
-    layout = result["plan"]["layout"]
-    fields = result["plan"] | layout | {"compact_slots": max(layout["compact_slots"], default=0)}
-    return result | {"plan": {key: fields[name] for name, key in PLAN_KEYS.items()}}
+def _plan_under_keys(result: Forecast | ProgramCost) -> dict[str, Any]:
+    """A forecast's plan under its JSON keys; nothing for a program, which has no plan."""
+    if isinstance(result, ProgramCost):
+        return {}
+    plan, layout = result.plan, result.plan.layout
+    return {"plan": {key: getattr(plan if hasattr(plan, name) else layout, name) for name, key in PLAN_KEYS.items()}}
 
 
 def _to_json(value: Any) -> Any:

@@ -20,7 +20,7 @@ from jaxscape.evaluate.beginnings import Beginnings
 from jaxscape.evaluate.coherence import (
     BEGINNING,
     COHERENCE,
-    LATER_BEGINNINGS,
+    LATER_EVERY,
     BeginningThresholds,
     Coherence,
     Thresholds,
@@ -141,7 +141,7 @@ def abandon_noise(
         model: the unperturbed model, which judges.
         thresholds: see `Beginnings`.
         refuses: says that a text refuses; such an answer is no noise. None if that is not known before an answer ends.
-        limit: the largest number of tokens of an answer. To end an answer just before would save nothing.
+        limit: the largest number of tokens of an answer. To end an answer shortly before it would save nothing.
     """
     judge = cache(partial(Beginnings, model, questions.tokens, thresholds))  # nothing is computed before it is asked
 
@@ -159,7 +159,7 @@ def abandon_noise(
                 lost[asked] = judge().repeat_themselves(texts)
         return lost.tolist()
 
-    later = [size for size in LATER_BEGINNINGS if size + LATER_BEGINNINGS.step <= limit]
+    later = range(BEGINNING + LATER_EVERY, limit - LATER_EVERY + 1, LATER_EVERY)
     return Abandon([BEGINNING, *later], is_lost)
 
 

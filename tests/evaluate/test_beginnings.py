@@ -12,7 +12,7 @@ import jaxscape as js
 from jaxscape.evaluate.beginnings import Beginnings
 from jaxscape.evaluate.coherence import (
     BEGINNING,
-    LATER_BEGINNINGS,
+    LATER_EVERY,
     BeginningThresholds,
     Coherence,
     Thresholds,
@@ -41,7 +41,7 @@ def test_own_beginnings_make_sense(tiny: js.Model, own: Thresholds) -> None:
     prompts = load_prompts("benign")[-20:]
     judge = Beginnings(tiny, encode(tiny, chat_texts(tiny.tokenizer, prompts), BEGINNING), own)
     assert not judge.make_no_sense(range(20), js.generate(tiny, prompts, max_new_tokens=BEGINNING)).any()
-    later = LATER_BEGINNINGS[1]
+    later = BEGINNING + 2 * LATER_EVERY
     assert not judge.repeat_themselves(js.generate(tiny, prompts, max_new_tokens=later)).any()
 
 
