@@ -240,7 +240,8 @@ def _of_beginnings(model: Model, sent: Sequence[str], answers: Sequence[str], wh
         whole: the thresholds for whole answers.
     """
     tokens = model.tokenizer(list(answers), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    cut = [ids[:size] for size in range(BEGINNING, CALIBRATION_TOKENS, LATER_EVERY) for ids in tokens]
+    later = range(BEGINNING + LATER_EVERY, CALIBRATION_TOKENS, LATER_EVERY)
+    cut = [ids[:size] for size in (BEGINNING, *later) for ids in tokens]
     begun = model.tokenizer.batch_decode(cut, clean_up_tokenization_spaces=False)
     surprise = mean_surprise(model, sent, begun[: len(answers)], whole.own)
     return BeginningThresholds(
