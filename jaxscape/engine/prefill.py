@@ -29,7 +29,11 @@ from jaxscape.runtime.sharding import constrain, mesh_shape_of, on_mesh, replica
 
 Tokens = Sequence[int]
 
-LINE_WIDTH = 128  # tokens in a line; a longer text gets a line of the next power of two
+# Tokens in a line; a longer text gets a line of the next power of two. A text of 80 tokens leaves a third of a narrow
+# line empty, and three of them fill a wide one. Wide lines need programs of their own, so they must save this share of
+# the tokens.
+NARROW_LINE, WIDE_LINE = 128, 256
+WIDE_SAVES = 1 / 8
 HEAD_TOKENS = 128  # tokens that the output head is applied to at a time
 MIN_PREFIX = 16  # a shorter common beginning is computed with each text, because its own program would save little
 
@@ -49,6 +53,18 @@ class Batch(NamedTuple):
     positions: Int[np.ndarray, "lines time"]
     segments: Int[np.ndarray, "lines time"]
     offsets: dict[int, int]
+
+
+class Division(NamedTuple):
+    """Which texts lie in which line of a batch.
+
+    Attributes:
+        lines: the texts of each line. Lines of padding are left out.
+        shape: the numbers of lines and of tokens in a line.
+    """
+
+    lines: Sequence[Sequence[int]]
+    shape: tuple[int, int]
 
 
 def log_likelihoods(
@@ -165,27 +181,43 @@ def _check(model: Model, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -
 
 
 def _pack(texts: Sequence[Tokens], prefix: int, max_tokens: int, sizes: int, devices: int) -> Iterator[Batch]:
-    """The texts without their prefix in batches, those with the widest lines first.
+    """The texts without their prefix in batches, those with the widest lines first. Of narrow and wide lines, those are
+    chosen that need clearly fewer tokens with their padding.
 
     Arguments:
         max_tokens: number of tokens in a full batch for each of the devices that its lines are shared by.
         sizes: a batch has a multiple of 1 / `sizes` of the lines of a full one, so there are as many shapes of it.
     """
     lengths = [len(text) - prefix for text in texts]
+    narrow, wide = (_divide(lengths, width, max_tokens, sizes, devices) for width in (NARROW_LINE, WIDE_LINE))
+    is_wide = _num_tokens(wide) <= (1 - WIDE_SAVES) * _num_tokens(narrow)
+    for lines, shape in wide if is_wide else narrow:
+        yield _batch(texts, prefix, lines, shape)
+
+
+def _divide(lengths: Sequence[int], narrowest: int, max_tokens: int, sizes: int, devices: int) -> list[Division]:
+    """The lines of each batch of `_pack`, where lines have at least `narrowest` tokens."""
     lines: list[list[int]] = []
-    for text, line in enumerate(assign_lines(lengths, LINE_WIDTH)):
+    for text, line in enumerate(assign_lines(lengths, narrowest)):
         lines += [[] for _ in range(len(lines), line + 1)]
         lines[line].append(text)
     by_width: dict[int, list[list[int]]] = {}
     for line_texts in lines:
-        width = line_width(max(lengths[text] for text in line_texts), LINE_WIDTH)
+        width = line_width(max(lengths[text] for text in line_texts), narrowest)
         by_width.setdefault(width, []).append(line_texts)
+    divisions = []
     for width, same in by_width.items():
         largest = devices * max(1, max_tokens // width)
         step = devices * max(1, max_tokens // (width * sizes))
         for start in range(0, len(same), largest):
             chosen = same[start : start + largest]
-            yield _batch(texts, prefix, chosen, (-(-len(chosen) // step) * step, width))
+            divisions.append(Division(chosen, (-(-len(chosen) // step) * step, width)))
+    return divisions
+
+
+def _num_tokens(divisions: Sequence[Division]) -> int:
+    """The number of tokens that batches compute, with their padding."""
+    return sum(lines * width for _, (lines, width) in divisions)
 
 
 def _batch(texts: Sequence[Tokens], prefix: int, lines: Sequence[Sequence[int]], shape: tuple[int, int]) -> Batch:

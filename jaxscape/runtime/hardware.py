@@ -39,7 +39,9 @@ class Roofline:
 
 
 _COMMAND_BUFFERS = ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION")  # XLA's default
-COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
+CompilerOptions = dict[str, bool | int | str]
+
+COMPILER_OPTIONS: dict[str, CompilerOptions] = {
     "gpu": {
         # XLA tries many Triton kernels for every matrix product, which takes most of the compile time; the products of
         # cuBLAS are as fast.
@@ -50,9 +52,36 @@ COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
 }
 """XLA's options for the package's programs, by platform."""
 
+CPU_COMPILER_OPTIONS: dict[tuple[str, str, str], CompilerOptions] = {
+    # Skylake-SP and Cascade Lake: XLA's own choice is 256 bits, and with 512 a decode step takes 7 % less time.
+    ("GenuineIntel", "6", "85"): {"xla_cpu_prefer_vector_width": 512},
+}
+"""XLA's options for programs on a CPU, by its vendor, family and model as Linux names them.
+
+The table is fixed, and not measured on each machine: other options may give other texts where logits are tied, so the
+options must not depend on what else a machine did while it was measured."""
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def compiler_options(platform: str) -> CompilerOptions:
+    """XLA's options for the package's programs on this machine's devices of a platform."""
+    kind = _cpu_kind() if platform == "cpu" else None
+    return COMPILER_OPTIONS.get(platform, {}) | (CPU_COMPILER_OPTIONS.get(kind, {}) if kind else {})
+
+
+def _cpu_kind() -> tuple[str, str, str] | None:
+    """The vendor, family and model of the CPU; None where the system does not tell them."""
+    try:
+        lines = (line.partition(":") for line in _CPUINFO.read_text().partition("\n\n")[0].splitlines())
+        said = {name.strip(): value.strip() for name, _, value in lines}
+        return said["vendor_id"], said["cpu family"], said["model"]
+    except (OSError, ValueError, KeyError):  # this is not Linux, or no x86-64
+        return None
+
 
 class PlatformJit(Generic[P, R]):
-    """A function jitted with `COMPILER_OPTIONS` for JAX's default platform, without those that `XLA_FLAGS` sets.
+    """A function jitted with the `compiler_options` of JAX's default platform, without those that `XLA_FLAGS` sets.
 
     It can be called and lowered like the result of `jax.jit`. A lowered program has no such options, because it may be
     compiled for another platform.
@@ -69,7 +98,7 @@ class PlatformJit(Generic[P, R]):
     @cached_property
     def _jitted(self) -> Any:
         flags = os.environ.get("XLA_FLAGS", "")
-        chosen = COMPILER_OPTIONS.get(jax.default_backend(), {})
+        chosen = compiler_options(jax.default_backend())
         used = {name: value for name, value in chosen.items() if name not in flags}
         return jax.jit(self._function, compiler_options=used, **self._options) if used else self._plain
 

@@ -1,5 +1,6 @@
 """Log-likelihoods and next-token logits against transformers', for texts of any length, on any mesh, at any point."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -137,7 +138,29 @@ def test_other_texts_and_points_rarely_compile(pair: tuple[js.Model, Any]) -> No
             for count in range(1, 200)
             for batch in prefill._pack([[1] * (1 + i % 100) for i in range(count)], 0, 1024, sizes, 1)
         }
-        assert len(shapes) == sizes
+        by_width = Counter(width for _, width in shapes)
+        assert by_width[128] == sizes
+        assert by_width[256] <= sizes
+        assert set(by_width) <= {128, 256}
+
+
+@pytest.mark.parametrize(("length", "count", "width"), [(83, 24, 256), (83, 1, 128), (60, 24, 128), (120, 24, 128)])
+def test_lines_are_wide_where_that_saves_padding(length: int, count: int, width: int) -> None:
+    """Of 24 texts of 83 tokens, three lie in a line of 256, instead of one in a line of 128."""
+    batches = list(prefill._pack([[1] * length] * count, 0, 1024, 8, 1))
+    assert {batch.tokens.shape[1] for batch in batches} == {width}
+    if width == 256:
+        assert sum(batch.tokens.size for batch in batches) == 8 * 256
+
+
+def test_wide_lines_compute_the_same(pair: tuple[js.Model, Any]) -> None:
+    model, torch_model = pair
+    prompts, answers = random_texts([60, 65, 70] * 3, shared=20), random_texts([33, 38, 35] * 3, seed=1)
+    computed = log_likelihoods(model, prompts, answers)
+    texts = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+    assert {batch.tokens.shape[1] for batch in prefill._pack(texts, 20, 1024, 8, 1)} == {256}
+    for values, prompt, answer in zip(computed, prompts, answers, strict=True):
+        np.testing.assert_allclose(values, torch_log_likelihoods(torch_model, prompt, answer), atol=2e-4)
 
 
 @given(

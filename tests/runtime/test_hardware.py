@@ -3,16 +3,24 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from jaxscape.runtime import hardware
-from jaxscape.runtime.hardware import COMPILER_OPTIONS, platform_jit
+from jaxscape.runtime.hardware import COMPILER_OPTIONS, compiler_options, platform_jit
 
 
 @pytest.fixture
-def given_options(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+def unknown_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that has no options of its own."""
+    monkeypatch.setattr(hardware, "_CPUINFO", Path("no-such-file"))
+
+
+@pytest.fixture
+def given_options(monkeypatch: pytest.MonkeyPatch, unknown_cpu: None) -> list[object]:
     """The compiler options that JAX is given, in a list that grows, on a CPU with the options of a GPU."""
     given: list[object] = []
     make = jax.jit
@@ -57,10 +65,52 @@ def test_options_that_the_user_sets_are_left_to_the_user(
     assert given_options[1]
 
 
+@pytest.mark.usefixtures("unknown_cpu")
 def test_without_options_the_program_is_a_plain_one() -> None:
     double = platform_jit()(lambda x: 2 * x)
     assert float(double(2.0)) == 4
     assert double._jitted is double._plain
+
+
+CASCADE_LAKE = """processor\t: 0
+vendor_id\t: GenuineIntel
+cpu family\t: 6
+model\t\t: 85
+model name\t: Intel(R) Xeon(R) Processor @ 2.50GHz
+
+processor\t: 1
+vendor_id\t: GenuineIntel
+"""
+ARM = "processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        (CASCADE_LAKE, {"xla_cpu_prefer_vector_width": 512}),
+        (CASCADE_LAKE.replace("85", "143"), {}),
+        (CASCADE_LAKE.replace("GenuineIntel", "AuthenticAMD"), {}),
+        (ARM, {}),
+        (None, {}),
+    ],
+)
+def test_a_kind_of_cpu_has_options_of_its_own(
+    cpuinfo: str | None, expected: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XLA accepts the options, and a program computes the same with them. A user's own flag is left alone."""
+    monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "cpuinfo")
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert compiler_options("cpu") == expected
+    assert compiler_options("gpu") == COMPILER_OPTIONS["gpu"]
+    x = np.linspace(-1, 1, 1000, dtype=np.float32)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    tangent = platform_jit()(lambda x: jax.numpy.tanh(x).sum())
+    assert float(tangent(x * x)) == pytest.approx(float(np.tanh(x * x).sum()), rel=1e-6)
+    assert (tangent._jitted is tangent._plain) == (not expected)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=256")
+    own = platform_jit()(lambda x: x)
+    assert own._jitted is own._plain
 
 
 HEAP_WITH_GAPS = """
