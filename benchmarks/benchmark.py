@@ -8,9 +8,11 @@ Run one of the four comparisons from the repository's root:
     python benchmarks/benchmark.py --compare memory     # peak memory of a scan's process; a minute or two
 
 The first one runs generate at batch 4, the default of the paper's code, and at the fastest of some larger batches. At
-every point of the landscape the engine and both batch sizes take turns, with the same float32 weights, prompts and
-numbers of new tokens. Reported times are medians over n rounds. To save time, a batch size with at least n batches runs
-only every n-th batch in a round, other batches in each round, and the measured time is scaled up to all prompts.
+the points of the landscape the engine and both batch sizes take turns, with the same float32 weights, prompts and
+numbers of new tokens. Reported ratios are medians over n rounds. To save time, a batch size with at least n batches
+runs only every n-th batch in a round, other batches in each round, and the measured time is scaled up to all prompts.
+With `--every N`, generate runs only at every N-th point in a round, other points in each round, and of ten or more
+batches it runs every tenth; the ratios are those of the points where it ran.
 """
 
 import copy
@@ -78,12 +80,15 @@ class Benchmark:
     """Maximum number of tokens generated for a prompt."""
     rounds: int = 3
     """How often each time is measured."""
+    every: int = 1
+    """Hugging Face generate runs only at every N-th point in a round, if it is compared with the engine alone."""
     batch_sizes: tuple[int, ...] = (20, 40, 80)
     """Batch sizes of Hugging Face generate, of which the fastest is compared besides batch 4."""
 
     def run(self) -> None:
-        if self.rounds < 1:
-            raise js.UserError(f"--rounds must be at least 1, not {self.rounds}.")
+        for option in ("rounds", "every"):
+            if (value := getattr(self, option)) < 1:
+                raise js.UserError(f"--{option} must be at least 1, not {value}.")
         prompts = js.load_prompts(self.prompts, self.num_prompts or (4 if self.compare == "forms" else 80))
         if self.compare == "memory":
             self._compare_memory(len(prompts))
@@ -97,7 +102,7 @@ class Benchmark:
         elif self.compare == "forms":
             compare_forms(task, self.rounds)
         else:
-            compare_reference(task, self.rounds, self.batch_sizes, compile_seconds)
+            compare_reference(task, self.rounds, self.every, self.batch_sizes, compile_seconds)
 
     def _compare_memory(self, num_prompts: int) -> None:
         scan = ["scan", "--model", self.model, "--prompts", self.prompts, "--num-prompts", str(num_prompts)]
@@ -171,8 +176,10 @@ def compare_forms(task: Task, rounds: int) -> None:
     write_line(f"the two forms give the same texts at {same_texts} of {len(line)} points, the same ASR at {same_asr}")
 
 
-def compare_reference(task: Task, rounds: int, batch_sizes: Sequence[int], compile_seconds: dict[str, float]) -> None:
-    """Compare the engine with Hugging Face generate."""
+def compare_reference(
+    task: Task, rounds: int, every: int, batch_sizes: Sequence[int], compile_seconds: dict[str, float]
+) -> None:
+    """Compare the engine with Hugging Face generate, which in each round runs at every `every`-th point."""
     points = [(alpha,) for alpha in task.alphas]
     (direction,) = js.make_directions([0], task.model)
     reference = Reference(task, direction)
@@ -192,30 +199,38 @@ def compare_reference(task: Task, rounds: int, batch_sizes: Sequence[int], compi
 
     engine.seconds = {}
     sizes = {f"batch {size}": size for size in (4, fastest)}
-    # times[contestant][round][point] in seconds; answers[contestant][point][prompt]
-    times: dict[str, list[list[float]]] = {name: [] for name in ("engine", *sizes)}
+    # times[contestant][round][point] in seconds, without points where generate does not run;
+    # answers[contestant][point][prompt], without those that it does not give
+    times: dict[str, list[dict[int, float]]] = {name: [] for name in ("engine", *sizes)}
     answers: dict[str, list[dict[int, Answer]]] = {name: [{} for _ in points] for name in sizes}
     completions: list[list[Completion]] = []
+    run_every = rounds if every == 1 else max(rounds, 10)
     for round_number in range(rounds):
         for contestant_times in times.values():
-            contestant_times.append([])
+            contestant_times.append({})
         completions = []
         remaining = engine.complete([direction], points)
         for index, (alpha,) in enumerate(points):
             started = time.perf_counter()
             completions.append(next(remaining))
-            times["engine"][-1].append(time.perf_counter() - started)
+            times["engine"][-1][index] = time.perf_counter() - started
+            if index % every != round_number % every:
+                continue
             for name, size in sizes.items():
-                seconds, new_answers = reference.timed(alpha, size, round_number, rounds)
-                times[name][-1].append(seconds)
+                seconds, new_answers = reference.timed(alpha, size, round_number, run_every)
+                times[name][-1][index] = seconds
                 answers[name][index] |= new_answers
-        totals = ", ".join(f"{name} {sum(rounds_times[-1]):.1f} s" for name, rounds_times in times.items())
-        write_line(f"round {round_number + 1}: {totals}")
+        totals = (f"{name} {sum(all_times[-1].values()):.1f} s" for name, all_times in times.items())
+        write_line(f"round {round_number + 1}: {', '.join(totals)}; generate at {len(times[name][-1])} points")
 
-    round_seconds = {name: [sum(seconds) for seconds in rounds_times] for name, rounds_times in times.items()}
     for name in sizes:
-        write_ratios(f"{name} / engine", round_seconds[name], round_seconds["engine"])
-    report_utilisation(engine, completions, statistics.median(round_seconds["engine"]), rounds)
+        seconds_of = [sum(seconds.values()) for seconds in times[name]]
+        engine_seconds = [
+            sum(seconds[index] for index in there) for seconds, there in zip(times["engine"], times[name], strict=True)
+        ]
+        write_ratios(f"{name} / engine", seconds_of, engine_seconds)
+    median = statistics.median(sum(seconds.values()) for seconds in times["engine"])
+    report_utilisation(engine, completions, median, rounds)
     report_answers(task, reference, engine, completions, answers)
 
 
@@ -313,26 +328,30 @@ def report_answers(
     completions: list[list[Completion]],
     answers: dict[str, list[dict[int, Answer]]],
 ) -> None:
-    """Write every contestant's ASR at each point, and how close to a tie the logits are where texts begin to differ."""
-    prompts = range(len(task.prompts))
-    asr = {"engine": [js.attack_success_rate([c.text for c in point]) for point in completions]}
+    """Write each contestant's ASR at the points where it answered all prompts, and how close to a tie the logits are
+    where texts begin to differ."""
+    texts = {"engine": [[c.text for c in point] for point in completions]}
     for name, points in answers.items():
-        asr[name] = [js.attack_success_rate([point[p].text for p in prompts]) for point in points]
-    write_line("alpha   " + "".join(f"{name:>12}" for name in asr))
+        texts[name] = [[answer.text for answer in point.values()] for point in points]
+    write_line("ASR, where all prompts were answered:")
+    write_line("alpha   " + "".join(f"{name:>12}" for name in texts))
     for i, alpha in enumerate(task.alphas):
-        write_line(f"{alpha:+.3f}  " + "".join(f"{values[i]:11.2f}%" for values in asr.values()))
+        answered = [all_points[i] for all_points in texts.values()]
+        cells = [f"{js.attack_success_rate(x):.2f}%" if len(x) == len(task.prompts) else "" for x in answered]
+        write_line(f"{alpha:+.3f}  " + "".join(f"{cell:>12}" for cell in cells))
     engine_tokens = EngineTokens(engine, reference.direction)
     for name, points in answers.items():
         differing = []
-        for i, p in itertools.product(range(len(points)), prompts):
-            completion, answer = completions[i][p], points[i][p]
+        given = [(i, p, answer) for i, point in enumerate(points) for p, answer in sorted(point.items())]
+        for i, p, answer in given:
+            completion = completions[i][p]
             is_same = answer.text.startswith(completion.text) if completion.cut else answer.text == completion.text
             if not is_same:
                 same_outcome = js.is_refusal(completion.text) == js.is_refusal(answer.text)
                 differing.append((same_outcome, task.alphas[i], p, answer.tokens))
-        total = len(completions) * len(task.prompts)
         changed = sum(not same_outcome for same_outcome, *_ in differing)
-        write_line(f"{name}: {len(differing)} of {total} texts differ from the engine's, {changed} in their outcome")
+        of = f"{len(differing)} of {len(given)} texts"
+        write_line(f"{name}: {of} differ from the engine's, {changed} in their outcome")
         for _, alpha, p, tokens in sorted(differing)[:10]:
             tie = reference.describe_tie(alpha, p, engine_tokens.at(alpha)[p], tokens)
             write_line(f"  alpha {alpha:+.3f}, prompt {p}: {tie}")
