@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 _Z95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 
@@ -70,7 +70,7 @@ def clopper_pearson_bound(count: int, total: int, confidence: float = 0.95) -> f
         count: in how many of `total` independent trials the event happened.
         confidence: probability with which the bound lies below the event's probability, at least.
     """
-    return float(beta.ppf(1 - confidence, count, total - count + 1)) if count else 0.0
+    return float(betaincinv(count, total - count + 1, 1 - confidence)) if count else 0.0
 
 
 @lru_cache(maxsize=65536)
