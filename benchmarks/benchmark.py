@@ -181,9 +181,9 @@ def compare_reference(
 ) -> None:
     """Compare the engine with Hugging Face generate, which in each round runs at every `every`-th point."""
     points = [(alpha,) for alpha in task.alphas]
-    (direction,) = js.make_directions([0], task.model)
-    reference = Reference(task, direction)
     engine = task.engine("auto")
+    (direction,) = js.make_directions([0], task.model, engine.plan.storage)
+    reference = Reference(task, direction)
     write_line(f"engine: {engine.plan}")
     engine.seconds = {}
     started = time.perf_counter()
