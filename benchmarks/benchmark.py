@@ -46,6 +46,8 @@ from jaxscape.report.tables import landscape_cells
 from jaxscape.runtime.hardware import measure_roofline
 from jaxscape.runtime.streams import write_line
 
+EVERY_BATCH = 10  # of many small batches, each tenth one stands for all
+
 Direction = Any
 """A tree like `model.params`."""
 
@@ -86,9 +88,12 @@ class Benchmark:
     """Batch sizes of Hugging Face generate, of which the fastest is compared besides batch 4."""
 
     def run(self) -> None:
-        for option in ("rounds", "every"):
-            if (value := getattr(self, option)) < 1:
-                raise js.UserError(f"--{option} must be at least 1, not {value}.")
+        if self.rounds < 1:
+            raise js.UserError(f"--rounds must be at least 1, not {self.rounds}.")
+        if not 1 <= self.every <= self.steps + 1:
+            raise js.UserError(
+                f"--every must be from 1 to {self.steps + 1}, the number of points, but it is {self.every}."
+            )
         prompts = js.load_prompts(self.prompts, self.num_prompts or (4 if self.compare == "forms" else 80))
         if self.compare == "memory":
             self._compare_memory(len(prompts))
@@ -199,29 +204,30 @@ def compare_reference(
 
     engine.seconds = {}
     sizes = {f"batch {size}": size for size in (4, fastest)}
-    # times[contestant][round][point] in seconds, without points where generate does not run;
-    # answers[contestant][point][prompt], without those that it does not give
+    # times[contestant][round][point] is in seconds, and has only the points where the contestant ran in that round.
+    # answers[contestant][point][prompt] has only the prompts that the contestant answered.
     times: dict[str, list[dict[int, float]]] = {name: [] for name in ("engine", *sizes)}
     answers: dict[str, list[dict[int, Answer]]] = {name: [{} for _ in points] for name in sizes}
     completions: list[list[Completion]] = []
-    run_every = rounds if every == 1 else max(rounds, 10)
+    every_batch = rounds if every == 1 else EVERY_BATCH
     for round_number in range(rounds):
         for contestant_times in times.values():
             contestant_times.append({})
+        visited = range(round_number % every, len(points), every)
         completions = []
         remaining = engine.complete([direction], points)
         for index, (alpha,) in enumerate(points):
             started = time.perf_counter()
             completions.append(next(remaining))
             times["engine"][-1][index] = time.perf_counter() - started
-            if index % every != round_number % every:
+            if index not in visited:
                 continue
             for name, size in sizes.items():
-                seconds, new_answers = reference.timed(alpha, size, round_number, run_every)
+                seconds, new_answers = reference.timed(alpha, size, round_number, every_batch)
                 times[name][-1][index] = seconds
                 answers[name][index] |= new_answers
         totals = (f"{name} {sum(all_times[-1].values()):.1f} s" for name, all_times in times.items())
-        write_line(f"round {round_number + 1}: {', '.join(totals)}; generate at {len(times[name][-1])} points")
+        write_line(f"round {round_number + 1}: {', '.join(totals)}; generate at {len(visited)} points")
 
     for name in sizes:
         seconds_of = [sum(seconds.values()) for seconds in times[name]]
@@ -257,8 +263,7 @@ def compare_fast(task: Task, rounds: int, batch_sizes: Sequence[int], steps: int
                 times[name].clear()
             continue
         for name, size in sizes.items():
-            # Of many small batches, every tenth one stands for all.
-            times[name].append(sum(reference.timed(alpha, size, round_number, 10)[0] for alpha in task.alphas))
+            times[name].append(sum(reference.timed(alpha, size, round_number, EVERY_BATCH)[0] for alpha in task.alphas))
         write_line(", ".join(f"{name} {seconds[-1]:.1f} s" for name, seconds in times.items()))
     for name in ("exact", *sizes):
         write_ratios(f"{name} / fast", times[name], times["fast"])

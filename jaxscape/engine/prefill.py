@@ -181,8 +181,9 @@ def _check(model: Model, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -
 
 
 def _pack(texts: Sequence[Tokens], prefix: int, max_tokens: int, sizes: int, devices: int) -> Iterator[Batch]:
-    """The texts without their prefix in batches, those with the widest lines first. Of narrow and wide lines, those are
-    chosen that need clearly fewer tokens with their padding.
+    """The texts without their prefix in batches, those with the widest lines first.
+
+    Lines are narrow, unless wide lines save the share `WIDE_SAVES` of all tokens, padding included.
 
     Arguments:
         max_tokens: number of tokens in a full batch for each of the devices that its lines are shared by.

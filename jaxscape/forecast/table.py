@@ -49,7 +49,7 @@ def as_json(results: Sequence[Forecast | ProgramCost]) -> list[dict[str, Any]]:
 
 
 def _plan_under_keys(result: Forecast | ProgramCost) -> dict[str, Any]:
-    """A forecast's plan under its JSON keys; nothing for a program, which has no plan."""
+    """The plan of a forecast, with the keys that JSON has for it. A program has no plan, so its dictionary is empty."""
     if isinstance(result, ProgramCost):
         return {}
     plan, layout = result.plan, result.plan.layout

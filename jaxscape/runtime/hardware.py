@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property, update_wrapper
+from functools import cache, cached_property, update_wrapper
 from pathlib import Path
 from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
@@ -56,24 +56,26 @@ CPU_COMPILER_OPTIONS: dict[tuple[str, str, str], CompilerOptions] = {
     # Skylake-SP and Cascade Lake: XLA's own choice is 256 bits, and with 512 a decode step takes 7 % less time.
     ("GenuineIntel", "6", "85"): {"xla_cpu_prefer_vector_width": 512},
 }
-"""XLA's options for programs on a CPU, by its vendor, family and model as Linux names them.
+"""XLA's options for programs on a CPU, by the CPU's vendor, family and model as Linux names them.
 
-The table is fixed, and not measured on each machine: other options may give other texts where logits are tied, so the
-options must not depend on what else a machine did while it was measured."""
+The table is fixed, and no machine measures its own. With other options, a scan may give other texts where logits are
+tied. A measured choice would depend on what else the machine did at that moment, and so would the texts."""
 
 _CPUINFO = Path("/proc/cpuinfo")
 
 
 def compiler_options(platform: str) -> CompilerOptions:
-    """XLA's options for the package's programs on this machine's devices of a platform."""
-    kind = _cpu_kind() if platform == "cpu" else None
+    """The options of XLA with which this machine compiles the package's programs for a platform."""
+    kind = _cpu_kind(_CPUINFO) if platform == "cpu" else None
     return COMPILER_OPTIONS.get(platform, {}) | (CPU_COMPILER_OPTIONS.get(kind, {}) if kind else {})
 
 
-def _cpu_kind() -> tuple[str, str, str] | None:
-    """The vendor, family and model of the CPU; None where the system does not tell them."""
+@cache
+def _cpu_kind(cpuinfo: Path) -> tuple[str, str, str] | None:
+    """The CPU's vendor, family and model; None where the system does not tell them. The file is read once, because
+    every program of a process asks, and Linux takes long to write it on a machine with many cores."""
     try:
-        lines = (line.partition(":") for line in _CPUINFO.read_text().partition("\n\n")[0].splitlines())
+        lines = (line.partition(":") for line in cpuinfo.read_text().partition("\n\n")[0].splitlines())
         said = {name.strip(): value.strip() for name, _, value in lines}
         return said["vendor_id"], said["cpu family"], said["model"]
     except (OSError, ValueError, KeyError):  # this is not Linux, or no x86-64

@@ -1,6 +1,5 @@
 """Log-likelihoods and next-token logits against transformers', for texts of any length, on any mesh, at any point."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -138,15 +137,13 @@ def test_other_texts_and_points_rarely_compile(pair: tuple[js.Model, Any]) -> No
             for count in range(1, 200)
             for batch in prefill._pack([[1] * (1 + i % 100) for i in range(count)], 0, 1024, sizes, 1)
         }
-        by_width = Counter(width for _, width in shapes)
-        assert by_width[128] == sizes
-        assert by_width[256] <= sizes
-        assert set(by_width) <= {128, 256}
+        assert len(shapes) == sizes
 
 
 @pytest.mark.parametrize(("length", "count", "width"), [(83, 24, 256), (83, 1, 128), (60, 24, 128), (120, 24, 128)])
 def test_lines_are_wide_where_that_saves_padding(length: int, count: int, width: int) -> None:
-    """Of 24 texts of 83 tokens, three lie in a line of 256, instead of one in a line of 128."""
+    """A line of 256 tokens holds three texts of 83 tokens, where a line of 128 holds one. Such a line is used only if
+    there are several texts, and if it leaves less padding."""
     batches = list(prefill._pack([[1] * length] * count, 0, 1024, 8, 1))
     assert {batch.tokens.shape[1] for batch in batches} == {width}
     if width == 256:

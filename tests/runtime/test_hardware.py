@@ -97,7 +97,8 @@ ARM = "processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\n"
 def test_a_kind_of_cpu_has_options_of_its_own(
     cpuinfo: str | None, expected: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """XLA accepts the options, and a program computes the same with them. A user's own flag is left alone."""
+    """XLA accepts the options, and a program computes the same with them. A flag that the user sets takes their
+    place."""
     monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "cpuinfo")
     if cpuinfo is not None:
         (tmp_path / "cpuinfo").write_text(cpuinfo)
