@@ -96,8 +96,13 @@ def labels_from(scores: Float[np.ndarray, " answers"]) -> list[Label]:
     return ["refused" if score >= REFUSED_FROM else "complied" for score in scores]
 
 
-def checked_scores(name: str, scores: Any, num_answers: int) -> Float[np.ndarray, " answers"]:
+def checked_scores(
+    name: str, scores: Any, num_answers: int, may_be_missing: bool = False
+) -> Float[np.ndarray, " answers"]:
     """What an evaluator gave as scores, as a float64 array.
+
+    Arguments:
+        may_be_missing: whether a score may be NaN, because the evaluator could not judge the answer.
 
     Raises:
         UserError: the scores are no list of numbers from 0 to 1, or their number is not that of the answers.
@@ -110,7 +115,7 @@ def checked_scores(name: str, scores: Any, num_answers: int) -> Float[np.ndarray
         raise UserError(f"The evaluator {name!r} gave {scores!r:.60}: give a list with a number for each answer.")
     if len(array) != num_answers:
         raise UserError(f"The evaluator {name!r} gave {len(array)} scores for {num_answers} answers.")
-    wrong = [float(score) for score in array if not 0 <= score <= 1]
+    wrong = [float(score) for score in array if not (0 <= score <= 1 or (may_be_missing and score != score))]
     if wrong:
         raise UserError(f"The evaluator {name!r} gave the score {wrong[0]}: scores are numbers from 0 to 1.")
     return array.astype(np.float64)
@@ -137,8 +142,8 @@ def checksum_of(evaluator: Evaluator) -> str | None:
 
 
 def stop_when(evaluator: Evaluator, opening: str = "") -> Callable[[str], bool] | None:
-    """The evaluator's `stop_when`, or None if it has none. It is asked about answers only: no text ends in a block of
-    thinking, and none is judged by an end that the next token may change.
+    """The evaluator's `stop_when`, or None if it has none. It is asked about what follows the thinking, without an end
+    that the next token may change; where nothing follows yet, it is not asked, and nothing is decided.
 
     Arguments:
         opening: the marker with which the prompts open a block of thinking, see

@@ -20,6 +20,7 @@ from jaxscape.engine.engine import generate
 from jaxscape.engine.prefill import log_likelihoods
 from jaxscape.evaluate.base import REFUSALS, Evaluator, Label, labels_of
 from jaxscape.evaluate.keywords import KEYWORDS
+from jaxscape.evaluate.text_rule import shows_refusal
 from jaxscape.models.builtin import DEFAULT_MODEL
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.encoding import encode
@@ -98,8 +99,8 @@ class Thresholds:
 class Coherence:
     """An evaluator with the labels `refused`, `complied` and `incoherent`.
 
-    An answer is judged up to where its refusal shows, so that it does not matter whether a scan has cut it there. An
-    empty answer is incoherent: it says nothing, so it neither refuses nor complies.
+    A refusal is judged up to where it shows, so that it does not matter whether a scan has cut it there. Other answers
+    must be whole. An empty answer is incoherent: it says nothing, so it neither refuses nor complies.
 
     Attributes:
         name: see `jaxscape.evaluate.base.Evaluator`.
@@ -138,8 +139,9 @@ class Coherence:
 
     @property
     def stop_when(self) -> Callable[[str], bool] | None:
-        """That of the evaluator of refusals. Where none is named, answers are as long as they have to be."""
-        return (lambda text: True) if self.refusals is None else getattr(self.refusals, "stop_when", None)
+        """Whether an unfinished answer is a refusal, whatever may follow. Any other answer must be whole, because noise
+        may come later. None if the evaluator of refusals does not say so."""
+        return None if self.refusals is None else shows_refusal(self.refusals)
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Float[np.ndarray, " answers"]:
         """1 for each answer with the label `refused`, 0 for the others; see `label`."""

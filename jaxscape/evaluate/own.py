@@ -44,8 +44,9 @@ class OwnEvaluator:
         Raises:
             UserError: an argument is no list of texts, or the user's code fails or gives no scores from 0 to 1.
         """
-        score = getattr(self.judge, "score", self.judge)
-        return checked_scores(self.name, *self._called(score, prompts, answers))
+        score, label = (getattr(self.judge, name, None) for name in ("score", "label"))
+        scores, count = self._called(score or self.judge, prompts, answers)
+        return checked_scores(self.name, scores, count, may_be_missing=label is not None)
 
     def label(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Label | None]:
         """The label of each answer, by the evaluator's own `label`, or else by its scores; see `score`."""
@@ -62,7 +63,27 @@ class OwnEvaluator:
     @property
     def stop_when(self) -> Callable[[str], bool] | None:
         """The evaluator's own `stop_when`, or None if it has none."""
-        return getattr(self.judge, "stop_when", None)
+        is_decided = getattr(self.judge, "stop_when", None)
+        if is_decided is None:
+            return None
+
+        def decides(text: str) -> bool:
+            with _user_errors(f"stop_when of the evaluator {self.name!r}"):
+                return bool(is_decided(text))
+
+        return decides
+
+    def __getattr__(self, name: str) -> Any:
+        """A method that the protocol does not ask for, if the evaluator has it."""
+        if name not in ("prepare", "release", "label_points"):
+            raise AttributeError(name)
+        method = getattr(self.judge, name)
+
+        def called(*arguments: Any) -> Any:
+            with _user_errors(f"{name} of the evaluator {self.name!r}"):
+                return list(method(*arguments)) if name == "label_points" else method(*arguments)
+
+        return called
 
     def _called(
         self, function: Callable[[list[str], list[str]], Any], prompts: Sequence[str], answers: Sequence[str]
@@ -100,6 +121,8 @@ def own_evaluator(path: str, name: str) -> OwnEvaluator:
         raise UserError(f"{name!r} in {path} is a {type(judge).__name__}: name a function or an evaluator.")
     evaluator = OwnEvaluator(f"{Path(path).name}:{name}", judge, file_checksum(Path(path)))
     evaluator.label(*TRIAL)
+    if evaluator.stop_when is not None:
+        evaluator.stop_when(TRIAL[1][0])
     return evaluator
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from jaxscape.evaluate.base import Label, labels_from
+from jaxscape.evaluate.base import Evaluator, Label, labels_from
 from jaxscape.runtime.errors import UserError, as_texts
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc", "'"))
@@ -43,6 +43,18 @@ class TextRule:
     def label(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Label]:
         """The label of each answer, `refused` or `complied`; see `score`."""
         return labels_from(self.score(prompts, answers))
+
+
+def shows_refusal(evaluator: Evaluator) -> Callable[[str], bool] | None:
+    """A function that says whether the beginning of a text decides that the text refuses; None if the evaluator has no
+    rule that says so."""
+    rule = getattr(evaluator, "judge", evaluator)  # that of a user's file
+    if not isinstance(rule, TextRule) or rule.stop_when is None:
+        return None
+    if rule.stop_when is rule.refuses:
+        return rule.refuses
+    is_decided, refuses = rule.stop_when, rule.refuses
+    return lambda text: is_decided(text) and refuses(text)
 
 
 def fold_apostrophes(text: str) -> str:

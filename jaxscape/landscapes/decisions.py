@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Unpack
@@ -19,7 +19,15 @@ from typing import Any, BinaryIO, Unpack
 import numpy as np
 
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import DirectionLike, Given, largest_rank, make_directions, prepare, recipe_of
+from jaxscape.directions.kinds import (
+    DirectionLike,
+    Given,
+    largest_rank,
+    make_directions,
+    num_stored,
+    prepare,
+    recipe_of,
+)
 from jaxscape.directions.random import Random
 from jaxscape.directions.storage import Direction
 from jaxscape.engine.batching import Workload
@@ -66,7 +74,7 @@ Point = tuple[int, float]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked at each point, and of whom.
+    """Which rate is compared with which threshold at each point, and how often a decision may be wrong.
 
     Attributes:
         of: which rate: `asr`, the share that is not refused, or the share of the answers that are `complied` or
@@ -162,8 +170,9 @@ class Decisions:
         if self._made is None or self._made[0] != batch:
             self._made = None  # frees the previous directions before the next ones are made
             recipes, made = self._recipes[first : first + self.directions_at_once], []
+            plan = self._engine.plan
             for recipe in recipes:
-                made += make_directions([recipe], self._model, self._engine.plan.storage)
+                made += make_directions([recipe], self._model, plan.storage, plan.form.keeps_weights_on_host)
             self._made = batch, made
         start, directions = block * self._engine.block, self._made[1]
         prompts = self._prompts[start : start + self._engine.block]
@@ -270,7 +279,8 @@ def open_decisions(
     workload = search_workload(question, model, recipes, questions.tokens, settings, points, block)
     plan = make_plan(model, workload, options)
     prepare_judge(judge, ordered, free_beside(from_first(free_memory), model, plan))
-    engine = Engine(model, workload, plan, None if options.full_text else stop_when_all([judge], questions.opening))
+    judges = [judge] if question.of == "asr" else [judge, replace(coherence(), refusals=judge)]
+    engine = Engine(model, workload, plan, None if options.full_text else stop_when_all(judges, questions.opening))
     config = {
         "model": model.name,
         "weights": fingerprint(model.params),
@@ -329,7 +339,7 @@ def search_workload(
         points: the number of points along a direction that are asked together.
         block: the number of prompts that are asked at a time; 0 for the one that asks the fewest.
     """
-    count = len(prompt_tokens)
+    count, stored = len(prompt_tokens), [num_stored([recipe]) for recipe in recipes]
     return Workload(
         prompt_tokens,
         sampling,
@@ -337,6 +347,8 @@ def search_workload(
         points_per_line=points,
         ndim=1,
         num_random=int(any(isinstance(recipe, Random) for recipe in recipes)),
+        num_waiting=int(any(waiting for waiting, _ in stored)),
+        num_made=int(any(made for _, made in stored)),
         num_sets=sum(recipe.count for recipe in recipes),
         rank=largest_rank(recipes, model),
         block=block or block_size(question.limit(count), count, question.error),

@@ -1,11 +1,11 @@
 """The evaluators of a scan, and when each of them judges."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxscape.engine.planner import Plan, bytes_of_weights
 from jaxscape.engine.scheduler import StopWhen
-from jaxscape.evaluate.base import Evaluator, stop_when_all, uses_model
+from jaxscape.evaluate.base import Evaluator, stop_when, stop_when_all, uses_model
 from jaxscape.evaluate.coherence import COHERENCE, Coherence, coherence
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR, find_evaluators
 from jaxscape.landscapes.questions import Questions
@@ -28,7 +28,7 @@ class Judges:
 
     all: Sequence[Evaluator]
     at_once: Sequence[Evaluator]
-    coherences: Sequence[Evaluator]
+    coherences: Sequence[Coherence]
     others: Sequence[Evaluator]
 
     @classmethod
@@ -59,7 +59,19 @@ class Judges:
 
     def stop_when(self, opening: str) -> StopWhen | None:
         """When an answer may end; see `jaxscape.evaluate.base.stop_when_all`."""
-        return stop_when_all(self.all, opening)
+        others = [judge for judge in self.all if not isinstance(judge, Coherence)]
+        return stop_when_all([*others, *self._by_coherence], opening)
+
+    def refuses(self, opening: str) -> StopWhen | None:
+        """Whether an unfinished answer is a refusal, whatever may follow; None if that is not known before its end."""
+        return stop_when(self._by_coherence[0], opening)
+
+    @property
+    def _by_coherence(self) -> list[Coherence]:
+        """The evaluators by coherence, each with the evaluator whose refusals it takes; see `in_run`."""
+        first = self.all[0]
+        taking = [replace(judge, refusals=first) for judge in self.coherences]
+        return [first, *taking] if isinstance(first, Coherence) else taking
 
     def prepare(self, prompts: Sequence[str], beside: int | None, later: int | None) -> None:
         """Let the evaluators check that they can be used.

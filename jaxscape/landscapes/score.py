@@ -103,7 +103,7 @@ def label_rest(
     """
     rest = [from_first(partial(_unjudged, run, judge)) for judge in judges]
     for judge, points in zip(judges, rest, strict=True):
-        _check_whole(judge, points, openings)
+        _check_whole(run, judge, points, openings)
         if points:
             prepare_judge(judge, run.prompts, free_bytes)
     for judge, points in zip(judges, rest, strict=True):
@@ -162,16 +162,20 @@ def _unjudged(run: Run, judge: Evaluator) -> list[list[dict[str, Any]]]:
     return run.records(run.labels.count(judge))
 
 
-def _check_whole(judge: Evaluator, points: Sequence[Sequence[Mapping[str, Any]]], openings: Sequence[str]) -> None:
+def _check_whole(
+    run: Run, judge: Evaluator, points: Sequence[Sequence[Mapping[str, Any]]], openings: Sequence[str]
+) -> None:
     """Raise a `UserError` if an answer was cut before the evaluator's outcome is decided. What was abandoned is judged
     as it is: that is the choice of whoever asked for it."""
     decide = {opening: stop_when(judge, opening) for opening in set(openings)}
+    takes_refusals = isinstance(judge, Coherence) and judge.name != run.evaluator  # those of the run's evaluator
     short = 0
     for records in points:
         for opening, record in zip(openings, records, strict=True):
             decides = decide[opening]
-            is_decided = record.get("abandoned") or (decides is not None and decides(record["generation"]))
-            short += bool(record.get("cut")) and not is_decided
+            is_decided = decides is not None and decides(record["generation"])
+            if record.get("cut") and not record.get("abandoned"):
+                short += not (record["refused"] if takes_refusals else is_decided)
     if short:
         raise UserError(
             f"{judge.name!r} cannot judge {short} of the run's {sum(map(len, points))} answers, because they were cut "

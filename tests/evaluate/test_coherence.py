@@ -29,6 +29,9 @@ from jaxscape.evaluate.coherence import (
     mean_surprise,
 )
 from jaxscape.evaluate.evaluators import find_evaluators
+from jaxscape.evaluate.keywords import KEYWORDS
+from jaxscape.evaluate.text_rule import TextRule
+from jaxscape.evaluate.xstest import XSTEST
 from jaxscape.models.checkpoint import fingerprint
 from jaxscape.prompts.refusal import REFUSAL_KEYWORDS
 
@@ -257,8 +260,15 @@ def strict(tiny: js.Model) -> Coherence:
     return judging(tiny, Thresholds("", 0.0, 7.0, 0.5))
 
 
-@given(text=st.lists(st.sampled_from(PARTS), max_size=8).map("".join), rest=st.sampled_from(PARTS))
-def test_what_a_refusal_decides_no_continuation_changes(strict: Coherence, text: str, rest: str) -> None:
+@given(
+    text=st.lists(st.sampled_from(PARTS), max_size=8).map("".join),
+    rest=st.sampled_from(PARTS),
+    refusals=st.sampled_from([KEYWORDS, XSTEST]),
+)
+def test_what_a_refusal_decides_no_continuation_changes(
+    strict: Coherence, text: str, rest: str, refusals: TextRule
+) -> None:
+    strict = replace(strict, refusals=refusals)
     decides = stop_when(strict)
     assert decides is not None
     if decides(text):

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import jaxscape as js
-from jaxscape.evaluate.base import labels_of, stop_when, uses_model
+from jaxscape.evaluate.base import labels_of, labels_of_points, stop_when, uses_model
 from jaxscape.evaluate.evaluators import find_evaluators
 
 CODE = """
@@ -96,6 +97,33 @@ def test_one_may_hold_a_model_and_fail_to_judge(file: Path) -> None:
     assert uses_model(evaluator)
     assert not uses_model(js.evaluator(f"{file}:Half"))
     assert labels_of(evaluator, ["Why?"] * 2, ["", "No"]) == [None, "refused"]
+
+
+def test_it_has_what_the_protocol_leaves_open(file: Path) -> None:
+    with file.open("a") as code:
+        code.write(
+            "\n\nclass Whole(Half):\n    said = []\n"
+            "    def prepare(self, prompts, free_bytes):\n        self.said.append(free_bytes)\n"
+            "    def release(self):\n        self.said.append('released')\n"
+            "    def label_points(self, prompts, points):\n"
+            "        for answers in points:\n            yield self.label(prompts, answers)\n"
+            "    def score(self, prompts, answers):\n        return [float('nan') for answer in answers]\n"
+            "    def label(self, prompts, answers):\n        return [None for answer in answers]\n"
+        )
+    evaluator = js.evaluator(f"{file}:Whole")
+    evaluator.prepare(["Why?"], 3)
+    evaluator.release()
+    assert evaluator.judge.said == [3, "released"]
+    assert list(labels_of_points(evaluator, ["Why?"], [["No"], ["Yes"]])) == [[None], [None]]
+    assert np.isnan(evaluator.score(["Why?"], ["No"])).all()
+    assert not any(hasattr(js.evaluator(f"{file}:Half"), name) for name in ("prepare", "release", "label_points"))
+
+
+def test_a_stop_when_that_fails_is_found_before_a_scan(file: Path) -> None:
+    with file.open("a") as code:
+        code.write("\n\nclass Wrong(Half):\n    def stop_when(self, text):\n        return text.nothing\n")
+    with pytest.raises(js.UserError, match=r"stop_when of the evaluator 'mine.py:Wrong' failed in .*mine.py, line"):
+        js.evaluator(f"{file}:Wrong")
 
 
 def test_another_content_has_another_checksum(file: Path) -> None:

@@ -22,6 +22,7 @@ OPTIONS: dict[str, Any] = {
     "max_new_tokens": 6,
     "progress": False,
 }
+SEARCH = {name: value for name, value in OPTIONS.items() if name != "steps"}
 KINDS = ("refused", "complied", "incoherent")
 ADDED = {"coherence.json", "labels-coherence.jsonl"}
 
@@ -216,6 +217,26 @@ def test_full_texts_have_the_shares_of_texts_that_were_cut(tiny: js.Model, plain
     np.testing.assert_array_equal(
         scored.shares["refused"] + scored.shares["incoherent"] + scored.shares["complied"], np.full((2, 3), 100.0)
     )
+
+
+def test_what_is_no_refusal_is_judged_as_a_whole(tiny: js.Model, tmp_path: Path) -> None:
+    """XSTest's rule knows by the first words that an answer does not refuse. Whether it makes sense shows later."""
+    options = OPTIONS | {"evaluator": "xstest"}
+    shared = js.scan(tiny, [0], out=tmp_path / "shared", **options)
+    whole = js.scan(tiny, [0], out=tmp_path / "whole", options=js.EngineOptions(full_text=True), **options)
+    assert shared.to_json() == whole.to_json()
+    explicit = js.scan(tiny, [0], **options | {"evaluator": ["xstest", "coherence"]})
+    assert explicit.shares.keys() == shared.shares.keys()
+    for name, share in explicit.shares.items():
+        np.testing.assert_array_equal(share, shared.shares[name])
+    js.scan(tiny, [0], out=tmp_path / "early", shares=False, **options)
+    assert any("cut" in record for record in records(tmp_path / "early", "generations.jsonl"))
+    with pytest.raises(js.UserError, match=r"'coherence' cannot judge .* were cut where the scan's own evaluator had"):
+        js.score(tmp_path / "early", "coherence", progress=False)
+    for of in ("asr", "complied"):
+        out = tmp_path / f"radius-{of}"
+        js.radius(tiny, [0], of=of, evaluator="xstest", out=out, **SEARCH)
+        assert any("cut" in record for record in records(out, "generations.jsonl")) == (of == "asr")
 
 
 def test_the_first_evaluator_tells_refusals(tiny: js.Model, tmp_path: Path) -> None:
