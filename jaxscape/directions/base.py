@@ -216,6 +216,11 @@ def as_number(text: str, name: str, default: T) -> T:
     return number
 
 
+def exact_text(number: float) -> str:
+    """A number as it is written in a direction's name, from which the same number is read."""
+    return str(number).removesuffix(".0")
+
+
 def recipe_name(kind: str, options: Sequence[str], defaults: Sequence[str]) -> str:
     """`KIND:OPTION:…`, without the last options if they have their defaults."""
     used = len(options)

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxscape.directions.base import Recipe, check_no_option, check_parts, is_drawn
-from jaxscape.directions.storage import Direction, dense_tree
-from jaxscape.directions.sums import inner
+from jaxscape.directions.storage import Direction, dense_tree, inner
 from jaxscape.models.checkpoint import Params
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jaxscape.models.encoding import encode
 from jaxscape.models.greedy import greedy_tokens
 from jaxscape.models.model import Model
-from jaxscape.prompts.chat_format import chat_texts
+from jaxscape.prompts.chat_format import chat_texts, thinking_opening
 from jaxscape.prompts.refusal import is_refusal
 from jaxscape.prompts.sets import load_prompts
 from jaxscape.prompts.thinking import answer_of
@@ -128,5 +128,5 @@ def _answered(model: Model, prompts: Texts, refuses: bool) -> Answered:
 
 def own_answers(model: Model, prompts: Texts, max_new_tokens: int) -> tuple[list[list[int]], list[bool]]:
     """The token ids of the model's own greedy answers to prompts, and whether each of them refuses."""
-    answers = greedy_tokens(model, prompts, max_new_tokens)
-    return answers, [is_refusal(answer_of(model.tokenizer.decode(answer))) for answer in answers]
+    answers, opening = greedy_tokens(model, prompts, max_new_tokens), thinking_opening(model.tokenizer)
+    return answers, [is_refusal(answer_of(opening + model.tokenizer.decode(answer))) for answer in answers]

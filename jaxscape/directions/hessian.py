@@ -11,13 +11,12 @@ from jaxtyping import Float
 
 from jaxscape.directions.base import as_number, recipe_name, split_options
 from jaxscape.directions.objective import OfLoss, RefusalLoss, Refusals, added, norm, positive_norm, scaled
-from jaxscape.directions.storage import Direction
-from jaxscape.directions.sums import inner
+from jaxscape.directions.storage import Direction, inner
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.progress import note
 
-TOLERANCE = 0.02  # of an eigenpair's residual, relative to the eigenvalue
+TOLERANCE = 0.02  # the largest residual ‖Hv − λv‖ of an eigenpair that is accepted, in units of |λ|
 MAX_PRODUCTS = 60  # products with the Hessian; each takes about as long as two gradients
 
 

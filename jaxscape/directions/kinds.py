@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -41,7 +42,7 @@ from jaxscape.directions.restricted import Restricted
 from jaxscape.directions.singular import Singular
 from jaxscape.directions.sparse import Sparse
 from jaxscape.directions.stacked import rank_of
-from jaxscape.directions.storage import Direction, in_host_memory, on_model_mesh, stored
+from jaxscape.directions.storage import Direction, check_storage, in_host_memory, on_model_mesh, stored
 from jaxscape.directions.worst_case import WorstCase
 from jaxscape.models.checkpoint import Params, fingerprint
 from jaxscape.models.model import Model
@@ -157,17 +158,22 @@ def recipe_of(direction: Any) -> Recipe:
     )
 
 
-def make_directions(directions: Sequence[DirectionLike], model: Model, storage: str = "exact") -> list[Direction]:
+def make_directions(
+    directions: Sequence[DirectionLike], model: Model, storage: str = "exact", are_streamed: bool = False
+) -> list[Direction]:
     """The directions of one set, each a tree like `model.params` on the model's mesh.
 
     A random direction is made orthogonal to the first direction of the set, if it is not the first itself.
 
     Arguments:
         storage: `exact`, `seed`, `bfloat16` or `int8`, see `jaxscape.directions.random.random_direction`.
+        are_streamed: whether arrays that are in host memory stay there, because each tensor is sent to the devices
+            where it is used.
 
     Raises:
-        UserError: a direction cannot be made, or does not fit the model.
+        UserError: a direction cannot be made, or does not fit the model, or there is no such storage.
     """
+    check_storage(storage)
     made: list[Direction] = []
     for recipe in map(recipe_of, as_list(directions, "directions")):
         if isinstance(recipe, Random):
@@ -175,7 +181,7 @@ def make_directions(directions: Sequence[DirectionLike], model: Model, storage: 
             made.append(random_direction(model, recipe.seed, orthogonal_to=first, storage=storage))
             continue
         for direction in recipe.make(model):
-            placed = on_model_mesh(direction, model)
+            placed = direction if are_streamed else on_model_mesh(direction, model)
             made.append(stored(placed, storage) if storage in ("bfloat16", "int8") else placed)
     return made
 
@@ -288,6 +294,23 @@ def _origin(recipe: Any, model: Model) -> Any:
     if hasattr(recipe, "made_from"):
         return recipe.made_from(model)
     return None if is_drawn(recipe) or isinstance(recipe, Random) else list(map(fingerprint, recipe.make(model)))
+
+
+def num_stored(recipes: Iterable[Recipe]) -> tuple[int, int]:
+    """How many directions of a set are stored with all their tensors: those that wait in host memory until the set's
+    turn comes, and those that are made then. Random directions, directions that are known to be of low rank, and those
+    that the caller has put on the devices are not counted."""
+    waiting = made = 0
+    for recipe in recipes:
+        if isinstance(recipe, Random) or None not in _ranks_of(recipe, None):
+            continue
+        if isinstance(recipe, Given):
+            waiting += sum(any(isinstance(x, np.ndarray) for x in jax.tree.leaves(d)) for d in recipe.directions)
+        elif is_drawn(recipe):
+            made += recipe.count
+        else:
+            waiting += recipe.count
+    return waiting, made
 
 
 def largest_rank(recipes: Iterable[Recipe], model: Model | None = None) -> int | None:

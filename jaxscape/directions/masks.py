@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxscape.directions.base import Recipe, as_number, check_no_option, check_parts, recipe_name, split_options
+from jaxscape.directions.base import (
+    Recipe,
+    as_number,
+    check_no_option,
+    check_parts,
+    exact_text,
+    recipe_name,
+    split_options,
+)
 from jaxscape.directions.examples import DEFAULT_SETS, PromptSets, Texts
 from jaxscape.directions.importance import layer_matrices, snip_scores, wanda_scores
 from jaxscape.directions.storage import Direction, dense, zero_tensor
@@ -59,9 +67,9 @@ class Mask:
         return cls(score, top, as_number(utility, "percentage of utility", top), PromptSets.parse(*sets))
 
     def __str__(self) -> str:
-        utility = "" if self.utility == self.safety else _percent(self.utility)
-        options = (_percent(self.safety), utility, *self.sets.options)
-        return recipe_name(f"{self.kind}:{self.score}", options, (_percent(Mask.safety), "", *DEFAULT_SETS.options))
+        utility = "" if self.utility == self.safety else exact_text(self.utility)
+        options = (exact_text(self.safety), utility, *self.sets.options)
+        return recipe_name(f"{self.kind}:{self.score}", options, (exact_text(Mask.safety), "", *DEFAULT_SETS.options))
 
     def made_from(self, model: Model) -> tuple[Texts, Texts]:
         """The token ids of the prompts; see `jaxscape.directions.base.Recipe`."""
@@ -104,11 +112,6 @@ class Mask:
                 for name, leaf in named_leaves(model.params).items()
             }
         )
-
-
-def _percent(number: float) -> str:
-    """The number as it is written in a name, from which it can be read exactly."""
-    return str(number).removesuffix(".0")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from jaxscape.directions.stacked import Factors, Stacked
@@ -137,9 +138,9 @@ def materialise_by_tensor(
 ) -> Params:
     """θ(c) as `materialise` computes it, tensor by tensor, from parameters in host memory or on the devices.
 
-    Parameters in host memory are sent one by one, so the devices hold the parameters at the point, one tensor of θ₀ at
-    a time, and the directions as they are stored. Tensors of equal shapes share a compiled program: one that draws all
-    tensors of a direction from its seed would take long to compile.
+    Parameters and directions in host memory are sent one tensor at a time, so the devices hold the parameters at the
+    point, one tensor of each of these, and the other directions as they are stored. Tensors of equal shapes share a
+    compiled program: one that draws all tensors of a direction from its seed would take long to compile.
 
     Arguments:
         shardings: a tree like `params`, the sharding of each parameter.
@@ -149,11 +150,16 @@ def materialise_by_tensor(
     direction_tensors = [named_leaves(direction) for direction in directions]
     moved = {}
     for name, weight in named_leaves(params).items():
-        tensors = tuple(direction[name] for direction in direction_tensors)
+        tensors = tuple(_sent(direction[name], by_name[name]) for direction in direction_tensors)
         weight = jax.device_put(weight, by_name[name])
         # Without waiting, the host would send further tensors before there is room for them.
         moved[name] = _moved_tensor(coords, weight, tensors, previous_tensors.get(name)).block_until_ready()
     return tree_of(moved)
+
+
+def _sent(tensor: Any, sharding: Sharding) -> Any:
+    """A direction's tensor, on the devices with this sharding if it is an array in host memory."""
+    return jax.device_put(tensor, sharding) if isinstance(tensor, np.ndarray) else tensor
 
 
 @partial(jax.jit, donate_argnums=3, keep_unused=True)

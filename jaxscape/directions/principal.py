@@ -10,8 +10,7 @@ import numpy as np
 from jaxscape.directions.base import needs_option
 from jaxscape.directions.composed import combine
 from jaxscape.directions.path import load_path
-from jaxscape.directions.storage import Direction
-from jaxscape.directions.sums import inner
+from jaxscape.directions.storage import Direction, inner
 from jaxscape.models.checkpoint import Params
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxscape.directions.base import needs_option
 from jaxscape.directions.noise import standard_normal
-from jaxscape.directions.storage import Direction, Seeded, dense, rounded
+from jaxscape.directions.storage import Direction, Seeded, check_storage, dense, rounded
 from jaxscape.directions.sums import order_free_sum, tensor_norm
 from jaxscape.models.checkpoint import named_leaves, tree_of
 from jaxscape.models.model import Model
@@ -42,8 +42,9 @@ def random_direction(
         A tree like `model.params`; with `exact`, its leaves are arrays in the parameters' dtypes.
 
     Raises:
-        UserError: the seed is out of range.
+        UserError: the seed is out of range, or there is no such storage.
     """
+    check_storage(storage)
     others = named_leaves(orthogonal_to) if orthogonal_to is not None else {}
     direction = {}
     shardings = named_leaves(model.shardings)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key
 
-from jaxscape.directions.base import needs_option
+from jaxscape.directions.base import exact_text, needs_option
 from jaxscape.directions.noise import standard_normal
 from jaxscape.directions.random import noise_direction, scaled_to_norm, seed_of
 from jaxscape.directions.storage import Direction
@@ -54,7 +54,7 @@ class Sparse:
         return cls(number, seed_of(cls, seed))
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.fraction:g}:{self.seed}"
+        return f"{self.kind}:{exact_text(self.fraction)}:{self.seed}"
 
     def make(self, model: Model) -> list[Direction]:
         return [noise_direction(model, self.seed, partial(_sparse, jnp.float32(self.fraction)))]

@@ -13,9 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, Shaped
 
 from jaxscape.directions.noise import standard_normal
-from jaxscape.directions.sums import tensor_norm
+from jaxscape.directions.sums import order_free_sum, tensor_norm
 from jaxscape.models.checkpoint import Params, named_leaves, tree_of
 from jaxscape.models.model import Model
+from jaxscape.runtime.errors import unknown_name
+
+STORAGES = ("exact", "seed", "bfloat16", "int8")
 
 Direction = Params
 """A tree like the parameters, whose leaves are arrays, `Factored`, `Scaled` or `Seeded` tensors."""
@@ -146,9 +149,9 @@ class Seeded:
         return (noise * self.scale).astype(self.dtype).astype(jnp.float32)
 
 
-def dense(tensor: Array | Factored | Scaled | Seeded) -> Float[Array, "*shape"]:
+def dense(tensor: Array | np.ndarray | Factored | Scaled | Seeded) -> Float[Array, "*shape"]:
     """A direction's tensor in float32, however it is stored."""
-    return tensor.astype(jnp.float32) if isinstance(tensor, jax.Array) else tensor.dense()
+    return jnp.asarray(tensor, jnp.float32) if isinstance(tensor, jax.Array | np.ndarray) else tensor.dense()
 
 
 def dense_tree(direction: Direction) -> Params:
@@ -156,9 +159,27 @@ def dense_tree(direction: Direction) -> Params:
     return tree_of({name: dense(tensor) for name, tensor in named_leaves(direction).items()})
 
 
+def inner(a: Direction, b: Direction) -> float:
+    """The inner product of two directions, the same on every mesh: summed in float32 within each tensor, then in
+    float64."""
+    return float(sum(np.float64(part) for part in jax.device_get(_inner_products(a, b))))
+
+
+@jax.jit
+def _inner_products(a: Direction, b: Direction) -> list[Float[Array, ""]]:
+    is_stored = lambda tensor: isinstance(tensor, Factored | Scaled | Seeded)  # noqa: E731
+    return jax.tree.leaves(jax.tree.map(lambda x, y: order_free_sum(dense(x) * dense(y)), a, b, is_leaf=is_stored))
+
+
 def is_zero(tensor: Any) -> bool:
     """Whether a direction's tensor is known to be zero because its rank is."""
     return isinstance(tensor, Factored) and tensor.rank == 0
+
+
+def check_storage(storage: str) -> None:
+    """Raise a `UserError` if directions cannot be stored so."""
+    if storage not in STORAGES:
+        raise unknown_name("direction storage", storage, STORAGES)
 
 
 def stored(direction: Direction, storage: str) -> Direction:

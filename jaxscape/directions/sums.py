@@ -1,13 +1,9 @@
 """Sums over tensors whose results have the same bits on every mesh, however the tensors are sharded."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-
-from jaxscape.models.checkpoint import Params
 
 
 @jax.jit
@@ -34,24 +30,3 @@ def order_free_sum(x: Float[Array, "*shape"]) -> Float[Array, ""]:
 def tensor_norm(x: Float[Array, "*shape"]) -> Float[Array, ""]:
     """The Euclidean norm of a float32 tensor, the same on every mesh."""
     return jnp.sqrt(order_free_sum(x * x))
-
-
-def inner(a: Params, b: Params) -> float:
-    """The inner product of two directions, the same on every mesh: summed in float32 within each tensor, then in
-    float64."""
-    return float(sum(np.float64(part) for part in jax.device_get(_inner_products(a, b))))
-
-
-@jax.jit
-def _inner_products(a: Params, b: Params) -> list[Float[Array, ""]]:
-    products = jax.tree.map(lambda x, y: order_free_sum(_dense(x) * _dense(y)), a, b, is_leaf=_is_stored)
-    return jax.tree.leaves(products)
-
-
-def _is_stored(tensor: Any) -> bool:
-    """Whether a direction's tensor is stored as something else than an array, see `jaxscape.directions.storage`."""
-    return hasattr(tensor, "dense")
-
-
-def _dense(tensor: Any) -> Float[Array, "*shape"]:
-    return tensor.dense() if _is_stored(tensor) else tensor.astype(jnp.float32)

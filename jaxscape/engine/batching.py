@@ -22,12 +22,17 @@ class Workload:
         num_points: number of points of each direction set.
         points_per_line: number of consecutive points that differ in their last coordinate only.
         ndim: number of directions of each set.
-        num_random: how many of these directions are random ones. They are drawn when the run reaches the set.
+        num_random: how many of these directions are those of `random:SEED`, which need not be stored: the engine can
+            draw them from their seeds.
+        num_waiting, num_made: how many of the others are stored with all their tensors, in float32: those that wait in
+            host memory until the run reaches the set, and those that are made then. As of random ones, this is the
+            largest number in any set.
         block: number of prompts that are answered together at a point, in blocks of which a point may need only the
             first ones; None for all.
         num_sets: number of direction sets.
         rank: the largest rank of the directions, if all of them are of low rank; else None.
         first_prompt: the number of the first prompt, from which the random streams of sampling count.
+        longest_before: number of tokens of the longest prompt before the first one; 0 if there is none.
     """
 
     prompt_tokens: Sequence[Sequence[int]]
@@ -36,14 +41,27 @@ class Workload:
     points_per_line: int = 1
     ndim: int = 0
     num_random: int = 0
+    num_waiting: int = 0
+    num_made: int = 0
     block: int | None = None
     num_sets: int = 1
     rank: int | None = None
     first_prompt: int = 0
+    longest_before: int = 0
 
     def after(self, count: int) -> "Workload":
-        """The workload without its first `count` prompts."""
-        return replace(self, prompt_tokens=self.prompt_tokens[count:], first_prompt=self.first_prompt + count)
+        """The workload without its first `count` prompts. The others are answered as they are beside these."""
+        return replace(
+            self,
+            prompt_tokens=self.prompt_tokens[count:],
+            first_prompt=self.first_prompt + count,
+            longest_before=self.longest_prompt,
+        )
+
+    @property
+    def longest_prompt(self) -> int:
+        """Number of tokens of the longest prompt, also of those before the first one."""
+        return max(self.longest_before, *map(len, self.prompt_tokens))
 
     @property
     def num_prompts(self) -> int:

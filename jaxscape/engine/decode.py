@@ -128,8 +128,7 @@ def static_arguments(model: Model | ModelShape, workload: Workload, is_fused: bo
     Arguments:
         is_fused: whether the programs get fused projections, see `jaxscape.models.fusion`.
     """
-    longest = max(map(len, workload.prompt_tokens)) + workload.sampling.max_new_tokens
-    config = model.config.for_length(longest)
+    config = model.config.for_length(workload.longest_prompt + workload.sampling.max_new_tokens)
     # The seed is not part of the program: another seed must not compile it again.
     sampling = replace(workload.sampling, seed=0)
     order = cache_order(model.mesh, model.dtype, config)

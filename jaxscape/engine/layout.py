@@ -140,7 +140,7 @@ def assign_lines(lengths: Sequence[int], narrowest: int) -> list[int]:
 
     Arguments:
         lengths: the number of tokens of each text.
-        narrowest: the width of lines, see `line_width`.
+        narrowest: the width of a line, unless its longest text is longer; see `line_width`.
     """
     free: list[int] = []
     chosen = [0] * len(lengths)

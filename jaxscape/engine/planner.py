@@ -332,7 +332,7 @@ class Planner:
         workload = self._workload
         if not form.batches_points:
             return 1, num_sets * workload.num_points
-        if self._num_factored(form) == workload.ndim and (num_sets > 1 or workload.rank is not None):
+        if self._num_factored(form) == workload.ndim:  # points differ in nothing that is added to the weights
             return num_sets * workload.num_points, 1
         return workload.points_per_line, workload.num_points // workload.points_per_line
 
@@ -458,22 +458,28 @@ class Planner:
                     directions + layout.points_in_flight // self._mesh_shape.points * ndim * self._factor_bytes
                 )
             return copies * self._weight_bytes + round(directions)
-        bytes_per_number = {
-            "exact": self._workload.num_random * self._itemsize,
-            "seed": 0,
-            "bfloat16": 2 * ndim,
-            "int8": ndim,
-        }[storage]
         one_tensor = 4 * self._largest_tensor if form.keeps_weights_on_host or storage == "seed" else 0
-        return copies * self._weight_bytes + num_sets * bytes_per_number * self._parameters_per_device + one_tensor
+        directions = num_sets * self._direction_bytes_per_number(form, storage) * self._parameters_per_device
+        return copies * self._weight_bytes + directions + one_tensor
+
+    def _direction_bytes_per_number(self, form: Form, storage: str) -> int:
+        """Bytes for each parameter that the directions of a set take on the devices, if they are not of low rank."""
+        workload = self._workload
+        if storage in ("bfloat16", "int8"):
+            return workload.ndim * (2 if storage == "bfloat16" else 1)
+        sent_whole = 0 if form.keeps_weights_on_host else workload.num_waiting
+        stored = min(sent_whole + workload.num_made, workload.ndim)  # not all sets need have the most of each kind
+        random = 0 if storage == "seed" else min(workload.num_random, workload.ndim - stored)
+        return 4 * stored + self._itemsize * random
 
     def _fused_bytes(self, form: Form, num_sets: int) -> int:
         """Bytes of the fused copies of weights and directions; a point's own weights are formed fused."""
         factored = self._num_factored(form)
-        copies = 1 if factored == self._workload.ndim else 0
-        if self._factor_numbers is None:  # fused factors take little memory
-            copies += num_sets * factored
-        return copies * self._fused_numbers * self._itemsize
+        per_number = self._itemsize if factored == self._workload.ndim else 0
+        if factored and self._factor_numbers is None:  # fused factors take little memory
+            of_set = self._direction_bytes_per_number(form, "exact")
+            per_number += num_sets * factored * max(of_set // self._workload.ndim, self._itemsize)
+        return per_number * self._fused_numbers
 
     def _work_space(self, layout: BatchLayout) -> int:
         """Estimated bytes of temporary arrays on each device: a prefill's largest layer, its keys and values, and the

@@ -17,7 +17,7 @@ class Platform:
 
     Attributes:
         order: how the cache lies in memory and is read.
-        order_without_kernel: the same where the kernel of `order` is not used; the same order if it has none.
+        order_without_kernel: the order where no kernel reads the cache; it is `order` where that has no kernel.
         fuses_projections: whether decoding is faster with fused projections, see `jaxscape.models.fusion`. On several
             devices along the mesh axis `model` they are never fused, because a fused matrix is sharded as one, and its
             parts would be exchanged.

@@ -82,7 +82,7 @@ def learning_rates(training: Training, steps_per_epoch: int) -> Float[np.ndarray
     factor: np.ndarray
     match training.schedule:
         case "cosine":
-            factor = 0.5 * (1 + np.cos(np.pi * (steps - warmup) / (len(steps) - warmup)))
+            factor = 0.5 * (1 + np.cos(np.pi * (steps - warmup) / max(len(steps) - warmup, 1)))
         case "step":
             factor = np.power(STEP_DECAY, steps // steps_per_epoch)
         case _:

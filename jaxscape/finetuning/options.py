@@ -29,7 +29,7 @@ class Training:
     """cosine decays to 0 at the end; step multiplies by 0.85 after each epoch, as in the paper's code; constant does
     not change."""
     warmup: float = 0.0
-    """Fraction of all steps in which the learning rate rises from 0."""
+    """Fraction of all steps in which the learning rate rises linearly to its full value."""
     batch_size: int = 8
     """Number of chats in a batch; a multiple of the number of devices along the mesh axis `points`."""
     accumulation: int = 1

@@ -164,6 +164,12 @@ def _trainable(model: Model, training: Training, start: Adapter | None) -> Any:
             "The adapter to start from cannot be trained further with these options: choose the method lora, and the "
             "rank, alpha and targets of the adapter."
         )
+    scaled = sorted(name for name, scale in start.scales.items() if scale != start.scale)
+    if extra := sorted({*scaled, *start.magnitudes, *start.replaced}):
+        raise UserError(
+            f"The adapter to start from changes {extra[0]} by more than the product of its factors times alpha / rank, "
+            f"and only such products can be trained further: merge it into its base, and start from the result."
+        )
     factors: Factors = jax.tree.map(lambda factor: jnp.array(factor, jnp.float32, copy=True), start.factors)
     return factors
 

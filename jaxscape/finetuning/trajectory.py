@@ -50,7 +50,7 @@ def project(name: str, steps: Iterable["Params"], directions: Sequence["Params"]
     Raises:
         UserError: a direction is zero, or two are parallel.
     """
-    from jaxscape.directions.sums import inner
+    from jaxscape.directions.storage import inner
 
     gram = np.array([[inner(a, b) for b in directions] for a in directions])
     norms = np.sqrt(np.diag(gram))

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 
 from jaxscape.directions.base import Recipe
 from jaxscape.directions.kinds import make_directions
@@ -61,19 +60,25 @@ class Decoding:
 def decode_rest(run: Run, decoding: Decoding, reports: ScanProgress) -> None:
     """Decode and judge the points of a run that are left. Answers that are known already are taken over. SIGTERM ends
     this after a point."""
-    # One engine at a time, because each has caches of its own.
-    engine = lru_cache(maxsize=1)(partial(decoding.engine, on_finished=reports.answers))
-    for start, group in itertools.groupby(run.points[run.num_done :], key=lambda point: len(run.known(point))):
-        points, prompts = list(group), run.prompts[start:]
-        if prompts:
-            given = _answers(points, prompts, engine(start), decoding)
-        else:
-            given = (Answers([], [], [[] for _ in decoding.judges]) for _ in points)
-        with postponed() as stop_if_asked:
-            for answers in given:
-                _append(run, answers, decoding)
-                reports.point()
-                stop_if_asked()
+    left, num_prompts = run.points[run.num_done :], len(run.prompts)
+    # Points whose answers are all known may lie between the others, which are decoded together all the same.
+    generated = _generated([p for p in left if len(run.known(p)) < num_prompts], run, decoding, reports)
+    with postponed() as stop_if_asked:
+        for point in left:
+            is_known = len(run.known(point)) == num_prompts
+            _append(run, Answers([], [], [[] for _ in decoding.judges]) if is_known else next(generated), decoding)
+            reports.point()
+            stop_if_asked()
+
+
+def _generated(points: Sequence[Point], run: Run, decoding: Decoding, reports: ScanProgress) -> Iterator[Answers]:
+    """The answers at each point to the prompts whose answers are not known there."""
+    engine, first = None, 0
+    for start, group in itertools.groupby(points, key=lambda point: len(run.known(point))):
+        if engine is None or start != first:
+            engine = None  # frees its caches before the next engine is planned
+            engine, first = decoding.engine(start, reports.answers), start
+        yield from _answers(list(group), run.prompts[start:], engine, decoding)
 
 
 def _answers(points: Sequence[Point], prompts: Sequence[str], engine: Engine, decoding: Decoding) -> Iterator[Answers]:
@@ -86,7 +91,9 @@ def _answers(points: Sequence[Point], prompts: Sequence[str], engine: Engine, de
         first = batch[0][0] // together * together
         directions: list[Direction] = []  # frees the previous sets' directions before the next ones are made
         for item in decoding.sets[first : first + together]:
-            directions += make_directions(item, engine.model, engine.plan.storage)
+            directions += make_directions(
+                item, engine.model, engine.plan.storage, engine.plan.form.keeps_weights_on_host
+            )
         coords = [_along_all(coords, index - first, len(directions)) for index, coords in batch]
         yield from answers_at(coords, engine, directions, decoding.judges, prompts, decoding.opening)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Unpack
 import jax
 
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import DirectionLike, Prepared, largest_rank, prepare
+from jaxscape.directions.kinds import DirectionLike, Prepared, largest_rank, num_stored, prepare
 from jaxscape.directions.random import Random
 from jaxscape.engine.batching import Workload
 from jaxscape.engine.continuations import cache_bytes
@@ -20,7 +20,7 @@ from jaxscape.engine.forms import Form
 from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.planner import Plan, bytes_of_weights, make_plan
 from jaxscape.engine.sampling import Sampling, SamplingOptions
-from jaxscape.evaluate.base import Evaluator, checksum_of, stop_when
+from jaxscape.evaluate.base import Evaluator, checksum_of
 from jaxscape.evaluate.coherence import BEGINNING, COHERENCE
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
 from jaxscape.landscapes.adaptive import check_ascending, first_round
@@ -180,7 +180,7 @@ def scan(
         coherences = cache(partial(bound, judges.coherences))
         if abandon_incoherent:
             thresholds = thresholds_of_model([*decoding.judges, *coherences()])
-            refuses, limit = stop_when(judges.all[0], questions.opening), settings.max_new_tokens
+            refuses, limit = judges.refuses(questions.opening), settings.max_new_tokens
             decoding = replace(decoding, abandon=abandon_noise(model, thresholds, questions, refuses, limit))
         _evaluate(run, decoding, coherences, questions.openings, reports, progress)
         if judges.others:
@@ -410,11 +410,13 @@ def answer_settings(
 ) -> dict[str, Any]:
     """What `config.json` says of how the answers at a point come about."""
     storage = options.direction_storage
+    longest = max(map(len, prompt_tokens)) + sampling.max_new_tokens
     return {
         "num_prompts": len(prompts),
         "prompts": checksum(list(prompts)),
         "tokens": checksum(prompt_tokens),
         "architecture": checksum((model.config, model.eos_token_ids)),
+        **({"long_rope": True} if model.config.has_long_rope(longest) else {}),
         "system_prompt": system_prompt,
         **({"thinking": thinking} if thinking != "default" else {}),
         **asdict(sampling),
@@ -448,6 +450,7 @@ def workload_of(
         recipes: the directions of each set.
         coords: the points, if they are a list and no grid.
     """
+    stored = list(map(num_stored, recipes))
     return Workload(
         prompt_tokens,
         sampling,
@@ -455,6 +458,8 @@ def workload_of(
         points_per_line=len(axes[-1].values) if axes else 1,
         ndim=count_directions(recipes),
         num_random=max(sum(isinstance(recipe, Random) for recipe in item) for item in recipes),
+        num_waiting=max(waiting for waiting, _ in stored),
+        num_made=max(made for _, made in stored),
         num_sets=len(recipes),
         rank=largest_rank(itertools.chain.from_iterable(recipes)),
     )

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, Sharding
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Shaped, UInt32
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from jaxscape.models.config import ModelConfig
@@ -239,7 +239,7 @@ def fingerprint(params: Params) -> str:
         for name, leaf in named_leaves(params).items()
         for path, array in jax.tree_util.tree_leaves_with_path(leaf)
     }
-    sums = jax.device_get([_checksum(jnp.asarray(leaf)) for leaf in leaves.values()])
+    sums = jax.device_get([_checksum(_without_keys(leaf)) for leaf in leaves.values()])
     descriptions = [
         (name, leaf.shape, str(leaf.dtype), tensor_sums.tolist())
         for (name, leaf), tensor_sums in zip(leaves.items(), sums, strict=True)
@@ -247,8 +247,14 @@ def fingerprint(params: Params) -> str:
     return checksum(descriptions)
 
 
+def _without_keys(leaf: Any) -> Array:
+    """An array as it is, or the numbers of a random key."""
+    array = jnp.asarray(leaf)
+    return jax.random.key_data(array) if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else array
+
+
 @jax.jit
-def _checksum(leaf: Float[Array, "*shape"]) -> UInt32[Array, " 2"]:
+def _checksum(leaf: Shaped[Array, "*shape"]) -> UInt32[Array, " 2"]:
     """Two sums of the values' bits, modulo 2³², each value mixed with its position.
 
     Integer sums are exact in any order, so the result is the same on any number of devices.

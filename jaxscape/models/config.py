@@ -128,6 +128,10 @@ class ModelConfig:
         def without_choice(rope: Rope | None) -> Rope | None:
             if rope is None or rope.long_frequencies is None:
                 return rope
-            return Rope(rope.frequencies if longest <= rope.context else rope.long_frequencies, rope.scale)
+            return Rope(rope.long_frequencies if rope.is_long(longest) else rope.frequencies, rope.scale)
 
         return replace(self, layers=tuple(LayerKind(without_choice(kind.rope), kind.window) for kind in self.layers))
+
+    def has_long_rope(self, longest: int) -> bool:
+        """Whether `for_length` chooses the second set of LongRoPE's frequencies, the one for long texts."""
+        return any(kind.rope is not None and kind.rope.is_long(longest) for kind in self.layers)

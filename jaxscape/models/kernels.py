@@ -30,7 +30,7 @@ Keys = Float[Array, "batch kv_heads time head_dim"]
 def saves_traffic(config: ModelConfig, dtype: str, rows: int, time: int, devices: int) -> bool:
     """Whether the kernel supports this model and batch, and moves fewer bytes than the decoder's own attention.
 
-    It does so because it never writes the scores to memory.
+    It moves fewer because the scores stay on the chip.
 
     Arguments:
         rows, time: the batch's rows and tokens per row.

@@ -45,7 +45,7 @@ _FREE_OPTIONS = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type"),
     # PEFT sets it to false for the linear layers of these models.
     "fan_in_fan_out",
-    # They concern only training, or nothing that is switched on.
+    # They affect only training, or features that other options switch on.
     *("auto_mapping", "inference_mode", "lora_dropout", "eva_config", "megatron_core", "peft_version"),
     "qalora_group_size",
 }

@@ -30,6 +30,10 @@ class Rope:
     long_frequencies: tuple[float, ...] | None = None
     context: int = 0
 
+    def is_long(self, longest: int) -> bool:
+        """Whether `long_frequencies` are used in a run whose longest text has `longest` tokens."""
+        return self.long_frequencies is not None and longest > self.context
+
 
 MAX_HEAD_DIM = 2**16  # far above any real model; a damaged configuration may ask for more than memory can hold
 

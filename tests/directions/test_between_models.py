@@ -1,11 +1,12 @@
 """Directions between models: the alignment direction, and the residual of quantisation."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from helpers import MakeModel
+from helpers import MakeModel, assert_same_tree
 
 import jaxscape as js
 from jaxscape.directions.kinds import parse_direction
@@ -23,6 +24,26 @@ def test_the_base_lies_at_minus_one_of_the_alignment_direction(tiny: js.Model, o
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, -np.asarray(b)), away, towards)
     moved = js.model_at(tiny, [f"from:{other_dir}"], [-1.0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), moved.params, base.params)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "from:{0}",
+        "weight-norm:[to:{0}]",
+        "tensor-norm:[to:{0}]",
+        "sum:[to:{0}][random:0]",
+        "projected:[random:0][to:{0}]",
+    ],
+)
+def test_weights_in_host_memory_have_the_same_directions(
+    tiny: js.Model, tiny_dir: Path, other_dir: Path, name: str
+) -> None:
+    on_host, direction = js.load_model(tiny_dir, "float32", on_host=True), name.format(other_dir)
+    assert_same_tree(js.make_directions([direction], on_host)[0], js.make_directions([direction], tiny)[0])
+    options: dict[str, Any] = {"steps": 2, "max_new_tokens": 4, "shares": False, "progress": False}
+    found = [js.scan(model, [direction], prompts=["Hi"], **options).asr.tolist() for model in (on_host, tiny)]
+    assert found[0] == found[1]
 
 
 def test_a_base_of_another_shape_is_a_user_error(tiny: js.Model, make_model: MakeModel) -> None:

@@ -12,8 +12,7 @@ from helpers import MakeModel, assert_same_tree
 import jaxscape as js
 from jaxscape.directions.low_rank import LowRank, low_rank_direction
 from jaxscape.directions.point import materialise
-from jaxscape.directions.storage import Direction, Factored, dense, on_model_mesh, stored, zero_tensor
-from jaxscape.directions.sums import inner
+from jaxscape.directions.storage import Direction, Factored, dense, inner, on_model_mesh, stored, zero_tensor
 from jaxscape.models.checkpoint import fingerprint, named_leaves, tree_of
 from jaxscape.runtime.sharding import MeshShape
 

@@ -12,17 +12,43 @@ from helpers import MakeModel, assert_same_tree
 import jaxscape as js
 from jaxscape.directions import kinds
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import COMPOSED_KINDS, KINDS, Given, largest_rank, parse_direction, prepare, recipe_of
+from jaxscape.directions.kinds import (
+    COMPOSED_KINDS,
+    KINDS,
+    Given,
+    largest_rank,
+    num_stored,
+    parse_direction,
+    prepare,
+    recipe_of,
+)
 from jaxscape.directions.point import materialise
 from jaxscape.directions.random import Random
 from jaxscape.models.checkpoint import fingerprint
 
 
 @pytest.mark.parametrize(
-    "name", ["random:0", "random:4294967295", "file:a/b.safetensors", "to:org/model@main", "low-rank:4:7"]
+    "name",
+    [
+        "random:0",
+        "random:4294967295",
+        "file:a/b.safetensors",
+        "to:org/model@main",
+        "low-rank:4:7",
+        "sparse:1:0",
+        "sparse:0.3333333333333333:0",
+        "sparse:1e-07:0",
+    ],
 )
 def test_a_recipe_has_the_name_that_it_was_made_from(name: str) -> None:
     assert str(parse_direction(name)) == name
+
+
+@pytest.mark.parametrize("name", ["bf16", "", "exactly"])
+def test_an_unknown_storage_is_a_user_error(tiny: js.Model, name: str) -> None:
+    for make in (lambda: js.random_direction(tiny, 0, storage=name), lambda: js.make_directions([0], tiny, name)):
+        with pytest.raises(js.UserError, match=f"Unknown direction storage '{name}'.* choose exact, seed, bfloat16"):
+            make()
 
 
 @pytest.mark.parametrize(
@@ -96,6 +122,28 @@ def test_what_identifies_a_direction_in_a_run(tiny: js.Model) -> None:
     (drawn,), (given,) = prepare([[Random(7)], [recipe_of(tree)]], tiny)
     assert (drawn.recipe, drawn.ids) == (Random(7), (7,)), "a random direction is made when it is needed"
     assert given.ids == (fingerprint(tree),)
+
+
+def test_a_direction_that_is_drawn_where_it_is_used_can_be_given(tiny: js.Model) -> None:
+    """It has a checksum of its own, and a scan along it is the scan along the stored one."""
+    drawn, other = (js.random_direction(tiny, seed, storage="seed") for seed in (7, 8))
+    exact = js.random_direction(tiny, 7)
+    assert fingerprint(drawn) == fingerprint(js.random_direction(tiny, 7, storage="seed")) != fingerprint(other)
+    texts = []
+    for direction in (drawn, exact):
+        options: dict[str, Any] = {"steps": 2, "max_new_tokens": 4, "shares": False, "progress": False}
+        texts.append(js.scan(tiny, [direction], prompts=["Hi", "Say it"], **options).asr.tolist())
+        moved = js.model_at(tiny, [direction], [0.25])
+    assert texts[0] == texts[1]
+    assert_same_tree(js.model_at(tiny, [drawn], [0.25]).params, moved.params)
+
+
+def test_which_directions_are_stored(tiny: js.Model) -> None:
+    given, names = js.random_direction(tiny, 1), ["random:0", "low-rank:2:0", "filter:0", "weight-norm:[sparse:0.5:0]"]
+    assert [num_stored([parse_direction(name)]) for name in names] == [(0, 0), (0, 0), (0, 1), (0, 1)]
+    assert num_stored([parse_direction("to:model"), parse_direction("filter:0")]) == (1, 1)
+    assert num_stored([Given((given,))]) == (0, 0), "it is on the devices already"
+    assert num_stored([Given((jax.device_get(given),))]) == (1, 0)
 
 
 def test_a_prepared_direction_waits_in_host_memory(tiny: js.Model) -> None:

@@ -114,6 +114,29 @@ def test_seven_billion_parameters_in_16_bits_fit_a_card_of_24_gb(
     assert plan.layout.batch >= 8
 
 
+def test_directions_that_are_stored_take_memory(tiny: js.Model) -> None:
+    """Each in float32, in the plan of either form; where weights are streamed, those in host memory stay there."""
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(tiny.params))
+    card = Hardware(Roofline(8e14, 3e12), None, is_host=False)
+
+    def needed(form: str, **kinds: int) -> int:
+        workload = Workload([[1, 2, 3]], Sampling(NEW), 5, 5, 1, **kinds)
+        return make_plan(tiny, workload, EngineOptions(form=form, slots=4), card).memory_bytes
+
+    for form in ("materialised", "factorised"):
+        nothing = needed(form)
+        assert needed(form, num_waiting=1) == needed(form, num_made=1) == nothing + 4 * numbers
+        assert needed(form, num_random=1, num_waiting=1, num_made=1) == nothing + 4 * numbers, "a set has one of them"
+    assert needed("streamed", num_waiting=1) == needed("streamed")
+    assert needed("streamed", num_made=1) == needed("streamed") + 4 * numbers
+
+
+def test_listed_points_along_one_direction_share_a_batch(tiny: js.Model) -> None:
+    card, options = Hardware(Roofline(8e14, 3e12), None, is_host=False), EngineOptions(form="factorised")
+    listed, line = (Workload([[1, 2, 3]] * 4, Sampling(NEW), 40, n, 1, num_random=1) for n in (1, 40))
+    assert make_plan(tiny, listed, options, card) == make_plan(tiny, line, options, card)
+
+
 @pytest.mark.parametrize("name", ["form", "direction_storage"])
 def test_unknown_names_are_user_errors(name: str) -> None:
     options = EngineOptions()

@@ -165,6 +165,7 @@ def test_schedules_are_those_of_torch_and_transformers() -> None:
     warm = learning_rates(replace(cosine, schedule="constant", warmup=0.25), 5)
     np.testing.assert_allclose(warm[:5], [0.1 * (i + 1) / 6 for i in range(5)], rtol=1e-6)
     np.testing.assert_allclose(warm[5:], 0.1, rtol=1e-6)
+    assert learning_rates(replace(cosine, epochs=1, warmup=0.6), 1).tolist() == [np.float32(0.05)]  # it only rises
 
 
 def test_a_model_that_cannot_be_saved_is_not_trained_in_full(tiny: js.Model, tmp_path: Path) -> None:
@@ -220,3 +221,12 @@ def test_an_adapter_goes_on_training(tiny: js.Model) -> None:
             match="choose the method lora, and the rank, alpha and targets of the adapter",
         ):
             js.finetune(tiny, CHATS, replace(SHORT, **other), start=first.adapter, progress=False)
+    name = next(iter(kept))
+    for field in ("scales", "magnitudes", "replaced"):
+        changed = replace(first.adapter, **{field: {name: 2 * first.adapter.scale}})
+        with pytest.raises(
+            js.UserError, match=f"{name} by more than the product of its factors.*merge it into its base"
+        ):
+            js.finetune(tiny, CHATS, SHORT, start=changed, progress=False)
+    same = replace(first.adapter, scales={name: first.adapter.scale})
+    js.finetune(tiny, CHATS, replace(SHORT, epochs=1), start=same, progress=False)

@@ -22,7 +22,7 @@ from helpers import assert_same_tree, device_flags, losses
 import jaxscape as js
 from jaxscape.cli.main import main
 from jaxscape.directions.path import load_path
-from jaxscape.directions.sums import inner
+from jaxscape.directions.storage import inner
 from jaxscape.finetuning.options import TARGETS
 from jaxscape.models.lora import save_adapter
 

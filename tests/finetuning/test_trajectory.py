@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import jaxscape as js
 from jaxscape.directions.principal import principal_directions
-from jaxscape.directions.sums import inner
+from jaxscape.directions.storage import inner
 from jaxscape.finetuning.trajectory import FILE_NAME, Trajectory, load_trajectories, project, save_trajectories
 from jaxscape.models.checkpoint import Params
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import LONGROPE, MakeModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -226,6 +227,42 @@ def test_a_run_that_cannot_be_extended_is_refused_with_the_reason(
     with pytest.raises(js.UserError, match=r"another configuration \(different: .*\); choose another --out, or start"):
         js.scan(single.model, out=directory, **options)
     assert contents(directory) == before
+
+
+def test_new_points_between_known_ones_decode_together(
+    single: Single, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = Path(shutil.copytree(single(steps=4, form="factorised"), tmp_path / "run"))
+    batches: list[int] = []
+
+    def complete(engine: Engine, directions: Any, points: Any, block: int = 0) -> Any:
+        batches.append(len(points))
+        return original(engine, directions, points, block)
+
+    original = Engine.complete
+    monkeypatch.setattr(Engine, "complete", complete)
+    js.scan(single.model, [0], prompts=PROMPTS, out=directory, extend=True, steps=8, **OPTIONS)
+    assert batches == [4]
+    assert contents(directory) == contents(single(steps=8, form="factorised"))
+
+
+def test_longrope_keeps_its_frequencies(make_model: MakeModel, tmp_path: Path) -> None:
+    """Prompts that are added are answered as in a run of all prompts, or the extension is refused."""
+    directory, _ = make_model(
+        "phi3", rope_parameters=LONGROPE, original_max_position_embeddings=40, pad_token_id=0, seed=3
+    )
+    model = js.load_model(directory, "float32")
+    long, short = "Explain what a key is and how a lock works, please, in many words, and then again", "Hi"
+    asked = {"long": [long], "short": [short], "both": [long, short]}
+    runs = {name: tmp_path / name for name in asked}
+    for name, prompts in asked.items():
+        js.scan(model, [0], prompts=prompts, steps=2, out=runs[name], **OPTIONS)
+    configs = {name: json.loads((run / "config.json").read_text()) for name, run in runs.items()}
+    assert [configs[name].get("long_rope") for name in runs] == [True, None, True]
+    js.scan(model, [0], prompts=[long, short], steps=2, out=runs["long"], extend=True, **OPTIONS)
+    assert contents(runs["long"]) == contents(runs["both"])
+    with pytest.raises(js.UserError, match="long_rope was not set and is true now, and its answers depend on it"):
+        js.scan(model, [0], prompts=[short, long], steps=2, out=runs["short"], extend=True, **OPTIONS)
 
 
 def test_another_chat_template_is_refused(single: Single, tmp_path: Path) -> None:
