@@ -30,6 +30,15 @@ class MeasureOptions:
     """For multiple-choice: number of solved examples before each question."""
 
 
+_USERS = {
+    "target": ("likelihood",),
+    "refusal": ("first-token", "likelihood"),
+    "harmless": ("damage",),
+    "shots": ("multiple-choice",),
+}
+"""The measures that use an option."""
+
+
 @dataclass(frozen=True)
 class MeasureOutput:
     """The run's directory."""
@@ -83,6 +92,13 @@ class Measure:
         from jaxscape.runtime.processes import from_first
 
         check_names(what.measures)
+        measured = {name.partition(":")[0] for name in what.measures}
+        for option, users in _USERS.items():
+            if getattr(what, option) not in (None, "") and not measured.intersection(users):
+                raise UserError(
+                    f"--{option} is for {' and '.join(users)}, which --measures does not name: name it, or leave out "
+                    f"--{option}."
+                )
         if self.prompts.system_prompt not in ("default", "none"):
             system_prompt_text(self.prompts.system_prompt)
         model_options, source = self.model, self.prompts.prompts
@@ -91,7 +107,7 @@ class Measure:
             scanned = ScanSettings.load(run_directory(what.like))
             model_options = replace(self.model, model=scanned.model, dtype=scanned.dtype, base=scanned.base)  # type: ignore[arg-type]
             source, prompts = scanned.prompt_source or "", list(scanned.prompts)
-            out = self.output.out or what.like.with_name(f"{what.like.resolve().name}-measures")
+            out = self.output.out or _beside(what.like)
             points: dict[str, Any] = {"like": what.like}
         else:
             loaded = load_prompts(source, self.prompts.num_prompts, self.prompts.prompt_column)
@@ -138,6 +154,12 @@ class Measure:
             "system_prompt": self.prompts.system_prompt,
             "thinking": self.prompts.thinking,
         }
+
+
+def _beside(run: Path) -> Path:
+    """The directory for measures at the points of a run, beside the run's directory, which may be a URL."""
+    parent = run.resolve().parent if run.name in ("", "..") else run.parent
+    return parent / f"{run.resolve().name}-measures"
 
 
 def _targets(source: str, prompts: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from jaxscape.evaluate.statistics import Interval
 from jaxscape.models.checkpoint import Params
 from jaxscape.models.encoding import encode
 from jaxscape.models.model import Model
+from jaxscape.prompts.chat_format import thinking_opening
 from jaxscape.prompts.refusal import is_refusal
 from jaxscape.prompts.thinking import answer_of
 from jaxscape.runtime.errors import UserError
@@ -73,11 +74,13 @@ class Subject:
         Raises:
             UserError: there are none.
         """
-        refusals = {i: text for i, text in enumerate(self.own_answers) if is_refusal(answer_of(text))}
+        opening = thinking_opening(self.model.tokenizer, self.system_prompt, self.thinking)
+        refusals = {i: text for i, text in enumerate(self.own_answers) if is_refusal(answer_of(opening + text))}
         if not refusals:
+            hint = f", or --thinking off, because its text begins inside {opening}" if opening else ""
             raise UserError(
                 f"The model refuses none of the {len(self.prompts)} prompts, so it shows no refusal of its own: give "
-                f"the beginning of a refusal with --refusal (refusal= in Python)."
+                f"the beginning of a refusal with --refusal (refusal= in Python){hint}."
             )
         return refusals
 

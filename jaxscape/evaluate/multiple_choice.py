@@ -1,6 +1,7 @@
 """Multiple choice by answer likelihood, in the file formats of MMLU and ARC."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -72,8 +73,7 @@ class MultipleChoice:
     number of characters of the choice (`acc_norm`). A tie goes to the first choice.
 
     Attributes:
-        prompts, answers: token ids, one pair for each choice of each question.
-        characters: the number of characters of each choice.
+        prompts, answers: token ids; a pair for each choice of each question, one question after the other.
         questions: the questions.
         sources: for each file, its name and checksum, and the number of its questions and examples.
     """
@@ -130,7 +130,8 @@ class MultipleChoice:
 
 
 def question_files(source: Path) -> list[Path]:
-    """The files with questions: the file itself, or those of a directory, without those of examples.
+    """The files with questions: the file itself; or those of a directory whose names have `test`, `val` or `validation`
+    in them, or all of its files if no name has.
 
     Raises:
         UserError: there is no such file, it is of another kind, or the directory has none.
@@ -167,14 +168,14 @@ def read_questions(path: Path) -> list[Question]:
     text = read_text(path)
     try:
         if path.suffix.lower() == ".csv":
-            entries: list[Any] = list(csv.reader(text.splitlines(keepends=True), strict=True))
+            entries: list[Any] = list(csv.reader(io.StringIO(text, newline=""), strict=True))
             if entries and [cell.strip().lower() for cell in entries[0]][:2] == ["question", "a"]:
                 entries = entries[1:]
         elif path.suffix.lower() == ".json":
             entries = json.loads(text)
             entries = entries if isinstance(entries, list) else [entries]
         else:
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"The questions in {path} cannot be read ({reason(error)}).") from error
     if not entries:

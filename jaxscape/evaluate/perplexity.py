@@ -17,6 +17,7 @@ from jaxscape.evaluate.statistics import Interval, bootstrap_interval
 from jaxscape.finetuning.batches import Batch, mean_loss
 from jaxscape.finetuning.chats import Chat, Example, load_chats, tokenize
 from jaxscape.models import kernels
+from jaxscape.models.chat_defaults import adds_bos
 from jaxscape.models.checkpoint import Params
 from jaxscape.models.config import ModelConfig
 from jaxscape.models.encoding import encode
@@ -103,14 +104,22 @@ class Perplexity:
         model = subject.model
         if option in PROMPT_SETS or Path(option).suffix.lower() == ".txt":
             texts = load_prompts(option)
-            rows = [np.asarray(row, np.int32) for row in encode(model, texts, 0)]
-            examples = [Example(row, np.arange(len(row)) > 0) for row in rows]  # nothing predicts the first token
+            # A tokenizer that puts a BOS token before every text did so in training. Nothing predicts the first token.
+            before = [model.tokenizer.bos_token_id] if adds_bos(model.tokenizer) else []
+            rows = [np.array([*before, *row], np.int32) for row in encode(model, texts, len(before))]
+            examples = [Example(row, np.arange(len(row)) > 0) for row in rows]
         else:
+            before = []
             examples = _answer_tokens(model, load_chats(option), model.config.max_positions, subject.thinking)
         count = int(sum(example.learned.sum() for example in examples))
         if not count:
             raise UserError(f"No token of {option} has tokens before it that predict it: give longer texts.")
-        return cls(model, f"perplexity:{option}", examples, {"texts": len(examples), "tokens": count})
+        return cls(
+            model,
+            f"perplexity:{option}",
+            examples,
+            {"texts": len(examples), "tokens": count} | ({"bos": True} if before else {}),
+        )
 
     def samples(self, params: Params) -> Float[np.ndarray, "texts 2"]:
         """The summed log-likelihood of each text's tokens that count, and their number."""

@@ -8,7 +8,7 @@ the generations of a scan do, and every other file is computed from it.
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -133,7 +133,12 @@ def measure(
     prepared = prepare(recipes, model)
     if scanned is not None:
         scanned.check_directions(prepared)
-    known = None if overwrite else from_first(partial(rundir.recorded_value, directory, "directions"))
+        if texts:
+            scanned.check_tokens(subject.prompt_tokens)
+    known, known_tokens = (
+        None if overwrite else from_first(partial(rundir.recorded_value, directory, key))
+        for key in ("directions", "tokens")
+    )
     made = make_measures(names, subject)
     config = {
         "model": model.name,
@@ -147,6 +152,8 @@ def measure(
         "targets": None if subject.targets is None else checksum(list(subject.targets)),
         "refusal": refusal,
         "harmless": checksum(list(subject.harmless)) if "damage" in kinds else None,
+        # Runs that are older than these checksums go on without them.
+        **(_asked(subject, kinds) if known is None or known_tokens is not None else {}),
         "system_prompt": system_prompt,
         "thinking": thinking,
         **({} if like is None else {"like": str(like)}),
@@ -155,6 +162,19 @@ def measure(
     with _open(directory, config, axes, len(recipes), made, subject, overwrite) as run:
         _evaluate(run, model, [[direction.recipe for direction in item] for item in prepared], made, progress)
         return run.measurement()
+
+
+def _asked(subject: Subject, kinds: Collection[str]) -> dict[str, Any]:
+    """What `config.json` says of the texts as the model is given them, and of the model that computes with them.
+
+    Arguments:
+        kinds: the measures' names, without what follows a colon.
+    """
+    harmless = subject.chat_tokens(subject.harmless) if "damage" in kinds else []
+    return {
+        "architecture": checksum((subject.model.config, subject.model.eos_token_ids)),
+        "tokens": checksum([subject.prompt_tokens if subject.prompts else [], harmless]),
+    }
 
 
 def _evaluate(
@@ -289,7 +309,7 @@ def load_samples(directory: str | Path) -> dict[str, Float[np.ndarray, " directi
     Raises:
         UserError: the directory holds no finished run of measures, or its state is damaged.
     """
-    measurement, path = Measurement.load(directory), Path(directory) / STATE
+    measurement, path = Measurement.load(directory), run_directory(directory) / STATE
     if not measurement.complete:
         raise UserError(f"The run in {directory} is not finished; run its command again to finish it first.")
     try:

@@ -13,7 +13,7 @@ from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError, reason
-from jaxscape.runtime.files import read_json
+from jaxscape.runtime.files import checksum, read_json
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class ScanSettings:
         model, base, dtype: what the model was loaded from, and how.
         directions: the recipes of each direction set.
         prompts, prompt_source: the prompts, and the set or file that they were read from; None if a program gave them.
-        weights, ids: a checksum of the model, and what identifies the directions of each set.
+        weights, tokens: checksums of the model, and of the prompts' token ids.
+        ids: what identifies the directions of each set.
     """
 
     directory: Path
@@ -39,6 +40,7 @@ class ScanSettings:
     system_prompt: str
     thinking: str
     weights: str
+    tokens: str
     ids: list[list[Any]]
 
     @classmethod
@@ -75,6 +77,7 @@ class ScanSettings:
                 system_prompt=str(config["system_prompt"]),
                 thinking=str(config.get("thinking", "default")),
                 weights=str(config["weights"]),
+                tokens=str(config["tokens"]),
                 ids=config["directions"],
             )
         except UserError:
@@ -88,6 +91,14 @@ class ScanSettings:
             raise UserError(
                 f"The weights of {model.name} in {model.dtype} are not those of the scan in {self.directory}, which "
                 f"were {self.model} in {self.dtype}: load the same model in the same dtype."
+            )
+
+    def check_tokens(self, prompt_tokens: Sequence[Sequence[int]]) -> None:
+        """Raise a `UserError` if these token ids are not those that the scan gave the model."""
+        if checksum(prompt_tokens) != self.tokens:
+            raise UserError(
+                f"The prompts of the scan in {self.directory} are sent in another way now: the chat template, the "
+                f"tokenizer or the file of the system prompt {self.system_prompt!r} has changed since."
             )
 
     def check_directions(self, prepared: Sequence[Sequence[Prepared]]) -> None:

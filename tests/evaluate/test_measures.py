@@ -108,7 +108,7 @@ def test_likelihood_is_the_mean_over_tokens_of_torch(pair: Any, moved: Any) -> N
     assert list(measure.summary(samples)) == ["value", "target", "refusal"]
 
 
-def test_perplexity_is_that_of_torch(pair: Any, moved: Any, tmp_path: Path) -> None:
+def test_perplexity_is_that_of_torch(pair: Any, moved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = pair
     params, other = moved
     (tmp_path / "texts.txt").write_text("A goose is a bird.\nHi there\n")
@@ -135,6 +135,11 @@ def test_perplexity_is_that_of_torch(pair: Any, moved: Any, tmp_path: Path) -> N
     rows = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("A goose is a bird.", "Hi there")]
     expected = perplexity([(row, [True] * len(row)) for row in rows])
     assert of_texts.summary(of_texts.samples(params))["value"].value == pytest.approx(expected, rel=1e-3)
+    monkeypatch.setattr("jaxscape.evaluate.perplexity.adds_bos", lambda tokenizer: True)
+    (behind_bos,) = make_measures(names[:1], Subject(model, ()))
+    expected = perplexity([([model.tokenizer.bos_token_id, *row], [True] * (len(row) + 1)) for row in rows])
+    assert behind_bos.summary(behind_bos.samples(params))["value"].value == pytest.approx(expected, rel=1e-3)
+    assert behind_bos.settings == {"texts": 2, "tokens": sum(map(len, rows)), "bos": True}
     examples = tokenize(model, chats, 512).examples
     expected = perplexity([(e.tokens.tolist(), (e.learned & (e.tokens != 2)).tolist()) for e in examples])
     assert of_chats.summary(of_chats.samples(params))["value"].value == pytest.approx(expected, rel=1e-3)

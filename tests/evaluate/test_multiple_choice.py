@@ -177,6 +177,16 @@ def test_files_that_cannot_be_read_are_user_errors(tmp_path: Path, name: str, te
         [read_questions(path) for path in question_files(tmp_path / name)]
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b"])
+def test_a_question_may_have_any_character(tmp_path: Path, mark: str) -> None:
+    (tmp_path / "a.csv").write_text(f"Why{mark}?,a,b,c,d,A\n", encoding="utf-8")
+    entry = {"question": f"Why{mark}?", "choices": ["a", "b"], "answer": 0}
+    (tmp_path / "a.jsonl").write_text(json.dumps(entry, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name in ("a.csv", "a.jsonl"):
+        (question,) = read_questions(tmp_path / name)
+        assert question.text == f"Why{mark}?"
+
+
 def test_an_empty_directory_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(js.UserError, match="has no questions: no file ends in"):
         question_files(tmp_path)

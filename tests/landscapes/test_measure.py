@@ -199,6 +199,30 @@ def test_measures_along_the_directions_of_a_scan(tiny: js.Model, scanned: Path, 
         assert config[key] == scan_config[key]
 
 
+def test_prompts_that_are_sent_in_another_way_are_refused(tiny: js.Model, tmp_path: Path) -> None:
+    """The file of a system prompt may change between the beginning of a run and its end."""
+    system, options = tmp_path / "system.txt", {**OPTIONS, "system_prompt": f"@{tmp_path / 'system.txt'}"}
+    system.write_text("Be kind.")
+    js.measure(tiny, [0], out=tmp_path / "run", **options)
+    of_scan: dict[str, Any] = {"prompts": PROMPTS, "system_prompt": options["system_prompt"], "steps": 2}
+    js.scan(tiny, [0], out=tmp_path / "scan", max_new_tokens=2, shares=False, progress=False, **of_scan)
+    system.write_text("Be curt.")
+    with pytest.raises(js.UserError, match=r"another configuration .different: tokens\)"):
+        js.measure(tiny, [0], out=tmp_path / "run", **options)
+    with pytest.raises(js.UserError, match="are sent in another way now: the chat template, the tokenizer or the file"):
+        js.measure(tiny, measures=["damage"], like=tmp_path / "scan")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    older = {key: value for key, value in config.items() if key not in ("tokens", "architecture")}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(older))
+    js.measure(tiny, [0], out=tmp_path / "run", **options)  # from before these were recorded
+
+
+def test_the_run_beside_a_scan_has_its_name(scanned: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(scanned)
+    main(["measure", "--like", ".", "--measures", "damage", "--overwrite"])
+    assert capsys.readouterr().out.strip() == str(scanned.with_name("scan-measures") / "measures.png")
+
+
 def test_another_model_than_the_scans_is_a_user_error(make_model: Any, tiny: js.Model, scanned: Path) -> None:
     other = js.load_model(make_model(seed=99)[0], "float32")
     with pytest.raises(js.UserError, match="are not those of the scan in"):
@@ -222,6 +246,10 @@ def test_directions_that_a_program_gave_cannot_be_made_again(tiny: js.Model, tmp
         (["--like", "nowhere", "--seed", "3"], "--like takes the prompts and the directions from its run"),
         (["--like", "nowhere", "--model", "m"], "--like takes the model from its run"),
         (["--trajectory", "x"], "leave out --trajectory"),
+        (["--measures", "damage", "--target", "Sure"], "--target is for likelihood, which --measures does not name"),
+        (["--measures", "first-token", "--harmless", "benign"], "--harmless is for damage, which --measures does not"),
+        (["--shots", "0"], "--shots is for multiple-choice, which --measures does not name"),
+        (["--measures", "damage"], "--refusal is for first-token and likelihood, which --measures does not name"),
     ],
 )
 def test_wrong_options_are_one_sentence(
