@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxscape.cli.options import EvaluatorOptions, Group, ModelOptions, RunOptions, check_texts
+from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.remote import url_of
 
 if TYPE_CHECKING:
     from jaxscape.landscapes.landscape import Landscape
@@ -44,6 +46,10 @@ class Experiment:
         """Select the devices, and load the model, or the one that `options` name."""
         options = options or self.model
         check_texts(options.model, self.prompts, self.out, *self.evaluators.names)
+        if url_of(self.out) is not None:
+            raise UserError(
+                f"An experiment keeps its runs and results on a disk: give --out a directory, not {self.out}."
+            )
         self.devices.start()
         return options.load(self.devices.mesh)
 

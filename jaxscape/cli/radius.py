@@ -41,8 +41,8 @@ class SearchOptions:
     """Probability, over the order of the prompts, that the search along a ray ends elsewhere than with all answers, at
     most; 0 asks until nothing can change a decision."""
     checks: Annotated[int | None, shown("0; 9 with --of complied", "N")] = None
-    """Number of points, spread evenly over each ray, that are asked before bisection, which finds the first crossing
-    among them where the rate falls again."""
+    """Number of points, spread evenly over each ray, that are asked before bisection, so that it finds the first
+    crossing where the rate rises, falls and rises again between them."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,12 @@ class Radius:
         if self.certificate.certify is None:
             if self.certificate.draws != CertificateOptions.draws:
                 raise UserError("--draws counts draws of noise: give --certify SIGMA too.")
-        elif options.direction or options.num_directions is not None:
+            return
+        if options.direction or options.num_directions is not None:
             raise UserError("--certify draws noise of its own: leave out --direction and --num-directions.")
+        for name in ("radius_max", "resolution", "error", "checks"):
+            if getattr(options, name) != getattr(SearchOptions(), name):
+                raise UserError(f"--certify searches for no radius: leave out --{name.replace('_', '-')}.")
 
     def _directions(self) -> list[Any]:
         """The recipes of the directions."""

@@ -240,6 +240,13 @@ def _writes() -> bool:
     return not jax.distributed.is_initialized() or is_first()
 
 
+def _ending(code: int) -> str:
+    """How a process ended that said nothing itself, from its exit code, or from minus the number of a signal."""
+    if code < 0:
+        return f"Its process was ended by a signal ({signal.strsignal(-code)}); is the memory full?"
+    return f"Its process ended with exit code {code}."
+
+
 def _run_all(tasks: "Sequence[Task]", file: Path) -> None:
     """Do all tasks that are not done, each in a process of its own, so that none can stop the others."""
     from jaxscape.sweeps.tasks import is_done, note_ending, on_disk, status_of
@@ -252,12 +259,14 @@ def _run_all(tasks: "Sequence[Task]", file: Path) -> None:
         if code in NOT_FAILED:
             sys.exit(code)
         (here,) = on_disk([task])
-        if code and status_of(here).state != "failed":  # it had no time to say so
-            by_signal = f"Its process was ended by a signal ({signal.strsignal(-code)}); is the memory full?"
-            note_ending(here, abs(code), by_signal if code < 0 else f"Its process ended with exit code {code}.")
+        # It may have said itself how it ended, and another process may run this task, or have done it.
+        if code and status_of(here).state not in ("failed", "running", "done"):
+            note_ending(here, abs(code), _ending(code))
     failed = [here for here in on_disk(waiting) if not is_done(here)] if waiting else []
     for task in failed:
-        write_line(printable(f"Task {task.number} failed: {status_of(task).reason}"))
+        status = status_of(task)
+        how = "is running in another process." if status.state == "running" else f"failed: {status.reason}"
+        write_line(printable(f"Task {task.number} {how}"))
     write_line(
         f"{len(tasks) - len(failed)} of {len(tasks)} tasks are done, {len(tasks) - len(waiting)} of them before."
     )

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxscape.runtime.errors import UserError
+from jaxscape.runtime.texts import printable
+
+UNITS = ("tensors", "weights", "raw", "own")
+"""The units of axes, see `Axis.unit`."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,9 @@ class Axis:
     def read(cls, entry: Any) -> "Axis":
         """The axis that an entry of a run's file describes. Raises one of several exceptions if it describes none."""
         unit = entry.get("unit")
-        return cls(str(entry["name"]), tuple(map(float, entry["values"])), None if unit is None else str(unit))
+        if unit not in (None, *UNITS):
+            raise ValueError(f"unknown unit {unit!r:.40}")
+        return cls(str(entry["name"]), tuple(map(float, entry["values"])), unit)
 
     def described(self) -> dict[str, Any]:
         """The axis in the files of a run, which leave out a unit of None."""
@@ -39,7 +45,7 @@ def point_text(axes: Sequence[Axis], coords: Sequence[float]) -> str:
     """A point's coordinates for lines of progress, such as `alpha +0.1, beta -0.2`, or `(+0.1, -0.2)` without axes."""
     if not axes:
         return f"({', '.join(f'{c:+.4g}' for c in coords)})"
-    return ", ".join(f"{axis.name} {c:+.4g}" for axis, c in zip(axes, coords, strict=True))
+    return ", ".join(f"{printable(axis.name)} {c:+.4g}" for axis, c in zip(axes, coords, strict=True))
 
 
 def symmetric_axes(ndim: int, steps: int, radius: float) -> tuple[Axis, ...]:

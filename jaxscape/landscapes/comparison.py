@@ -297,9 +297,12 @@ def _remarks(run: ComparedRun) -> list[str]:
 def _comparable(first: ComparedRun, second: ComparedRun) -> tuple[list[str], list[str]]:
     """The numbers of two finished runs that can be compared, and what the user should know about the two."""
     configs, axes = (first.config, second.config), (first.landscape.axes, second.landscape.axes)
-    judges = sorted(str(config.get("evaluator", DEFAULT_EVALUATOR)) for config in configs)
+    judges = [str(config.get("evaluator", DEFAULT_EVALUATOR)) for config in configs]
     if judges[0] != judges[1]:
-        return [], [f"Not compared, because different evaluators judged them ({' and '.join(judges)})"]
+        return [], [f"Not compared, because different evaluators judged them ({' and '.join(sorted(judges))})"]
+    versions = [config.get("evaluator_checksums", {}).get(judges[0]) for config in configs]
+    if versions[0] != versions[1]:
+        return [], [f"Not compared, because two versions of the evaluator {judges[0]} judged them"]
     kinds = sorted(", ".join(axis.name for axis in item) for item in axes)
     if kinds[0] != kinds[1]:
         return [], [f"Not compared, because they have different axes ({kinds[0]}; {kinds[1]})"]
@@ -351,18 +354,23 @@ def _incomparable_radius(first: ComparedRun, second: ComparedRun, number: str) -
     return ""
 
 
+def _direction_sets(config: dict[str, Any]) -> list[list[Any]]:
+    """What identifies each direction of a run's sets, without the sets that control others: a seed, a name or a
+    checksum."""
+    sets = [list(item) for item in config.get("directions", [])]
+    return [item for item in sets if not any(map(is_control_name, item))] or sets
+
+
 def _directions(config: dict[str, Any]) -> list[Any]:
-    """What identifies each direction of a run: the seed of a random one, a checksum of any other."""
-    given = [identity for item in config.get("directions", []) for identity in item]
-    return [identity for identity in given if not is_control_name(identity)] or given
+    """What identifies each direction of a run, without those of controls."""
+    return [identity for item in _direction_sets(config) for identity in item]
 
 
 def _share_directions(first: ComparedRun, second: ComparedRun) -> bool:
     """Whether two runs have the same directions. The same seed gives the same noise only in the same architecture."""
-    return all(
-        first.config.get(key) is not None and first.config.get(key) == second.config.get(key)
-        for key in ("directions", "architecture")
-    )
+    if not (sets := _direction_sets(first.config)) or (architecture := first.config.get("architecture")) is None:
+        return False
+    return sets == _direction_sets(second.config) and bool(architecture == second.config.get("architecture"))
 
 
 def _may_be_direction(first: ComparedRun, second: ComparedRun) -> bool:
@@ -427,7 +435,8 @@ def _samples(
     happened = run.complied if number in COMPLIED else run.succeeded
     assert happened is not None, "numbers of complied alone are asked only of runs with shares"
     measures: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        "visage": lambda rates: visage_per_direction(rates, "paper", len(axes)),
+        # Interpolated rates of 100 may be rounded to a little less, which would be inside the basin.
+        "visage": lambda rates: visage_per_direction(rates.round(10), "paper", len(axes)),
         "volume": lambda rates: safety_volume(rates, axes),
         "radius": radius,
     }

@@ -70,7 +70,9 @@ class LabelBook:
                     lines = whole_lines(file)[:num_points]
                     for index, record in enumerate(map(json.loads, lines)):
                         self._check(path, index, record)
-                        self.checksums[record["evaluator"]] = record.get("checksum")
+                        version = record.get("checksum")
+                        if self.checksums.setdefault(record["evaluator"], version) != version:
+                            raise ValueError("its lines are from two versions of the evaluator")
                         self.rows.setdefault(record["evaluator"], []).append(record["labels"])
                     if cut:
                         cut_after(file, lines)

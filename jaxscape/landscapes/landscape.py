@@ -56,8 +56,9 @@ class Landscape:
             to leave them out.
         points: the coordinates of each point, if the points are a list and no grid. There are no VISAGE and no
             `numbers` then.
-        filled: bool[directions, *grid], the points that an adaptive scan did not evaluate. What other arrays have there
-            is interpolated between evaluated points. None for any other scan.
+        filled: bool[directions, *grid], the points that an adaptive scan did not evaluate. Rates are interpolated there
+            between evaluated points, with Wilson's interval at the interpolated rate, and counts are 0. None for any
+            other scan.
         directions: the names of the directions of each set; empty if they are random ones, or were given by a program.
         abandoned: int64[directions, *grid], the number of prompts whose answer was ended because its beginning makes no
             sense; None if none was. The ASR, what follows from it, and the measures are those of cut texts then.

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxscape.evaluate.coherence import COHERENCE
 from jaxscape.finetuning import trajectory
-from jaxscape.landscapes.labels import LabelBook, label_file
+from jaxscape.landscapes.labels import LABEL_FILES, LabelBook, label_file
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.shards import Shard
 from jaxscape.landscapes.store import (
@@ -38,8 +38,8 @@ def merge(directories: Sequence[str | Path], out: str | Path) -> Landscape:
 
     Arguments:
         directories: the directories of all shards, in any order.
-        out: the directory of the run, which is written whole or not at all. If it holds the merged run already, nothing
-            is written.
+        out: the directory of the run, which is written whole or not at all. If it holds the merged run already, that is
+            left as it is: labels that shards have got since are not added.
 
     Returns:
         The landscape.
@@ -91,6 +91,7 @@ class _KeptShard:
         num_done: how many of its points are evaluated.
         state: the whole lines of `generations.jsonl`.
         judged: for each evaluator, by name, at how many points it has judged the answers.
+        versions: for each of these evaluators, its checksum; None if it has none.
     """
 
     directory: Path
@@ -99,6 +100,7 @@ class _KeptShard:
     num_done: int
     state: list[bytes]
     judged: Mapping[str, int]
+    versions: Mapping[str, str | None]
 
     @classmethod
     def read(cls, directory: Path) -> "_KeptShard":
@@ -132,7 +134,8 @@ class _KeptShard:
             raise UserError(
                 f"The shard in {directory} cannot be read ({reason(error)}): start it over with --overwrite."
             ) from error
-        return cls(directory, shard, config, len(done), lines, {name: len(rows) for name, rows in book.rows.items()})
+        judged = {name: len(rows) for name, rows in book.rows.items()}
+        return cls(directory, shard, config, len(done), lines, judged, book.checksums)
 
     @property
     def merged_config(self) -> dict[str, Any]:
@@ -240,6 +243,11 @@ def _contents(shards: Sequence[_KeptShard], config: Mapping[str, Any]) -> dict[s
                     f"{shard.directory} has no labels of {name}, which has judged another shard: run jaxscape score "
                     f"{shard.directory} --evaluator {name}, or delete those labels there."
                 )
+            if shard.versions[name] != shards[0].versions[name]:
+                raise UserError(
+                    f"{shard.directory} has labels from another version of {name} than {first}: delete "
+                    f"{label_file(name)} there, and run jaxscape score {shard.directory} --evaluator {name}."
+                )
         contents[label_file(name)] = b"".join(shard.lines(name) for shard in shards)
     _check_same_thresholds(shards)
     for name in (COHERENCE_FILE, trajectory.FILE_NAME):
@@ -253,8 +261,11 @@ def _check_same_thresholds(shards: Sequence[_KeptShard]) -> None:
     paths = [shard.directory / COHERENCE_FILE for shard in shards if (shard.directory / COHERENCE_FILE).exists()]
     for path in paths:
         if read_json(path) != read_json(paths[0]):
+            others, then = [label_file(COHERENCE)], "judges again and generates nothing"
+            if shards[0].config.get("abandon_incoherent"):  # the thresholds decided which answers were abandoned, too
+                others, then = [GENERATIONS, LABEL_FILES], "generates and judges its answers again"
+            names = " and ".join(str(path.parent / name) for name in others)
             raise UserError(
                 f"{path} has other thresholds than {paths[0]}, because their machines round differently: copy the "
-                f"latter over the former, delete {path.parent / label_file(COHERENCE)}, and run that shard's command "
-                f"again, which judges again and generates nothing."
+                f"latter over the former, delete {names}, and run that shard's command again, which {then}."
             )

@@ -105,9 +105,17 @@ def _point(place: str, row: Any) -> Coords:
     if not isinstance(row, list | tuple | np.ndarray) or np.size(row) == 0:
         raise UserError(f"{place}: {row!r:.60} is no list of coordinates.")
     for cell in row:
-        if isinstance(cell, bool) or not isinstance(cell, Real) or not math.isfinite(cell):
+        if not _is_finite(cell):
             raise UserError(f"{place}: {cell!r:.60} is no coordinate: give finite numbers.")
     return tuple(float(cell) + 0.0 for cell in row)  # -0.0 is 0.0
+
+
+def _is_finite(cell: Any) -> bool:
+    """Whether a cell is a number that a float can hold."""
+    try:
+        return isinstance(cell, Real) and not isinstance(cell, bool) and math.isfinite(cell)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _number(cell: str) -> float | str:

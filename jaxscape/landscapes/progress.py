@@ -11,6 +11,7 @@ from jaxscape.landscapes.axes import point_text
 from jaxscape.landscapes.store import Run
 from jaxscape.runtime.progress import progress_display
 from jaxscape.runtime.reporting import Reporter
+from jaxscape.runtime.texts import printable
 
 
 class ScanProgress:
@@ -48,7 +49,7 @@ class ScanProgress:
             line += f"  ({unanswered} of {len(run.prompts)} texts have thinking and no answer)"
         for name, rows in run.labels.rows.items():
             if unjudged := rows[done - 1].count(None) if len(rows) == done else 0:
-                line += f"  ({name} could not judge {unjudged} of {len(run.prompts)} answers)"
+                line += f"  ({printable(name)} could not judge {unjudged} of {len(run.prompts)} answers)"
         self._show()
         self._bar.print(line)
         place = {"direction": index, **{f"coord_{axis}": value for axis, value in enumerate(coords)}}

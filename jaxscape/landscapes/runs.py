@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,9 @@ def _scan(directory: Path, config: Mapping[str, Any]) -> Progress:
     if not land.complete:
         total = None if "adaptive" in config else land.asr.size
         return Progress(int((land.asr == land.asr).sum()), total, "points", False)
+    judges = [*config.get("further_evaluators", ()), *([COHERENCE] if land.shares else [])]
+    if not _have_judged(judges, land, land.num_evaluated):
+        return Progress(land.num_evaluated, land.num_evaluated, "points", False)
     visage = land.visage_values
     if visage is None:
         numbers = f"mean ASR {land.asr.mean():.1f} %"
@@ -148,9 +151,14 @@ def _scan(directory: Path, config: Mapping[str, Any]) -> Progress:
 def _shard(land: Landscape, shard: Shard) -> Progress:
     """How far a part of a scan is."""
     done, total = int((~np.isnan(land.asr)).sum()), shard.num_points
-    judged = [land.shares if name == COHERENCE else land.measures.get(name, {}) for name in shard.labels]
-    is_judged = all((~np.isnan(measure.get("complied", np.nan))).sum() == total for measure in judged)
-    return Progress(done, total, "points", done == total and is_judged, str(shard))
+    is_finished = done == total and _have_judged(shard.labels, land, total)
+    return Progress(done, total, "points", is_finished, str(shard))
+
+
+def _have_judged(names: Iterable[str], land: Landscape, num_points: int) -> bool:
+    """Whether each of these evaluators has judged the answers at this number of points."""
+    judged = [land.shares if name == COHERENCE else land.measures.get(name, {}) for name in names]
+    return all((~np.isnan(measure.get("complied", np.nan))).sum() == num_points for measure in judged)
 
 
 def _num_points(config: Mapping[str, Any]) -> int:
@@ -180,7 +188,7 @@ def _radius(directory: Path, config: Mapping[str, Any]) -> Progress:
 
 
 def _measures(directory: Path, config: Mapping[str, Any]) -> Progress:
-    points = len(config["directions"]) * math.prod(len(axis["values"]) for axis in config["grid"]["axes"])
+    points = len(config["directions"]) * math.prod(len(axis["values"]) for axis in config["grid"])
     if not (directory / MEASURES_FILE).exists():
         return Progress(0, points, "points", False)
     content = read_json(directory / MEASURES_FILE)

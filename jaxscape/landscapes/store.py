@@ -2,7 +2,7 @@
 
 `generations.jsonl` is the only state of a run. Each of its lines is the answer to one prompt at one point. It grows by
 whole points in a fixed order. When a run is resumed, the points whose lines are all there are kept, and what a killed
-process wrote after them is cut off. Every other file is computed from it.
+process wrote after them is cut off. `landscape.json`, figures and tables are computed from it and from the labels.
 
 `labels-NAME.jsonl` keeps what an evaluator said of each answer, so that no answer is judged twice. What
 is missing there is judged from the generations.
@@ -25,12 +25,13 @@ from jaxscape.directions.random import Random
 from jaxscape.engine.scheduler import Completion
 from jaxscape.evaluate.base import Evaluator, Label
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
+from jaxscape.evaluate.statistics import wilson_interval
 from jaxscape.finetuning import trajectory
 from jaxscape.landscapes import landscape
 from jaxscape.landscapes.adaptive import interpolated, next_points
 from jaxscape.landscapes.axes import Axis
-from jaxscape.landscapes.labels import EARLIER_LABEL_FILES, LABEL_FILES, EarlierLabels, LabelBook, Point
-from jaxscape.landscapes.landscape import FIGURE, Landscape, each_array
+from jaxscape.landscapes.labels import EARLIER_LABEL_FILES, LABEL_FILES, EarlierLabels, LabelBook, Point, Rates
+from jaxscape.landscapes.landscape import FIGURE, Landscape
 from jaxscape.landscapes.shards import Shard
 from jaxscape.runtime import reporting, rundir
 from jaxscape.runtime.errors import UserError, reason
@@ -225,10 +226,13 @@ class Run:
             evaluated=evaluated if self.adaptive is None else evaluated | is_finished,
             unanswered=self._counts(self.unanswered),
             abandoned=self._counts(self.abandoned) if self.abandoned.any() else None,
-            measures=each_array(self._filled, self.labels.measures()),
-            shares={kind: self._filled(share) for kind, share in self.labels.shares().items()},
+            measures={name: self._filled_rates(rates) for name, rates in self.labels.measures().items()},
+            shares=self._filled_rates(self.labels.shares()),
             complied=self._filled(complied.astype(np.float64)) if len(complied) == len(self.points) > 0 else None,
-            disagreement=each_array(self._filled, self.labels.disagreement(self.evaluator, self.refused[done])),
+            disagreement={
+                pair: self._filled_rates(rates)
+                for pair, rates in self.labels.disagreement(self.evaluator, self.refused[done]).items()
+            },
             points=self.coords,
             directions=self.directions,
             filled=~evaluated if self.adaptive and is_finished else None,
@@ -265,6 +269,17 @@ class Run:
         if self.adaptive is None or not self.is_whole or len(values) < len(self.points):
             return arranged
         return interpolated(arranged, self._evaluated(), self.axes)
+
+    def _filled_rates(self, rates: Rates) -> dict[str, Float[np.ndarray, " directions *grid"]]:
+        """Rates with the ends of their intervals on the grid. Where a rate is interpolated, its interval is Wilson's at
+        that rate, as that of the ASR is."""
+        filled = {name: self._filled(values) for name, values in rates.items()}
+        if self.adaptive is not None and self.is_whole:
+            skipped = ~self._evaluated()
+            for name in rates.keys() - {f"{name}{end}" for name in rates for end in ("_low", "_high")}:
+                ends = wilson_interval(filled[name][skipped], len(self.prompts))
+                filled[f"{name}_low"][skipped], filled[f"{name}_high"][skipped] = ends
+        return filled
 
     def outcomes(self) -> dict[str, Any]:
         """The outcomes of the evaluated points."""
@@ -474,7 +489,9 @@ def reopen_run(directory: Path) -> Iterator[tuple[Run, list[str]]]:
             directions=_shown_names(config),
             shard=shard,
         )
-        if run.extend():
+        # Without what coherence says of all answers, it is not known whether an adaptive scan has all of its points.
+        is_judged = run.adaptive != "shares" or len(run.labels.complied()) == run.num_done
+        if not is_judged or run.extend():
             raise UserError(f"The run in {directory} is not finished; run its command again to finish it first.")
         yield run, sent
 

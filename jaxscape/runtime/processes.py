@@ -2,7 +2,7 @@
 
 Each process runs the same program on its own devices, and JAX's distributed runtime connects them. Whatever could
 differ between processes, such as the contents of a disk or the speed of a machine, the first process decides for all
-of them. Only the first process writes files.
+of them. Only the first process writes files, apart from checkpoints and weights, of which each process writes its part.
 """
 
 import ctypes

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxscape.runtime import remote
+from jaxscape.runtime import remote, reporting
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import temporary_path, write_whole
 from jaxscape.runtime.processes import is_first
@@ -30,7 +30,7 @@ class RunKind:
         name: the kind in messages to the user.
         state: name of the state file, to which the run appends its finished work.
         marks: configuration keys that every run of this kind has, and by which it is recognised.
-        computed: glob patterns of files and folders that are computed from the state; starting over removes them.
+        computed: glob patterns of files and folders that belong to the state; starting over removes them.
         descriptive: configuration keys that do not affect results, so that a resumed run may differ in them.
     """
 
@@ -156,12 +156,13 @@ def _move_extended(directory: Path, kind: RunKind) -> None:
     state.
 
     The state is moved first. As long as it is not, no other file is moved either, and what is to be removed is known.
+    What both runs reported stays.
     """
     extended = directory / EXTENDED
     if (directory / EXTENSION / remote.LAST).exists():
         os.rename(directory / EXTENSION, extended)
     if (extended / kind.state).exists():
-        _remove_computed(directory, kind, kept={path.name for path in extended.iterdir()})
+        _remove_computed(directory, kind, kept={*reporting.FOLDERS, *(path.name for path in extended.iterdir())})
         os.replace(extended / kind.state, directory / kind.state)
     for path in extended.iterdir():
         if path.name != remote.LAST:

@@ -3,6 +3,7 @@
 wandb's own environment variables are obeyed: with `WANDB_MODE=offline` nothing leaves the machine.
 """
 
+import json
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.extras import import_extra
-from jaxscape.runtime.files import write_whole
+from jaxscape.runtime.files import checksum, write_whole
 
 PROJECT, FOLDER, ID = "jaxscape", "wandb", "id.txt"
 
@@ -28,7 +29,7 @@ class WandbReporter:
             self._run = wandb.init(
                 project=PROJECT,
                 name=directory.resolve().name,
-                id=_run_id(directory),
+                id=_run_id(directory, config),
                 resume="allow",
                 dir=directory,
                 config=dict(config),
@@ -48,10 +49,12 @@ class WandbReporter:
         self._run.finish()
 
 
-def _run_id(directory: Path) -> str:
-    """The id of the run at Weights & Biases, which is kept in the directory, so that a resumed run goes on there."""
+def _run_id(directory: Path, config: Mapping[str, Any]) -> str:
+    """The id of the run at Weights & Biases. The directory keeps its first half, and the second half follows from the
+    configuration. So a resumed run goes on there, and one that extends another run, whose steps begin anew, is a run of
+    its own."""
     path = directory / FOLDER / ID
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         write_whole(path, secrets.token_hex(8))
-    return path.read_text(encoding="utf-8").strip()
+    return f"{path.read_text(encoding='utf-8').strip()}-{checksum(json.dumps(config, sort_keys=True))[:8]}"

@@ -193,6 +193,9 @@ def test_an_adaptive_scan_has_some_points_of_the_full_one(runs: dict[bool, Path]
     np.testing.assert_array_equal(adaptive.asr[~adaptive.filled], full.asr[~adaptive.filled])
     assert adaptive.numbers is not None
     assert adaptive.visage_values is not None
+    (measure,) = adaptive.measures.values()
+    ends = js.wilson_interval(measure["complied"][adaptive.filled], 3)
+    np.testing.assert_allclose([measure[f"complied_{end}"][adaptive.filled] for end in ("low", "high")], ends)
     content = json.loads((runs[True] / "landscape.json").read_text())
     np.testing.assert_array_equal(content["filled"], adaptive.filled)
     assert "filled" not in json.loads((runs[False] / "landscape.json").read_text())
@@ -287,5 +290,7 @@ def test_coherence_judges_after_each_round(tiny: js.Model, tmp_path: Path) -> No
     assert json.loads(before["config.json"])["adaptive"] == "shares"
     assert before["labels-coherence.jsonl"].count(b"\n") == land.num_evaluated
     (tmp_path / "labels-coherence.jsonl").write_bytes(b"")
+    with pytest.raises(js.UserError, match="is not finished; run its command again"):  # the ASR alone would end it
+        js.score(tmp_path, "wei", progress=False)
     js.scan(tiny, [0], adaptive=True, out=tmp_path, **options)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

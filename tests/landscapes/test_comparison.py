@@ -192,6 +192,7 @@ def test_runs_on_different_grids_are_compared_by_their_radius(tmp_path: Path) ->
         ({"axes": (js.interpolation_axis(10, 5),), "second": basin(0.3)[:, :21]}, "different axes (alpha; interp"),
         ({"axes": PLANE, "second": basin(0.3, ndim=2)}, "different axes (alpha; alpha, beta)"),
         ({"evaluator": "other"}, "different evaluators judged them (keywords and other)"),
+        ({"evaluator_checksums": {"keywords": "b"}}, "because two versions of the evaluator keywords judged them"),
         ({"done": 5}, "Not finished (5 of 21 points), so without numbers; the run's command finishes it: b."),
     ],
 )
@@ -217,6 +218,20 @@ def test_what_else_to_know_is_a_sentence(changes: dict[str, Any], sentence: str,
     comparison = pair(tmp_path, **changes)
     assert len(comparison.differences) == 3
     assert sum(sentence in note for note in comparison.notes) == 1
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_a_direction_is_the_same_with_and_without_its_control(ndim: int, tmp_path: Path) -> None:
+    special, control = ["f" * 64, 0][:ndim], [f"control:{'f' * 64}:0", 0][:ndim]
+    axes = AXES if ndim == 1 else PLANE
+    with_control = np.concatenate([basin(0.3, ndim=ndim), basin(0.4, ndim=ndim)])
+    names = [["refusal", "random:0"][:ndim], ["control:[refusal]:0", "random:0"][:ndim]]
+    for name, refused, sets in (("a", basin(0.2, ndim=ndim), 1), ("b", with_control, 2)):
+        given = {"directions": [special, control][:sets], "direction_names": names[:sets]}
+        write_run(tmp_path / name, refused, axes, **given, architecture="same")
+    compared = js.compare([tmp_path / "a", tmp_path / "b"])
+    assert not any("One direction only" in note for note in compared.notes)
+    assert not any(difference.may_be_direction for difference in compared.differences)
 
 
 @pytest.mark.parametrize(("walls", "bound"), [((0.2, 9), "at least"), ((9, 0.2), "at most"), ((9, 9), None)])

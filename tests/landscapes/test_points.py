@@ -72,6 +72,7 @@ def test_arrays_lists_and_files_give_the_same_points(tmp_path_factory: Any, poin
         ("a.csv", "0.0\n-0\n", r"line 2: \[0\.0\] is there already"),
         ("a.csv", '0.1,"0.2\n', "line 1, is not CSV"),
         ("a.json", "[[0.1, NaN]]", "point 0: nan is no coordinate"),
+        ("a.json", f"[[0.1, {10**400}]]", "point 0: 1000.* is no coordinate"),
         ("a.json", '[[0.1, "0.2"]]', "point 0: '0.2' is no coordinate"),
         ("a.json", "[[0.1], [true]]", "point 1: True is no coordinate"),
         ("a.json", "[[0.1], []]", r"point 1: \[\] is no list of coordinates"),

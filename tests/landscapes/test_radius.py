@@ -408,6 +408,7 @@ def test_the_command_line(tiny_dir: Path, tmp_path: Path, capsys: pytest.Capture
         (["--num-directions", "0"], "--num-directions must be at least 1, not 0"),
         (["--draws", "5"], "give --certify SIGMA too"),
         (["--certify", "0.1", "--num-directions", "2"], "--certify draws noise of its own"),
+        (["--certify", "0.1", "--radius-max", "0.2"], "--certify searches for no radius: leave out --radius-max"),
         (["--threshold", "100"], "threshold must be at least 0 and below 100 %, not 100"),
         (["--certify", "-1"], "size of the noise must be a positive number, not -1"),
         (["--direction", "nonsense"], "Unknown direction 'nonsense'"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from helpers import write_run
 
+import jaxscape as js
 from jaxscape.cli.main import main
 from jaxscape.directions.path import ADAPTER, CHECKPOINTS, FINETUNING
 from jaxscape.evaluate.coherence import COHERENCE
@@ -111,8 +112,26 @@ def test_searches_for_radii_and_certificates(tmp_path: Path) -> None:
     assert result == f"kept with probability at least {0.05 ** (1 / 40):.3f} at 0.05"
 
 
+def test_measures_of_a_model(tiny: js.Model, tmp_path: Path) -> None:
+    js.measure(tiny, [0, 1], ["damage"], harmless=["Hi"], steps=2, out=tmp_path / "a", progress=False)
+    assert told(only(tmp_path)) == ("measures", "finished", "6 of 6 points", "damage")
+    (tmp_path / "a" / MEASURES_FILE).unlink()
+    assert told(only(tmp_path)) == ("measures", "stopped", "0 of 6 points", "")
+
+
+def test_a_scan_is_finished_when_all_evaluators_have_judged(tiny: js.Model, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"prompts": ["Hi"], "steps": 2, "max_new_tokens": 2, "progress": False}
+    js.scan(tiny, [0], evaluator=["keywords", "wei"], out=tmp_path / "a", **options)
+    assert only(tmp_path).state == "finished"
+    path = tmp_path / "a" / FILE_NAME
+    content = json.loads(path.read_text())
+    content["measures"]["wei"]["complied"][0][2] = None
+    path.write_text(json.dumps(content))
+    assert told(only(tmp_path)) == ("scan", "stopped", "3 of 3 points", "")
+
+
 def test_measures_and_finetunings(tmp_path: Path) -> None:
-    grid = {"axes": [{"name": "alpha", "values": [-1, 0, 1]}]}
+    grid = [{"name": "alpha", "values": [-1, 0, 1]}]
     write_json(tmp_path / "a" / "config.json", weights="w", directions=[[1], [2]], grid=grid, measures={}, model="m")
     assert told(only(tmp_path)) == ("measures", "stopped", "0 of 6 points", "")
     values = {"damage": {"nonfinite": [[0, 0, 1], [0, None, None]]}}

@@ -224,12 +224,29 @@ def test_labels_and_thresholds_that_only_some_shards_have_are_named(tmp_path: Pa
     with pytest.raises(js.UserError, match=f"{b} has no labels of wei, .*: run jaxscape score {b} --evaluator wei"):
         js.merge([a, b], tmp_path / "out")
     js.score(b, "wei", progress=False)
+    labels, other = a / "labels-wei.jsonl", '"evaluator": "wei", "checksum": "other"'
+    current = labels.read_text()
+    labels.write_text(current.replace('"evaluator": "wei"', other))
+    with pytest.raises(js.UserError, match=f"{b} has labels from another version of wei than {a}: delete labels-wei"):
+        js.merge([a, b], tmp_path / "out")
+    labels.write_text(current.replace('"evaluator": "wei"', other, 1))
+    with pytest.raises(js.UserError, match=r"labels-wei.jsonl is damaged .*its lines are from two versions"):
+        js.merge([a, b], tmp_path / "out")
+    labels.write_text(current)
     thresholds = {"coherence": {"weights": "w", "own": 1.0, "surprise": 2.0, "distinct": 0.5}}
     for directory, value in ((a, 2.0), (b, 3.0)):
         thresholds["coherence"]["surprise"] = value
         (directory / "coherence.json").write_text(json.dumps(thresholds))
     with pytest.raises(js.UserError, match=f"{b}/coherence.json has other thresholds than {a}/coherence.json"):
         js.merge([a, b], tmp_path / "out")
+    cut = Written(SCAN.values, (), SCAN.refused, 2, labels=False)
+    c, d = (cut.write(tmp_path / f"cut-{i}", f"{i}/2", abandon_incoherent=True) for i in (1, 2))
+    for directory, place in ((a, c), (b, d)):
+        (place / "coherence.json").write_bytes((directory / "coherence.json").read_bytes())
+    with pytest.raises(
+        js.UserError, match=rf"delete {d}/generations.jsonl and {d}/labels-\*.jsonl, and run .*generates"
+    ):
+        js.merge([c, d], tmp_path / "cut")
     (b / "coherence.json").write_bytes((a / "coherence.json").read_bytes())
     js.merge([a, b], tmp_path / "out")
     js.score(unlabelled.write(tmp_path / "whole"), "wei", progress=False)

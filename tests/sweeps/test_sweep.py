@@ -23,6 +23,8 @@ OWN_EVALUATOR = """
 import os, signal
 def keen(prompts, answers):
     return [0.0 for _ in answers]
+def silent(prompts, answers):
+    os._exit(137)
 def deadly(prompts, answers):
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -106,16 +108,33 @@ def test_a_task_that_crashes_does_not_stop_the_others(
     tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "own.py").write_text(OWN_EVALUATOR)
-    names = [str(tmp_path / f"own.py:{name}") for name in ("deadly", "keen")]
+    names = [str(tmp_path / f"own.py:{name}") for name in ("deadly", "silent", "keen")]
     path = sweep_file(tmp_path, tiny_dir, f"evaluator: {json.dumps(names)}")
     with pytest.raises(SystemExit) as stop:
         main(["sweep", str(path)])  # each task in a process of its own
     assert stop.value.code == 1
-    assert states(path) == ["failed", "done"]
+    assert states(path) == ["failed", "failed", "done"]
     assert capfd.readouterr().out.endswith(
         "Task 1 failed: Its process was ended by a signal (Killed); is the memory full?\n"
-        "1 of 2 tasks are done, 0 of them before.\n"
+        "Task 2 failed: Its process ended with exit code 137.\n"
+        "1 of 3 tasks are done, 0 of them before.\n"
     )
+
+
+def test_a_task_that_runs_in_another_process_is_left_to_it(
+    tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = sweep_file(tmp_path, tiny_dir, "seed: [0, 1]")
+    first, _ = load_tasks(path, None)
+    first.directory.mkdir(parents=True)
+    with (first.directory / "generations.jsonl").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as stop:
+            main(["sweep", str(path)])
+        assert stop.value.code == 1
+        assert states(path) == ["running", "done"]
+    out = capfd.readouterr().out
+    assert out.endswith("Task 1 is running in another process.\n1 of 2 tasks are done, 0 of them before.\n")
 
 
 def test_shards_merge_into_the_run_of_one_machine(tiny_dir: Path, tmp_path: Path) -> None:
