@@ -103,7 +103,7 @@ class ScanEvaluatorOptions(EvaluatorOptions):
     after all points are decoded. `jaxscape score RUN --evaluator coherence` adds them later."""
     abandon_incoherent: bool = False
     """End each answer whose beginning makes no sense to the model that is measured. This is faster where answers are
-    noise. The shares stay what they are; the ASR and VISAGE are those of cut texts."""
+    noise. Such an answer counts as incoherent; the ASR and VISAGE are those of cut texts."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from jaxscape.runtime.help import shown
 from jaxscape.runtime.remote import run_directory
 from jaxscape.runtime.reporting import check_target
 from jaxscape.runtime.streams import write_line
+from jaxscape.runtime.texts import printable
 
 if TYPE_CHECKING:
     from jaxscape.landscapes.axes import Axis
@@ -342,6 +343,8 @@ def measure_lines(landscape: "Landscape") -> list[str]:
 
     def shares(measure: "Measure", part: Any) -> str:
         labels = [label for label in (*LABELS, UNJUDGED) if label in measure]
+        if all(np.isnan(measure[label][part]).all() for label in labels):
+            return "nothing judged"
         return ", ".join(f"{label} {np.nanmean(measure[label][part]):.1f} %" for label in labels)
 
     def difference(measure: "Measure", part: Any) -> str:
@@ -351,7 +354,7 @@ def measure_lines(landscape: "Landscape") -> list[str]:
     origin = None if landscape.origin is None else (slice(None), *landscape.origin)
     judged = ({"shares": landscape.shares} if landscape.shares else {}) | dict(landscape.measures)
     return [
-        f"{name}: {text(measure, ...)} over all points"
+        f"{printable(name)}: {text(measure, ...)} over all points"
         + (f"; {text(measure, origin)} at the model itself" if origin else "")
         for text, measures in ((shares, judged), (difference, landscape.disagreement))
         for name, measure in measures.items()

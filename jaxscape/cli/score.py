@@ -48,4 +48,4 @@ class Score:
             select_platform(["cpu"])  # phrases need no accelerator, whose memory JAX would take
         directory = run_directory(self.directory)
         landscape = score(directory, judges)
-        write_line("\n".join([*measure_lines(landscape), f"{directory / FILE_NAME}"]))
+        write_line("\n".join([*measure_lines(landscape.without_controls()), f"{directory / FILE_NAME}"]))

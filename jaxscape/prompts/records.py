@@ -312,6 +312,9 @@ def _table(text: str, source: str, names: Collection[str]) -> Records:
                 f"{source}, line {line}: {len(row)} columns, but the first row has {width}; quote texts that contain "
                 f"{delimiter!r}{list_hint}."
             )
+    if width == 1 and not known and normalised(header[0]).removesuffix("s") in names:
+        texts = [Record(f"{source}, line {line}", row[0]) for line, row in rows[1:]]
+        return Records(texts, of_texts=f"each line below {shown_text(header[0], 40)} is a prompt")
     if width == 1 and not known:
         texts = [Record(f"{source}, line {line}", row[0]) for line, row in rows]
         return Records(texts, of_texts="no header was found: every line is a prompt")

@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.lines import Line2D
 
-__all__ = ["Axes", "Figure", "Line2D", "MatplotlibFigure", "patheffects", "png"]
+__all__ = ["Axes", "Figure", "Line2D", "MatplotlibFigure", "patheffects", "png", "without_formulas"]
 
 
 class Figure(MatplotlibFigure):
@@ -30,6 +30,18 @@ class Figure(MatplotlibFigure):
 
     def _repr_png_(self) -> bytes:
         return png(self)
+
+
+def without_formulas(figure: Figure) -> Figure:
+    """The figure, with titles, labels and legends drawn as they are: the names of files, models and directions may have
+    dollar signs, between which Matplotlib would read a formula."""
+    texts = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    for plot in figure.axes:
+        legend = plot.get_legend()
+        texts += [plot.title, plot.xaxis.label, plot.yaxis.label, *plot.texts, *(legend.get_texts() if legend else ())]
+    for text in texts:
+        text.set_parse_math(False)
+    return figure
 
 
 def png(figure: MatplotlibFigure, dpi: int | None = None) -> bytes:

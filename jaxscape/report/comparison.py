@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxscape.landscapes.comparison import ComparedRun, Comparison
 from jaxscape.landscapes.numbers import THRESHOLD
-from jaxscape.report.canvas import Axes, Figure, Line2D, png
+from jaxscape.report.canvas import Axes, Figure, Line2D, png, without_formulas
 from jaxscape.report.figures import ASR_LABEL, COLOURS, MARKERS, STYLES, axis_label, mark_models
 from jaxscape.report.markup import visible
 from jaxscape.report.tables import differences_to_csv, to_csv, to_latex, to_markdown
@@ -46,10 +46,8 @@ def plot_comparison(comparison: Comparison) -> Figure:
             plot.plot(0, 0, marker="+", color="k", markersize=10)
             plot.set(ylabel=axis_label(axes[1]), title=f"where the ASR is {THRESHOLD:.0f} %")
             plot.set_aspect("equal", adjustable="datalim")
-        for axis in (plot.xaxis, plot.yaxis):
-            axis.label.set_parse_math(False)  # names are drawn as they are, not as formulas
         _add_legend(plot, {number: comparison.runs[number] for number in numbers})
-    return figure
+    return without_formulas(figure)
 
 
 def save_comparison(comparison: Comparison, directory: str | Path) -> list[Path]:
@@ -127,4 +125,3 @@ def _add_legend(plot: Axes, runs: Mapping[int, ComparedRun]) -> None:
         name = visible(run.name)
         shown = name if len(name) <= 60 else f"…{name[-59:]}"
         text.set_text(shown if run.landscape.complete else f"{shown} (unfinished)")
-        text.set_parse_math(False)

@@ -12,7 +12,8 @@ from jaxscape.finetuning.trajectory import Trajectory
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.numbers import THRESHOLD
-from jaxscape.report.canvas import Axes, Figure, MatplotlibFigure, patheffects, png
+from jaxscape.report.canvas import Axes, Figure, MatplotlibFigure, patheffects, png, without_formulas
+from jaxscape.report.markup import visible
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 
@@ -49,7 +50,8 @@ def plot_landscape(landscape: Landscape, trajectories: Sequence[Trajectory] = ()
     A list of points is drawn like 1D, over the distance from the model if that rises from each point to the next, and
     else over the number of the point. Of an adaptive scan, only evaluated points have a marker or a dot.
     """
-    return _plot_2d(landscape, trajectories) if len(landscape.axes) == 2 else _plot_1d(landscape)
+    figure = _plot_2d(landscape, trajectories) if len(landscape.axes) == 2 else _plot_1d(landscape)
+    return without_formulas(figure)
 
 
 def save_figure(
@@ -120,7 +122,7 @@ def _plot_panels(landscape: Landscape) -> Figure:
         _draw_radii(plot, radius_marks(landscape)[i])
         if landscape.axes:
             mark_models(plot, landscape.axes[0])
-        plot.set_title(" and ".join(landscape.directions[i])[:70], fontsize=9)
+        plot.set_title(visible(" and ".join(landscape.directions[i])[:70]), fontsize=9)
         plot.grid(alpha=0.3)
         if len(coords) > 1:
             plot.set_xlim(coords.min(), coords.max())
@@ -262,7 +264,7 @@ def _plot_2d(landscape: Landscape, trajectories: Sequence[Trajectory]) -> Figure
         contour = figure.add_subplot(num_sets, 2, 2 * i + 1)
         filled = _draw_contour(contour, landscape.axes, values)
         _mark_evaluated(contour, landscape, i)
-        _draw_trajectories(contour, trajectories)
+        _draw_trajectories(contour, () if landscape.is_control[i] else trajectories)
         figure.colorbar(filled, ax=contour, label=ASR_LABEL)
         surface = figure.add_subplot(num_sets, 2, 2 * i + 2, projection="3d")
         _draw_surface(surface, landscape.axes, values)
@@ -285,7 +287,7 @@ def _draw_planes(figure: Figure, landscape: Landscape, trajectories: Sequence[Tr
         for plot, (label, values) in zip(plots, rates.items(), strict=True):
             filled = _draw_contour(plot, landscape.axes, np.ma.masked_invalid(values[i]))
             _mark_evaluated(plot, landscape, i)
-            _draw_trajectories(plot, trajectories)
+            _draw_trajectories(plot, () if landscape.is_control[i] else trajectories)
             plot.set_title(f"{label}, direction set {i}" if num_sets > 1 else label, fontsize=10)
         figure.colorbar(filled, ax=plots, label="share of the answers (%)")
 
@@ -319,7 +321,7 @@ def _draw_trajectories(plot: Axes, trajectories: Sequence[Trajectory]) -> None:
             "color": TRAJECTORY_COLOURS[i % len(TRAJECTORY_COLOURS)],
             "marker": MARKERS[i % len(MARKERS)],
         }
-        label = f"{trajectory.name} (residual up to {100 * trajectory.residual.max():.0f} %)"
+        label = f"{visible(trajectory.name)} (residual up to {100 * trajectory.residual.max():.0f} %)"
         plot.plot(*trajectory.coords.T, **style, markersize=5, path_effects=outline, label=label, clip_on=False)
     if trajectories:
         plot.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from jaxscape.landscapes.axes import Axis
 from jaxscape.landscapes.landscape import Landscape
 from jaxscape.landscapes.measurement import Measurement
-from jaxscape.report.canvas import Axes, Figure, png
+from jaxscape.report.canvas import Axes, Figure, png, without_formulas
 from jaxscape.report.figures import ASR_LABEL, COLOUR_MAP, COLOURS, MARKERS, STYLES, axis_label, mark_models
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
@@ -31,7 +31,7 @@ def plot_measures(measurement: Measurement, landscape: Landscape | None = None) 
         rates = {"value": landscape.asr, "low": landscape.asr_low, "high": landscape.asr_high}
         panels = [("ASR", ASR_LABEL, rates), *panels]
     draw = _plot_1d if len(measurement.axes) == 1 else _plot_2d
-    return draw(measurement.axes, panels)
+    return without_formulas(draw(measurement.axes, panels))
 
 
 def save_measures_figure(measurement: Measurement, path: str | Path, landscape: Landscape | None = None) -> None:

@@ -65,7 +65,12 @@ def landscape_table(landscapes: Mapping[str, Landscape]) -> str:
     cells = {name: landscape_cells(land) for name, land in landscapes.items()}
     titles = list(dict.fromkeys(title for row in cells.values() for title in row))
     rows = [
-        [name, str(land.num_prompts), str(len(land.asr)), *(cells[name].get(title, "") for title in titles)]
+        [
+            name,
+            str(land.num_prompts),
+            str(int((~land.is_control).sum())),
+            *(cells[name].get(title, "") for title in titles),
+        ]
         for name, land in landscapes.items()
     ]
     return markdown_table([["", "prompts", "directions", *titles], *rows])
@@ -84,8 +89,7 @@ def landscape_estimates(land: Landscape) -> dict[str, Mapping[str, Any] | None]:
     Each has its `value` and `interval`, and a radius has what `numbers` in `landscape.json` says of its bounds. It is
     None if the axes do not contain the model.
     """
-    nearest = tuple(int(np.argmin(np.abs(axis.values))) for axis in land.axes)
-    place = land.origin if land.points else nearest
+    place = land.origin
     estimates: dict[str, Mapping[str, Any] | None] = {}
     if place is not None and np.isfinite(land.asr[(0, *place)]):
         asr, *ends = (float(rates[(0, *place)]) for rates in (land.asr, land.asr_low, land.asr_high))

@@ -1,13 +1,16 @@
 """Evaluators on the command line: in a scan, and by `jaxscape score`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import jaxscape as js
 from jaxscape.cli.main import main
+from jaxscape.cli.scan import measure_lines
 
 QUICK = ["--num-prompts", "2", "--steps", "2", "--max-new-tokens", "4", "--cpu"]
 
@@ -48,6 +51,18 @@ def test_a_scan_and_a_score_say_what_each_evaluator_found(
     assert measures == json.loads((tmp_path / "run" / "landscape.json").read_text())["measures"]
     assert js.Landscape.load(run).measures.keys() == measures.keys()
     main(["plot", str(run)])
+
+
+def test_what_evaluators_said_is_shown_without_control_characters(run: Path) -> None:
+    land = js.Landscape.load(run)
+    nothing = {key: np.full(land.asr.shape, np.nan) for key in ("refused", "complied")}
+    some = {key: np.full(land.asr.shape, 50.0) for key in ("refused", "complied")}
+    some["refused"][0, 1] = some["complied"][0, 1] = np.nan
+    lines = measure_lines(replace(land, shares={}, measures={"\x1b[2J": some, "none": nothing}, disagreement={}))
+    assert lines == [
+        "\\x1b[2J: refused 50.0 %, complied 50.0 % over all points; nothing judged at the model itself",
+        "none: nothing judged over all points; nothing judged at the model itself",
+    ]
 
 
 def test_the_file_of_phrases_alone_decides_the_asr(tiny_dir: Path, tmp_path: Path) -> None:

@@ -204,6 +204,8 @@ RIGHT: list[tuple[str, str, list[str]]] = [
         '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}',
         ["ab"],
     ),
+    ("a.csv", "prompts\na\nb\n", ["a", "b"]),
+    ("a.csv", 'Goals\r\n"a, b"\r\n', ["a, b"]),
     # lists
     ("a.txt", f"{BOM}a, b\r\n\r\n c \r\n", ["a, b", "c"]),
     ("a.TXT", "a\rb\r", ["a", "b"]),
@@ -388,6 +390,7 @@ SUMMARIES: list[tuple[str, str, str]] = [
     ("a.csv", "a\nb\n", "2 prompts from '{}' (no header was found: every line is a prompt); the first one: 'a'"),
     ("a.json", '{"goals": ["a"]}', "1 prompt from '{}' (each text of 'goals' is a prompt); the first one: 'a'"),
     ("a.txt", "a\nb\n", "2 prompts from '{}' (each line is a prompt); the first one: 'a'"),
+    ("a.csv", "prompts\na\nb\n", "2 prompts from '{}' (each line below 'prompts' is a prompt); the first one: 'a'"),
     ("a.csv", "goal,text\na,\n,b\n,c\n", "(the column 'goal' of 1 and 'text' of 2)"),
     ("a.jsonl", '"a\\u001b[31m\\u202e\\n' + 99 * "b" + '"', r"the first one: 'a\x1b[31m\u202e\n" + 71 * "b" + "…'"),
     (

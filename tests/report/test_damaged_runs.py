@@ -119,6 +119,7 @@ def test_a_damaged_run_is_read_or_is_one_sentence(file: str, data: st.DataObject
         (FILE_NAME, ("numbers", "asr", "volume", "value"), True, "is no number with an interval"),
         (FILE_NAME, ("numbers", "asr", "radius", "directions", 0, "positive", "at_least"), ..., "KeyError: 'at_least'"),
         (FILE_NAME, ("directions",), [["gradient"]], "names of 1 direction sets"),
+        (FILE_NAME, ("axes", 0), {"name": "a", "values": [-0.5, 0, 0.5], "unit": "parsec"}, "unknown unit 'parsec'"),
         (FILE_NAME, ("shares", "complied_low"), ..., "a share lacks an end of its interval"),
         (FILE_NAME, ("numbers", "asr", "radius", "directions"), [], "numbers of 0 directions, and not of 1"),
     ],

@@ -159,6 +159,22 @@ def test_a_grid_for_landscaper(run: Path, tmp_path: Path) -> None:
         export_run(plane, "landscaper")
 
 
+def test_the_papers_format_has_whole_answers(tmp_path: Path) -> None:
+    refused = np.array([[[1, 0], [1, 1]]], bool)
+    directory = write_run(tmp_path / "run", refused, (js.Axis("alpha", (0.0, 0.5)),))
+    lines = records(directory)
+    for line, text in zip(lines, ("I cannot", "Sure, here is", "I am unable to", "no"), strict=True):
+        line |= {"generation": text}
+    for cut, short in (([0], None), ([0, 2], 1), ([0, 1, 2], 2)):
+        written = [line | ({"cut": True} if number in cut else {}) for number, line in enumerate(lines)]
+        (directory / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+        if short is None:
+            export_run(directory, "reference")
+            continue
+        with pytest.raises(js.UserError, match=f"ended {short} answers where its own evaluator had decided"):
+            export_run(directory, "reference")
+
+
 @pytest.mark.parametrize(("to", "package"), [("parquet", "pyarrow"), ("hub", "pyarrow"), ("inspect", "inspect_ai.log")])
 def test_an_export_without_its_library_says_what_to_install(
     to: str, package: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 """Figures, drawn and looked at by their parts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 
 import jaxscape as js
+from jaxscape.finetuning.trajectory import Trajectory
 from jaxscape.report import figures as plotting
+from jaxscape.report.canvas import png
 
 
 @pytest.mark.parametrize("num_sets", [1, 3])
@@ -47,6 +50,25 @@ def test_a_2d_figure_has_a_contour_and_a_surface(num_sets: int) -> None:
     assert names.count("3d") == num_sets
     labels = {axes.get_ylabel() for axes in figure.axes}
     assert {"β (distance along the direction)", "attack success rate (%)"} <= labels
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_names_are_no_formulas(ndim: int) -> None:
+    names = (("$\\x$ and $", "b")[:ndim], ("$y$", "c")[:ndim])
+    land = replace(random_landscape(ndim, 2), directions=names)
+    path = Trajectory("$\\z$ $", np.array([[0.0, 0.0], [0.2, 0.1]]), np.zeros(2))
+    assert png(js.plot_landscape(with_shares(land), [path][: ndim - 1])).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("has_shares", [False, True])
+def test_paths_are_drawn_on_their_own_plane_and_not_on_that_of_a_control(has_shares: bool) -> None:
+    land = replace(random_landscape(2, 2), directions=(("refusal", "random:0"), ("control:[refusal]:0", "random:0")))
+    path = Trajectory("attack", np.array([[0.0, 0.0], [0.2, 0.1]]), np.zeros(2))
+    figure = js.plot_landscape(with_shares(land) if has_shares else land, [path])
+    contours = [plot for plot in figure.axes if plot.get_ylabel().startswith("β") and plot.name != "3d"]
+    assert [plot.get_legend() is not None for plot in contours] == [True] * (3 if has_shares else 1) + [False] * (
+        3 if has_shares else 1
+    )
 
 
 @pytest.mark.parametrize(("ndim", "done"), [(1, 0), (1, 3), (2, 0), (2, 7)])

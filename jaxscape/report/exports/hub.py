@@ -5,6 +5,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from jaxscape.finetuning import trajectory
 from jaxscape.landscapes.labels import LABEL_FILES
 from jaxscape.landscapes.landscape import FIGURE, FILE_NAME
 from jaxscape.landscapes.store import COHERENCE_FILE, GENERATIONS, PROMPTS
@@ -17,7 +18,7 @@ from jaxscape.runtime.files import write_whole
 from jaxscape.runtime.rundir import CONFIG
 
 FOLDER, CARD, RUN = "hub", "README.md", "run"
-RUN_FILES = (CONFIG, PROMPTS, GENERATIONS, FILE_NAME, FIGURE, COHERENCE_FILE, LABEL_FILES)
+RUN_FILES = (CONFIG, PROMPTS, GENERATIONS, FILE_NAME, FIGURE, COHERENCE_FILE, LABEL_FILES, trajectory.FILE_NAME)
 """The files of a run that a data set holds. Whoever downloads them can use them as a run's directory."""
 
 FACTS = ("model", "dtype", "prompt_source", "system_prompt", "max_new_tokens", "temperature", "seed")

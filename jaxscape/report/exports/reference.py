@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxscape.prompts.refusal import is_refusal
+from jaxscape.prompts.thinking import answer_of
 from jaxscape.report.run import KeptRun
 from jaxscape.runtime.errors import UserError
 from jaxscape.runtime.files import to_json_lines, write_whole
@@ -21,7 +23,7 @@ def export_reference(run: KeptRun, out: Path) -> list[Path]:
         The files written.
 
     Raises:
-        UserError: the run has no answers at some points, or abandoned some.
+        UserError: the run has no answers at some points, or the ends of some answers are missing.
     """
     if run.landscape.filled is not None:
         raise UserError(
@@ -31,6 +33,13 @@ def export_reference(run: KeptRun, out: Path) -> list[Path]:
         raise UserError(
             f"The scan in {run.directory} abandoned answers that make no sense, so their ends are missing: export a "
             f"scan without --abandon-incoherent."
+        )
+    # A refusal by the paper's keywords is one however it would have gone on.
+    cut = [record for answers in run.answers for record in answers if record.get("cut")]
+    if short := sum(not is_refusal(answer_of(record["generation"])) for record in cut):
+        raise UserError(
+            f"The scan in {run.directory} ended {short} answers where its own evaluator had decided, and the paper's "
+            f"keywords need the rest: scan again with --full-text."
         )
     by_set = itertools.groupby(zip(run.points, run.answers, strict=True), key=lambda pair: pair[0][0])
     sets = [_steps([answers for _, answers in pairs]) for _, pairs in by_set]

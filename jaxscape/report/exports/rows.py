@@ -1,4 +1,7 @@
-"""The two tables of a run, `points` and `generations`, as rows. Every export has these columns."""
+"""The two tables of a run, `points` and `generations`, as rows.
+
+The exports to CSV, Parquet, Inspect and the Hub have these columns.
+"""
 
 from collections.abc import Iterator
 from typing import Any

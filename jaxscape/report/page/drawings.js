@@ -162,7 +162,9 @@ function planeDrawing(run, set, rate) {
     traces.push(cross("#000", 18, 6), cross("#fff", 16, 2.5));
     legend.push(legendEntry("✚ the model"));
   }
-  run.trajectories.forEach((path, i) => {
+  // The plane of a control is another one than that on which the paths were projected.
+  const paths = run.sets[set].control ? [] : run.trajectories;
+  paths.forEach((path, i) => {
     traces.push(...pathTraces(path, PATH_COLOURS[i % PATH_COLOURS.length], MARKERS[i % MARKERS.length]));
     const residual = Math.round(100 * Math.max(...path.residual));
     const name = `${MARKER_TEXTS[i % MARKERS.length]} ${visible(path.name)} (residual up to ${residual} %)`;
