@@ -53,7 +53,7 @@ LIBRARIES = (
     "gguf",
     "optax",
     "orbax.checkpoint",
-    "scipy.stats",
+    "scipy.special",
     "transformers.modeling_utils",
     "tyro",
 )
