@@ -41,8 +41,8 @@ class SearchOptions:
     """Probability, over the order of the prompts, that the search along a ray ends elsewhere than with all answers, at
     most; 0 asks until nothing can change a decision."""
     checks: Annotated[int | None, shown("0; 9 with --of complied", "N")] = None
-    """Number of points, spread evenly over each ray, that are asked before bisection. It then finds the first crossing
-    even if the rate falls again farther out; a rise and fall between two of them is missed."""
+    """Number of points, spread evenly over each ray, that are asked before bisection. Bisection then finds
+    the first crossing even if the rate falls again farther out, but a rise and fall between two of them is missed."""
 
 
 @dataclass(frozen=True)

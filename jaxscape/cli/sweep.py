@@ -240,8 +240,8 @@ def _writes() -> bool:
     return not jax.distributed.is_initialized() or is_first()
 
 
-def _ending(code: int) -> str:
-    """How a process ended that said nothing itself, from its exit code, or from minus the number of a signal."""
+def _how_it_ended(code: int) -> str:
+    """How a process ended that wrote no reason: with this exit code, or if it is negative, by the signal −code."""
     if code < 0:
         return f"Its process was ended by a signal ({signal.strsignal(-code)}); is the memory full?"
     return f"Its process ended with exit code {code}."
@@ -261,7 +261,7 @@ def _run_all(tasks: "Sequence[Task]", file: Path) -> None:
         (here,) = on_disk([task])
         # It may have said itself how it ended, and another process may run this task, or have done it.
         if code and status_of(here).state not in ("failed", "running", "done"):
-            note_ending(here, abs(code), _ending(code))
+            note_ending(here, abs(code), _how_it_ended(code))
     failed = [here for here in on_disk(waiting) if not is_done(here)] if waiting else []
     for task in failed:
         status = status_of(task)

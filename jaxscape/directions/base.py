@@ -217,7 +217,7 @@ def as_number(text: str, name: str, default: T) -> T:
 
 
 def exact_text(number: float) -> str:
-    """A number as it is written in a direction's name, from which the same number is read."""
+    """A number as text for a direction's name. Whoever reads the text gets the same number."""
     return str(number).removesuffix(".0")
 
 

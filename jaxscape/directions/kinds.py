@@ -181,7 +181,7 @@ def make_directions(
             made.append(random_direction(model, recipe.seed, orthogonal_to=first, storage=storage))
             continue
         for direction in recipe.make(model):
-            placed = direction if are_streamed else on_model_mesh(direction, model)
+            placed = on_model_mesh(direction, model, are_streamed)
             made.append(stored(placed, storage) if storage in ("bfloat16", "int8") else placed)
     return made
 

@@ -177,7 +177,7 @@ def is_zero(tensor: Any) -> bool:
 
 
 def check_storage(storage: str) -> None:
-    """Raise a `UserError` if directions cannot be stored so."""
+    """Raise a `UserError` if there is no storage of directions with this name."""
     if storage not in STORAGES:
         raise unknown_name("direction storage", storage, STORAGES)
 
@@ -215,13 +215,19 @@ def in_host_memory(direction: Direction) -> Direction:
     return direction if jax.process_count() > 1 else jax.device_get(direction)
 
 
-def on_model_mesh(direction: Direction, model: Model) -> Direction:
-    """The direction with its arrays and factors sharded as the model's parameters are."""
+def on_model_mesh(direction: Direction, model: Model, is_streamed: bool = False) -> Direction:
+    """The direction with its arrays and factors sharded as the model's parameters are.
+
+    Arguments:
+        is_streamed: whether arrays in host memory stay there.
+    """
     shardings = named_leaves(model.shardings)
 
     def placed(tensor: Any, sharding: NamedSharding) -> Any:
         if isinstance(tensor, Factored):
             return factored(tensor.left, tensor.right, sharding)
+        if is_streamed and isinstance(tensor, np.ndarray):
+            return tensor
         return jax.device_put(tensor, sharding) if isinstance(tensor, jax.Array | np.ndarray) else tensor
 
     return tree_of({name: placed(tensor, shardings[name]) for name, tensor in named_leaves(direction).items()})

@@ -50,7 +50,7 @@ class Workload:
     longest_before: int = 0
 
     def after(self, count: int) -> "Workload":
-        """The workload without its first `count` prompts. The others are answered as they are beside these."""
+        """The workload without its first `count` prompts, in which the others get the same answers."""
         return replace(
             self,
             prompt_tokens=self.prompt_tokens[count:],

@@ -54,7 +54,7 @@ class Engine:
     Attributes:
         stop_when: called with the text of an unfinished answer; True ends the answer at the first token with which
             that holds. None generates every answer to its end.
-        abandon: ends answers that are not decided yet by what their first tokens say; see `Abandon`.
+        abandon: says which answers end because of their first tokens, although their outcome is not decided.
         on_finished: called with the number of answers that have just been finished, at whichever points.
         seconds: a dictionary in which the seconds spent in the phases `weights`, `prefill` and `decode` are added up.
             The host then waits for each program to end; with None, it does not and nothing is measured.

@@ -139,8 +139,8 @@ class Coherence:
 
     @property
     def stop_when(self) -> Callable[[str], bool] | None:
-        """Whether an unfinished answer is a refusal, whatever may follow. Any other answer must be whole, because noise
-        may come later. None if the evaluator of refusals does not say so."""
+        """A function that says whether an unfinished answer is a refusal, whatever may follow. Any other answer must be
+        whole, because noise may follow it. None if only whole answers show whether they refuse."""
         return None if self.refusals is None else shows_refusal(self.refusals)
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Float[np.ndarray, " answers"]:

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,9 +45,8 @@ class OwnEvaluator:
         Raises:
             UserError: an argument is no list of texts, or the user's code fails or gives no scores from 0 to 1.
         """
-        score, label = (getattr(self.judge, name, None) for name in ("score", "label"))
-        scores, count = self._called(score or self.judge, prompts, answers)
-        return checked_scores(self.name, scores, count, may_be_missing=label is not None)
+        scores, count = self._called(getattr(self.judge, "score", self.judge), prompts, answers)
+        return checked_scores(self.name, scores, count, may_be_missing=hasattr(self.judge, "label"))
 
     def label(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Label | None]:
         """The label of each answer, by the evaluator's own `label`, or else by its scores; see `score`."""
@@ -64,26 +64,14 @@ class OwnEvaluator:
     def stop_when(self) -> Callable[[str], bool] | None:
         """The evaluator's own `stop_when`, or None if it has none."""
         is_decided = getattr(self.judge, "stop_when", None)
-        if is_decided is None:
-            return None
-
-        def decides(text: str) -> bool:
-            with _user_errors(f"stop_when of the evaluator {self.name!r}"):
-                return bool(is_decided(text))
-
-        return decides
+        return None if is_decided is None else partial(_call, f"stop_when of the evaluator {self.name!r}", is_decided)
 
     def __getattr__(self, name: str) -> Any:
-        """A method that the protocol does not ask for, if the evaluator has it."""
+        """One of the methods that an evaluator may have beside those of the protocol, if the user's code has it."""
         if name not in ("prepare", "release", "label_points"):
             raise AttributeError(name)
-        method = getattr(self.judge, name)
-
-        def called(*arguments: Any) -> Any:
-            with _user_errors(f"{name} of the evaluator {self.name!r}"):
-                return list(method(*arguments)) if name == "label_points" else method(*arguments)
-
-        return called
+        call = _call_steps if name == "label_points" else _call
+        return partial(call, f"{name} of the evaluator {self.name!r}", getattr(self.judge, name))
 
     def _called(
         self, function: Callable[[list[str], list[str]], Any], prompts: Sequence[str], answers: Sequence[str]
@@ -137,6 +125,18 @@ def _imported(path: Path) -> ModuleType:
     with _user_errors(f"The file {path}"):
         spec.loader.exec_module(module)
     return module
+
+
+def _call(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of the user's code returns."""
+    with _user_errors(what):
+        return function(*arguments)
+
+
+def _call_steps(what: str, function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+    """What a generator of the user's code yields, one value after the other."""
+    with _user_errors(what):
+        yield from function(*arguments)
 
 
 @contextmanager

@@ -46,9 +46,9 @@ class TextRule:
 
 
 def shows_refusal(evaluator: Evaluator) -> Callable[[str], bool] | None:
-    """A function that says whether the beginning of a text decides that the text refuses; None if the evaluator has no
-    rule that says so."""
-    rule = getattr(evaluator, "judge", evaluator)  # that of a user's file
+    """A function that says whether the beginning of a text already makes the text a refusal, whatever follows; None if
+    the evaluator can only say so of whole texts."""
+    rule = getattr(evaluator, "judge", evaluator)  # an evaluator from a user's file may be such a rule
     if not isinstance(rule, TextRule) or rule.stop_when is None:
         return None
     if rule.stop_when is rule.refuses:

@@ -368,9 +368,8 @@ def _directions(config: dict[str, Any]) -> list[Any]:
 
 def _share_directions(first: ComparedRun, second: ComparedRun) -> bool:
     """Whether two runs have the same directions. The same seed gives the same noise only in the same architecture."""
-    if not (sets := _direction_sets(first.config)) or (architecture := first.config.get("architecture")) is None:
-        return False
-    return sets == _direction_sets(second.config) and bool(architecture == second.config.get("architecture"))
+    ours, theirs = ((_direction_sets(run.config), run.config.get("architecture")) for run in (first, second))
+    return ours == theirs and all(ours)
 
 
 def _may_be_direction(first: ComparedRun, second: ComparedRun) -> bool:

@@ -74,7 +74,7 @@ Point = tuple[int, float]
 
 @dataclass(frozen=True)
 class Question:
-    """Which rate is compared with which threshold at each point, and how often a decision may be wrong.
+    """The question that is asked at each point: whether a rate exceeds a threshold.
 
     Attributes:
         of: which rate: `asr`, the share that is not refused, or the share of the answers that are `complied` or

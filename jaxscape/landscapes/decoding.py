@@ -61,7 +61,7 @@ def decode_rest(run: Run, decoding: Decoding, reports: ScanProgress) -> None:
     """Decode and judge the points of a run that are left. Answers that are known already are taken over. SIGTERM ends
     this after a point."""
     left, num_prompts = run.points[run.num_done :], len(run.prompts)
-    # Points whose answers are all known may lie between the others, which are decoded together all the same.
+    # Points whose answers are all known may lie between points that are decoded in one batch.
     generated = _generated([p for p in left if len(run.known(p)) < num_prompts], run, decoding, reports)
     with postponed() as stop_if_asked:
         for point in left:
@@ -73,11 +73,10 @@ def decode_rest(run: Run, decoding: Decoding, reports: ScanProgress) -> None:
 
 def _generated(points: Sequence[Point], run: Run, decoding: Decoding, reports: ScanProgress) -> Iterator[Answers]:
     """The answers at each point to the prompts whose answers are not known there."""
-    engine, first = None, 0
+    engine = None
     for start, group in itertools.groupby(points, key=lambda point: len(run.known(point))):
-        if engine is None or start != first:
-            engine = None  # frees its caches before the next engine is planned
-            engine, first = decoding.engine(start, reports.answers), start
+        engine = None  # frees its caches before the next engine is planned
+        engine = decoding.engine(start, reports.answers)
         yield from _answers(list(group), run.prompts[start:], engine, decoding)
 
 

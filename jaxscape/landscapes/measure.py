@@ -165,7 +165,7 @@ def measure(
 
 
 def _asked(subject: Subject, kinds: Collection[str]) -> dict[str, Any]:
-    """What `config.json` says of the texts as the model is given them, and of the model that computes with them.
+    """Entries of `config.json`: checksums of the decoder's configuration, and of the token ids that the model is given.
 
     Arguments:
         kinds: the measures' names, without what follows a colon.

@@ -168,7 +168,8 @@ def _check_whole(
     """Raise a `UserError` if an answer was cut before the evaluator's outcome is decided. What was abandoned is judged
     as it is: that is the choice of whoever asked for it."""
     decide = {opening: stop_when(judge, opening) for opening in set(openings)}
-    takes_refusals = isinstance(judge, Coherence) and judge.name != run.evaluator  # those of the run's evaluator
+    # Coherence takes the refusals of the evaluator that decides the ASR.
+    takes_refusals = isinstance(judge, Coherence) and judge.name != run.evaluator
     short = 0
     for records in points:
         for opening, record in zip(openings, records, strict=True):

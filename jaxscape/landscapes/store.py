@@ -271,8 +271,8 @@ class Run:
         return interpolated(arranged, self._evaluated(), self.axes)
 
     def _filled_rates(self, rates: Rates) -> dict[str, Float[np.ndarray, " directions *grid"]]:
-        """Rates with the ends of their intervals on the grid. Where a rate is interpolated, its interval is Wilson's at
-        that rate, as that of the ASR is."""
+        """Rates and the ends of their intervals in the shape of the landscape's arrays. A rate that is interpolated has
+        Wilson's interval at that rate, as an interpolated ASR has."""
         filled = {name: self._filled(values) for name, values in rates.items()}
         if self.adaptive is not None and self.is_whole:
             skipped = ~self._evaluated()
@@ -489,7 +489,7 @@ def reopen_run(directory: Path) -> Iterator[tuple[Run, list[str]]]:
             directions=_shown_names(config),
             shard=shard,
         )
-        # Without what coherence says of all answers, it is not known whether an adaptive scan has all of its points.
+        # An adaptive scan by shares chooses its next points from the labels of `coherence`, so it needs all of them.
         is_judged = run.adaptive != "shares" or len(run.labels.complied()) == run.num_done
         if not is_judged or run.extend():
             raise UserError(f"The run in {directory} is not finished; run its command again to finish it first.")

@@ -33,8 +33,8 @@ class Figure(MatplotlibFigure):
 
 
 def without_formulas(figure: Figure) -> Figure:
-    """The figure, with titles, labels and legends drawn as they are: the names of files, models and directions may have
-    dollar signs, between which Matplotlib would read a formula."""
+    """The figure, in which Matplotlib draws titles, labels and legends as plain text. Names of files, models and
+    directions may contain dollar signs, and it would read a formula between two of them."""
     texts = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
     for plot in figure.axes:
         legend = plot.get_legend()

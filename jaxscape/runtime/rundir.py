@@ -156,7 +156,7 @@ def _move_extended(directory: Path, kind: RunKind) -> None:
     state.
 
     The state is moved first. As long as it is not, no other file is moved either, and what is to be removed is known.
-    What both runs reported stays.
+    The folders with what the two runs have reported stay.
     """
     extended = directory / EXTENDED
     if (directory / EXTENSION / remote.LAST).exists():

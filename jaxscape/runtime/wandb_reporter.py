@@ -50,9 +50,12 @@ class WandbReporter:
 
 
 def _run_id(directory: Path, config: Mapping[str, Any]) -> str:
-    """The id of the run at Weights & Biases. The directory keeps its first half, and the second half follows from the
-    configuration. So a resumed run goes on there, and one that extends another run, whose steps begin anew, is a run of
-    its own."""
+    """The id of the run at Weights & Biases: a random part, which the directory keeps, and a checksum of the
+    configuration.
+
+    A resumed run has the same id and goes on there. A run that extends another one gets a new id, because its steps
+    begin at 1 again.
+    """
     path = directory / FOLDER / ID
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
