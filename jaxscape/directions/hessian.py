@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxscape.directions.base import as_number, recipe_name, split_options
-from jaxscape.directions.objective import OfLoss, RefusalLoss, Refusals, added, norm, positive_norm, scaled
+from jaxscape.directions.objective import OfLoss, RefusalLoss, Refusals, added, norm, positive_norm, scaled_vector
 from jaxscape.directions.storage import Direction, inner
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError
@@ -51,7 +51,7 @@ def leading_eigenpair(
         UserError: a product is not finite, or the vectors that `product` can reach from `start` have fewer dimensions.
     """
     size, products = 8 + 2 * number, 0
-    basis = [scaled(start, 1 / norm(start))]
+    basis = [scaled_vector(start, 1 / norm(start))]
     matrix = np.zeros((size, size))  # the products of the basis with its images
     along_start = np.eye(1, size)[0]  # the inner product of each vector of the basis with the first start
     while True:
@@ -63,7 +63,7 @@ def leading_eigenpair(
             is_invariant = rest <= 1e-5 * np.abs(matrix).max()
             if is_invariant or used == size:
                 break
-            basis.append(scaled(image, 1 / rest))
+            basis.append(scaled_vector(image, 1 / rest))
 
         # 2. The Ritz pairs of the basis, those with the largest values first.
         values, vectors = np.linalg.eigh(matrix[:used, :used])
@@ -80,7 +80,7 @@ def leading_eigenpair(
         # 3. Restart from the leading Ritz vectors and what the basis does not hold.
         kept = size // 2
         along_start = np.pad(along_start @ vectors[:, :kept], (0, size - kept))
-        basis = [*_combined(basis, vectors[:, :kept]), scaled(image, 1 / rest)]
+        basis = [*_combined(basis, vectors[:, :kept]), scaled_vector(image, 1 / rest)]
         matrix = np.diag(np.pad(values[:kept], (0, size - kept)))
 
 

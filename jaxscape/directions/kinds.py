@@ -313,6 +313,13 @@ def num_stored(recipes: Iterable[Recipe]) -> tuple[int, int]:
     return waiting, made
 
 
+def direction_counts(sets: Iterable[Sequence[Recipe]]) -> dict[str, int]:
+    """The largest number of directions of one set, by the name that `Workload` has for it: `num_random`, those that are
+    random; `num_waiting` and `num_made`, see `num_stored`."""
+    counts = [(sum(isinstance(recipe, Random) for recipe in item), *num_stored(item)) for item in sets]
+    return dict(zip(("num_random", "num_waiting", "num_made"), map(max, zip(*counts, strict=True)), strict=True))
+
+
 def largest_rank(recipes: Iterable[Recipe], model: Model | None = None) -> int | None:
     """The largest rank of the directions that recipes make; None if one is not known to be of low rank.
 

@@ -146,7 +146,7 @@ class OfLoss:
         return self.refusals.given_tokens(model)
 
 
-class Texts(NamedTuple):
+class PaddedTexts(NamedTuple):
     """Prompts with their refusals in N batches of B rows of T tokens, right-padded.
 
     Attributes:
@@ -195,7 +195,7 @@ class RefusalLoss:
 
     def direction(self, vector: Tensors, scale: float) -> Direction:
         """The direction `scale` × `vector`, float32: a tree like the model's parameters, zero for norm parameters."""
-        return tree_of(scaled(vector, scale) | jax.tree.map(jnp.zeros_like, self._norms))
+        return tree_of(scaled_vector(vector, scale) | jax.tree.map(jnp.zeros_like, self._norms))
 
 
 def norm(vector: Params) -> float:
@@ -230,7 +230,7 @@ def _finite(value: float) -> float:
     return value
 
 
-def scaled(vector: Params, factor: float) -> Params:
+def scaled_vector(vector: Params, factor: float) -> Params:
     """`factor` × `vector`."""
     return combine([vector], jnp.asarray([factor], jnp.float32))
 
@@ -242,7 +242,7 @@ def added(vector: Params, other: Params, factor: float) -> Params:
 
 def _texts(
     prompts: Sequence[list[int]], refusals: Sequence[list[int]], targets: Sequence[list[int]], mesh: Mesh
-) -> Texts:
+) -> PaddedTexts:
     """The prompts with their refusals, and those with their targets, on the devices of the mesh. The rows of a batch
     are sharded over `points`."""
     answers = [*((refusal, 1) for refusal in refusals), *((target, -1) for target in targets)]
@@ -261,14 +261,14 @@ def _texts(
         axes = (None, "rows", None)[: x.ndim]
         return jax.make_array_from_callback(x.shape, sharding(mesh, axes, x.shape), x.__getitem__)
 
-    return Texts(put(tokens), put(lengths), put(shares))
+    return PaddedTexts(put(tokens), put(lengths), put(shares))
 
 
-def _batch_loss(weights: Tensors, norms: Tensors, rows: Texts, config: ModelConfig) -> Float[Array, ""]:
+def _batch_loss(weights: Tensors, norms: Tensors, rows: PaddedTexts, config: ModelConfig) -> Float[Array, ""]:
     return summed_loss(config, tree_of(weights | norms), rows.tokens, rows.lengths, rows.shares, remat=True)
 
 
-def _sum_over_batches(function: Any, texts: Texts, like: Any) -> Any:
+def _sum_over_batches(function: Any, texts: PaddedTexts, like: Any) -> Any:
     """The sum of `function(batch)`, a tree of arrays with the shapes of `like`, over the batches, computed one after
     another."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
@@ -283,7 +283,7 @@ def _sharded(vector: Tensors, config: ModelConfig, mesh: Mesh) -> Tensors:
 
 @platform_jit(static_argnames=("config", "mesh"))
 def _value_and_gradient(
-    weights: Tensors, norms: Tensors, texts: Texts, *, config: ModelConfig, mesh: Mesh
+    weights: Tensors, norms: Tensors, texts: PaddedTexts, *, config: ModelConfig, mesh: Mesh
 ) -> tuple[Float[Array, ""], Tensors]:
     with on_mesh(mesh):
         of_batch = partial(jax.value_and_grad(_batch_loss), weights, norms, config=config)
@@ -293,12 +293,12 @@ def _value_and_gradient(
 
 @platform_jit(static_argnames=("config", "mesh"))
 def _hessian_product(
-    vector: Tensors, weights: Tensors, norms: Tensors, texts: Texts, *, config: ModelConfig, mesh: Mesh
+    vector: Tensors, weights: Tensors, norms: Tensors, texts: PaddedTexts, *, config: ModelConfig, mesh: Mesh
 ) -> Tensors:
     """Forward over reverse: the derivative of the gradient along the vector, which is exact (Pearlmutter, "Fast exact
     multiplication by the Hessian", Neural Computation 6, 1994)."""
 
-    def of_batch(rows: Texts) -> Tensors:
+    def of_batch(rows: PaddedTexts) -> Tensors:
         def gradient(moved: Tensors) -> Tensors:
             return jax.grad(_batch_loss)(moved, norms, rows, config)
 

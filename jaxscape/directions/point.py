@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
-from jaxscape.directions.stacked import Factors, Stacked
+from jaxscape.directions.stacked import Stacked, StackedFactors
 from jaxscape.directions.storage import Direction, Factored, Scaled, dense, is_zero
 from jaxscape.models.checkpoint import Params, named_leaves, tree_of
 from jaxscape.models.decoder import LookUp, Product
@@ -57,7 +57,7 @@ class OwnWeights:
     """W + leftᵀ right with factors of their own for each of N points, to which B / N consecutive rows belong."""
 
     weight: Float[Array, "out in"]
-    factors: Factors
+    factors: StackedFactors
 
     def apply(self, use: Product | LookUp) -> Array:
         """`use(W + leftᵀ right)`; in the dtype of `use(W)`."""
@@ -91,7 +91,7 @@ def at_point(
     leaves = named_leaves(params)
     if isinstance(directions, Stacked):
         for name, factors in directions.at(jnp.asarray(coords)).items():
-            in_dtype = Factors(*(factor.astype(leaves[name].dtype) for factor in factors))
+            in_dtype = StackedFactors(*(factor.astype(leaves[name].dtype) for factor in factors))
             leaves[name] = OwnWeights(leaves[name], in_dtype)
         return tree_of(leaves)
     by_row = jnp.asarray(coords)

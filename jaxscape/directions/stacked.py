@@ -13,7 +13,7 @@ from jaxscape.directions.storage import Direction, Factored
 from jaxscape.models.checkpoint import named_leaves
 
 
-class Factors(NamedTuple):
+class StackedFactors(NamedTuple):
     """Matrices as the products leftᵀ right of their factors, each with its rank as the second dimension.
 
     The fields may be `jax.ShapeDtypeStruct`s, when only the shapes matter.
@@ -34,10 +34,10 @@ class Stacked:
         tensors: by the names of the matrices that move, the factors of all directions.
     """
 
-    tensors: dict[str, Factors]
+    tensors: dict[str, StackedFactors]
     ndim: int
 
-    def at(self, coords: Float[Array, "points number"]) -> dict[str, Factors]:
+    def at(self, coords: Float[Array, "points number"]) -> dict[str, StackedFactors]:
         """For each point, Σ cᵢ dᵢ as factors [points, ndim × rank, …], by the names of the matrices that move."""
         by_set = coords.reshape(len(coords), -1, self.ndim)
         own = (by_set != 0).any(-1).argmax(-1)
@@ -50,7 +50,7 @@ class Stacked:
             return factor.reshape(len(own), -1, factor.shape[-1])
 
         return {
-            name: Factors(
+            name: StackedFactors(
                 joined((scales * gathered(left).astype(jnp.float32)).astype(left.dtype)), joined(gathered(right))
             )
             for name, (left, right) in self.tensors.items()
@@ -84,12 +84,12 @@ def stack(directions: Sequence[Direction], ndim: int) -> Stacked:
 
 
 @partial(jax.jit, static_argnums=1)
-def _stacked(tensors: list[Factored], rank: int) -> Factors:
+def _stacked(tensors: list[Factored], rank: int) -> StackedFactors:
     """Factors of matrices, filled with zeros up to a common rank."""
 
     def filled(factor: Float[Array, "own width"]) -> Float[Array, "rank width"]:
         return jnp.pad(factor, ((0, rank - len(factor)), (0, 0)))
 
-    return Factors(
+    return StackedFactors(
         jnp.stack([filled(tensor.left.T) for tensor in tensors]), jnp.stack([filled(t.right) for t in tensors])
     )

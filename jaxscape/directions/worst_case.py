@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxscape.directions.base import as_number, recipe_name, split_options
-from jaxscape.directions.objective import OfLoss, RefusalLoss, Refusals, added, norm, positive_norm, scaled
+from jaxscape.directions.objective import OfLoss, RefusalLoss, Refusals, added, norm, positive_norm, scaled_vector
 from jaxscape.directions.storage import Direction
 from jaxscape.models.model import Model
 from jaxscape.runtime.errors import UserError
@@ -39,7 +39,7 @@ def steepest_step(
         UserError: the gradient at zero is zero, or a gradient is not finite.
     """
     _, gradient = evaluate(zero)
-    step = scaled(gradient, radius / positive_norm(gradient))
+    step = scaled_vector(gradient, radius / positive_norm(gradient))
     best, highest = step, -math.inf
     for number in range(steps + 1):
         value, gradient = evaluate(step)
@@ -48,7 +48,7 @@ def steepest_step(
         if number == steps or not (length := norm(gradient)):
             break
         step = added(step, gradient, radius * (1 - number / steps) / length)
-        step = scaled(step, min(1.0, radius / norm(step)))
+        step = scaled_vector(step, min(1.0, radius / norm(step)))
     return best, highest
 
 

@@ -140,9 +140,7 @@ def _lies_in(name: str, out: Path) -> bool:
 def _config(model: Model, data: Examples, training: Training, start: Adapter | None) -> dict[str, Any]:
     """The run's `config.json`: all that determines its result."""
     return {
-        "model": model.name,
-        "weights": fingerprint(model.params),
-        "dtype": model.dtype,
+        **model.described(),
         "chats": checksum([(tokens.tolist(), learned.tolist()) for tokens, learned in data.examples]),
         "num_chats": len(data.examples),
         "num_cut": data.num_cut,

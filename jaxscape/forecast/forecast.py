@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscape.directions.point import materialise
-from jaxscape.directions.stacked import Factors, Stacked
+from jaxscape.directions.stacked import Stacked, StackedFactors
 from jaxscape.directions.storage import Factored, Scaled, Seeded, factor_shardings
 from jaxscape.engine.batching import Workload
 from jaxscape.engine.decode import Insertion, Weights, decode_chunk, insert, slot_shapes, static_arguments
@@ -262,7 +262,7 @@ def _factored_shapes(shape: ModelShape, workload: Workload, plan: Plan) -> tuple
         return jax.ShapeDtypeStruct((layout.num_factored, *factor.shape), factor.dtype, sharding=sharding)
 
     tensors = {
-        name: Factors(stacked(_transposed(tensor.left)), stacked(tensor.right))
+        name: StackedFactors(stacked(_transposed(tensor.left)), stacked(tensor.right))
         for name, tensor in named_leaves(direction).items()
         if tensor.rank
     }

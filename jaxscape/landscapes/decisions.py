@@ -22,13 +22,12 @@ from jaxscape.directions.base import Recipe
 from jaxscape.directions.kinds import (
     DirectionLike,
     Given,
+    direction_counts,
     largest_rank,
     make_directions,
-    num_stored,
     prepare,
     recipe_of,
 )
-from jaxscape.directions.random import Random
 from jaxscape.directions.storage import Direction
 from jaxscape.engine.batching import Workload
 from jaxscape.engine.engine import Engine
@@ -48,7 +47,6 @@ from jaxscape.landscapes.score import prepare_judge
 from jaxscape.landscapes.shares import in_run
 from jaxscape.landscapes.store import COHERENCE_FILE, GENERATIONS, PROMPTS, records_of
 from jaxscape.models.chat_defaults import template_notes
-from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model
 from jaxscape.prompts.fields import Prompts
 from jaxscape.prompts.thinking import answer_of
@@ -68,7 +66,7 @@ RADIUS = rundir.RunKind(
 )
 RATES = ("asr", "complied", "incoherent")
 
-Point = tuple[int, float]
+RayPoint = tuple[int, float]
 """The index of a direction, and a coordinate along it."""
 
 
@@ -125,7 +123,7 @@ class Decisions:
         summary: str,
     ) -> None:
         self.num_prompts, self.summary, self.names = len(prompts), summary, [name for _, name in directions]
-        self.happened: dict[Point, list[bool]] = {}
+        self.happened: dict[RayPoint, list[bool]] = {}
         self._question, self._limit = question, question.limit(len(prompts))
         self._model, self._engine, self._prompts, self._opening = model, engine, prompts, opening
         self._recipes = [recipe for recipe, _ in directions]
@@ -146,7 +144,7 @@ class Decisions:
         """What is known, for other processes: the index of a direction, a coordinate, and what happened there."""
         return [[*point, answers] for point, answers in self.happened.items()]
 
-    def exceeds(self, points: Sequence[Point]) -> list[bool]:
+    def exceeds(self, points: Sequence[RayPoint]) -> list[bool]:
         """Whether the rate at each point exceeds the threshold. What is not known yet is asked, block by block."""
         while undecided := [point for point in dict.fromkeys(points) if self._decision(point) is None]:
             block = min(len(self.happened.get(point, ())) for point in undecided) // self._engine.block
@@ -155,11 +153,11 @@ class Decisions:
                 self._ask(batch, list(group), block)
         return [bool(self._decision(point)) for point in points]
 
-    def _decision(self, point: Point) -> bool | None:
+    def _decision(self, point: RayPoint) -> bool | None:
         answers = self.happened.get(point, [])
         return more_than(self._limit, sum(answers), len(answers), self.num_prompts, self._question.error)
 
-    def _ask(self, batch: int, points: Sequence[Point], block: int) -> None:
+    def _ask(self, batch: int, points: Sequence[RayPoint], block: int) -> None:
         """Generate and judge the answers to a block of prompts at points along directions that decode together. SIGTERM
         ends this after a point.
 
@@ -186,7 +184,7 @@ class Decisions:
                 self._add(point, prompts, answers)
                 stop_if_asked()
 
-    def _add(self, point: Point, prompts: Sequence[str], answers: Answers) -> None:
+    def _add(self, point: RayPoint, prompts: Sequence[str], answers: Answers) -> None:
         """Take the answers to a block of prompts at a point, and write them to disk."""
         index, coord = point
         records = records_of((index, (coord,)), prompts, answers.completions, answers.refused, answers.unanswered)
@@ -282,9 +280,7 @@ def open_decisions(
     judges = [judge] if question.of == "asr" else [judge, replace(coherence(), refusals=judge)]
     engine = Engine(model, workload, plan, None if options.full_text else stop_when_all(judges, questions.opening))
     config = {
-        "model": model.name,
-        "weights": fingerprint(model.params),
-        "dtype": model.dtype,
+        **model.described(),
         "directions": [identity for _, _, identity in named],
         "direction_names": [name for _, name, _ in named],
         **asdict(question),
@@ -339,16 +335,14 @@ def search_workload(
         points: the number of points along a direction that are asked together.
         block: the number of prompts that are asked at a time; 0 for the one that asks the fewest.
     """
-    count, stored = len(prompt_tokens), [num_stored([recipe]) for recipe in recipes]
+    count, kept = len(prompt_tokens), [name for name, most in direction_counts([recipes]).items() if most]
     return Workload(
         prompt_tokens,
         sampling,
         num_points=points,
         points_per_line=points,
         ndim=1,
-        num_random=int(any(isinstance(recipe, Random) for recipe in recipes)),
-        num_waiting=int(any(waiting for waiting, _ in stored)),
-        num_made=int(any(made for _, made in stored)),
+        **dict.fromkeys(kept, 1),  # the directions take turns
         num_sets=sum(recipe.count for recipe in recipes),
         rank=largest_rank(recipes, model),
         block=block or block_size(question.limit(count), count, question.error),

@@ -220,4 +220,4 @@ def _read_earlier(
         for name, points in read_labels(directory, pattern).items():
             kept = {place: said for point, said in points.items() if (place := moved.get(point)) in answers}
             labels[name] = labels.get(name, {}) | kept
-    return Earlier(answers, labels)
+    return Earlier(answers, labels, recorded.get(rundir.SOFTWARE))

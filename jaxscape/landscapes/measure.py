@@ -30,7 +30,7 @@ from jaxscape.landscapes.axes import Axis, point_text
 from jaxscape.landscapes.choice import choose_grid
 from jaxscape.landscapes.measurement import Measurement
 from jaxscape.landscapes.scan_settings import ScanSettings
-from jaxscape.models.checkpoint import Params, fingerprint
+from jaxscape.models.checkpoint import Params
 from jaxscape.models.model import Model
 from jaxscape.prompts.sets import load_prompts
 from jaxscape.runtime import rundir
@@ -141,9 +141,7 @@ def measure(
     )
     made = make_measures(names, subject)
     config = {
-        "model": model.name,
-        "weights": fingerprint(model.params),
-        "dtype": model.dtype,
+        **model.described(),
         "directions": [[one for direction in item for one in direction.ids_as_in(known)] for item in prepared],
         "direction_names": [[str(direction.recipe) for direction in item] for item in prepared],
         "grid": [axis.described() for axis in axes],

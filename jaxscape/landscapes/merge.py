@@ -1,6 +1,5 @@
 """Merging: the shards of a scan become the run that one machine would have written. No model is loaded."""
 
-import json
 import os
 import shutil
 import uuid
@@ -60,7 +59,8 @@ def merging(directories: Sequence[str | Path], out: str | Path) -> Iterator[tupl
     shards = _in_order(
         [_KeptShard.read(remote.run_directory(directory)) for directory in as_list(directories, "directories")]
     )
-    config = shards[0].merged_config
+    software = rundir.each_once(*(shard.config.get(rundir.SOFTWARE) for shard in shards))
+    config = shards[0].merged_config | {rundir.SOFTWARE: software}
     if _is_merged(out, config):
         yield Landscape.load(out), out
         return
@@ -232,7 +232,7 @@ def _contents(shards: Sequence[_KeptShard], config: Mapping[str, Any]) -> dict[s
     """The files of the merged run, by name, but those that are computed from them."""
     first = shards[0].directory
     contents = {
-        rundir.CONFIG: (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode(),
+        rundir.CONFIG: rundir.config_text(config).encode(),
         PROMPTS: (first / PROMPTS).read_bytes(),
         GENERATIONS: b"".join(line + b"\n" for shard in shards for line in shard.state),
     }

@@ -14,7 +14,8 @@ from jaxscape.engine.options import EngineOptions
 from jaxscape.engine.sampling import SamplingOptions
 from jaxscape.evaluate.base import Evaluator
 from jaxscape.evaluate.evaluators import DEFAULT_EVALUATOR
-from jaxscape.landscapes.decisions import Decisions, Point, Question, open_decisions
+from jaxscape.landscapes.decisions import Decisions, Question, RayPoint, open_decisions
+from jaxscape.landscapes.numbers import SIDES
 from jaxscape.landscapes.radii import Certificate, Radii, Ray, radius_text
 from jaxscape.models.checkpoint import named_leaves
 from jaxscape.models.model import Model
@@ -26,7 +27,6 @@ from jaxscape.runtime.remote import run_directory
 
 CHECKS_OF_COMPLIED = 9
 DEFAULT_CELLS, DEFAULT_ERROR, DEFAULT_DRAWS = 50, 0.05, 100
-SIDES = {-1: "negative", 1: "positive"}
 POINTS_OF_SEARCH, POINTS_OF_DRAW = 2, 1  # along a direction that are asked together: on its two sides; at a draw
 
 
@@ -296,7 +296,7 @@ def _search(
     distance = settings.distance
     starts = [(first + i, sign) for i, signs in enumerate(sides) for sign in signs]
 
-    def point(ray: int, number: int) -> Point:
+    def point(ray: int, number: int) -> RayPoint:
         index, sign = starts[ray]
         return (index, sign * distance(number)) if number else (0, 0.0)  # all rays begin at the same point
 
@@ -305,7 +305,7 @@ def _search(
     rays = [
         Ray(
             direction=decisions.names[index],
-            side=SIDES[sign],
+            side=SIDES[sign > 0],
             inside=distance(end.inside),
             outside=None if end.outside is None else distance(end.outside),
             below_again=tuple(map(distance, end.below_again)),

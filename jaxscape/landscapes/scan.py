@@ -12,8 +12,7 @@ from typing import Any, NamedTuple, Unpack
 import jax
 
 from jaxscape.directions.base import Recipe
-from jaxscape.directions.kinds import DirectionLike, Prepared, largest_rank, num_stored, prepare
-from jaxscape.directions.random import Random
+from jaxscape.directions.kinds import DirectionLike, Prepared, direction_counts, largest_rank, prepare
 from jaxscape.engine.batching import Workload
 from jaxscape.engine.continuations import cache_bytes
 from jaxscape.engine.forms import Form
@@ -38,7 +37,6 @@ from jaxscape.landscapes.shards import Shard, parse
 from jaxscape.landscapes.shares import abandon_noise, thresholds_of_model
 from jaxscape.landscapes.store import Adaptive, Run, open_run
 from jaxscape.models.chat_defaults import template_notes
-from jaxscape.models.checkpoint import fingerprint
 from jaxscape.models.model import Model
 from jaxscape.runtime import rundir
 from jaxscape.runtime.errors import UserError
@@ -147,9 +145,7 @@ def scan(
     recorded = None if overwrite else from_first(lambda: rundir.recorded_value(directory, "directions"))
     decides: Adaptive | None = ("shares" if shares else "asr") if adaptive else None
     config = {
-        "model": model.name,
-        "weights": fingerprint(model.params),
-        "dtype": model.dtype,
+        **model.described(),
         **places.described(prepared, recorded, decides),
         **answer_settings(
             *(model, questions.prompts, questions.tokens, system_prompt, thinking, settings),
@@ -450,16 +446,13 @@ def workload_of(
         recipes: the directions of each set.
         coords: the points, if they are a list and no grid.
     """
-    stored = list(map(num_stored, recipes))
     return Workload(
         prompt_tokens,
         sampling,
         num_points=len(coords) or math.prod(len(axis.values) for axis in axes),
         points_per_line=len(axes[-1].values) if axes else 1,
         ndim=count_directions(recipes),
-        num_random=max(sum(isinstance(recipe, Random) for recipe in item) for item in recipes),
-        num_waiting=max(waiting for waiting, _ in stored),
-        num_made=max(made for _, made in stored),
+        **direction_counts(recipes),
         num_sets=len(recipes),
         rank=largest_rank(itertools.chain.from_iterable(recipes)),
     )

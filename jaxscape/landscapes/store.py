@@ -84,10 +84,12 @@ class Earlier:
     Attributes:
         answers: for points, the lines of the answers to the first prompts.
         labels: what evaluators said of the answers to the first prompts.
+        software: what has computed them, see `rundir.SOFTWARE`.
     """
 
     answers: Mapping[Point, Sequence[Record]] = field(default_factory=dict)
     labels: EarlierLabels = field(default_factory=dict)
+    software: Any = None
 
 
 class Run:
@@ -455,6 +457,7 @@ def open_run(
         earlier=earlier,
         shard=Shard.read(config),
     )
+    config = config if earlier is None else {**config, rundir.SOFTWARE: earlier.software}
     with rundir.open_run_directory(directory, config, SCAN, overwrite, advice) as file:
         if directory is None or file is None:
             run = start()

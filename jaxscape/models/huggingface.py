@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,17 @@ def download(name: str, patterns: Sequence[str] = DOWNLOAD_PATTERNS) -> Path:
             f"{name} is not in the cache and the hub cannot be reached ({reason(error)}); connect to the "
             f"network, or pass a local model directory."
         ) from error
+
+
+def hub_commits(files: Iterable[Path]) -> dict[str, str]:
+    """The commit of each repository of the hub that files come from, by the name of the repository. Files that are not
+    in the hub's cache are left out."""
+    folders = [file.absolute().parts[-4:-1] for file in files]  # models--OWNER--NAME, snapshots, COMMIT
+    return {
+        folder[0].removeprefix("models--").replace("--", "/"): folder[2]
+        for folder in folders
+        if len(folder) == 3 and folder[0].startswith("models--") and folder[1] == "snapshots"
+    }
 
 
 def open_directory(path: Path) -> Checkpoint:

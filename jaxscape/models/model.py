@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxscape.models.checkpoint import (
     Sources,
     abstract_params,
     check_checkpoint,
+    fingerprint,
     load_cached_params,
     load_params,
     parameter_shardings,
@@ -74,6 +76,17 @@ class Model:
     def dtype(self) -> str:
         """The dtype of parameters and activations."""
         return str(jax.tree.leaves(self.params)[0].dtype)
+
+    def described(self) -> dict[str, Any]:
+        """What `config.json` of a run says of the model: `model`, its name; `weights`, a checksum of the parameters;
+        `dtype`; and `commits`, see `jaxscape.models.huggingface.hub_commits`, if it is from the hub."""
+        commits = huggingface.hub_commits(self.files)
+        return {
+            "model": self.name,
+            "weights": fingerprint(self.params),
+            "dtype": self.dtype,
+            **({"commits": commits} if commits else {}),
+        }
 
     def __call__(self, tokens: Int[Array | np.ndarray, "batch time"]) -> Float[Array, "batch time vocab"]:
         """Next-token logits of texts without padding: int32[B, T] tokens to float32[B, T, V].

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxscape.evaluate.statistics import Interval
+from jaxscape.landscapes.numbers import SIDES
 from jaxscape.landscapes.radii import QUANTILES, Certificate, Radii, radius_text
 from jaxscape.report.canvas import Figure, png
 from jaxscape.report.figures import COLOURS
@@ -14,7 +15,6 @@ from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import write_whole
 
 RATES = {"asr": "the ASR", "complied": "the share that complies", "incoherent": "the share that makes no sense"}
-SIDES = ("negative", "positive")
 
 
 def radii_table(radii: Radii) -> str:

@@ -19,9 +19,9 @@ from packaging.utils import canonicalize_name
 
 from jaxscape.runtime.errors import reason
 from jaxscape.runtime.files import cache_dir
+from jaxscape.runtime.software import PACKAGE, package_version
 from jaxscape.runtime.texts import listed
 
-PACKAGE = "jaxscape"
 EXTRAS = {
     "cuda": "NVIDIA GPUs",
     "tpu": "TPUs",
@@ -135,7 +135,7 @@ def _versions() -> Lines:
     import jaxscape
 
     lines = {
-        PACKAGE: f"{jaxscape.__version__} in {Path(jaxscape.__file__).parent}",
+        PACKAGE: f"{package_version()} in {Path(jaxscape.__file__).parent}",
         "Python": f"{platform.python_version()} at {sys.executable}",
         "system": f"{platform.platform()}{_distribution()}",
     }

@@ -14,8 +14,14 @@ from jaxscape.runtime import remote, reporting
 from jaxscape.runtime.errors import UserError, reason
 from jaxscape.runtime.files import temporary_path, write_whole
 from jaxscape.runtime.processes import is_first
+from jaxscape.runtime.software import software
 
 CONFIG = "config.json"
+SOFTWARE = "software"
+"""The key of `config.json` with what has run the command of the run, see `runtime.software`: a list, in the order of
+first use."""
+DESCRIPTIVE = frozenset({SOFTWARE, "commits"})
+"""The keys that do not affect whether a run of any kind can be resumed: a checksum identifies the weights."""
 EXTENSION = "extension"
 """The directory in a run's directory in which the run that extends it grows."""
 EXTENDED = "extended"
@@ -31,7 +37,8 @@ class RunKind:
         state: name of the state file, to which the run appends its finished work.
         marks: configuration keys that every run of this kind has, and by which it is recognised.
         computed: glob patterns of files and folders that belong to the state; starting over removes them.
-        descriptive: configuration keys that do not affect results, so that a resumed run may differ in them.
+        descriptive: configuration keys that do not affect results, beside `DESCRIPTIVE`; a resumed run may differ in
+            them.
     """
 
     name: str
@@ -57,7 +64,7 @@ def open_run_directory(
     Arguments:
         directory: None keeps the run in memory only.
         config: what `config.json` records. A run is resumed only if it was started with the same values, apart
-            from those of `RunKind.descriptive`.
+            from those of `RunKind.descriptive`. `SOFTWARE` is added.
         overwrite: start over if the directory holds a run.
         advice: what else a user can do about a run of another configuration, for the message.
 
@@ -80,9 +87,9 @@ def _opened(
     """See `open_run_directory`."""
     check_directory(directory, kind)
     finish_replacing(directory, kind)
-    text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
+    wanted = json.loads(json.dumps(config))
     if not overwrite:
-        _check_config(directory / CONFIG, json.loads(text), kind, advice)
+        _check_config(directory / CONFIG, wanted, kind, advice)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / kind.state).open("a+b")
@@ -96,8 +103,10 @@ def _opened(
             remote.push(directory)
             file.truncate(0)
         else:
-            _check_config(directory / CONFIG, json.loads(text), kind, advice)  # again, now that the directory is locked
-        write_whole(directory / CONFIG, text)
+            _check_config(directory / CONFIG, wanted, kind, advice)  # again, now that the directory is locked
+        before = None if overwrite else recorded_value(directory, SOFTWARE)
+        config = {**config, SOFTWARE: each_once(before, config.get(SOFTWARE), [software()])}
+        write_whole(directory / CONFIG, config_text(config))
         yield file
 
 
@@ -214,6 +223,17 @@ def recorded_value(directory: Path | None, key: str) -> Any:
         return None
 
 
+def config_text(config: Mapping[str, Any]) -> str:
+    """The contents of `config.json`."""
+    return json.dumps(config, indent=1, ensure_ascii=False) + "\n"
+
+
+def each_once(*lists: Any) -> list[Any]:
+    """What runs have recorded under `SOFTWARE`, without repetition. Runs of earlier versions have no such list."""
+    items = [item for some in lists if isinstance(some, list) for item in some]
+    return [item for number, item in enumerate(items) if item not in items[:number]]
+
+
 def _is_config(path: Path, kind: RunKind) -> bool:
     """Whether the file is the configuration of a run of this kind, or is damaged and lies beside such a run's state."""
     try:
@@ -224,7 +244,7 @@ def _is_config(path: Path, kind: RunKind) -> bool:
 
 def differing_keys(recorded: Mapping[str, Any], config: Mapping[str, Any], kind: RunKind) -> list[str]:
     """The keys that affect results and have other values in two configurations, sorted."""
-    keys = (recorded.keys() | config.keys()) - kind.descriptive
+    keys = (recorded.keys() | config.keys()) - kind.descriptive - DESCRIPTIVE
     return sorted(key for key in keys if recorded.get(key) != config.get(key))
 
 

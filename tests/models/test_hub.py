@@ -123,6 +123,9 @@ def test_only_what_a_model_consists_of_is_fetched(hub: Hub, tiny: js.Model) -> N
     assert not fetched & {"pytorch_model.bin", "consolidated.safetensors", "onnx/model.json", "modeling.py"}
     tokens = np.arange(3, 9)[None]
     np.testing.assert_array_equal(model(tokens), tiny(tokens))
+    described = model.described()
+    assert described.pop("commits") == {"someone/tiny": COMMITS["main"]}
+    assert described == tiny.described() | {"model": "someone/tiny"}
 
 
 def test_a_revision_is_pinned_and_kept_for_later(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
