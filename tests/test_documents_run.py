@@ -119,7 +119,7 @@ NOT_RUN = {
     "mpirun": "starts jaxscape on a cluster",
     "sbatch": "submits to SLURM; tests/launch runs its script on a real one",
     "ray": "submits to Ray; tests/launch runs its script on a real one",
-    "cp jaxscape/launch/": "copies that script",
+    "cp FILE.yaml jaxscape/launch/": "copies that script",
     "sky": "starts instances in a cloud; tests/launch has SkyPilot read the file",
     "docker": "builds an image from one of a registry; tests/launch has a linter read the file",
     "kubectl": "starts pods on a cluster; tests/launch has their definitions read the file",
@@ -245,6 +245,32 @@ def small_options(words: Sequence[str]) -> list[str]:
     return options.split()
 
 
+def run_of(line: str) -> tuple[str, str] | None:
+    """Where a command keeps its run, and its other words; None if it begins no run, or something is to be filled in."""
+    line = re.sub(r'^make scan( ARGS="(.*)")?$', r"jaxscape scan \2", line)
+    program, verb, *words = [*shlex.split(line), "", ""]
+    if program != "jaxscape" or verb not in ("scan", "measure", "radius", "finetune"):
+        return None
+    if {"--dry-run", "--extend", "DIRECTORY", "..."} & {*words}:
+        return None
+    value = dict(itertools.pairwise(words)).get
+    default = (verb, value("--model"), value("--ndim"), value("--like"), "--points" in words, "--certify" in words)
+    place = value("--out") or str(default)
+    return place, " ".join([verb, *(word for word in words if word not in ("", "--out", place))])
+
+
+def test_different_commands_keep_their_runs_in_different_directories() -> None:
+    """A reader may follow several guides, in any order: a directory that holds another run would be an error."""
+    runs: dict[str, set[str]] = {}
+    for page in PAGES:
+        for block in blocks(page) if page.name not in RECORDS else ():
+            for place, command in filter(None, map(run_of, shell_lines(block))):
+                runs.setdefault(place, set()).add(command)
+            for place in re.findall(r'\bout=f?"([^"]+)"', block.code) if block.language == "python" else ():
+                runs.setdefault(place, set()).add(f"{page.name}:{block.line}")
+    assert {place: commands for place, commands in runs.items() if len(commands) > 1} == {}
+
+
 RUN_PAGES = [
     page
     for page in PAGES
@@ -307,6 +333,7 @@ def readers_files(tiny_dir: Path, judge_dir: Path, make_model: MakeModel, tmp_pa
     write_table(root / "advbench.csv", "goal", "target", [(request, "Sure, here is") for request in requests])
     write_table(root / "xstest.csv", "prompt", "label", [(request, "safe") for request in requests])
     (root / "category_1.csv").write_text("\n".join(requests))
+    (root / "mt-bench.jsonl").write_text('{"turns": ["Write a poem.", "Make it shorter."]}\n')
     (root / "mmlu" / "data" / "test").mkdir(parents=True)
     question = "What is two plus two?,1,2,3,4,D\n"
     (root / "mmlu" / "data" / "test" / "us_foreign_policy_test.csv").write_text(2 * question)
@@ -328,7 +355,7 @@ def few_calibration_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def reader(readers_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_calibration_tokens: None) -> None:
-    """A directory in which a reader works, with the runs of earlier commands, and small stand-ins for what has a
+    """A directory in which a reader works, with the run of an earlier command, and small stand-ins for what has a
     name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXSCAPE_CACHE", str(cache_dir()))  # has the measured speed of this machine
@@ -345,11 +372,9 @@ def reader(readers_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for module in (measure, examples):  # the random model refuses nothing
         monkeypatch.setattr(module, "is_refusal", lambda text: len(text) % 5 > 0)
-    prompts = ["Compose a letter", "Write a poem"]
-    for run_name in ("smollm2-135m-safe-1d", "first", "safety", "over-refusal"):
-        refused, axes = np.ones((1, 3, 2), bool), symmetric_axes(1, 2, 0.5)
-        directory = write_run(Path("runs") / run_name, refused, axes, prompts, full_text=True)
-        with_shares(js.Landscape.load(directory)).save(directory)
+    refused, axes = np.ones((1, 3, 2), bool), symmetric_axes(1, 2, 0.5)
+    directory = write_run(Path("runs/first"), refused, axes, ["Compose a letter", "Write a poem"], full_text=True)
+    with_shares(js.Landscape.load(directory)).save(directory)
 
 
 @pytest.mark.usefixtures("reader")
