@@ -15,7 +15,7 @@ from jaxscape.runtime import rundir
 from jaxscape.runtime import software as versions
 
 PROMPTS = ["Write a poem about geese", "Hi"]
-OPTIONS: dict[str, Any] = {"max_new_tokens": 2, "progress": False, "shares": False, "steps": 1}
+OPTIONS: dict[str, Any] = {"max_new_tokens": 2, "progress": False, "shares": False, "steps": 2}
 
 
 def git(directory: Path, *arguments: str) -> str:
@@ -124,8 +124,8 @@ def test_shards_of_several_versions_are_merged_and_all_are_listed(
 ) -> None:
     here, shards = versions.software(), [tmp_path / "1", tmp_path / "2"]
     other = here | {"device": "NVIDIA H100 80GB HBM3"}
-    js.scan(tiny, [0], prompts=PROMPTS, out=shards[0], shard="1/2", **OPTIONS | {"steps": 2})
+    js.scan(tiny, [0], prompts=PROMPTS, out=shards[0], shard="1/2", **OPTIONS)
     monkeypatch.setattr(rundir, "software", lambda: other)
-    js.scan(tiny, [0], prompts=PROMPTS, out=shards[1], shard="2/2", **OPTIONS | {"steps": 2})
+    js.scan(tiny, [0], prompts=PROMPTS, out=shards[1], shard="2/2", **OPTIONS)
     merge(shards[::-1], tmp_path / "whole")
     assert recorded(tmp_path / "whole") == [here, other]
