@@ -38,8 +38,8 @@ class SearchOptions:
     resolution: Annotated[float | None, shown("a fiftieth of the largest distance", "FLOAT")] = None
     """Distance between the two points between which a radius is found."""
     error: float = 0.05
-    """Probability, over the order of the prompts, that the search along a ray ends elsewhere than with all answers, at
-    most; 0 asks until nothing can change a decision."""
+    """Largest probability, over the random order of the prompts, that the search along a ray ends elsewhere than it
+    would with all answers; 0 asks until no answer can change a decision."""
     checks: Annotated[int | None, shown("0; 9 with --of complied", "N")] = None
     """Number of points, spread evenly over each ray, that are asked before bisection. Bisection then finds
     the first crossing even if the rate falls again farther out, but a rise and fall between two of them is missed."""
@@ -77,7 +77,7 @@ class Radius:
       # How far it is to the walls of the basin along 5 random directions
       jaxscape radius --num-prompts 20 --num-directions 5
       # Along the refusal direction, until a quarter of the answers comply
-      jaxscape radius --direction refusal --of complied --threshold 25
+      jaxscape radius --direction refusal --prompts advbench --of complied --threshold 25 --out runs/refusal
       # How often noise of 5 % of the weights leaves the model refusing
       jaxscape radius --certify 0.05
     """
