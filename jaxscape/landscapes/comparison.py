@@ -306,14 +306,14 @@ def _comparable(first: ComparedRun, second: ComparedRun) -> tuple[list[str], lis
     kinds = sorted(", ".join(axis.name for axis in item) for item in axes)
     if kinds[0] != kinds[1]:
         return [], [f"Not compared, because they have different axes ({kinds[0]}; {kinds[1]})"]
-    units = [", ".join(str(axis.unit) for axis in item) for item in axes]
-    if units[0] != units[1]:
+    if not share_units(first, second):
+        units = [", ".join(axis.unit or "not recorded" for axis in item) for item in axes]
         return [], [f"Not compared, because their axes have different units ({' and '.join(sorted(units))})"]
     has_shares = [run.complied is not None for run in (first, second)]
     numbers, notes = [*NUMBERS, *(COMPLIED if all(has_shares) else ())], []
     if any(has_shares) and not all(has_shares):
         notes.append("Complied alone is not compared, because one has no shares; jaxscape score adds them")
-    if axes[0] != axes[1]:
+    if [axis.values for axis in axes[0]] != [axis.values for axis in axes[1]]:
         numbers = [number for number in numbers if number.endswith("radius")]
         notes.append("VISAGE and volume are not compared, because they depend on the grid, and the grids differ")
     for number in [number for number in numbers if number.endswith("radius")]:
@@ -337,6 +337,19 @@ def _comparable(first: ComparedRun, second: ComparedRun) -> tuple[list[str], lis
         if configs[0].get(key) != configs[1].get(key)
     ]
     return numbers, notes
+
+
+def share_units(first: ComparedRun, second: ComparedRun) -> bool:
+    """Whether coordinates along the axes of two runs, which have the same names, are in the same units."""
+    return all(map(set.intersection, _units(first), _units(second)))
+
+
+def _units(run: ComparedRun) -> list[set[str | None]]:
+    """For each axis of a run, what a coordinate of 1 is, see `Axis.unit`. Along a random direction, that is the norm of
+    each tensor, and thereby the norm of all weights."""
+    units: list[set[str | None]] = [{axis.unit} for axis in run.landscape.axes]
+    is_random = all(isinstance(identity, int) for identity in _directions(run.config))
+    return [unit | {"tensors", "weights"} if is_random and None in unit else unit for unit in units]
 
 
 def _incomparable_radius(first: ComparedRun, second: ComparedRun, number: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxscape.landscapes.comparison import ComparedRun, Comparison
+from jaxscape.landscapes.comparison import ComparedRun, Comparison, share_units
 from jaxscape.landscapes.numbers import THRESHOLD
 from jaxscape.report.canvas import Axes, Figure, Line2D, png, without_formulas
 from jaxscape.report.figures import ASR_LABEL, COLOURS, MARKERS, STYLES, axis_label, mark_models
@@ -28,11 +28,14 @@ def plot_comparison(comparison: Comparison) -> Figure:
     95 % intervals; if there are several directions, each of them is a thin line too. A plane is drawn as the contour at
     which the mean ASR is 50 %. A run has the same colour, line style and marker everywhere.
     """
-    panels: dict[tuple[tuple[str, str | None], ...], list[int]] = {}
+    panels: list[list[int]] = []
     for number, run in enumerate(comparison.runs):
-        panels.setdefault(tuple((axis.name, axis.unit) for axis in run.landscape.axes), []).append(number)
+        panel = next((panel for panel in panels if _fits(run, comparison.runs[panel[0]])), None)
+        if panel is None:
+            panels.append(panel := [])
+        panel.append(number)
     figure = Figure(figsize=(7 * len(panels), 4.6), layout="constrained")
-    for plot, numbers in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.values(), strict=True):
+    for plot, numbers in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes = comparison.runs[numbers[0]].landscape.axes
         for number in numbers:
             draw = _draw_line if len(axes) == 1 else _draw_contour
@@ -48,6 +51,12 @@ def plot_comparison(comparison: Comparison) -> Figure:
             plot.set_aspect("equal", adjustable="datalim")
         _add_legend(plot, {number: comparison.runs[number] for number in numbers})
     return without_formulas(figure)
+
+
+def _fits(run: ComparedRun, other: ComparedRun) -> bool:
+    """Whether two runs can be drawn on the same axes."""
+    names = [[axis.name for axis in one.landscape.axes] for one in (run, other)]
+    return names[0] == names[1] and share_units(run, other)
 
 
 def save_comparison(comparison: Comparison, directory: str | Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Comparison of runs: what is compared, what is paired, and how often a difference is found where there is none."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,19 @@ def pair(tmp_path: Path, second: np.ndarray | None = None, axes: Any = AXES, **c
     return js.compare(runs)
 
 
+def in_unit(unit: str) -> tuple[js.Axis, ...]:
+    return tuple(replace(axis, unit=unit) for axis in AXES)
+
+
+@pytest.mark.parametrize("unit", ["tensors", "weights"])
+def test_random_directions_are_compared_with_others_of_equal_norm(unit: str, tmp_path: Path) -> None:
+    comparison = pair(tmp_path, axes=in_unit(unit), directions=[[f"{unit}:sparse"]])
+    assert [item.number for item in comparison.differences] == list(NUMBERS)
+    assert len(js.plot_comparison(comparison).axes) == 1
+    third = write_run(tmp_path / "c", basin(0.3), in_unit("raw"), directions=[["file"]])
+    assert len(js.plot_comparison(js.compare([tmp_path / "b", third, tmp_path / "a"])).axes) == 2
+
+
 def test_runs_on_different_grids_are_compared_by_their_radius(tmp_path: Path) -> None:
     axes = symmetric_axes(1, 10, 0.6)
     refused = np.abs(axes[0].values)[None, :, None] < np.full(40, 0.3)
@@ -191,6 +205,7 @@ def test_runs_on_different_grids_are_compared_by_their_radius(tmp_path: Path) ->
     [
         ({"axes": (js.interpolation_axis(10, 5),), "second": basin(0.3)[:, :21]}, "different axes (alpha; interp"),
         ({"axes": PLANE, "second": basin(0.3, ndim=2)}, "different axes (alpha; alpha, beta)"),
+        ({"axes": in_unit("raw"), "directions": [["file"]]}, "their axes have different units (not recorded and raw)"),
         ({"evaluator": "other"}, "different evaluators judged them (keywords and other)"),
         ({"evaluator_checksums": {"keywords": "b"}}, "because two versions of the evaluator keywords judged them"),
         ({"done": 5}, "Not finished (5 of 21 points), so without numbers; the run's command finishes it: b."),
