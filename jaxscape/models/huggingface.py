@@ -30,7 +30,7 @@ from jaxscape.models.weights import (
     weight_files,
 )
 from jaxscape.runtime.errors import UserError, reason
-from jaxscape.runtime.files import read_json, write_whole
+from jaxscape.runtime.files import read_json, temporary_path, write_whole
 
 DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 IGNORE_PATTERNS = ["*/*", "consolidated*"]  # other formats of the same weights
@@ -189,7 +189,9 @@ def save_directory(
     Raises:
         UserError: the directory cannot be written, or holds other weights.
     """
-    other_weights = [path.name for path in directory.glob("*.safetensors*") if path.name != "model.safetensors"]
+    written = directory / "model.safetensors"
+    own = {written.name, temporary_path(written).name}  # the latter if a process ended while it wrote them
+    other_weights = [path.name for path in directory.glob("*.safetensors*") if path.name not in own]
     other_weights += [path.name for path in directory.glob("adapter_config.json")]
     if other_weights:
         raise UserError(
@@ -212,7 +214,7 @@ def save_directory(
         config.save_pretrained(directory)
         generation.save_pretrained(directory)
         without_default_template(tokenizer).save_pretrained(directory)
-        write_whole(directory / "model.safetensors", save(leaves, metadata={"format": "pt"}))
+        write_whole(written, save(leaves, metadata={"format": "pt"}))
     except OSError as error:
         raise UserError(
             f"The model cannot be written to {directory} ({reason(error)}); make room there, or choose another "

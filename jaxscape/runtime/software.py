@@ -41,9 +41,13 @@ def package_version() -> str:
 
 def _commit_of_clone() -> str:
     """The commit of the repository that holds the package; empty if git cannot say."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=.changed"]
+    git = ["git", "-C", str(ROOT), "--no-optional-locks"]  # it is not to write to the repository
+    command = [*git, "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        commits = [line.removeprefix("# branch.oid ")[:12] for line in lines if line.startswith("# branch.oid ")]
+        changes = [line for line in lines if not line.startswith("# ")]
+        return ".".join([*commits, *(["changed"] if changes else [])])
     return ""
 
 

@@ -24,6 +24,7 @@ from jaxscape.finetuning.run import with_adapter
 from jaxscape.models.decoder import forward
 from jaxscape.models.lora import Adapter, attach, init_factors, load_adapter, save_adapter
 from jaxscape.prompts.chat_format import chat_text
+from jaxscape.runtime.files import temporary_path
 
 TOKENS = np.arange(3, 43).reshape(2, 20)
 
@@ -234,6 +235,12 @@ def test_a_directory_with_other_weights_is_not_written_to(
     save_adapter(random_adapter(tiny, "tiny"), tmp_path)
     with pytest.raises(js.UserError, match="holds other weights"):
         js.save_model(tiny, tmp_path)
+
+
+def test_a_model_is_written_where_a_process_ended_while_it_wrote_it(tiny: js.Model, tmp_path: Path) -> None:
+    temporary_path(tmp_path / "model.safetensors").write_bytes(b"half")
+    js.save_model(tiny, tmp_path)
+    assert [path.name for path in tmp_path.glob("*safetensors*")] == ["model.safetensors"]
 
 
 def test_models_and_adapters_that_cannot_be_written(tiny: js.Model, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import jaxscape
 from jaxscape.cli.main import main
 from jaxscape.runtime import doctor
 from jaxscape.runtime.doctor import Machine, advice, examine, missing_parts, size_text
+from jaxscape.runtime.software import package_version
 
 LAPTOP = Machine(backend="cpu", gpus=(), has_tpu=False, installed={"jax": "1"}, environment={})
 GPU = replace(LAPTOP, gpus=("NVIDIA T4, 550.54, 15360 MiB, 3 MiB",))
@@ -85,7 +86,7 @@ def test_a_gpu_without_a_plugin_is_seen_and_secrets_are_not_shown(
     main(["doctor"])
     out, err = capfd.readouterr()
     assert err == ""
-    assert f"  jaxscape          {jaxscape.__version__} in " in out
+    assert f"  jaxscape          {package_version()} in " in out
     assert "  JAX               cpu: " in out
     assert "  NVIDIA GPU        Tesla T4, 550.54.15" in out
     assert "There is an NVIDIA GPU (Tesla T4, 550.54.15, 15360 MiB, 3 MiB), but JAX " in out

@@ -43,7 +43,11 @@ def test_a_clone_has_its_commit_and_says_whether_files_differ(root: Path) -> Non
     (root / "new.txt").write_text("output\n")  # is no part of the program
     assert versions.package_version() == f"{js.__version__}+{commit}"
     (root / "file.py").write_text("2\n")
+    index = (root / ".git" / "index").read_bytes()
     assert versions.package_version() == f"{js.__version__}+{commit}.changed"
+    (root / "file.py").write_text("1\n")
+    assert versions.package_version() == f"{js.__version__}+{commit}"
+    assert (root / ".git" / "index").read_bytes() == index, "nothing is written to the repository"
 
 
 def test_a_repository_that_git_cannot_read_has_the_version_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
