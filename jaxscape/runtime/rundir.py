@@ -18,8 +18,8 @@ from jaxscape.runtime.software import software
 
 CONFIG = "config.json"
 SOFTWARE = "software"
-"""The key of `config.json` with what has run the command of the run, see `runtime.software`: a list, in the order of
-first use."""
+"""The key of `config.json` with a list of all versions and devices with which the command of the run was given, in the
+order of their first use; see `jaxscape.runtime.software`."""
 DESCRIPTIVE = frozenset({SOFTWARE, "commits"})
 """The keys that do not affect whether a run of any kind can be resumed: a checksum identifies the weights."""
 EXTENSION = "extension"
