@@ -26,7 +26,13 @@ from jaxscape.runtime.files import append_json_lines, cut_after, whole_lines, wr
 
 KIND = rundir.RunKind("scan", "state.jsonl", frozenset({"a"}), computed=("result.json",))
 PROMPTS = js.load_prompts("harmful", 3)
-OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "progress": False, "shares": False}
+# The form is given, because the planner may choose another one for a larger run.
+OPTIONS: dict[str, Any] = {
+    "max_new_tokens": 6,
+    "progress": False,
+    "shares": False,
+    "options": js.EngineOptions(form="materialised"),
+}
 RUN = "memory://bucket/run"
 SCAN = ["scan", "--steps", "4", "--num-prompts", "3", "--max-new-tokens", "6", "--no-shares"]
 
