@@ -355,8 +355,8 @@ def few_calibration_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def reader(readers_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_calibration_tokens: None) -> None:
-    """A directory in which a reader works, with the run of an earlier command, and small stand-ins for what has a
-    name."""
+    """The test runs in a directory that holds a run of an earlier command. Tiny models and short lists stand in for the
+    models and prompt sets that have names."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXSCAPE_CACHE", str(cache_dir()))  # has the measured speed of this machine
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -48,7 +48,7 @@ class Finetune:
       jaxscape finetune --data safe:100 --epochs 1
       # The paper's attack with 100 harmful examples, on all weights
       jaxscape finetune --data advbench:80:180 --method full --schedule step --out runs/harmful
-      # Your own chats, of which a tenth is not learned, and your own model
+      # Your own model and chats, a tenth of which is held out for validation
       jaxscape finetune --model path/to/model --data chats.jsonl --validation 0.1 --gpu
     """
 

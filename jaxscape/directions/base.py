@@ -217,7 +217,7 @@ def as_number(text: str, name: str, default: T) -> T:
 
 
 def exact_text(number: float) -> str:
-    """A number as text for a direction's name. Whoever reads the text gets the same number."""
+    """The text of a number in a direction's name. `float` makes the same number of it."""
     return str(number).removesuffix(".0")
 
 

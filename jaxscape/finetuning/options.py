@@ -47,7 +47,7 @@ class Training:
     max_length: int = 512
     """Chats are cut to this number of tokens."""
     validation: float = 0.0
-    """Fraction of the chats, drawn at random, that are not learned. Their mean loss is computed after each epoch."""
+    """Fraction of the chats, drawn at random, that are held out. Their mean loss is computed after each epoch."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     seed: int = 0

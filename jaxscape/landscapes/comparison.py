@@ -329,7 +329,7 @@ def _comparable(first: ComparedRun, second: ComparedRun) -> tuple[list[str], lis
                 "One direction only, and not the same one, which may be what makes a difference; take several, or the "
                 "same"
             )
-        if not all(isinstance(identity, int) for config in configs for identity in _directions(config)):
+        if not all(map(_are_random, configs)):
             notes.append("Different directions, of which not all are random, so that coordinates may differ in unit")
     notes += [
         f"{key} is not the same ({configs[0].get(key)} and {configs[1].get(key)})"
@@ -348,7 +348,7 @@ def _units(run: ComparedRun) -> list[set[str | None]]:
     """For each axis of a run, what a coordinate of 1 is, see `Axis.unit`. Along a random direction, that is the norm of
     each tensor, and thereby the norm of all weights."""
     units: list[set[str | None]] = [{axis.unit} for axis in run.landscape.axes]
-    is_random = all(isinstance(identity, int) for identity in _directions(run.config))
+    is_random = _are_random(run.config)
     return [unit | {"tensors", "weights"} if is_random and None in unit else unit for unit in units]
 
 
@@ -377,6 +377,11 @@ def _direction_sets(config: dict[str, Any]) -> list[list[Any]]:
 def _directions(config: dict[str, Any]) -> list[Any]:
     """What identifies each direction of a run, without those of controls."""
     return [identity for item in _direction_sets(config) for identity in item]
+
+
+def _are_random(config: dict[str, Any]) -> bool:
+    """Whether all directions of a run are random: those are recorded by their seeds."""
+    return all(isinstance(identity, int) for identity in _directions(config))
 
 
 def _share_directions(first: ComparedRun, second: ComparedRun) -> bool:

@@ -335,14 +335,14 @@ def search_workload(
         points: the number of points along a direction that are asked together.
         block: the number of prompts that are asked at a time; 0 for the one that asks the fewest.
     """
-    count, kept = len(prompt_tokens), [name for name, most in direction_counts([recipes]).items() if most]
+    count = len(prompt_tokens)
     return Workload(
         prompt_tokens,
         sampling,
         num_points=points,
         points_per_line=points,
         ndim=1,
-        **dict.fromkeys(kept, 1),  # the directions take turns
+        **{name: min(1, most) for name, most in direction_counts([recipes]).items()},  # the directions take turns
         num_sets=sum(recipe.count for recipe in recipes),
         rank=largest_rank(recipes, model),
         block=block or block_size(question.limit(count), count, question.error),

@@ -80,8 +80,8 @@ def download(name: str, patterns: Sequence[str] = DOWNLOAD_PATTERNS) -> Path:
 
 
 def hub_commits(files: Iterable[Path]) -> dict[str, str]:
-    """The commit of each repository of the hub that files come from, by the name of the repository. Files that are not
-    in the hub's cache are left out."""
+    """The commits that files were downloaded from, by the names of their repositories on the hub. Files that are not in
+    the hub's cache are left out."""
     folders = [file.absolute().parts[-4:-1] for file in files]  # models--OWNER--NAME, snapshots, COMMIT
     return {
         folder[0].removeprefix("models--").replace("--", "/"): folder[2]

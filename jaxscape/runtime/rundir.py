@@ -18,7 +18,7 @@ from jaxscape.runtime.software import software
 
 CONFIG = "config.json"
 SOFTWARE = "software"
-"""The key of `config.json` with a list of all versions and devices with which the command of the run was given, in the
+"""The key of `config.json` under which a run lists the software and the kinds of devices that have worked on it, in the
 order of their first use; see `jaxscape.runtime.software`."""
 DESCRIPTIVE = frozenset({SOFTWARE, "commits"})
 """The keys that do not affect whether a run of any kind can be resumed: a checksum identifies the weights."""

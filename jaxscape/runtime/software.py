@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 @cache
 def software() -> dict[str, str]:
-    """The versions of what decides the numbers of a run: `jaxscape` (see `package_version`), `jax` and `transformers`;
-    and `device`, the kind of JAX's first device, such as `cpu` or `NVIDIA H100 80GB HBM3`."""
+    """The software and the device that compute a run: the versions of `jaxscape` (see `package_version`), `jax` and
+    `transformers`; and `device`, the kind of JAX's first device, such as `cpu` or `NVIDIA H100 80GB HBM3`."""
     import jax
 
     return {

@@ -1,4 +1,4 @@
-"""What `config.json` records of the software: its versions and commits, and every version that a run has met."""
+"""`config.json` records the version and the commit of jaxscape, and lists all software that has worked on the run."""
 
 import json
 import subprocess
